@@ -1,0 +1,185 @@
+"""The `msd-hf` command: one thin command for each thing that the package does."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.utils import logging
+
+from .errors import MSDError
+from .evaluation import Comparison, compare
+from .modeling_msd import MSDDraftModel
+from .prompts import build_inputs, read_image
+from .saving import replaced_folder
+from .streaming import AcceptanceStreamer
+from .targets import check_pair
+
+
+app = typer.Typer(
+    name="msd-hf",
+    help="Multimodal speculative decoding (MSD) for Hugging Face transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False)
+
+DEMO_PROMPT = "Describe the picture."
+
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length limit of the answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 for greedy decoding, above for sampling.")]
+Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...; auto: the GPU if there is one.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Timed runs with and without the draft, of which medians count.")]
+
+
+@app.command()
+def demo(
+    prompt: Annotated[str, typer.Option(help="The question about the picture.")] = DEMO_PROMPT,
+    image: Annotated[Path | None, typer.Option(help="A picture of your own instead of the bundled one.")] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    repeats: Repeats = 5,
+) -> None:
+    """Answer a question about a bundled picture with the bundled pair, with and without the draft."""
+    from .toy import DEMO_IMAGE, DRAFT_DIR, TARGET_DIR
+
+    logging.disable_progress_bar()
+    path = image or DEMO_IMAGE
+    console.print(f"picture  {path.name}\nprompt   {prompt}\n")
+    _run(str(TARGET_DIR), str(DRAFT_DIR), prompt, path, max_new_tokens, temperature, seed, "auto", "cpu", repeats)
+
+
+@app.command()
+def generate(
+    target: Annotated[str, typer.Option(help="Folder or Hub id of the target.")],
+    draft: Annotated[str, typer.Option(help="Folder or Hub id of its draft, ours or of the original repository.")],
+    prompt: Annotated[str, typer.Option(help="The question.")],
+    image: Annotated[Path | None, typer.Option(help="The picture that the question is about.")] = None,
+    text_only: Annotated[bool, typer.Option("--text-only", help="Ask without a picture.")] = False,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    repeats: Repeats = 1,
+) -> None:
+    """The same for a target, a draft and a picture of your own."""
+    if (image is None) != text_only:
+        raise MSDError("Give a picture with --image, or ask without one with --text-only (one of the two).")
+    _run(target, draft, prompt, image, max_new_tokens, temperature, seed, dtype, device, repeats)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder or Hub id of a draft of the original MSD repository.")],
+    destination: Annotated[Path, typer.Argument(help="Folder that is made.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it is there.")] = False,
+) -> None:
+    """Write a draft of the original repository in this package's format."""
+    if destination.exists() and not overwrite:
+        raise MSDError(f"{str(destination)!r} exists: choose another name, or add --overwrite.")
+    model = MSDDraftModel.from_pretrained(source)
+    with replaced_folder(destination) as temporary:
+        model.save_pretrained(temporary)
+    console.print(f"Wrote {destination} ({model.num_parameters():,} parameters, {model.dtype}).")
+
+
+def _run(
+    target_name: str,
+    draft_name: str,
+    prompt: str,
+    image_path: Path | None,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    dtype: str,
+    device: str,
+    repeats: int,
+) -> None:
+    # What can be wrong is found before the target's weights are loaded.
+    image = None if image_path is None else read_image(image_path)
+    resolved_dtype = _parse_dtype(dtype)
+    resolved_device = _parse_device(device)
+    target_config = AutoConfig.from_pretrained(target_name)
+    draft = MSDDraftModel.from_pretrained(draft_name)
+    check_pair(target_config, draft.config)
+    inputs = build_inputs(AutoProcessor.from_pretrained(target_name), prompt, image)
+    target = AutoModelForImageTextToText.from_pretrained(target_name, dtype=resolved_dtype).to(resolved_device)
+    draft = draft.to(device=resolved_device, dtype=target.dtype)
+    inputs = inputs.to(resolved_device, dtype=target.dtype)
+    arguments: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        arguments["temperature"] = temperature
+
+    # The first call of anything is slower; the stream warms both up.
+    streamer = AcceptanceStreamer(AutoProcessor.from_pretrained(target_name).tokenizer, console)
+    torch.manual_seed(seed)
+    target.generate(**inputs, **arguments, assistant_model=draft, streamer=streamer)
+    torch.manual_seed(seed)
+    target.generate(**inputs, **{**arguments, "max_new_tokens": min(max_new_tokens, 4)})
+    _print_comparison(compare(target, draft, inputs, repeats, seed, **arguments), target)
+
+
+def _print_comparison(comparison: Comparison, target: PreTrainedModel) -> None:
+    table = Table(title=None, show_edge=False, pad_edge=False)
+    for name in ("", "tokens", "seconds", "tokens/s"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, runs in (("target alone", comparison.plain), ("with the draft", comparison.drafted)):
+        seconds = sorted(run.seconds for run in runs)[len(runs) // 2]
+        tokens = len(runs[0].tokens)
+        table.add_row(name, str(tokens), f"{seconds:.3f}", f"{tokens / seconds:.1f}")
+    console.print()
+    console.print(table)
+    console.print(f"\nspeedup    {comparison.speedup:.2f}")
+    console.print(f"tau        {comparison.tau:.2f} tokens per verification, the bonus token included")
+    if comparison.identical:
+        console.print("identical  yes")
+    else:
+        console.print(
+            f"identical  no: the {target.dtype} logits of a verification round differently from those of a single step"
+        )
+
+
+def _parse_dtype(name: str) -> torch.dtype | str:
+    if name == "auto":
+        return name
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise MSDError(f"--dtype {name!r} is not known: use auto, float32, bfloat16, float16 or float64.")
+    return dtype
+
+
+def _parse_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise MSDError(f"--device {name!r} cannot be used on this machine.") from error
+    return device
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend become one line and exit status 1."""
+    try:
+        app()
+    except (OSError, ValueError) as error:  # every error of ours is a ValueError; a missing repository is an OSError
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            f"[bold red]Error:[/bold red] {' '.join(str(error).split())}"
+        )
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

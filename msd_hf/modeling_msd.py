@@ -1,0 +1,226 @@
+"""The MSD draft model: fusion of embeddings and target hidden states, then one decoder layer (paper section 3.2)."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from .checkpoints import check_loading_info, read_original_config
+from .configuration_msd import MSDDraftConfig
+from .errors import MSDCheckpointError
+from .tree import DEFAULT_NUM_ASSISTANT_TOKENS, DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K
+
+
+class MSDDraftAttention(LlamaAttention):
+    """LLaMA attention of which only the query, key and value projections may have biases (the Qwen2 kind)."""
+
+    def __init__(self, config: MSDDraftConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+
+
+class MSDDraftDecoderLayer(LlamaDecoderLayer):
+    def __init__(self, config: MSDDraftConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.self_attn = MSDDraftAttention(config, layer_idx)
+        if layer_idx == 0 and not config.input_layernorm:
+            self.input_layernorm = nn.Identity()
+
+
+class MSDDraftPreTrainedModel(PreTrainedModel):
+    config_class = MSDDraftConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MSDDraftDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    # The original checkpoints carry a copy of the target's embedding; ours is the target's own.
+    _keys_to_ignore_on_load_unexpected = [r"^embed_tokens\.weight$"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        # The draft has a generation config, saved and loaded with it: it holds the settings of the candidate tree.
+        return True
+
+    def adjust_generation_fn(
+        self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args, **kwargs
+    ) -> None:
+        # Called by `from_pretrained`. A checkpoint without `generation_config.json` keeps the defaults.
+        kwargs.pop("trust_remote_code", None)
+        if generation_config is not None:
+            self.generation_config = GenerationConfig.from_dict(generation_config.to_dict())
+            return
+        with suppress(OSError):
+            self.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+
+class MSDDraftModel(MSDDraftPreTrainedModel):
+    """
+    A draft for multimodal speculative decoding, given to `generate` of its target as `assistant_model`.
+
+    It owns `fc` and `layers` only. The token embedding and the language-model head are the target's, used by
+    reference, never copied or saved here. Settings of the candidate tree are in `generation_config`:
+    `num_assistant_tokens` (nodes of the tree with the root, 59), `tree_depth` (5), `tree_top_k` (10).
+
+    Example:
+
+    ```python
+    >>> from msd_hf import MSDDraftModel
+    >>> draft = MSDDraftModel.from_pretrained("lucylyn/MSD-LLaVA1.5-7B")
+    >>> out = target.generate(**inputs, assistant_model=draft, max_new_tokens=128)
+    ```
+    """
+
+    def __init__(self, config: MSDDraftConfig):
+        super().__init__(config)
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size)
+        self.layers = nn.ModuleList([MSDDraftDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.generation_config = GenerationConfig(
+            num_assistant_tokens=DEFAULT_NUM_ASSISTANT_TOKENS,
+            tree_depth=DEFAULT_TREE_DEPTH,
+            tree_top_k=DEFAULT_TREE_TOP_K,
+        )
+        self.post_init()
+
+    # `PreTrainedModel` looks for an embedding and a head of the model's own; the draft has neither.
+    def get_input_embeddings(self):
+        return None
+
+    def get_output_embeddings(self):
+        return None
+
+    @classmethod
+    def from_target(cls, target: PreTrainedModel, **overrides: Any) -> MSDDraftModel:
+        """
+        A draft with fresh weights, of the shape, dtype and device of a target.
+
+        Args:
+            target (`PreTrainedModel`): the target.
+            overrides: fields of [`MSDDraftConfig`] that shall differ from the target's decoder.
+        """
+        draft = cls(MSDDraftConfig.from_target(target, **overrides))
+        head = target.get_output_embeddings().weight
+        dtype = head.dtype if head.dtype.is_floating_point else target.dtype
+        return draft.to(device=head.device, dtype=dtype)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):  # type: ignore[override]
+        """
+        Loads a draft of this package, or one of the original MSD repository, from a folder or the Hub. Takes the
+        arguments of `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            MSDCheckpointError: when a weight is missing, unexpected or of the wrong shape, or when the folder holds
+                some other kind of model.
+        """
+        if not isinstance(config, PreTrainedConfig):
+            original = read_original_config(config or pretrained_model_name_or_path, **kwargs)
+            if original is not None:
+                # As in any `from_pretrained`, a field of the configuration may be overridden by name.
+                for name in [name for name in kwargs if name in MSDDraftConfig.__annotations__]:
+                    setattr(original, name, kwargs.pop(name))
+                config = original
+        return_loading_info = kwargs.pop("output_loading_info", False)
+        try:
+            draft, loading_info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+            )
+        except RuntimeError as error:  # a shape that differs
+            if "size mismatch" not in str(error) and "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise MSDCheckpointError(
+                f"The weights in {pretrained_model_name_or_path!r} do not have the shapes that its config.json "
+                f"describes: {error}"
+            ) from error
+        check_loading_info(pretrained_model_name_or_path, loading_info)
+        return (draft, loading_info) if return_loading_info else draft
+
+    def fuse(
+        self,
+        inputs_embeds: torch.Tensor,
+        hidden_states: torch.Tensor,
+        visual_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        The input of the first layer: `fc([embedding ; hidden state])` at text positions, the projected image
+        embedding as it is at visual positions.
+
+        Args:
+            inputs_embeds (`torch.Tensor` of shape `[B, T, H]`): row j is the embedding at sequence position j + 1.
+            hidden_states (`torch.Tensor` of shape `[B, T, H]`): row j is the last hidden state (after the final norm)
+                of the target at position j.
+            visual_mask (`torch.BoolTensor` of shape `[B, T]`, *optional*): true where row j is visual, that is where
+                position j + 1 is.
+
+        Returns:
+            `torch.Tensor` of shape `[B, T, H]`.
+        """
+        fused = self.fc(torch.cat([inputs_embeds, hidden_states], dim=-1))
+        if visual_mask is None or not self.config.decouple_visual_tokens:
+            return fused
+        return torch.where(visual_mask.unsqueeze(-1), inputs_embeds, fused)
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        hidden_states: torch.Tensor,
+        visual_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """
+        One pass of the draft.
+
+        Args:
+            inputs_embeds, hidden_states, visual_mask: see [`~MSDDraftModel.fuse`].
+            attention_mask (`torch.Tensor`, *optional*): `[B, S + T]` with 1 for slots that may be seen, or an additive
+                mask `[B, 1, T, S + T]` in the draft's dtype. Without one, attention is causal.
+            position_ids (`torch.LongTensor` of shape `[B, T]`, *optional*): default: the slots of the cache.
+            past_key_values (`Cache`, *optional*): keys and values of S earlier rows; extended in place.
+            use_cache (`bool`, *optional*): make a cache when none is given.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPast`] with `last_hidden_state` of shape `[B, T, H]`,
+            of which row j, given to the target's head, predicts the token at position j + 2.
+        """
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        states = self.fuse(inputs_embeds, hidden_states, visual_mask)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(states.shape[1], device=states.device).unsqueeze(0) + past_length
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(states, position_ids=position_ids)
+        for layer in self.layers:
+            states = layer(
+                states,
+                attention_mask=causal_mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=past_key_values)
+
+
+__all__ = ["MSDDraftModel", "MSDDraftPreTrainedModel"]

@@ -1,0 +1,69 @@
+"""A streamer that shows which tokens were drafted and accepted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from transformers.generation.streamers import BaseStreamer
+
+
+ACCEPTED_STYLE = "bold green"
+
+
+class AcceptanceStreamer(BaseStreamer):
+    """
+    Prints text as it is generated, with accepted draft tokens in green, or between ‹ and › where the terminal has no
+    colours.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): decodes.
+        console (`rich.console.Console`): prints.
+    """
+
+    def __init__(self, tokenizer: Any, console: Console):
+        self.tokenizer = tokenizer
+        self.console = console
+        self._coloured = console.is_terminal and not console.no_color
+        self._tokens: list[int] = []
+        self._shown = ""
+        self._in_draft = False
+        self._is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        """Receives the prompt, which is not shown."""
+        if self._is_prompt:
+            self._is_prompt = False
+        else:
+            self.put_verified(value.reshape(-1), 0)
+
+    def put_verified(self, tokens: torch.Tensor, num_draft_tokens: int) -> None:
+        """Receives the tokens of one verification, of which the first `num_draft_tokens` were drafted."""
+        for index, token in enumerate(tokens.tolist()):
+            self._tokens.append(token)
+            text = self.tokenizer.decode(self._tokens, skip_special_tokens=True)
+            if text.endswith("�"):  # the bytes of a character are not complete yet
+                continue
+            self._print(text[len(self._shown) :], accepted=index < num_draft_tokens)
+            self._shown = text
+
+    def end(self) -> None:
+        if self._in_draft and not self._coloured:
+            self.console.print("›", end="", markup=False, highlight=False)
+        self.console.print()
+
+    def _print(self, piece: str, accepted: bool) -> None:
+        if not piece:
+            return
+        if self._coloured:
+            self.console.print(Text(piece, style=ACCEPTED_STYLE if accepted else ""), end="", soft_wrap=True)
+        else:
+            if accepted != self._in_draft:
+                piece = ("‹" if accepted else "›") + piece
+            self.console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        self._in_draft = accepted
+
+
+__all__ = ["AcceptanceStreamer"]

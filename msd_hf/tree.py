@@ -1,0 +1,235 @@
+"""The candidate tree: settings, growth and re-ranking as pure tensor operations (paper section 3.2; EAGLE-2).
+
+Nodes are numbered in *flat order*: the root is node 0, then level by level. So a parent always has a smaller number
+than its children, and the accepted path is an increasing list of nodes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .errors import MSDError
+
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+DEFAULT_NUM_ASSISTANT_TOKENS = 59
+DEFAULT_TREE_DEPTH = 5
+DEFAULT_TREE_TOP_K = 10
+
+# Log-probabilities are clamped here so that sums stay finite: `-inf` would tie with its own children.
+MIN_LOG_PROB = -1e4
+
+
+@dataclass(frozen=True)
+class TreeSettings:
+    """How large the candidate tree may grow.
+
+    Args:
+        num_nodes (`int`): nodes of the tree, the root included. 1 means no drafting at all.
+        depth (`int`): expansions after the first; nodes reach at most `depth + 1` levels below the root.
+        top_k (`int`): candidates per expanded node, and nodes expanded per level. 1 makes the tree a chain.
+    """
+
+    num_nodes: int = DEFAULT_NUM_ASSISTANT_TOKENS
+    depth: int = DEFAULT_TREE_DEPTH
+    top_k: int = DEFAULT_TREE_TOP_K
+
+    def __post_init__(self) -> None:
+        for name, value, minimum in (
+            ("num_assistant_tokens", self.num_nodes, 1),
+            ("tree_depth", self.depth, 0),
+            ("tree_top_k", self.top_k, 1),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+                raise MSDError(
+                    f"`draft.generation_config.{name}` must be an integer of at least {minimum}, got {value!r}."
+                )
+
+    @classmethod
+    def from_generation_config(cls, generation_config: GenerationConfig) -> TreeSettings:
+        """Reads `num_assistant_tokens`, `tree_depth` and `tree_top_k` of a draft's generation config.
+
+        Raises:
+            MSDError: when one of them is not an integer in its range.
+        """
+
+        def read(name: str, default: int) -> int:
+            value = getattr(generation_config, name, None)
+            return default if value is None else value
+
+        return cls(
+            num_nodes=read("num_assistant_tokens", DEFAULT_NUM_ASSISTANT_TOKENS),
+            depth=read("tree_depth", DEFAULT_TREE_DEPTH),
+            top_k=read("tree_top_k", DEFAULT_TREE_TOP_K),
+        )
+
+    def limited_to(self, num_levels: int) -> TreeSettings:
+        """The same settings for a tree of at most `num_levels` levels below the root: near the length limit deeper
+        nodes could never be emitted."""
+        if num_levels <= 0:
+            return TreeSettings(1, 0, self.top_k)
+        return self if num_levels > self.depth else TreeSettings(self.num_nodes, num_levels - 1, self.top_k)
+
+
+@dataclass
+class CandidateTree:
+    """A batch of candidate trees.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `[B, N]`): token of each node; node 0 is the root, the last emitted token.
+        parents (`torch.LongTensor` of shape `[B, N]`): parent node of each node; the root is its own parent.
+        depths (`torch.LongTensor` of shape `[B, N]`): levels below the root.
+        ancestors (`torch.BoolTensor` of shape `[B, N, N]`): `[b, i, j]` is true if node j is node i or above it.
+        max_depth (`int`): an upper bound of `depths`, known without reading them back from the device.
+    """
+
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    depths: torch.Tensor
+    ancestors: torch.Tensor
+    max_depth: int
+
+    @classmethod
+    def from_parents(cls, tokens: torch.Tensor, parents: torch.Tensor, max_depth: int) -> CandidateTree:
+        """Completes a tree of which tokens and parents are known (both `[B, N]`, root first, in flat order)."""
+        num_nodes = tokens.shape[1]
+        steps = torch.eye(num_nodes, dtype=torch.float32, device=tokens.device).expand(tokens.shape[0], -1, -1).clone()
+        steps.scatter_(2, parents.unsqueeze(2), 1.0)
+        # [B, N, N]; squaring a reachability matrix doubles the number of levels that it spans.
+        for _ in range(math.ceil(math.log2(max(max_depth, 1)))):
+            steps = (steps @ steps).clamp_(max=1.0)
+        ancestors = steps > 0.5
+        return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, max_depth)
+
+    def to(self, device: torch.device) -> CandidateTree:
+        """The tree on another device."""
+        return CandidateTree(
+            tokens=self.tokens.to(device),
+            parents=self.parents.to(device),
+            depths=self.depths.to(device),
+            ancestors=self.ancestors.to(device),
+            max_depth=self.max_depth,
+        )
+
+
+class TreeGrowth:
+    """Grows a tree level by level: each of the `top_k` frontier nodes proposes `top_k` tokens, the `top_k` best of
+    these by cumulative log-probability are the next frontier, and in the end the best of all are kept.
+
+    Args:
+        root (`torch.LongTensor` of shape `[B]`): the last emitted token.
+        settings (`TreeSettings`): the size of the tree.
+    """
+
+    def __init__(self, root: torch.Tensor, settings: TreeSettings):
+        self.root = root
+        self.settings = settings
+        self._tokens: list[torch.Tensor] = []
+        self._scores: list[torch.Tensor] = []
+        self._parents: list[torch.Tensor] = []
+        self._num_candidates = 0
+        # Of the frontier: index among all candidates, cumulative log-probability, both [B, K]; ancestor mask among
+        # the nodes that were expanded so far, [B, K, expanded].
+        self._frontier = root.new_full((root.shape[0], 1), -1)
+        self._frontier_scores: torch.Tensor | None = None
+        self._ancestors: torch.Tensor | None = None
+
+    @property
+    def frontier_ancestors(self) -> torch.Tensor:
+        """`[B, K, expanded]`: of the nodes expanded so far, each frontier node's ancestors and itself."""
+        if self._ancestors is None:
+            raise MSDError("The root has not been expanded yet.")
+        return self._ancestors
+
+    def expand(self, log_probs: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds the candidates of one level and picks the next frontier.
+
+        Args:
+            log_probs (`torch.Tensor` of shape `[B, F, K]`): the K best log-probabilities at each of the F frontier
+                nodes (F is 1 at the root, K after it).
+            tokens (`torch.LongTensor` of shape `[B, F, K]`): their tokens.
+
+        Returns:
+            The tokens of the next frontier (`[B, K]`), and for each the frontier node above it (`[B, K]`).
+        """
+        batch_size, _, top_k = log_probs.shape
+        scores = log_probs.clamp(min=MIN_LOG_PROB)
+        if self._frontier_scores is not None:
+            above = self._frontier_scores.unsqueeze(2)  # [B, F, 1]
+            # A log-probability of exactly 0 would tie a node with its parent, and top-k could keep the child alone.
+            scores = torch.minimum(scores + above, torch.nextafter(above, above.new_tensor(-math.inf)))
+        flat_scores, flat_tokens = scores.flatten(1), tokens.flatten(1)  # [B, F * K]
+        self._tokens.append(flat_tokens)
+        self._scores.append(flat_scores)
+        self._parents.append(self._frontier.repeat_interleave(top_k, dim=1))
+
+        if self._frontier_scores is None:
+            picked = torch.arange(top_k, device=tokens.device).expand(batch_size, -1)
+            self._frontier_scores = flat_scores
+        else:
+            self._frontier_scores, picked = flat_scores.topk(top_k, dim=1)
+        above_index = picked // top_k  # [B, K]
+        self._frontier = picked + self._num_candidates
+        self._num_candidates += flat_scores.shape[1]
+
+        own = torch.eye(top_k, dtype=torch.bool, device=tokens.device).expand(batch_size, -1, -1)
+        if self._ancestors is not None:
+            inherited = self._ancestors.gather(1, above_index.unsqueeze(2).expand(-1, -1, self._ancestors.shape[2]))
+            own = torch.cat([inherited, own], dim=2)
+        self._ancestors = own
+        return flat_tokens.gather(1, picked), above_index
+
+    def finish(self) -> CandidateTree:
+        """Keeps the best candidates of all levels, in flat order."""
+        root = self.root.unsqueeze(1)
+        num_kept = min(self.settings.num_nodes - 1, self._num_candidates)
+        if num_kept == 0:
+            return CandidateTree.from_parents(root, torch.zeros_like(root), max_depth=0)
+        tokens, scores, parents = (torch.cat(part, dim=1) for part in (self._tokens, self._scores, self._parents))
+        kept = scores.topk(num_kept, dim=1).indices.sort(dim=1).values  # [B, N - 1]
+        kept_parents = parents.gather(1, kept)
+        # The parent of a kept candidate is kept too, so its place among the kept is its node number less one; the
+        # root (-1) sorts before all of them.
+        parent_nodes = torch.where(kept_parents < 0, 0, torch.searchsorted(kept, kept_parents) + 1)
+        return CandidateTree.from_parents(
+            torch.cat([root, tokens.gather(1, kept)], dim=1),
+            torch.cat([torch.zeros_like(root), parent_nodes], dim=1),
+            max_depth=len(self._tokens),
+        )
+
+
+def tree_attention_mask(
+    visible: torch.Tensor,
+    context_length: int,
+    dtype: torch.dtype,
+    prompt_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    The additive attention mask of tree nodes over a cached context and the nodes themselves. Additive and in the
+    model's dtype because eager attention adds a mask as it is, and because sdpa on CPU mistakes other dtypes.
+
+    Args:
+        visible (`torch.BoolTensor` of shape `[B, T, E]`): which of E nodes behind the context each of T queries sees.
+        context_length (`int`): cached slots S before the nodes; all are seen but those that `prompt_mask` excludes.
+        dtype (`torch.dtype`): dtype of the model.
+        prompt_mask (`torch.BoolTensor` of shape `[B, L]`, *optional*): false at the padding among the first L slots.
+
+    Returns:
+        `torch.Tensor` of shape `[B, 1, T, S + E]`: 0 where attention is allowed, the dtype's minimum elsewhere.
+    """
+    batch_size, num_queries, num_nodes = visible.shape
+    mask = torch.zeros(batch_size, 1, num_queries, context_length + num_nodes, dtype=dtype, device=visible.device)
+    lowest = torch.finfo(dtype).min
+    mask[..., context_length:].masked_fill_(~visible.unsqueeze(1), lowest)
+    if prompt_mask is not None:
+        mask[..., : prompt_mask.shape[1]].masked_fill_(~prompt_mask[:, None, None], lowest)
+    return mask
+
+
+__all__ = ["CandidateTree", "TreeGrowth", "TreeSettings", "tree_attention_mask"]

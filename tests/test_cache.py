@@ -1,0 +1,91 @@
+"""The in-place cache layer against transformers' own `DynamicLayer`."""
+
+import random
+
+import pytest
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from msd_hf.cache import InPlaceLayer, keep_slots, make_in_place, truncate
+
+
+def states(length: int, batch_size: int = 2, heads: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(batch_size, heads, length, 4), torch.randn(batch_size, heads, length, 6)
+
+
+@pytest.mark.parametrize("max_slots", [None, 8, 1000])
+def test_behaves_like_a_dynamic_layer_under_everything_generate_does(max_slots):
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    ours, theirs = InPlaceLayer(max_slots), DynamicLayer()
+    for _ in range(200):
+        operation = rng.choice(["update", "update", "update", "crop", "reorder", "repeat", "select", "reset"])
+        batch_size = ours.keys.shape[0] if ours.get_seq_length() else 2
+        if operation == "update":
+            new = states(rng.choice([1, 1, 5, 60]), batch_size)
+            for got, expected in zip(ours.update(*new), theirs.update(*new), strict=True):
+                assert torch.equal(got, expected)
+        elif operation == "crop" and ours.get_seq_length() > 3:
+            ours.crop(-3)
+            theirs.crop(-3)
+        elif operation == "reorder" and ours.get_seq_length():
+            order = torch.randperm(batch_size)
+            ours.reorder_cache(order)
+            theirs.reorder_cache(order)
+        elif operation == "repeat" and 0 < batch_size <= 4:
+            ours.batch_repeat_interleave(2)
+            theirs.batch_repeat_interleave(2)
+        elif operation == "select" and batch_size > 2:
+            ours.batch_select_indices(torch.tensor([1, 0]))
+            theirs.batch_select_indices(torch.tensor([1, 0]))
+        elif operation == "reset" and rng.random() < 0.2:
+            ours, theirs = InPlaceLayer(max_slots), DynamicLayer()
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        assert ours.get_mask_sizes(3) == theirs.get_mask_sizes(3)
+        if ours.get_seq_length():
+            assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+
+
+def test_grows_without_copying_what_it_holds():
+    layer = InPlaceLayer(max_slots=500)
+    layer.update(*states(200))
+    start = layer.keys.data_ptr()
+    for _ in range(50):
+        layer.update(*states(6))
+    assert layer.keys.data_ptr() == start and layer.get_seq_length() == 500
+    layer.update(*states(1))  # over the bound: it still works, in a new buffer
+    assert layer.keys.data_ptr() != start and layer.get_seq_length() == 501
+
+
+def test_keeps_accepted_slots_in_place():
+    torch.manual_seed(0)
+    layer = InPlaceLayer()
+    keys, values = states(10)
+    layer.update(keys, values)
+    start = layer.keys.data_ptr()
+    slots = torch.tensor([[0, 2, 5], [0, 1, 3]])  # each row keeps its own
+    layer.keep_slots(4, slots)
+    assert layer.keys.data_ptr() == start and layer.get_seq_length() == 7
+    for row in range(2):
+        kept = torch.cat([torch.arange(4), slots[row] + 4])
+        assert torch.equal(layer.keys[row], keys[row, :, kept])
+        assert torch.equal(layer.values[row], values[row, :, kept])
+    new = states(2)
+    layer.update(*new)
+    assert torch.equal(layer.keys[:, :, 7:], new[0]) and layer.keys.data_ptr() == start
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_a_dynamic_cache_is_turned_in_place_as_the_same_object(lazy):
+    cache = DynamicCache()
+    if not lazy:
+        cache.layers = [DynamicLayer(), DynamicLayer()]
+    make_in_place(cache, 300)
+    for layer_idx in range(2):
+        cache.update(*states(20), layer_idx)
+    assert isinstance(cache, Cache) and [type(layer) for layer in cache.layers] == [InPlaceLayer, InPlaceLayer]
+    keep_slots(cache, 5, torch.tensor([[3], [1]]))
+    assert cache.get_seq_length() == 6
+    truncate(cache, 2)
+    assert cache.get_seq_length() == 2

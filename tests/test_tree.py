@@ -1,0 +1,139 @@
+"""Growth of the candidate tree against the original implementation, and its edge cases."""
+
+from types import SimpleNamespace
+
+import golden_sets
+import pytest
+import torch
+
+from msd_hf import MSDError
+from msd_hf.candidate_generator import MSDCandidateGenerator
+from msd_hf.targets import TargetPrefill
+from msd_hf.tree import CandidateTree, TreeGrowth, TreeSettings, tree_attention_mask
+
+
+TREES = [
+    "tree_llava_total59",
+    "tree_llava_total60",
+    "tree_qwen2vl_total59",
+    "tree_qwen2vl_total60",
+    "tree_text_total59",
+    "tree_text_total8_k3_d2",
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", TREES)
+def test_trees_of_three_rounds_reproduce_the_original(name, dtype, tmp_path):
+    values, info = golden_sets.load(name)
+    weights_name = info["weights"].removesuffix(".safetensors")
+    draft = golden_sets.load_draft(weights_name, tmp_path, dtype)
+    table = golden_sets.load(weights_name)[0]["embed_tokens.weight"].to(dtype)
+    head = golden_sets.load("lm_head")[0]["lm_head.weight"].to(dtype) * info["head_scale"]
+    target = SimpleNamespace(embed=lambda tokens: table[tokens], head=lambda states: states @ head.T)
+    generator = MSDCandidateGenerator(draft, target)
+    settings = TreeSettings(info["total_tokens_arg"], info["depth"], info["top_k"])
+
+    token = torch.tensor([info["sample_token"]])
+    visual_mask = golden_sets.shifted_visual_mask(values, 315 if "qwen2vl" in name else None, info["N_image"] or 0)
+    prefill = TargetPrefill(
+        logits=None,
+        inputs_embeds=values["target_inputs_embeds"].to(dtype),
+        hidden_states=values["r1.hidden_states"].to(dtype),
+        visual_mask=torch.cat([visual_mask[:, :1] & False, visual_mask[:, :-1]], dim=1),  # back to unshifted
+        prompt_mask=None,
+        next_position=None,
+    )
+    with torch.no_grad():
+        generator.prefill(prefill, token)
+        for number in (1, 2, 3):
+            if number > 1:
+                hidden_states = values[f"r{number}.hidden_states"].to(dtype)
+                tokens = values[f"r{number}.input_ids"][:, -hidden_states.shape[1] :]
+                generator.accept(tokens, hidden_states)
+                token = tokens[:, -1]
+            tree = generator.propose(token, settings)
+            assert tree.tokens.tolist() == values[f"r{number}.draft_tokens"].tolist()
+            assert tree.parents[0, 1:].tolist() == values[f"r{number}.parent"].tolist()[1:]
+            assert tree.depths[0].tolist() == values[f"r{number}.tree_position_ids"].tolist()
+            assert torch.equal(tree.ancestors[0], values[f"r{number}.tree_mask"].bool())
+
+
+def random_growth(settings: TreeSettings, batch_size: int, vocab_size: int = 30, sharpness: float = 1.0):
+    growth = TreeGrowth(torch.arange(batch_size), settings)
+    frontier = 1
+    for _ in range(settings.depth + 1):
+        logits = sharpness * torch.randn(batch_size, frontier, vocab_size)
+        log_probs, tokens = logits.log_softmax(-1).topk(settings.top_k)
+        growth.expand(log_probs, tokens)
+        frontier = settings.top_k
+    return growth.finish()
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 1.0, 1e4])
+@pytest.mark.parametrize("settings", [(1, 5, 10), (2, 0, 3), (59, 5, 10), (8, 7, 1), (500, 2, 3), (16, 0, 10)])
+def test_every_tree_is_well_formed(settings, sharpness):
+    """Also when log-probabilities are exactly 0 (sharpness 1e4), so that a child ties with its parent."""
+    torch.manual_seed(0)
+    settings = TreeSettings(*settings)
+    tree = random_growth(settings, batch_size=3, sharpness=sharpness)
+    available = 1 + settings.top_k + settings.depth * settings.top_k**2
+    assert tree.tokens.shape == (3, min(settings.num_nodes, available))
+    for row in range(3):
+        parents, tokens, depths = tree.parents[row].tolist(), tree.tokens[row].tolist(), tree.depths[row].tolist()
+        assert (parents[0], depths[0], tokens[0]) == (0, 0, row)
+        siblings = set()
+        for node in range(1, len(parents)):
+            assert parents[node] < node  # flat order
+            assert depths[node] == depths[parents[node]] + 1
+            assert (parents[node], tokens[node]) not in siblings
+            siblings.add((parents[node], tokens[node]))
+            chain, current = {0}, node
+            while current != 0:
+                chain.add(current)
+                current = parents[current]
+            assert set(tree.ancestors[row, node].nonzero()[:, 0].tolist()) == chain
+        assert max(depths) <= settings.depth + 1
+
+
+def test_a_sure_draft_gives_a_chain_down_to_the_last_level():
+    """With probability 1 on one token everywhere, the path of these tokens must be in the tree, parents with it."""
+    settings = TreeSettings(num_nodes=7, depth=5, top_k=4)
+    growth = TreeGrowth(torch.tensor([9]), settings)
+    for level in range(6):
+        log_probs = torch.full((1, 1 if level == 0 else 4, 4), -torch.inf)
+        log_probs[..., 0] = 0.0
+        growth.expand(log_probs, torch.arange(4).expand_as(log_probs).contiguous())
+    tree = growth.finish()
+    assert tree.depths.tolist() == [[0, 1, 2, 3, 4, 5, 6]]
+    assert tree.parents.tolist() == [[0, 0, 1, 2, 3, 4, 5]]
+
+
+def test_mask_shows_the_context_and_the_ancestors():
+    tree = CandidateTree.from_parents(torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 0, 0, 2]]), max_depth=2)
+    prompt_mask = torch.tensor([[False, True]])
+    mask = tree_attention_mask(tree.ancestors, 3, torch.float64, prompt_mask)
+    allowed = [
+        [0, 1, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 0, 1, 0],
+        [0, 1, 1, 1, 0, 1, 1],
+    ]
+    assert mask.dtype == torch.float64 and mask.shape == (1, 1, 4, 7)
+    assert (mask[0, 0] == 0).long().tolist() == allowed
+    assert mask.min() == torch.finfo(torch.float64).min
+
+
+@pytest.mark.parametrize(
+    "name, value", [("num_assistant_tokens", 0), ("tree_depth", -1), ("tree_top_k", 0), ("tree_top_k", 2.5)]
+)
+def test_settings_out_of_range_are_refused_by_name(name, value):
+    with pytest.raises(MSDError, match=f"{name}.*got {value}"):
+        TreeSettings.from_generation_config(SimpleNamespace(**{name: value}))
+
+
+def test_levels_that_could_not_be_emitted_are_not_drafted():
+    settings = TreeSettings(20, 5, 4)
+    assert settings.limited_to(6) == settings
+    assert settings.limited_to(2) == TreeSettings(20, 1, 4)
+    assert settings.limited_to(0).num_nodes == 1
