@@ -40,6 +40,7 @@ _LLAMA_FIELDS = (
     "bos_token_id",
     "eos_token_id",
 )
+MAX_LAYERS = 4  # the published drafts have one layer; a target has dozens
 _REQUIRED_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
 
 
@@ -100,10 +101,14 @@ def config_from_original(original: Mapping[str, Any], source: str = "config.json
         raise MSDCheckpointError(f"{source!r}: model_type {model_type!r} is none of {sorted(_ORIGINAL_KINDS)}.")
     # A whole LLaVA or Qwen2-VL has the same model_type; only a draft's decoder fields stand at the top level.
     missing = [name for name in _REQUIRED_FIELDS if original.get(name) is None]
-    if missing or (original.get("vision_config") and original.get("num_hidden_layers", 1) > 4):
+    if missing or original.get("num_hidden_layers", 1) > MAX_LAYERS:
         raise MSDCheckpointError(
             f"{source!r} has model_type {model_type!r} but is not a draft of the original MSD repository "
-            + (f"(no {', '.join(missing)} in config.json)." if missing else "(it looks like a whole target).")
+            + (
+                f"(no {', '.join(missing)} in config.json)."
+                if missing
+                else f"({original['num_hidden_layers']} layers)."
+            )
             + " Give the draft's folder or repository, not the target's."
         )
     fields = {name: original[name] for name in _LLAMA_FIELDS if original.get(name) is not None}
