@@ -136,7 +136,7 @@ def check_loading_info(name_or_path: str | Path, loading_info: Mapping[str, Any]
         MSDCheckpointError: names every key that is missing, unexpected or of the wrong shape.
     """
     problems = [
-        f"{what}: {', '.join(sorted(str(key) for key in loading_info.get(name) or ()))}"
+        f"{what}: {', '.join(sorted(_name_of(key) for key in loading_info[name]))}"
         for what, name in (
             ("missing", "missing_keys"),
             ("unexpected", "unexpected_keys"),
@@ -150,6 +150,13 @@ def check_loading_info(name_or_path: str | Path, loading_info: Mapping[str, Any]
             + "; ".join(problems)
             + "."
         )
+
+
+def _name_of(key: str | tuple[Any, ...]) -> str:
+    if isinstance(key, str):
+        return key
+    name, found, expected = key
+    return f"{name} ({list(found)}, expected {list(expected)})"
 
 
 __all__ = ["check_loading_info", "config_from_original", "read_original_config"]

@@ -113,7 +113,8 @@ def _run(
     target_config = AutoConfig.from_pretrained(target_name)
     draft = MSDDraftModel.from_pretrained(draft_name)
     check_pair(target_config, draft.config)
-    inputs = build_inputs(AutoProcessor.from_pretrained(target_name), prompt, image)
+    processor = AutoProcessor.from_pretrained(target_name)
+    inputs = build_inputs(processor, prompt, image)
     target = AutoModelForImageTextToText.from_pretrained(target_name, dtype=resolved_dtype).to(resolved_device)
     draft = draft.to(device=resolved_device, dtype=target.dtype)
     inputs = inputs.to(resolved_device, dtype=target.dtype)
@@ -122,7 +123,7 @@ def _run(
         arguments["temperature"] = temperature
 
     # The first call of anything is slower; the stream warms both up.
-    streamer = AcceptanceStreamer(AutoProcessor.from_pretrained(target_name).tokenizer, console)
+    streamer = AcceptanceStreamer(processor.tokenizer, console)
     torch.manual_seed(seed)
     target.generate(**inputs, **arguments, assistant_model=draft, streamer=streamer)
     torch.manual_seed(seed)

@@ -14,7 +14,6 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 from .checkpoints import check_loading_info, read_original_config
 from .configuration_msd import MSDDraftConfig
-from .errors import MSDCheckpointError
 from .tree import DEFAULT_NUM_ASSISTANT_TOKENS, DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K
 
 
@@ -131,17 +130,17 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
                     setattr(original, name, kwargs.pop(name))
                 config = original
         return_loading_info = kwargs.pop("output_loading_info", False)
-        try:
-            draft, loading_info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
-            )
-        except RuntimeError as error:  # a shape that differs
-            if "size mismatch" not in str(error) and "ignore_mismatched_sizes" not in str(error):
-                raise
-            raise MSDCheckpointError(
-                f"The weights in {pretrained_model_name_or_path!r} do not have the shapes that its config.json "
-                f"describes: {error}"
-            ) from error
+        accept_other_shapes = kwargs.pop("ignore_mismatched_sizes", False)
+        draft, loading_info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to report them with the others, by name
+            **kwargs,
+        )
+        if accept_other_shapes:
+            loading_info = {**loading_info, "mismatched_keys": set()}
         check_loading_info(pretrained_model_name_or_path, loading_info)
         return (draft, loading_info) if return_loading_info else draft
 

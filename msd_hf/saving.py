@@ -21,8 +21,10 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield temporary
-        # mkdtemp makes folders that only their owner can read.
+        # mkdtemp makes folders that only their owner can read, safetensors files likewise.
         temporary.chmod(0o755)
+        for path in temporary.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)

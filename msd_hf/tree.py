@@ -159,7 +159,8 @@ class TreeGrowth:
             The tokens of the next frontier (`[B, K]`), and for each the frontier node above it (`[B, K]`).
         """
         batch_size, _, top_k = log_probs.shape
-        scores = log_probs.clamp(min=MIN_LOG_PROB)
+        # A half-precision draft may overflow; the target decides anyway, but NaN would break the order.
+        scores = log_probs.nan_to_num(nan=MIN_LOG_PROB).clamp(min=MIN_LOG_PROB)
         if self._frontier_scores is not None:
             above = self._frontier_scores.unsqueeze(2)  # [B, F, 1]
             # A log-probability of exactly 0 would tie a node with its parent, and top-k could keep the child alone.

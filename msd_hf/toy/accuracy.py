@@ -1,0 +1,105 @@
+"""Accuracy of a model on held-out questions, by real generation."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from .dataset import Prompt, make_prompts
+from .text_questions import TEXT_KINDS
+from .turns import has_facts
+from .visual_questions import VISUAL_KINDS
+
+
+@dataclass(frozen=True)
+class Score:
+    """Correct answers, answers equal to the reference, and questions of one kind."""
+
+    correct: int
+    exact: int
+    total: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correct answers, 0-1."""
+        return self.correct / self.total
+
+
+def make_evaluation_prompts(prompts_per_kind: int, seed: int, split: str = "test") -> list[Prompt]:
+    """`prompts_per_kind` held-out questions of each visual and text kind."""
+    kinds = [*VISUAL_KINDS, *TEXT_KINDS]
+    return [prompt for kind in kinds for prompt in make_prompts(split, prompts_per_kind, seed, kind)]
+
+
+@torch.inference_mode()
+def generate_answers(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    prompts: Sequence[Prompt],
+    batch_size: int = 40,
+    max_new_tokens: int = 140,
+) -> list[str]:
+    """Greedy answers of the model, in the order of the prompts."""
+    answers: dict[int, str] = {}
+    model.eval()
+    # The type of generate's `self` is a protocol that type checkers do not see the model fulfil.
+    generate = cast(Any, model).generate
+    # Neighbours in length (and all with or all without an image) waste the least padding.
+    order = sorted(range(len(prompts)), key=lambda i: (prompts[i].image is None, prompts[i].kind))
+    for start in tqdm(range(0, len(order), batch_size), desc="answering"):
+        chosen = order[start : start + batch_size]
+        texts = [processor.apply_chat_template(prompts[i].messages, add_generation_prompt=True) for i in chosen]
+        images = [image for i in chosen if (image := prompts[i].image) is not None]
+        inputs = processor(text=texts, images=images or None, padding=True, return_tensors="pt").to(model.device)
+        output = generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        generated = output[:, inputs["input_ids"].size(1) :]
+        for i, text in zip(chosen, processor.batch_decode(generated, skip_special_tokens=True), strict=True):
+            answers[i] = text.strip()
+    return [answers[i] for i in range(len(prompts))]
+
+
+def score_answers(prompts: Sequence[Prompt], answers: Sequence[str]) -> dict[str, Score]:
+    """Score per question kind. An answer is correct when it has all facts of its prompt."""
+    if len(prompts) != len(answers):
+        raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers.")
+    rows: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        rows[prompt.kind].append((has_facts(answer, prompt.facts), answer.strip() == prompt.answer))
+    return {
+        kind: Score(sum(correct for correct, _ in row), sum(exact for _, exact in row), len(row))
+        for kind, row in rows.items()
+    }
+
+
+def total_score(scores: dict[str, Score]) -> Score:
+    """All kinds together."""
+    parts = list(scores.values())
+    return Score(sum(s.correct for s in parts), sum(s.exact for s in parts), sum(s.total for s in parts))
+
+
+def accuracy_table(scores: dict[str, Score]) -> Table:
+    """A printable table of `score_answers`' result."""
+    table = Table(title="Held-out questions answered")
+    table.add_column("question kind")
+    for name in ("correct", "word for word", "questions"):
+        table.add_column(name, justify="right")
+    groups = (("visual", VISUAL_KINDS), ("text", TEXT_KINDS))
+    for group, kinds in groups:
+        chosen = {kind: score for kind, score in scores.items() if kind in kinds}
+        if not chosen:
+            continue
+        for kind, score in (*chosen.items(), (f"[bold]all {group}[/bold]", total_score(chosen))):
+            table.add_row(kind, f"{score.accuracy:.1%}", f"{score.exact / score.total:.1%}", str(score.total))
+        table.add_section()
+    overall = total_score(scores)
+    table.add_row(
+        "[bold]all[/bold]", f"{overall.accuracy:.1%}", f"{overall.exact / overall.total:.1%}", str(overall.total)
+    )
+    return table

@@ -1,0 +1,120 @@
+"""Make the toy pair from nothing: `python -m msd_hf.toy.build --output DIR`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.utils import logging
+
+from ..modeling_msd import MSDDraftModel
+from .accuracy import accuracy_table, generate_answers, make_evaluation_prompts, score_answers
+from .dataset import SampleKind
+from .draft import Features, extract_features, save_draft, train_draft
+from .evaluate import evaluate_pair
+from .processor import build_processor
+from .target import build_shallow_target, deepen, save_target, scale_projector, train_target
+from .training import Budget
+from .vision import pretrain_vision_tower
+
+
+logger = logging.get_logger(__name__)
+console = Console(width=100)
+
+# The deepened model starts from what it knows, so it takes smaller steps.
+DEEP_RATE = 0.3
+
+
+def build_pair(
+    output: Annotated[Path, typer.Option(help="Folder that `target` and `draft` are written to.")],
+    vision_seconds: Annotated[float, typer.Option(help="Wall clock for training the vision tower alone.")] = 120.0,
+    shallow_seconds: Annotated[float, typer.Option(help="Wall clock for training a shallow target.")] = 1500.0,
+    deep_seconds: Annotated[float, typer.Option(help="Wall clock for training all of its layers.")] = 600.0,
+    draft_seconds: Annotated[float, typer.Option(help="Wall clock for training the draft.")] = 600.0,
+    vision_steps: Annotated[int | None, typer.Option(help="Steps instead of a time.")] = None,
+    shallow_steps: Annotated[int | None, typer.Option(help="Steps instead of a time.")] = None,
+    deep_steps: Annotated[int | None, typer.Option(help="Steps instead of a time.")] = None,
+    draft_steps: Annotated[int | None, typer.Option(help="Steps instead of a time.")] = None,
+    draft_samples: Annotated[int, typer.Option(help="Conversations to learn from, half of them visual.")] = 8000,
+    batch_size: Annotated[int, typer.Option(help="Conversations per step.")] = 16,
+    prompts_per_kind: Annotated[int, typer.Option(help="Held-out questions of each kind in the final test.")] = 40,
+    draft_only: Annotated[bool, typer.Option("--draft-only", help="Keep the target that is in the folder.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of data and initial weights.")] = 0,
+) -> None:
+    """Train and save a target and its draft, and measure both on held-out questions."""
+    logging.set_verbosity_info()
+    started = time.monotonic()
+    if not draft_only:
+        budgets = (
+            Budget(vision_steps, None if vision_steps else vision_seconds),
+            Budget(shallow_steps, None if shallow_steps else shallow_seconds),
+            Budget(deep_steps, None if deep_steps else deep_seconds),
+        )
+        build_target_folder(output / "target", *budgets, batch_size, prompts_per_kind, seed)
+        console.print(f"target after {(time.monotonic() - started) / 60:.1f} minutes")
+    draft_budget = Budget(draft_steps, None if draft_steps else draft_seconds)
+    build_draft_folder(output / "draft", output / "target", draft_budget, draft_samples, batch_size, seed)
+    console.print(f"draft after {(time.monotonic() - started) / 60:.1f} minutes")
+    evaluate_pair(output / "target", output / "draft", repeats=1, seed=seed)
+
+
+def build_target_folder(
+    folder: Path,
+    vision_budget: Budget,
+    shallow_budget: Budget,
+    deep_budget: Budget,
+    batch_size: int,
+    prompts_per_kind: int,
+    seed: int,
+) -> None:
+    """Trains the vision tower, then a shallow target, then the whole one; saves it; prints its accuracy on held-out
+    questions."""
+    processor = build_processor(seed)
+    model = build_shallow_target(processor, seed)
+    probes = pretrain_vision_tower(model.model.vision_tower, processor, vision_budget, seed)
+    console.print("vision tower:", {name: f"{value:.1%}" for name, value in probes.items()})
+    scale_projector(model, processor, seed)
+    train_target(model, processor, shallow_budget, seed, batch_size)
+    model = deepen(model, processor)
+    console.print(f"{model.num_parameters():,} parameters, {torch.get_num_threads()} threads")
+    train_target(model, processor, deep_budget, seed + 1, batch_size, DEEP_RATE)
+    save_target(model, processor, folder)
+    # Measure what is on disk: the rounded weights, loaded the way a user loads them.
+    print_accuracy(LlavaForConditionalGeneration.from_pretrained(folder), processor, prompts_per_kind, seed)
+
+
+def print_accuracy(
+    target: LlavaForConditionalGeneration, processor: LlavaProcessor, prompts_per_kind: int, seed: int
+) -> None:
+    """Prints the target's accuracy per question kind on the test split, by real generation."""
+    prompts = make_evaluation_prompts(prompts_per_kind, seed)
+    answers = generate_answers(target, processor, prompts)
+    console.print(accuracy_table(score_answers(prompts, answers)))
+    lengths = [len(processor.tokenizer(answer)["input_ids"]) for answer in answers]
+    console.print(f"mean answer length {sum(lengths) / len(lengths):.1f} tokens")
+
+
+def build_draft_folder(
+    folder: Path, target_folder: Path, budget: Budget, num_samples: int, batch_size: int, seed: int
+) -> None:
+    """Trains a fresh draft for a saved target, and saves it."""
+    processor = AutoProcessor.from_pretrained(target_folder)
+    target = LlavaForConditionalGeneration.from_pretrained(target_folder)
+    torch.manual_seed(seed)
+    draft = MSDDraftModel.from_target(target)
+    features: dict[SampleKind, list[Features]] = {
+        "text": extract_features(target, processor, "text", num_samples // 2, seed),
+        "visual": extract_features(target, processor, "visual", num_samples // 2, seed),
+    }
+    loss = train_draft(draft, target, features, budget, seed, batch_size)
+    console.print(f"draft of {draft.num_parameters():,} parameters, mean training loss {loss:.4f}")
+    save_draft(draft, folder)
+
+
+if __name__ == "__main__":
+    typer.run(build_pair)

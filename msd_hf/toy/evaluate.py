@@ -1,0 +1,75 @@
+"""tau, speedup and agreement of the toy pair on held-out questions: `python -m msd_hf.toy.evaluate`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers.utils import logging
+
+from ..evaluation import Comparison, compare, mean_acceptance_length, median_speedup
+from ..modeling_msd import MSDDraftModel
+from ..prompts import build_inputs
+from . import DRAFT_DIR, TARGET_DIR
+from .accuracy import make_evaluation_prompts
+from .visual_questions import VISUAL_KINDS
+
+
+def evaluate_pair(
+    target_folder: Annotated[Path, typer.Option("--target", help="Folder of the target.")] = TARGET_DIR,
+    draft_folder: Annotated[Path, typer.Option("--draft", help="Folder of the draft.")] = DRAFT_DIR,
+    prompts_per_kind: Annotated[int, typer.Option(min=1, help="Held-out questions of each kind.")] = 5,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer.")] = 140,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs with and without the draft per question, in turns.")] = 3,
+    seed: Annotated[int, typer.Option(help="Which held-out questions.")] = 0,
+) -> None:
+    """Run `generate` with and without the draft, in turns, on the test split, and compare outputs and times."""
+    logging.disable_progress_bar()
+    processor = AutoProcessor.from_pretrained(target_folder)
+    target = LlavaForConditionalGeneration.from_pretrained(target_folder)
+    draft = MSDDraftModel.from_pretrained(draft_folder)
+    groups: dict[str, list[Comparison]] = defaultdict(list)
+    prompts = make_evaluation_prompts(prompts_per_kind, seed)
+    warm_up = build_inputs(processor, prompts[0].question, prompts[0].image)
+    compare(target, draft, warm_up, max_new_tokens=16)
+    for prompt in tqdm(prompts, desc="comparing"):
+        inputs = build_inputs(processor, prompt.question, prompt.image)
+        comparison = compare(target, draft, inputs, repeats, max_new_tokens=max_new_tokens, do_sample=False)
+        group = "visual" if prompt.kind in VISUAL_KINDS else "text"
+        for name in (f"{group}: {prompt.kind}", f"all {group}", "all"):
+            groups[name].append(comparison)
+    settings = draft.generation_config
+    console = Console(width=100)
+    console.print(
+        f"{target.dtype}, {torch.get_num_threads()} threads, tree of {settings.num_assistant_tokens} nodes, depth "
+        f"{settings.tree_depth}, top-k {settings.tree_top_k}"
+    )
+    console.print(comparison_table(groups))
+
+
+def comparison_table(groups: dict[str, list[Comparison]]) -> Table:
+    """One row a group of prompts: tokens a answer, tau, median speedup and share of identical outputs."""
+    table = Table()
+    for name in ("questions", "number", "tokens", "tau", "speedup", "identical"):
+        table.add_column(name, justify="left" if name == "questions" else "right")
+    for name, comparisons in sorted(groups.items(), key=lambda item: (item[0].startswith("all"), item[0] == "all")):
+        table.add_row(
+            name,
+            str(len(comparisons)),
+            f"{sum(len(c.plain[0].tokens) for c in comparisons) / len(comparisons):.1f}",
+            f"{mean_acceptance_length(c.drafted[0].acceptance_lengths for c in comparisons):.2f}",
+            f"{median_speedup(comparisons):.2f}",
+            f"{sum(c.identical for c in comparisons)}/{len(comparisons)}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(evaluate_pair)

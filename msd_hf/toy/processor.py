@@ -1,0 +1,95 @@
+"""Tokenizer, image processor and chat template of the toy models: an ordinary `LlavaProcessor`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
+from .dataset import IMAGE_TAG, iterate_samples
+
+
+VOCABULARY_SIZE = 512
+IMAGE_SIDE = 72  # pixels after resizing
+PATCH_SIZE = 12  # pixels
+NUM_IMAGE_TOKENS = (IMAGE_SIDE // PATCH_SIZE) ** 2
+PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = "<pad>", "<s>", "</s>"
+
+# The first user turn carries the image tag, as in LLaVA-1.5. The end-of-sequence token is inside the generation
+# marks, so that a model trained on the marked tokens learns to stop.
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message['content'] is string -%}
+{%- set text = message['content'] -%}
+{%- else -%}
+{%- set parts = namespace(text='') -%}
+{%- for part in message['content'] if part['type'] == 'image' -%}
+{%- set parts.text = parts.text + '<image>\\n' -%}
+{%- endfor -%}
+{%- for part in message['content'] if part['type'] == 'text' -%}
+{%- set parts.text = parts.text + part['text'] -%}
+{%- endfor -%}
+{%- set text = parts.text -%}
+{%- endif -%}
+{%- if message['role'] == 'assistant' -%}
+{{- ' ' -}}{%- generation -%}{{- text + eos_token -}}{%- endgeneration -%}
+{%- elif message['role'] == 'user' -%}
+{{- 'USER: ' + text + ' ASSISTANT:' -}}
+{%- else -%}
+{{- text + ' ' -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+
+def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer of 512 entries on `texts`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        special_tokens=[PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, IMAGE_TAG],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD_TOKEN,
+        bos_token=BOS_TOKEN,
+        eos_token=EOS_TOKEN,
+        extra_special_tokens={"image_token": IMAGE_TAG},
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=2048,
+    )
+
+
+def build_processor(seed: int = 0, num_samples: int = 4000) -> LlavaProcessor:
+    """The processor of the toy world, its tokenizer trained on `num_samples` conversations of the training split.
+
+    An image becomes 3x72x72 pixels and 36 `<image>` tokens.
+    """
+    samples = islice(iterate_samples("train", seed), num_samples)
+    roles = {"human": "USER:", "gpt": " ASSISTANT:"}
+    # Roles are part of the text that the tokenizer learns, so that they take few tokens in a chat.
+    texts = (
+        f"{roles[turn['from']]} {turn['value'].replace(IMAGE_TAG, '')}"
+        for sample in samples
+        for turn in sample["conversations"]
+    )
+    square = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
+    # The Pillow implementation by name: the other one needs torchvision.
+    image_processor = CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False)
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=build_tokenizer(texts),
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )

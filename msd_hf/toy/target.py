@@ -1,0 +1,233 @@
+"""The target model: a real LLaVA (vision tower, projector, 20-layer language model) small enough to train on a CPU."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from ..saving import replaced_folder
+from .dataset import IMAGE_TAG, iterate_samples, make_samples
+from .processor import IMAGE_SIDE, PATCH_SIZE
+from .training import Budget, train
+from .world import render
+
+
+HIDDEN_SIZE = 128
+NUM_LAYERS = 20
+NUM_SEED_LAYERS = 5  # of the shallow model that learns first
+NUM_VISION_LAYERS = 3
+IGNORED = -100
+_POOL = 24  # batches that are grouped by length together
+
+
+def build_target_config(processor: LlavaProcessor, num_layers: int = NUM_LAYERS) -> LlavaConfig:
+    """Configuration of the target (4.0M parameters) for a processor's vocabulary and special tokens."""
+    tokenizer = processor.tokenizer
+    vision = CLIPVisionConfig(
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=256,
+        num_hidden_layers=NUM_VISION_LAYERS,
+        num_attention_heads=4,
+        image_size=IMAGE_SIDE,
+        patch_size=PATCH_SIZE,
+        projection_dim=HIDDEN_SIZE,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=256,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=HIDDEN_SIZE // 4,
+        max_position_embeddings=2048,
+        initializer_range=HIDDEN_SIZE**-0.5,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=processor.image_token_id,
+        image_seq_length=(IMAGE_SIDE // PATCH_SIZE) ** 2,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+
+
+def build_shallow_target(processor: LlavaProcessor, seed: int = 0) -> LlavaForConditionalGeneration:
+    """An untrained target of a few layers only, to be trained first and then deepened."""
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(build_target_config(processor, NUM_SEED_LAYERS))
+    depths = dict.fromkeys(("o_proj", "down_proj"), NUM_SEED_LAYERS)
+    depths |= dict.fromkeys(("out_proj", "fc2"), NUM_VISION_LAYERS)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            depth = depths.get(name.split(".")[-2])
+            if depth is not None and name.endswith("weight"):
+                # Every layer adds to the residual stream; its size stays the same at any depth this way.
+                parameter.mul_((2 * depth) ** -0.5)
+        # Of the size of what the layers add, or else the first of them drown which token it was.
+        model.get_input_embeddings().weight.normal_()
+    return model
+
+
+@torch.no_grad()
+def scale_projector(model: LlavaForConditionalGeneration, processor: LlavaProcessor, seed: int = 0) -> None:
+    """Scales the untrained projector in place so that image features have the size of token embeddings, 1."""
+    images = [render(sample["scene"]) for sample in make_samples("train", 32, seed, "visual")]
+    pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    states = model.model.vision_tower(pixel_values=pixel_values).last_hidden_state[:, 1:]
+    projector = model.model.multi_modal_projector
+    projector.linear_1.weight.div_(projector.linear_1(states).pow(2).mean().sqrt())
+    projector.linear_2.weight.div_(projector(states).pow(2).mean().sqrt())
+
+
+def deepen(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> LlavaForConditionalGeneration:
+    """
+    The same function with all 20 layers, to be trained on.
+
+    A shallow model learns as much from a sample as a deep one, at a quarter of the time. Behind each of its layers
+    come copies of that layer that add nothing to the residual stream yet (block expansion, arXiv 2401.02415).
+    """
+    deep = LlavaForConditionalGeneration(build_target_config(processor))
+    shallow = model.state_dict()
+    repeats = NUM_LAYERS // NUM_SEED_LAYERS
+    weights = {}
+    for name in deep.state_dict():
+        head, marker, tail = name.partition("language_model.layers.")
+        if not marker:
+            weights[name] = shallow[name]
+            continue
+        number, _, part = tail.partition(".")
+        source = shallow[f"{head}{marker}{int(number) // repeats}.{part}"]
+        adds_nothing = int(number) % repeats > 0 and part in ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+        weights[name] = torch.zeros_like(source) if adds_nothing else source
+    deep.load_state_dict(weights)
+    return deep
+
+
+def to_messages(sample: dict[str, Any]) -> list[dict[str, Any]]:
+    """The chat messages of a LLaVA-style sample; the image of a visual sample is a 144x144 PIL picture."""
+    messages: list[dict[str, Any]] = []
+    for index, turn in enumerate(sample["conversations"]):
+        if turn["from"] == "gpt":
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn["value"]}]})
+            continue
+        parts: list[dict[str, Any]] = [{"type": "text", "text": turn["value"].replace(f"{IMAGE_TAG}\n", "")}]
+        if index == 0 and "scene" in sample:
+            parts.insert(0, {"type": "image", "image": render(sample["scene"])})
+        messages.append({"role": "user", "content": parts})
+    return messages
+
+
+def encode_sample(processor: LlavaProcessor, sample: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Ids and labels `[length]` (loss on the assistant's tokens only), pixels `[3, 72, 72]` for a visual sample."""
+    encoded: Any = processor.apply_chat_template(
+        to_messages(sample), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids = torch.tensor(encoded["input_ids"][0])
+    mask = torch.tensor(encoded["assistant_masks"][0], dtype=torch.bool)
+    features = {"input_ids": ids, "labels": ids.masked_fill(~mask, IGNORED)}
+    if "pixel_values" in encoded:
+        features["pixel_values"] = torch.as_tensor(encoded["pixel_values"][0])
+    return features
+
+
+def collate_samples(features: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Right-padded `[batch, length]` ids and labels, `[images, 3, 72, 72]` pixels.
+
+    There is no attention mask: in a causal model padding on the right is seen by padding only, and attention
+    without a mask is faster.
+    """
+    pad = torch.nn.utils.rnn.pad_sequence
+    batch = {
+        "input_ids": pad([f["input_ids"] for f in features], batch_first=True, padding_value=pad_token_id),
+        "labels": pad([f["labels"] for f in features], batch_first=True, padding_value=IGNORED),
+    }
+    pixels = [f["pixel_values"] for f in features if "pixel_values" in f]
+    if pixels:
+        batch["pixel_values"] = torch.stack(pixels)
+    return batch
+
+
+def stream_encoded(processor: LlavaProcessor, seed: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Endless encoded training samples in which every `batch_size` consecutive ones have similar lengths."""
+    samples = iterate_samples("train", seed)
+    rng = random.Random(f"batches/{seed}")
+    while True:
+        pool = [encode_sample(processor, sample) for sample in islice(samples, batch_size * _POOL)]
+        pool.sort(key=lambda item: len(item["input_ids"]))
+        batches = [pool[start : start + batch_size] for start in range(0, len(pool), batch_size)]
+        rng.shuffle(batches)
+        for batch in batches:
+            yield from batch
+
+
+def train_target(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    budget: Budget,
+    seed: int = 0,
+    batch_size: int = 16,
+    rate: float = 1.0,
+) -> float:
+    """
+    Trains projector and language model in place on fresh conversations; returns the mean training loss. The vision
+    tower keeps what it has learnt: an untrained language model would only make it forget.
+
+    `rate` is relative to the learning rates of `build_optimizer`.
+    """
+    model.model.vision_tower.requires_grad_(False)
+    pad_token_id = processor.tokenizer.pad_token_id
+    return train(
+        model,
+        lambda: stream_encoded(processor, seed, batch_size),
+        lambda features: collate_samples(features, pad_token_id),
+        budget,
+        batch_size,
+        seed,
+        rate,
+    )
+
+
+def save_target(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: str | Path) -> Path:
+    """Round the weights to float16 (also in `model`), write model and processor to `folder`; returns `folder`.
+
+    The configuration still says float32, so that loading gives a float32 model: small on disk, exact on a CPU.
+    """
+    tokenizer = processor.tokenizer
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with replaced_folder(folder) as temporary:
+        model.half().save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        path = temporary / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for part in (config, config["text_config"], config["vision_config"]):
+            part["dtype"] = "float32"
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    model.float()
+    model.config.dtype = torch.float32
+    return Path(folder)

@@ -1,0 +1,225 @@
+"""Tiny random LLaVA targets, prompts for them, and drafts, random or briefly fitted to their target."""
+
+from __future__ import annotations
+
+import functools
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, set_seed
+
+from msd_hf import MSDDraftModel
+
+
+VOCAB_SIZE = 60
+IMAGE_TOKEN_ID = 59
+PAD_TOKEN_ID = 0
+IMAGE_SIZE = 16
+NUM_IMAGE_TOKENS = 4
+
+
+def build_target(
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    attention: str = "sdpa",
+    num_layers: int = 2,
+    num_kv_heads: int = 4,
+    vocab_size: int = VOCAB_SIZE,
+    initializer_range: float = 0.15,
+    **text_fields: Any,
+) -> LlavaForConditionalGeneration:
+    """A LLaVA with random weights, large enough that what it generates does not soon repeat itself. The larger
+    `initializer_range`, the harder it is to draft for."""
+    text = LlamaConfig(
+        **{
+            "vocab_size": vocab_size,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": num_kv_heads,
+            "max_position_embeddings": 512,
+            "initializer_range": initializer_range,
+            "pad_token_id": PAD_TOKEN_ID,
+            **text_fields,
+        }
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=IMAGE_SIZE,
+        patch_size=IMAGE_SIZE // 2,
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=vocab_size - 1, image_seq_length=NUM_IMAGE_TOKENS
+    )
+    with torch.random.fork_rng(devices=[]):
+        set_seed(seed)
+        target = LlavaForConditionalGeneration(config)
+        torch.nn.init.normal_(target.get_input_embeddings().weight)
+        torch.nn.init.normal_(target.get_output_embeddings().weight, std=0.5)
+        # The default initialisation leaves an image hardly visible to the decoder.
+        for parameter in target.model.multi_modal_projector.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    target.generation_config.eos_token_id = None
+    target.generation_config.pad_token_id = PAD_TOKEN_ID
+    target.set_attn_implementation(attention)
+    return target.to(dtype).eval()
+
+
+def make_prompt(
+    seed: int,
+    num_text: int = 8,
+    images_at: tuple[int, ...] = (),
+    padding: int = 0,
+    dtype: torch.dtype = torch.float64,
+    vocab_size: int = VOCAB_SIZE,
+) -> dict[str, torch.Tensor]:
+    """
+    Inputs of `generate`: one prompt of random tokens.
+
+    Args:
+        num_text: text tokens.
+        images_at: before which of them an image stands (`num_text`: behind all).
+        padding: tokens of padding on the left, excluded by an `attention_mask`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(3, vocab_size - 1, (num_text,), generator=generator).tolist()
+    ids: list[int] = []
+    for place in range(num_text + 1):
+        ids += [vocab_size - 1] * (NUM_IMAGE_TOKENS * images_at.count(place))
+        ids += text[place : place + 1]
+    inputs = {"input_ids": torch.tensor([[PAD_TOKEN_ID] * padding + ids])}
+    if padding:
+        inputs["attention_mask"] = torch.tensor([[0] * padding + [1] * len(ids)])
+    if images_at:
+        shape = (len(images_at), 3, IMAGE_SIZE, IMAGE_SIZE)
+        inputs["pixel_values"] = torch.randn(shape, generator=generator).to(dtype)
+    return inputs
+
+
+def build_draft(
+    target: LlavaForConditionalGeneration, seed: int = 0, dtype: torch.dtype | None = None, **overrides: Any
+) -> MSDDraftModel:
+    """A draft with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        draft = MSDDraftModel.from_target(target, **overrides).eval()
+    return draft if dtype is None else draft.to(dtype)
+
+
+def fit_draft(
+    draft: MSDDraftModel, target: LlavaForConditionalGeneration, steps: int = 80, seed: int = 0
+) -> MSDDraftModel:
+    """Fits a draft to what its target generates itself, so that its candidates are accepted in part. Takes about a
+    second; both are float32 meanwhile."""
+    target_dtype, draft_dtype = target.dtype, draft.dtype
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        target.float()
+        draft.float().train()
+        batches = [_rollout(target, seed + number, images) for number, images in enumerate(((), (2,), (0, 5), (8,)))]
+        head = target.get_output_embeddings()
+        optimizer = torch.optim.AdamW(draft.parameters(), lr=5e-3, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
+        for step in range(steps):
+            embeds, hidden, visual_mask, goal_states, goal_probs = batches[step % len(batches)]
+            states = draft(embeds, hidden, visual_mask).last_hidden_state
+            loss = torch.nn.functional.smooth_l1_loss(states, goal_states)
+            loss = loss - (goal_probs * head(states).log_softmax(-1)).sum(-1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        target.to(target_dtype)
+        target.zero_grad()
+    return draft.to(draft_dtype).eval()
+
+
+@torch.no_grad()
+def _rollout(
+    target: LlavaForConditionalGeneration, seed: int, images_at: tuple[int, ...], rows: int = 32, num_tokens: int = 40
+) -> tuple[torch.Tensor, ...]:
+    """Draft inputs and goals on generations of the target: shifted embeddings, hidden states, visual mask; next hidden
+    states and the target's probabilities after them."""
+    prompts = [make_prompt(1000 * seed + row, 8, images_at, dtype=torch.float32) for row in range(rows)]
+    batch = {name: torch.cat([prompt[name] for prompt in prompts]) for name in prompts[0]}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    image_id = target.config.image_token_id
+    ids = target.generate(
+        **batch, max_new_tokens=num_tokens, do_sample=True, temperature=0.5, suppress_tokens=[image_id]
+    )
+    seen: dict[str, torch.Tensor] = {}
+
+    def look(module, args, kwargs, output):
+        seen["embeds"], seen["states"] = kwargs["inputs_embeds"], output[0]
+
+    handle = target.get_decoder().register_forward_hook(look, with_kwargs=True)
+    logits = target(input_ids=ids, pixel_values=batch.get("pixel_values")).logits
+    handle.remove()
+    embeds, states = seen["embeds"].clone(), seen["states"].clone()
+    visual_mask = ids == image_id
+    return embeds[:, 1:], states[:, :-1], visual_mask[:, 1:], states[:, 1:], (2 * logits[:, 1:]).softmax(-1)
+
+
+@dataclass
+class Pair:
+    """A target, and a draft for it."""
+
+    target: LlavaForConditionalGeneration
+    draft: MSDDraftModel
+    fitted: bool
+
+    def with_tree(self, num_nodes: int, depth: int, top_k: int) -> MSDDraftModel:
+        """The draft, set to a size of the tree."""
+        settings = self.draft.generation_config
+        settings.num_assistant_tokens, settings.tree_depth, settings.tree_top_k = num_nodes, depth, top_k
+        return self.draft
+
+    def set_attention(self, target: str, draft: str | None = None) -> None:
+        self.target.set_attn_implementation(target)
+        self.draft.set_attn_implementation(draft or target)
+
+
+# Pairs differ in depth, in heads, in what kind of layer the draft has, and in its dtype.
+_KINDS: list[dict[str, Any]] = [
+    {},
+    {"num_layers": 3, "num_kv_heads": 2},
+    {"num_kv_heads": 1, "draft": {"input_layernorm": True, "attention_bias": True}},
+    {"initializer_range": 0.18, "draft": {"num_hidden_layers": 2}},
+    {"num_layers": 3, "draft_dtype": torch.float32},
+    {"draft_dtype": torch.bfloat16, "head_dim": 16},
+    {"num_layers": 1, "draft": {"decouple_visual_tokens": False}},
+    {"initializer_range": 0.12},
+    {"fitted": False, "num_layers": 3, "num_kv_heads": 2},
+]
+NUM_PAIRS = len(_KINDS)
+
+
+def is_fitted(number: int) -> bool:
+    """Whether the draft of a pair was fitted to its target."""
+    return _KINDS[number].get("fitted", True)
+
+
+@functools.cache
+def pair(number: int) -> Pair:
+    """One of `NUM_PAIRS` pairs, built once a session. Whoever changes its weights or configuration puts them back."""
+    kind = dict(_KINDS[number])
+    draft_fields, draft_dtype = kind.pop("draft", {}), kind.pop("draft_dtype", None)
+    fitted = kind.pop("fitted", True)
+    target = build_target(seed=number, **kind)
+    draft = build_draft(target, seed=number, **draft_fields)
+    if fitted:
+        fit_draft(draft, target, seed=number)
+    return Pair(target, draft.to(draft_dtype or target.dtype), fitted)
+
+
+def random_prompt(rng: random.Random) -> dict[str, torch.Tensor]:
+    """A prompt with or without image, which may stand anywhere."""
+    num_text = rng.choice([1, 2, 5, 9, 14])
+    images_at = rng.choice([(), (), (0,), (num_text // 2,), (num_text,), (0, num_text // 2 + 1)])
+    return make_prompt(rng.randrange(10**6), num_text, images_at, padding=rng.choice([0, 0, 0, 1, 6]))
