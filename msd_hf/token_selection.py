@@ -109,7 +109,7 @@ class TokenSelector:
         self._pending.append(token)
         self.length += 1
         if self._simple_stops:
-            self.finished = token in self._eos_token_ids or self.tokens_left == 0
+            self.finished = token in self._eos_token_ids or (self.tokens_left is not None and self.tokens_left <= 0)
         else:
             self.finished = bool(self.stopping_criteria(self.input_ids, self.scores).all())
 

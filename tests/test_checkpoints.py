@@ -90,8 +90,8 @@ def test_round_trip_to_our_format(kind, use_bin, tmp_path):
     assert ours.dtype == torch.float64 and ours.generation_config.num_assistant_tokens == 31
     assert torch.equal(outputs(original), outputs(ours))
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["model_type"] == "msd_draft"
-    again = {key: value for key, value in ours.config.to_dict().items() if key not in ("architectures", "dtype")}
-    assert {key: original.config.to_dict().get(key) for key in again} == again
+    ours.config._name_or_path = original.config._name_or_path
+    assert ours.config.to_dict() == original.config.to_dict()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, "float16"], ids=str)
@@ -344,7 +344,7 @@ def run_with_hub(code: str, endpoint: str, home: Path) -> subprocess.CompletedPr
         "no_proxy": "127.0.0.1",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")]),
     }
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
 
 
 LOAD_ALL = """

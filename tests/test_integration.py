@@ -59,7 +59,7 @@ def build_llama(seed: int, num_layers: int) -> LlamaForCausalLM:
 
 def run_python(code: str) -> Any:
     """The JSON that a fresh interpreter prints last."""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 

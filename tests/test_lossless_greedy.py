@@ -22,7 +22,7 @@ SMALL_TREES = [(8, 0, 10), (3, 0, 2), (3, 9, 1), (1, 5, 10), (2, 0, 1)]
 TREES = 2 * LARGE_TREES + CHAINS + SMALL_TREES
 PROMPTS_PER_PAIR = 19
 TREES_PER_PROMPT = 2
-EOS_KINDS = ["none", "none", "none", "none", "first", "early", "late", "late", "last", "several", "never"]
+EOS_KINDS = 8 * ["none"] + ["first", "early", "late", "late", "last", "several", "never"]
 
 
 @dataclass

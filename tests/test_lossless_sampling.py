@@ -72,7 +72,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     "repetition_penalty 0.8": {"repetition_penalty": 0.8},
     "no_repeat_ngram_size 2": {"no_repeat_ngram_size": 2, "temperature": 0.5},
     "no_repeat_ngram_size 3": {"no_repeat_ngram_size": 3, "repetition_penalty": 1.1, "top_p": 0.8},
-    "bad words": {"bad_words_ids": [[7], [9, 11], [30, 31, 32]], "temperature": 0.5},
+    "bad words": {"bad_words_ids": [*([token] for token in range(3, 30)), [31, 33], [40, 41, 42]], "temperature": 0.5},
     "sequence bias": {"sequence_bias": [[[7], 2.0], [[20, 21], 4.0]], "renormalize_logits": True},
     "minimum": {"min_new_tokens": 9, "eos_token_id": [5, 8, 13, 21, 34, 55]},
     "forced and suppressed": {"suppress_tokens": [4, 5], "begin_suppress_tokens": [6], "forced_eos_token_id": 10},

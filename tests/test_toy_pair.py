@@ -32,7 +32,7 @@ def test_is_a_real_llava_of_at_most_12_megabytes(pair):
 
 def test_held_out_answers_are_right_and_identical_with_the_draft(pair):
     processor, target, draft = pair
-    prompts = make_evaluation_prompts(prompts_per_kind=2, seed=1)
+    prompts = make_evaluation_prompts(prompts_per_kind=1, seed=1)
     lengths, correct, identical = [], 0, 0
     for prompt in prompts:
         inputs = build_inputs(processor, prompt.question, prompt.image)
@@ -45,7 +45,7 @@ def test_held_out_answers_are_right_and_identical_with_the_draft(pair):
         correct += has_facts(answer, prompt.facts)
     assert identical == len(prompts)
     assert correct > 0.6 * len(prompts)
-    assert mean_acceptance_length(lengths) > 3.5
+    assert mean_acceptance_length(lengths) > 4
     assert any(length == 1 for sequence in lengths for length in sequence)  # not always right
 
 
