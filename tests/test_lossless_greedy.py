@@ -20,9 +20,9 @@ LARGE_TREES = [(59, 5, 10), (40, 7, 6), (24, 3, 6), (12, 4, 3), (500, 3, 4), (30
 CHAINS = [(7, 5, 1), (12, 9, 1)]
 SMALL_TREES = [(8, 0, 10), (3, 0, 2), (3, 9, 1), (1, 5, 10), (2, 0, 1)]
 TREES = 2 * LARGE_TREES + CHAINS + SMALL_TREES
-PROMPTS_PER_PAIR = 19
+PROMPTS_PER_PAIR = 17
 TREES_PER_PROMPT = 2
-EOS_KINDS = 8 * ["none"] + ["first", "early", "late", "late", "last", "several", "never"]
+EOS_KINDS = [*8 * ["none"], "first", "early", "late", "late", "last", "several", "never"]
 
 
 @dataclass
