@@ -88,7 +88,7 @@ GREEDY_PROCESSORS = [
     for name in PROCESSORS
     if name.split()[0] not in ("none", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon")
 ]
-SAMPLING_PAIRS = [0, 1, 2, 4, 5, 7, 8]
+SAMPLING_PAIRS = [0, 1, 2, 4, 5, 7]
 TREES = [(59, 5, 10), (24, 3, 6), (12, 4, 3), (7, 5, 1), (8, 0, 10), (1, 5, 10), (40, 7, 5)]
 
 
@@ -142,7 +142,7 @@ def run_cases(name: str) -> list[Case]:
     rng, cases = random.Random(name), []
     for number in SAMPLING_PAIRS:
         pair = tiny.pair(number)
-        options: dict[str, Any] = {"do_sample": True, "max_new_tokens": rng.choice([14, 20, 26])}
+        options: dict[str, Any] = {"do_sample": True, "max_new_tokens": rng.choice([12, 18, 24])}
         if "eos_token_id" not in PROCESSORS[name] and rng.random() < 0.3:
             options["eos_token_id"] = rng.sample(range(3, 58), 2)
         inputs = tiny.random_prompt(rng)
@@ -166,7 +166,7 @@ def test_the_cases_show_something():
     lengths = [length for case in cases if case.num_nodes > 2 for length in case.output.acceptance_lengths[0]]
     tau, tokens = sum(lengths) / len(lengths), sum(case.num_tokens for case in cases)
     print(f"{len(cases)} cases, {tokens} tokens, mean tau {tau:.2f}")
-    assert len(cases) >= 150
+    assert len(cases) >= 140
     assert tau > 1.5
     assert tokens > 12 * len(cases)
 
