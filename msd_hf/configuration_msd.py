@@ -41,6 +41,9 @@ class MSDDraftConfig(PreTrainedConfig):
             Whether the first layer normalises its input. The published LLaVA drafts do not, those for Qwen2-VL do.
         decouple_visual_tokens (`bool`, defaults to `True`):
             Feed visual positions as they are, without `fc` and target hidden state. `False` is plain EAGLE.
+        target_layers (`list[int]`, *optional*):
+            Decoder layers of the target, counted from 0, whose outputs the draft reads besides the last hidden state.
+            Where the draft's own output stands in for the target's, it does without. The paper has none.
         target_model_type (`str`, *optional*):
             `model_type` of the target that the draft belongs to. `None`: not known, and not checked.
         target_text_model_type (`str`, *optional*):
@@ -79,6 +82,7 @@ class MSDDraftConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     input_layernorm: bool = False
     decouple_visual_tokens: bool = True
+    target_layers: list[int] | None = None
     target_model_type: str | None = None
     target_text_model_type: str | None = None
 

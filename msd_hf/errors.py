@@ -17,4 +17,22 @@ class MSDUnsupportedError(MSDError):
     """An argument of `generate`, or a kind of target, that cannot be combined with an MSD draft (yet)."""
 
 
-__all__ = ["MSDCheckpointError", "MSDError", "MSDPairingError", "MSDUnsupportedError"]
+class MSDDataError(MSDError):
+    """
+    A training sample that cannot be used.
+
+    Args:
+        reason (`str`): short and fixed, so that samples can be counted by it.
+        detail (`str`): what is wrong with this one.
+        sample_id (`str`, *optional*): its `id`.
+    """
+
+    def __init__(self, reason: str, detail: str, sample_id: str | None = None):
+        super().__init__(detail if sample_id is None else f"Sample {sample_id!r}: {detail}")
+        self.reason, self.detail, self.sample_id = reason, detail, sample_id
+
+    def __reduce__(self):  # as data loader workers send it
+        return type(self), (self.reason, self.detail, self.sample_id)
+
+
+__all__ = ["MSDCheckpointError", "MSDDataError", "MSDError", "MSDPairingError", "MSDUnsupportedError"]

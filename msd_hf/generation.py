@@ -59,7 +59,7 @@ def msd_decoding(
     """
     settings = TreeSettings.from_generation_config(draft.generation_config)
     selector = TokenSelector(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-    adapter = TargetAdapter(target)
+    adapter = TargetAdapter(target, draft.config.target_layers)
     cache = model_kwargs["past_key_values"]
     max_slots = generation_config.max_length + settings.num_nodes
     make_in_place(cache, max_slots)

@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 from .checkpoints import check_loading_info, read_original_config
 from .configuration_msd import MSDDraftConfig
+from .errors import MSDError
 from .tree import DEFAULT_NUM_ASSISTANT_TOKENS, DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K
 
 
@@ -82,6 +83,11 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         super().__init__(config)
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size)
         self.layers = nn.ModuleList([MSDDraftDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.feature_proj = (
+            nn.Linear(len(config.target_layers) * config.hidden_size, config.hidden_size, bias=False)
+            if config.target_layers
+            else None
+        )
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.generation_config = GenerationConfig(
@@ -90,6 +96,8 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
             tree_top_k=DEFAULT_TREE_TOP_K,
         )
         self.post_init()
+        if self.feature_proj is not None:
+            nn.init.zeros_(self.feature_proj.weight)  # starts as a draft that reads the last hidden state alone
 
     # `PreTrainedModel` looks for an embedding and a head of the model's own; the draft has neither.
     def get_input_embeddings(self):
@@ -99,18 +107,42 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         return None
 
     @classmethod
-    def from_target(cls, target: PreTrainedModel, **overrides: Any) -> MSDDraftModel:
+    def from_target(
+        cls, target: PreTrainedModel, init_from_last_layer: bool = False, **overrides: Any
+    ) -> MSDDraftModel:
         """
         A draft with fresh weights, of the shape, dtype and device of a target.
 
         Args:
             target (`PreTrainedModel`): the target.
+            init_from_last_layer (`bool`, defaults to `False`): the draft's first layer starts as a copy of the
+                target's last one, and `fc` passes the embedding on.
             overrides: fields of [`MSDDraftConfig`] that shall differ from the target's decoder.
+
+        Raises:
+            MSDError: when the target's last layer does not fit the draft's.
         """
+        if init_from_last_layer:
+            overrides = {"input_layernorm": True, **overrides}
         draft = cls(MSDDraftConfig.from_target(target, **overrides))
+        if init_from_last_layer:
+            draft._copy_last_layer(target)
         head = target.get_output_embeddings().weight
         dtype = head.dtype if head.dtype.is_floating_point else target.dtype
         return draft.to(device=head.device, dtype=dtype)
+
+    @torch.no_grad()
+    def _copy_last_layer(self, target: PreTrainedModel) -> None:
+        source = target.get_decoder().layers[-1].state_dict()
+        own = self.layers[0].state_dict()
+        unfit = [name for name in own if name not in source or source[name].shape != own[name].shape]
+        if unfit:
+            raise MSDError(
+                f"The last layer of `{type(target).__name__}` has no weight for {', '.join(unfit)} of the draft's layer, "
+                "or one of another shape. Do without `init_from_last_layer`."
+            )
+        self.layers[0].load_state_dict({name: source[name] for name in own})
+        self.fc.weight[:, : self.config.hidden_size].add_(torch.eye(self.config.hidden_size))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):  # type: ignore[override]
@@ -157,13 +189,18 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         Args:
             inputs_embeds (`torch.Tensor` of shape `[B, T, H]`): row j is the embedding at sequence position j + 1.
             hidden_states (`torch.Tensor` of shape `[B, T, H]`): row j is the last hidden state (after the final norm)
-                of the target at position j.
+                of the target at position j. With `target_layers`, `[B, T, (1 + K) * H]`: the outputs of those K layers
+                before it, where the target's are at hand.
             visual_mask (`torch.BoolTensor` of shape `[B, T]`, *optional*): true where row j is visual, that is where
                 position j + 1 is.
 
         Returns:
             `torch.Tensor` of shape `[B, T, H]`.
         """
+        if self.feature_proj is not None and hidden_states.shape[-1] != self.config.hidden_size:
+            hidden_size = self.config.hidden_size
+            layer_states, hidden_states = hidden_states[..., :-hidden_size], hidden_states[..., -hidden_size:]
+            hidden_states = hidden_states + self.feature_proj(layer_states)
         fused = self.fc(torch.cat([inputs_embeds, hidden_states], dim=-1))
         if visual_mask is None or not self.config.decouple_visual_tokens:
             return fused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,21 +50,32 @@ def build_inputs(processor: Any, prompt: str, image: Image | None = None) -> Bat
     Raises:
         MSDError: when the processor has no chat template.
     """
-    if getattr(processor, "chat_template", None) is None:
-        raise MSDError(f"The target's processor (`{type(processor).__name__}`) has no chat template.")
     content: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
     if image is not None:
         content.insert(0, {"type": "image"})
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return build_chat_inputs(processor, [{"role": "user", "content": content}], [] if image is None else [image])
+
+
+def build_chat_inputs(processor: Any, messages: list[dict[str, Any]], images: Sequence[Image] = ()) -> BatchFeature:
+    """
+    The inputs of a target for the next answer of a chat.
+
+    Args:
+        processor (`ProcessorMixin` or tokenizer): the target's.
+        messages (`list[dict]`): chat messages, of which the last one is the user's.
+        images (`Sequence[PIL.Image.Image]`): one for each image part of the messages.
+
+    Raises:
+        MSDError: when the processor has no chat template.
+    """
+    if getattr(processor, "chat_template", None) is None:
+        raise MSDError(f"The target's processor (`{type(processor).__name__}`) has no chat template.")
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     # The template writes the start token itself; a tokenizer that adds one would give two.
-    bos_token = processor.tokenizer.bos_token
+    bos_token = getattr(processor, "tokenizer", processor).bos_token
     add_special_tokens = not (bos_token and text.startswith(bos_token))
-    return processor(
-        images=None if image is None else [image],
-        text=[text],
-        return_tensors="pt",
-        add_special_tokens=add_special_tokens,
-    )
+    arguments: dict[str, Any] = {"images": list(images)} if images else {}
+    return processor(text=[text], return_tensors="pt", add_special_tokens=add_special_tokens, **arguments)
 
 
-__all__ = ["build_inputs", "read_image"]
+__all__ = ["build_chat_inputs", "build_inputs", "read_image"]

@@ -6,7 +6,7 @@ in and comes out, and put the tree's attention mask and positions in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +30,8 @@ class TargetPrefill:
     Args:
         logits (`torch.Tensor` of shape `[B, V]`): of the last position.
         inputs_embeds (`torch.Tensor` of shape `[B, L, H]`): what went into the decoder, image features merged.
-        hidden_states (`torch.Tensor` of shape `[B, L, H]`): what came out, after the final norm.
+        hidden_states (`torch.Tensor` of shape `[B, L, (1 + K) * H]`): the outputs of the K feature layers, if any,
+            and what came out, after the final norm.
         visual_mask (`torch.BoolTensor` of shape `[B, L]`): true at visual positions.
         prompt_mask (`torch.BoolTensor` of shape `[B, L]`, *optional*): false at padding; `None` if there is none.
         next_position (`torch.LongTensor` of shape `[..., B, 1]`): position of the first new token.
@@ -50,7 +51,8 @@ class TargetFeatures:
 
     Args:
         inputs_embeds (`torch.Tensor` of shape `[B, L, H]`): what went into the decoder, image features merged.
-        hidden_states (`torch.Tensor` of shape `[B, L, H]`): what came out, after the final norm.
+        hidden_states (`torch.Tensor` of shape `[B, L, (1 + K) * H]`): the outputs of the K feature layers, if any,
+            and what came out, after the final norm.
         visual_mask (`torch.BoolTensor` of shape `[B, L]`): true at visual positions.
     """
 
@@ -63,6 +65,15 @@ class TargetFeatures:
 class _Observation:
     inputs: dict[str, Any] = field(default_factory=dict)
     last_hidden_state: torch.Tensor | None = None
+    layer_states: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def hidden_states(self) -> torch.Tensor:
+        assert self.last_hidden_state is not None
+        if not self.layer_states:
+            return self.last_hidden_state
+        layers = [self.layer_states[layer].to(self.last_hidden_state.device) for layer in sorted(self.layer_states)]
+        return torch.cat([*layers, self.last_hidden_state], dim=-1)
 
 
 class TargetAdapter:
@@ -71,11 +82,22 @@ class TargetAdapter:
 
     Args:
         target (`PreTrainedModel`): a model with `get_decoder()`, an input embedding and a language-model head.
+        feature_layers (`Sequence[int]`, *optional*): decoder layers, counted from 0, whose outputs are given besides
+            the last hidden state; see `MSDDraftConfig.target_layers`.
+
+    Raises:
+        MSDPairingError: when the target has no such layer.
     """
 
-    def __init__(self, target: PreTrainedModel):
+    def __init__(self, target: PreTrainedModel, feature_layers: Sequence[int] | None = None):
         self.target = target
         self.decoder = target.get_decoder()
+        self.feature_layers = sorted(feature_layers or ())
+        num_layers = len(self.decoder.layers) if self.feature_layers else 0
+        if any(not 0 <= layer < num_layers for layer in self.feature_layers):
+            raise MSDPairingError(
+                f"`target_layers` {self.feature_layers} must lie between 0 and {num_layers - 1}, the layers of this target."
+            )
         self.embedding = target.get_input_embeddings()
         self.head_module = target.get_output_embeddings()
 
@@ -103,7 +125,6 @@ class TargetAdapter:
         """Runs the prompt `[B, L]` through the target's own prefill, which fills the cache in `model_kwargs`."""
         with self._observe() as seen:
             outputs = self.target._prefill(input_ids, generation_config, model_kwargs)
-        assert seen.last_hidden_state is not None
         inputs_embeds = seen.inputs.get("inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids)
@@ -117,7 +138,7 @@ class TargetAdapter:
         return TargetPrefill(
             logits=outputs.logits[:, -1],
             inputs_embeds=inputs_embeds,
-            hidden_states=seen.last_hidden_state,
+            hidden_states=seen.hidden_states,
             visual_mask=self.visual_mask(input_ids),
             prompt_mask=prompt_mask,
             next_position=next_position,
@@ -128,11 +149,10 @@ class TargetAdapter:
         """Runs whole sequences `[B, L]`, with the target's other inputs, through the target without a cache."""
         with self._observe() as seen:
             self.target.base_model(input_ids=input_ids, use_cache=False, **inputs)
-        assert seen.last_hidden_state is not None
         inputs_embeds = seen.inputs.get("inputs_embeds")
         return TargetFeatures(
             inputs_embeds=self.embed(input_ids) if inputs_embeds is None else inputs_embeds,
-            hidden_states=seen.last_hidden_state,
+            hidden_states=seen.hidden_states,
             visual_mask=self.visual_mask(input_ids),
         )
 
@@ -154,15 +174,14 @@ class TargetAdapter:
             prompt_mask (`torch.BoolTensor` of shape `[B, L]`, *optional*): see [`TargetPrefill`].
 
         Returns:
-            Logits `[B, N, V]`, and last hidden states `[B, N, H]` after the final norm.
+            Logits `[B, N, V]`, and hidden states `[B, N, (1 + K) * H]` as in [`TargetPrefill`].
         """
         mask = tree_attention_mask(tree.ancestors, cache.get_seq_length(), self.target.dtype, prompt_mask)
         with self._observe(attention_mask=mask, position_ids=next_position + tree.depths) as seen:
             outputs = self.target(
                 input_ids=tree.tokens, past_key_values=cache, use_cache=True, logits_to_keep=0, return_dict=True
             )
-        assert seen.last_hidden_state is not None
-        return outputs.logits, seen.last_hidden_state
+        return outputs.logits, seen.hidden_states
 
     @contextmanager
     def _observe(self, **replaced_inputs: torch.Tensor) -> Iterator[_Observation]:
@@ -175,9 +194,16 @@ class TargetAdapter:
         def after(module, args, kwargs, output):
             seen.last_hidden_state = output[0]
 
+        def after_layer(layer):
+            def keep(module, args, output):
+                seen.layer_states[layer] = output[0] if isinstance(output, tuple) else output
+
+            return keep
+
         handles = [
             self.decoder.register_forward_pre_hook(before, with_kwargs=True),
             self.decoder.register_forward_hook(after, with_kwargs=True),
+            *(self.decoder.layers[layer].register_forward_hook(after_layer(layer)) for layer in self.feature_layers),
         ]
         try:
             yield seen
