@@ -1,0 +1,145 @@
+"""Which samples a draft learns from, and when: text first, then a rising share of visual ones (paper section 3.3)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from torch.utils.data import Sampler
+
+from ..errors import MSDError
+
+
+SampleKind = Literal["text", "visual"]
+CURRICULA = ("two-stage", "mixed", "text", "visual")
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """
+    The share of visual samples over a training run.
+
+    Args:
+        kind (`str`, defaults to `"two-stage"`): `"two-stage"` is the paper's; `"mixed"` has the same share from the
+            start to the end; `"text"` and `"visual"` have one kind only.
+        num_stages (`int`, defaults to 40): equal parts of the run; the share is constant in each. The paper has one a
+            epoch, of 40.
+        text_fraction (`float`, defaults to 0.5): of the run, at its start, that is text only.
+        final_share (`float`, defaults to 1.0): of visual samples in the last part, to which it rises linearly.
+        mixed_share (`float`, defaults to 0.5): of visual samples when `kind` is `"mixed"`.
+
+    Raises:
+        MSDError: when a value is out of range.
+    """
+
+    kind: str = "two-stage"
+    num_stages: int = 40
+    text_fraction: float = 0.5
+    final_share: float = 1.0
+    mixed_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.kind not in CURRICULA:
+            raise MSDError(f"Unknown curriculum {self.kind!r}: choose one of {', '.join(CURRICULA)}.")
+        if self.num_stages < 1:
+            raise MSDError(f"A curriculum needs at least one stage, got {self.num_stages}.")
+        for name in ("text_fraction", "final_share", "mixed_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise MSDError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
+
+    def share(self, stage: int) -> float:
+        """Probability that a sample of a stage, counted from 0, is visual."""
+        if self.kind != "two-stage":
+            return {"mixed": self.mixed_share, "text": 0.0, "visual": 1.0}[self.kind]
+        num_text_stages = int(self.num_stages * self.text_fraction)
+        # The first stage is text alone even where half of the stages is less than one.
+        if stage < num_text_stages or (stage == 0 and self.text_fraction > 0):
+            return 0.0
+        if stage >= self.num_stages - 1:
+            return self.final_share
+        rise = (stage + 1 - num_text_stages) / (self.num_stages * (1 - self.text_fraction))
+        return min(1.0, rise) * self.final_share
+
+
+class Draw(NamedTuple):
+    """One training sample: its number in the run, which data set it comes from, and its index there."""
+
+    number: int
+    kind: SampleKind
+    index: int
+
+
+class CurriculumSampler(Sampler[Draw]):
+    """
+    Draws the samples of a run. A draw depends on the seed and its number alone, hence neither on data loader workers,
+    nor on the number of processes, nor on where a run was resumed.
+
+    Each data set is gone through in a random order, another one each time.
+
+    Args:
+        num_text, num_visual (`int`): sizes of the data sets.
+        curriculum (`Curriculum`): the share of visual samples.
+        epoch_length (`int`): samples an epoch.
+        num_samples (`int`): samples of the whole run, over which the stages are spread.
+        seed (`int`): of the draws.
+
+    Raises:
+        MSDError: when the curriculum needs a kind of which there are no samples.
+    """
+
+    def __init__(
+        self,
+        num_text: int,
+        num_visual: int,
+        curriculum: Curriculum,
+        epoch_length: int,
+        num_samples: int,
+        seed: int = 0,
+    ):
+        self.sizes: dict[SampleKind, int] = {"text": num_text, "visual": num_visual}
+        for kind, missing in self.sizes.items():
+            if missing == 0 and curriculum.kind not in {"text", "visual"} - {kind}:
+                raise MSDError(
+                    f"The curriculum {curriculum.kind!r} needs {kind} samples and there are none: give a {kind} data set, "
+                    f"or choose the curriculum {'text' if kind == 'visual' else 'visual'!r}."
+                )
+        self.curriculum = curriculum
+        self.epoch_length = epoch_length
+        self.num_samples = num_samples
+        self.seed = seed
+        self.epoch = 0
+        self._orders: dict[SampleKind, tuple[int, list[int]]] = {}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the next iteration that of an epoch, counted from 0."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.epoch_length
+
+    def __iter__(self) -> Iterator[Draw]:
+        start = self.epoch * self.epoch_length
+        for number in range(start, start + self.epoch_length):
+            yield self.draw(number)
+
+    def stage(self, number: int) -> int:
+        """The stage of the curriculum that a sample belongs to."""
+        num_stages = self.curriculum.num_stages
+        return min(num_stages - 1, number * num_stages // max(1, self.num_samples))
+
+    def draw(self, number: int) -> Draw:
+        """Sample `number` of the run."""
+        share = self.curriculum.share(self.stage(number))
+        is_visual = random.Random(f"{self.seed}/{number}").random() < share
+        kind: SampleKind = "visual" if is_visual else "text"
+        turn, place = divmod(number, self.sizes[kind])
+        if self._orders.get(kind, (None,))[0] != turn:
+            order = list(range(self.sizes[kind]))
+            random.Random(f"{self.seed}/{kind}/{turn}").shuffle(order)
+            self._orders[kind] = (turn, order)
+        return Draw(number, kind, self._orders[kind][1][place])
+
+
+__all__ = ["CURRICULA", "Curriculum", "CurriculumSampler", "Draw", "SampleKind"]

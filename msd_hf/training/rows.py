@@ -1,0 +1,81 @@
+"""From the target's features to the rows of a draft: row j is the pair (token at j + 1, hidden state at j)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+ROW_CHOICES = ("answer", "drafted")
+
+
+@dataclass
+class DraftRows:
+    """
+    A batch that a draft learns from.
+
+    Args:
+        inputs_embeds (`torch.Tensor` of shape `[B, L, H]`): row j is the embedding at position j + 1.
+        hidden_states (`torch.Tensor` of shape `[B, L, W]`): row j is the target's hidden state at position j.
+        visual_mask (`torch.BoolTensor` of shape `[B, L]`): true where position j + 1 is visual.
+        goals (`torch.Tensor` of shape `[B, L, H]`): row j is the target's last hidden state at position j + 1, which
+            row j of the draft's output should equal.
+        trained (`torch.BoolTensor` of shape `[B, L]`): the rows that count in the loss.
+    """
+
+    inputs_embeds: torch.Tensor
+    hidden_states: torch.Tensor
+    visual_mask: torch.Tensor
+    goals: torch.Tensor
+    trained: torch.Tensor
+
+
+def draft_rows(
+    inputs_embeds: torch.Tensor,
+    hidden_states: torch.Tensor,
+    visual_mask: torch.Tensor,
+    trained: torch.Tensor,
+) -> DraftRows:
+    """
+    Shifts a right-padded batch of features. The row behind the last position has a zero embedding and a zero goal.
+
+    Args:
+        inputs_embeds (`torch.Tensor` of shape `[B, L, H]`), hidden_states (`[B, L, W]`), visual_mask (`[B, L]`): of
+            the target, see [`TargetFeatures`].
+        trained (`torch.BoolTensor` of shape `[B, L]`): see [`trained_rows`].
+    """
+    goals = hidden_states[..., -inputs_embeds.shape[-1] :]
+    return DraftRows(
+        inputs_embeds=_shift(inputs_embeds),
+        hidden_states=hidden_states,
+        visual_mask=_shift(visual_mask),
+        goals=_shift(goals),
+        trained=trained,
+    )
+
+
+def trained_rows(assistant_mask: torch.Tensor, attention_mask: torch.Tensor, choice: str = "answer") -> torch.Tensor:
+    """
+    Which rows count, `[B, L]`.
+
+    Args:
+        assistant_mask (`torch.BoolTensor` of shape `[B, L]`): true at the assistant's tokens.
+        attention_mask (`torch.Tensor` of shape `[B, L]`): 1 at tokens, 0 at the padding on the right.
+        choice (`str`): `"answer"`, the original's: rows whose hidden state is at a token of the assistant, but the
+            last one of the sequence. `"drafted"`: rows that generation asks for, namely those that read a token of
+            the assistant and predict another one; this adds the row between the question and the answer, and leaves
+            out those that predict what stands behind an answer.
+    """
+    next_is_answer = _shift(assistant_mask)
+    if choice == "drafted":
+        return next_is_answer & _shift(next_is_answer)
+    return assistant_mask & _shift(attention_mask).bool()
+
+
+def _shift(tensor: torch.Tensor) -> torch.Tensor:
+    """Row j + 1 in place of row j, zeros in the last one."""
+    return torch.cat([tensor[:, 1:], torch.zeros_like(tensor[:, :1])], dim=1)
+
+
+__all__ = ["ROW_CHOICES", "DraftRows", "draft_rows", "trained_rows"]

@@ -1,0 +1,68 @@
+"""Training on the draft's own features, as it meets them deep in a tree (HASS, arXiv 2408.15766; EAGLE-3, 2503.01840)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from transformers import DynamicCache
+
+from .rows import DraftRows
+
+
+def unrolled_states(
+    draft: Callable, rows: DraftRows, num_passes: int = 1, noisy_states: torch.Tensor | None = None
+) -> Iterator[torch.Tensor]:
+    """
+    The outputs `[B, L, H]` of `num_passes` passes of the draft.
+
+    The first one is the usual one. In pass k row j reads the output of pass k - 1 at row j - 1 in place of the
+    target's hidden state, and attends to what it would see as a node at depth k of a tree: rows up to j - k as the
+    first pass made them, and of each pass i in between row j - k + i.
+
+    Args:
+        draft (`MSDDraftModel`, or wrapped in one): the draft.
+        rows (`DraftRows`): a batch of B samples of L rows, padded on the right.
+        num_passes (`int`): passes.
+        noisy_states (`torch.Tensor` of shape `[B, L, W]`, *optional*): read by the first pass in place of
+            `rows.hidden_states`.
+    """
+    hidden_states = rows.hidden_states if noisy_states is None else noisy_states
+    if num_passes == 1:
+        yield draft(
+            inputs_embeds=rows.inputs_embeds, hidden_states=hidden_states, visual_mask=rows.visual_mask
+        ).last_hidden_state
+        return
+    batch_size, length = rows.visual_mask.shape
+    device = rows.visual_mask.device
+    position_ids = torch.arange(length, device=device).expand(batch_size, -1)
+    cache = DynamicCache()
+    for number in range(num_passes):
+        states = draft(
+            inputs_embeds=rows.inputs_embeds,
+            hidden_states=hidden_states,
+            visual_mask=rows.visual_mask,
+            attention_mask=None if number == 0 else unrolled_mask(length, number, states.dtype, device),
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        yield states
+        width = states.shape[-1]
+        # The first row has no row before it; it stays as it is.
+        hidden_states = torch.cat([hidden_states[:, :1, -width:].to(states.dtype), states[:, :-1]], dim=1)
+
+
+def unrolled_mask(length: int, number: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The additive mask `[1, 1, L, (number + 1) * L]` of pass `number` >= 1 over the keys of all passes."""
+    rows = torch.arange(length, device=device)
+    distance = rows.unsqueeze(1) - rows  # [L, L]: of query and key
+    blocks = [distance >= number]
+    blocks += [distance == number - earlier for earlier in range(1, number + 1)]
+    visible = torch.cat(blocks, dim=1)
+    # A row that lies less than `number` behind the start has no row of the first pass to see, and is not trained.
+    mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, torch.finfo(dtype).min)
+    return mask.unsqueeze(0).unsqueeze(0)
+
+
+__all__ = ["unrolled_mask", "unrolled_states"]
