@@ -138,8 +138,8 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         unfit = [name for name in own if name not in source or source[name].shape != own[name].shape]
         if unfit:
             raise MSDError(
-                f"The last layer of `{type(target).__name__}` has no weight for {', '.join(unfit)} of the draft's layer, "
-                "or one of another shape. Do without `init_from_last_layer`."
+                f"The last layer of `{type(target).__name__}` has no weight for {', '.join(unfit)} of the "
+                "draft's layer, or one of another shape. Do without `init_from_last_layer`."
             )
         self.layers[0].load_state_dict({name: source[name] for name in own})
         self.fc.weight[:, : self.config.hidden_size].add_(torch.eye(self.config.hidden_size))

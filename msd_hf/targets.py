@@ -96,7 +96,8 @@ class TargetAdapter:
         num_layers = len(self.decoder.layers) if self.feature_layers else 0
         if any(not 0 <= layer < num_layers for layer in self.feature_layers):
             raise MSDPairingError(
-                f"`target_layers` {self.feature_layers} must lie between 0 and {num_layers - 1}, the layers of this target."
+                f"`target_layers` {self.feature_layers} must lie between 0 and {num_layers - 1}, the layers of "
+                "this target."
             )
         self.embedding = target.get_input_embeddings()
         self.head_module = target.get_output_embeddings()

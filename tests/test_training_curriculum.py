@@ -78,5 +78,5 @@ def test_bad_values(arguments, message):
 
 
 def test_a_kind_without_samples():
-    with pytest.raises(MSDError, match="needs visual samples and there are none.*choose the curriculum 'text'"):
+    with pytest.raises(MSDError, match=r"needs visual samples and there are none.*choose the curriculum 'text'"):
         make_sampler(num_visual=0)

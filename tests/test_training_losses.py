@@ -1,4 +1,4 @@
-"""Batches, losses, gradients and noise against the original implementation, and the chunked head against the plain one."""
+"""Batches, losses, gradients and noise against the original implementation; the chunked head against the plain one."""
 
 import golden_sets
 import pytest
@@ -13,7 +13,7 @@ SETS = ("llava", "qwen2vl")
 
 def golden_features(name):
     """The features of the raw samples as a right-padded batch: what our collators make of them."""
-    values, info = golden_sets.load(f"draft_forward_train_{name}")
+    values, _ = golden_sets.load(f"draft_forward_train_{name}")
     length = values["batch.attention_mask"].shape[1]
     weights, _ = golden_sets.load(f"draft_weights_{name}")
     embedding = weights["embed_tokens.weight"]
@@ -48,7 +48,7 @@ def test_batches(name):
     lengths = values["batch.attention_mask"].sum(1).tolist()
     assert torch.equal(rows.trained.long(), values["batch.loss_mask"])
     for row, length in enumerate(lengths):
-        # The original puts the embedding of token 0 in the last row, which neither counts nor is seen by one that does.
+        # The original puts the embedding of token 0 in the last row, which neither counts nor is seen.
         inside = slice(0, length - 1)
         assert torch.equal(rows.inputs_embeds[row, inside].float(), values["batch.inputs_embeds"][row, inside])
         assert torch.equal(rows.goals[row, :length].float(), values["batch.target"][row, :length])

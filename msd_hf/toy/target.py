@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ NUM_SEED_LAYERS = 5  # of the shallow model that learns first
 NUM_VISION_LAYERS = 3
 IGNORED = -100
 _POOL = 24  # batches that are grouped by length together
+
+EncodeSample = Callable[[LlavaProcessor, dict[str, Any]], dict[str, torch.Tensor]]
 
 
 def build_target_config(processor: LlavaProcessor, num_layers: int = NUM_LAYERS) -> LlavaConfig:
@@ -74,10 +76,15 @@ def build_target_config(processor: LlavaProcessor, num_layers: int = NUM_LAYERS)
 
 def build_shallow_target(processor: LlavaProcessor, seed: int = 0) -> LlavaForConditionalGeneration:
     """An untrained target of a few layers only, to be trained first and then deepened."""
+    return build_untrained(build_target_config(processor, NUM_SEED_LAYERS), seed)
+
+
+def build_untrained(config: LlavaConfig, seed: int = 0) -> LlavaForConditionalGeneration:
+    """A model whose random weights suit training from nothing, at any depth."""
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(build_target_config(processor, NUM_SEED_LAYERS))
-    depths = dict.fromkeys(("o_proj", "down_proj"), NUM_SEED_LAYERS)
-    depths |= dict.fromkeys(("out_proj", "fc2"), NUM_VISION_LAYERS)
+    model = LlavaForConditionalGeneration(config)
+    depths = dict.fromkeys(("o_proj", "down_proj"), config.text_config.num_hidden_layers)
+    depths |= dict.fromkeys(("out_proj", "fc2"), config.vision_config.num_hidden_layers)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             depth = depths.get(name.split(".")[-2])
@@ -168,12 +175,14 @@ def collate_samples(features: list[dict[str, torch.Tensor]], pad_token_id: int) 
     return batch
 
 
-def stream_encoded(processor: LlavaProcessor, seed: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+def stream_encoded(
+    processor: LlavaProcessor, seed: int, batch_size: int, encode: EncodeSample = encode_sample
+) -> Iterator[dict[str, torch.Tensor]]:
     """Endless encoded training samples in which every `batch_size` consecutive ones have similar lengths."""
     samples = iterate_samples("train", seed)
     rng = random.Random(f"batches/{seed}")
     while True:
-        pool = [encode_sample(processor, sample) for sample in islice(samples, batch_size * _POOL)]
+        pool = [encode(processor, sample) for sample in islice(samples, batch_size * _POOL)]
         pool.sort(key=lambda item: len(item["input_ids"]))
         batches = [pool[start : start + batch_size] for start in range(0, len(pool), batch_size)]
         rng.shuffle(batches)
@@ -188,18 +197,20 @@ def train_target(
     seed: int = 0,
     batch_size: int = 16,
     rate: float = 1.0,
+    encode: EncodeSample = encode_sample,
 ) -> float:
     """
     Trains projector and language model in place on fresh conversations; returns the mean training loss. The vision
     tower keeps what it has learnt: an untrained language model would only make it forget.
 
-    `rate` is relative to the learning rates of `build_optimizer`.
+    `rate` is relative to the learning rates of `build_optimizer`; `encode` does what `encode_sample` does, for a
+    processor whose chat template has no generation marks.
     """
     model.model.vision_tower.requires_grad_(False)
     pad_token_id = processor.tokenizer.pad_token_id
     return train(
         model,
-        lambda: stream_encoded(processor, seed, batch_size),
+        lambda: stream_encoded(processor, seed, batch_size, encode),
         lambda features: collate_samples(features, pad_token_id),
         budget,
         batch_size,

@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn import functional
 from transformers import CLIPVisionModel, LlavaProcessor
 
-from .processor import IMAGE_SIDE, PATCH_SIZE
 from .training import Budget, train
 from .world import BACKGROUNDS, COLOURS, GRID, SHAPES, SIZES, Scene, make_scene, render
 
@@ -45,10 +44,10 @@ class CellProbe(nn.Module):
         self.background = nn.Linear(width, len(BACKGROUNDS))
 
     def forward(self, pixel_values: torch.Tensor, cells: torch.Tensor, background: torch.Tensor) -> dict[str, Any]:
-        """Loss and per-attribute accuracy for `[batch, 3, 72, 72]` pixels, `[batch, 4, 3]` cells and `[batch]`
+        """Loss and per-attribute accuracy for `[batch, 3, height, width]` pixels, `[batch, 4, 3]` cells and `[batch]`
         backgrounds."""
         patches = self.tower(pixel_values=pixel_values).last_hidden_state[:, 1:]
-        per_cell = IMAGE_SIDE // PATCH_SIZE // GRID
+        per_cell = self.tower.config.image_size // self.tower.config.patch_size // GRID
         grid = patches.unflatten(1, (GRID, per_cell, GRID, per_cell)).mean((2, 4)).flatten(1, 2)
         loss = functional.cross_entropy(self.background(patches.mean(1)), background)
         # Where a patch lies must stay readable too: questions name places.

@@ -102,8 +102,8 @@ class CurriculumSampler(Sampler[Draw]):
         for kind, missing in self.sizes.items():
             if missing == 0 and curriculum.kind not in {"text", "visual"} - {kind}:
                 raise MSDError(
-                    f"The curriculum {curriculum.kind!r} needs {kind} samples and there are none: give a {kind} data set, "
-                    f"or choose the curriculum {'text' if kind == 'visual' else 'visual'!r}."
+                    f"The curriculum {curriculum.kind!r} needs {kind} samples and there are none: give a {kind} data "
+                    f"set, or choose the curriculum {'text' if kind == 'visual' else 'visual'!r}."
                 )
         self.curriculum = curriculum
         self.epoch_length = epoch_length

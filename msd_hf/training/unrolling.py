@@ -1,4 +1,4 @@
-"""Training on the draft's own features, as it meets them deep in a tree (HASS, arXiv 2408.15766; EAGLE-3, 2503.01840)."""
+"""Training on the features of the draft itself, which it meets deep in a tree (arXiv 2408.15766, 2503.01840)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def unrolled_states(
             inputs_embeds=rows.inputs_embeds,
             hidden_states=hidden_states,
             visual_mask=rows.visual_mask,
-            attention_mask=None if number == 0 else unrolled_mask(length, number, states.dtype, device),
+            attention_mask=None if number == 0 else unrolled_mask(length, number, hidden_states.dtype, device),
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
