@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +30,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+data_app = typer.Typer(help="Look at training data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 console = Console(highlight=False)
 
 DEMO_PROMPT = "Describe the picture."
@@ -38,6 +41,12 @@ Temperature = Annotated[float, typer.Option(min=0.0, help="0 for greedy decoding
 Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...; auto: the GPU if there is one.")]
+ImageFolder = Annotated[
+    Path | None, typer.Option(help="Folder that image paths are relative to; default: the data's.")
+]
+MaxLength = Annotated[int, typer.Option(min=1, help="Tokens of a sample, expanded images included.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Samples per forward of the target.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first broken sample.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed runs with and without the draft, of which medians count.")]
 
 
@@ -92,6 +101,133 @@ def convert(
     with replaced_folder(destination) as temporary:
         model.save_pretrained(temporary)
     console.print(f"Wrote {destination} ({model.num_parameters():,} parameters, {model.dtype}).")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def train(context: typer.Context) -> None:
+    """Train a draft for a target, in two stages: text, then more and more images."""
+    from .training.script import run_training
+
+    trainer = run_training(context.args)
+    if trainer.is_world_process_zero():
+        metrics = trainer.provenance()["metrics"]
+        for name in ("eval_tau", "eval_tau_text", "eval_tau_visual"):
+            if name in metrics:
+                console.print(f"{name.removeprefix('eval_'):12}{metrics[name]:.2f}")
+        console.print(f"The draft is in {trainer.args.output_dir}.")
+
+
+@app.command()
+def extract(
+    target: Annotated[str, typer.Option(help="Folder or Hub id of the target.")],
+    data: Annotated[Path, typer.Option(help="Conversations, .json or .jsonl.")],
+    output: Annotated[Path, typer.Option(help="Folder for the features; a run that was killed goes on there.")],
+    image_folder: ImageFolder = None,
+    max_length: MaxLength = 2048,
+    storage: Annotated[
+        str, typer.Option(help="auto (the target's dtype), float32, bfloat16, float16 or int8.")
+    ] = "auto",
+    target_layers: Annotated[
+        str, typer.Option(help="As in `msd-hf train`: numbers with commas, auto or none.")
+    ] = "none",
+    all_hidden_states: Annotated[
+        bool, typer.Option("--all-hidden-states", help="Also those that only a draft without decoupling reads.")
+    ] = False,
+    batch_size: BatchSize = 8,
+    num_workers: Annotated[int, typer.Option(min=0, help="Processes that prepare samples.")] = 0,
+    strict: Strict = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Run the target over conversations once and keep its features on disk for `msd-hf train`."""
+    from .training import MSDTrainingArguments, extract_features, load_conversations
+    from .training.disk_estimate import estimate_disk
+
+    conversations = load_conversations(data, image_folder)
+    model, processor = _load_target(target, dtype, device)
+    num_layers = len(model.get_decoder().layers)
+    layers = MSDTrainingArguments(target_layers=target_layers, use_cpu=True).layers_of(num_layers)
+    shape = {"feature_layers": layers, "all_hidden_states": all_hidden_states, "max_length": max_length}
+    estimate = estimate_disk(model, processor, conversations, storage=storage, **shape)
+    console.print(f"This will take {estimate}.")
+    report = extract_features(
+        model,
+        processor,
+        conversations,
+        output,
+        storage=storage,
+        batch_size=batch_size,
+        strict=strict,
+        num_workers=num_workers,
+        **shape,
+    )
+    console.print(
+        f"{report.num_samples:,} samples, {report.num_tokens:,} tokens, {report.num_bytes / 1e6:,.1f} MB in {output}."
+    )
+    _print_skipped(report.skipped)
+
+
+@app.command(name="regenerate")
+def regenerate_answers(
+    target: Annotated[str, typer.Option(help="Folder or Hub id of the target.")],
+    data: Annotated[Path, typer.Option(help="Conversations, .json or .jsonl, whose answers are replaced.")],
+    output: Annotated[Path, typer.Option(help="The .jsonl file; a run that was killed goes on there.")],
+    image_folder: ImageFolder = None,
+    max_new_tokens: MaxNewTokens = 512,
+    batch_size: BatchSize = 8,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    strict: Strict = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Let the target answer the prompts of a data set itself: a draft then learns what the target really says."""
+    from .training import load_conversations, regenerate
+
+    conversations = load_conversations(data, image_folder)
+    model, processor = _load_target(target, dtype, device)
+    report = regenerate(
+        model,
+        processor,
+        conversations,
+        output,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        temperature=temperature,
+        seed=seed,
+        strict=strict,
+    )
+    console.print(f"{report.num_samples:,} conversations in {output}.")
+    _print_skipped(report.skipped)
+
+
+@data_app.command()
+def check(
+    data: Annotated[Path, typer.Option(help="Conversations, .json or .jsonl.")],
+    target: Annotated[str, typer.Option(help="Folder or Hub id of the target, for its processor.")],
+    image_folder: ImageFolder = None,
+    max_length: MaxLength = 2048,
+    show: Annotated[int, typer.Option(min=0, help="Samples to show, with the trained tokens coloured.")] = 3,
+    strict: Strict = False,
+) -> None:
+    """Encode every sample as training would; count what is broken, by reason; show a few."""
+    from .training.conversations import load_conversations
+    from .training.data_check import check_conversations, render_report
+
+    conversations = load_conversations(data, image_folder)
+    processor = AutoProcessor.from_pretrained(target)
+    render_report(check_conversations(conversations, processor, max_length, show, strict), console)
+
+
+def _load_target(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, Any]:
+    resolved_dtype, resolved_device = _parse_dtype(dtype), _parse_device(device)
+    processor = AutoProcessor.from_pretrained(name)
+    return AutoModelForImageTextToText.from_pretrained(name, dtype=resolved_dtype).to(resolved_device), processor
+
+
+def _print_skipped(skipped: Mapping[str, int]) -> None:
+    for reason, count in skipped.items():
+        console.print(f"skipped {count:,}: {reason}")
 
 
 def _run(

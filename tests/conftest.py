@@ -1,9 +1,37 @@
 import os
 
+import pytest
 import torch
+from training_runs import NUM_SAMPLES, build_small_target
+from transformers import AutoProcessor
+
+from msd_hf.toy import TARGET_DIR
+from msd_hf.toy.dataset import ToySamples
+from msd_hf.training import load_conversations
 
 
 # Nothing may be downloaded by a test.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The models of the tests are tiny: more threads only cost.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def toy_processor():
+    return AutoProcessor.from_pretrained(TARGET_DIR)
+
+
+@pytest.fixture
+def small_target(toy_processor):
+    return build_small_target(toy_processor)
+
+
+@pytest.fixture(scope="session")
+def raw_samples():
+    """LLaVA-style samples of the toy world, pictures drawn when asked for."""
+    return {kind: ToySamples("train", NUM_SAMPLES, 0, kind) for kind in ("text", "visual")}
+
+
+@pytest.fixture(scope="session")
+def training_data(raw_samples):
+    return {kind: load_conversations(samples) for kind, samples in raw_samples.items()}

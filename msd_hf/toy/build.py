@@ -12,10 +12,8 @@ from rich.console import Console
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging
 
-from ..modeling_msd import MSDDraftModel
 from .accuracy import accuracy_table, generate_answers, make_evaluation_prompts, score_answers
-from .dataset import SampleKind
-from .draft import Features, extract_features, save_draft, train_draft
+from .draft import save_draft, train_draft
 from .evaluate import evaluate_pair
 from .processor import build_processor
 from .target import build_shallow_target, deepen, save_target, scale_projector, train_target
@@ -35,12 +33,11 @@ def build_pair(
     vision_seconds: Annotated[float, typer.Option(help="Wall clock for training the vision tower alone.")] = 100.0,
     shallow_seconds: Annotated[float, typer.Option(help="Wall clock for training a shallow target.")] = 1020.0,
     deep_seconds: Annotated[float, typer.Option(help="Wall clock for training all of its layers.")] = 360.0,
-    draft_seconds: Annotated[float, typer.Option(help="Wall clock for training the draft.")] = 420.0,
     vision_steps: Annotated[int | None, typer.Option(help="Steps instead of a time.")] = None,
     shallow_steps: Annotated[int | None, typer.Option(help="Steps instead of a time.")] = None,
     deep_steps: Annotated[int | None, typer.Option(help="Steps instead of a time.")] = None,
-    draft_steps: Annotated[int | None, typer.Option(help="Steps instead of a time.")] = None,
-    draft_samples: Annotated[int, typer.Option(help="Conversations to learn from, half of them visual.")] = 6000,
+    draft_steps: Annotated[int, typer.Option(help="Steps of the draft's training.")] = 1200,
+    draft_samples: Annotated[int, typer.Option(help="Conversations to learn from, half of them visual.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Conversations per step.")] = 16,
     prompts_per_kind: Annotated[int, typer.Option(help="Held-out questions of each kind in the final test.")] = 40,
     draft_only: Annotated[bool, typer.Option("--draft-only", help="Keep the target that is in the folder.")] = False,
@@ -57,8 +54,7 @@ def build_pair(
         )
         build_target_folder(output / "target", *budgets, batch_size, prompts_per_kind, seed)
         console.print(f"target after {(time.monotonic() - started) / 60:.1f} minutes")
-    draft_budget = Budget(draft_steps, None if draft_steps else draft_seconds)
-    build_draft_folder(output / "draft", output / "target", draft_budget, draft_samples, batch_size, seed)
+    build_draft_folder(output, draft_steps, draft_samples, batch_size, seed)
     console.print(f"draft after {(time.monotonic() - started) / 60:.1f} minutes")
     evaluate_pair(output / "target", output / "draft", repeats=1, seed=seed)
 
@@ -99,21 +95,13 @@ def print_accuracy(
     console.print(f"mean answer length {sum(lengths) / len(lengths):.1f} tokens")
 
 
-def build_draft_folder(
-    folder: Path, target_folder: Path, budget: Budget, num_samples: int, batch_size: int, seed: int
-) -> None:
-    """Trains a fresh draft for a saved target, and saves it."""
-    processor = AutoProcessor.from_pretrained(target_folder)
-    target = LlavaForConditionalGeneration.from_pretrained(target_folder)
-    torch.manual_seed(seed)
-    draft = MSDDraftModel.from_target(target)
-    features: dict[SampleKind, list[Features]] = {
-        "text": extract_features(target, processor, "text", num_samples // 2, seed),
-        "visual": extract_features(target, processor, "visual", num_samples // 2, seed),
-    }
-    loss = train_draft(draft, target, features, budget, seed, batch_size)
-    console.print(f"draft of {draft.num_parameters():,} parameters, mean training loss {loss:.4f}")
-    save_draft(draft, folder)
+def build_draft_folder(output: Path, num_steps: int, num_samples: int, batch_size: int, seed: int) -> None:
+    """Trains a fresh draft for the target in `output`, and saves it beside it."""
+    processor = AutoProcessor.from_pretrained(output / "target")
+    target = LlavaForConditionalGeneration.from_pretrained(output / "target")
+    draft = train_draft(target, processor, output / "work", num_steps, num_samples, seed, batch_size)
+    console.print(f"draft of {draft.num_parameters():,} parameters")
+    save_draft(draft, output / "draft")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import typer
 from PIL import Image
 
 from .text_questions import TEXT_KINDS, make_text_task, make_text_turns
@@ -135,3 +136,40 @@ def write_dataset(folder: str | Path, split: str, num_samples: int, seed: int) -
     temporary.write_text(json.dumps(entries, indent=1), encoding="utf-8")
     os.replace(temporary, target)
     return target
+
+
+class ToySamples(Sequence[dict[str, Any]]):
+    """The first `num_samples` conversations of a split, each with its picture drawn when it is asked for. Is data for
+    `load_conversations`."""
+
+    def __init__(self, split: str, num_samples: int, seed: int, kind: SampleKind):
+        self.samples = make_samples(split, num_samples, seed, kind)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: Any) -> Any:
+        sample = dict(self.samples[index])
+        scene = sample.pop("scene", None)
+        return sample if scene is None else {**sample, "image": render(scene)}
+
+
+def write_training_data(
+    output: Annotated[Path, typer.Option(help="Folder that is written to.")],
+    samples: Annotated[int, typer.Option(help="Conversations, of which 60% have a picture.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the conversations.")] = 0,
+) -> None:
+    """Write conversations to train on: `train.json`, the same as `text.json` and `visual.json` apart, a twentieth of
+    their number as `test.json`, and `images`."""
+    path = write_dataset(output, "train", samples, seed)
+    write_dataset(output, "test", max(1, samples // 20), seed)
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    for name, visual in (("text", False), ("visual", True)):
+        chosen = [entry for entry in entries if ("image" in entry) is visual]
+        temporary = output / f"{name}.tmp"
+        temporary.write_text(json.dumps(chosen, indent=1), encoding="utf-8")
+        os.replace(temporary, output / f"{name}.json")
+
+
+if __name__ == "__main__":
+    typer.run(write_training_data)

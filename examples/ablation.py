@@ -1,0 +1,261 @@
+"""
+What each part of the training brings, on the toy world: a table, a JSON file and a plot for each study.
+
+    python examples/ablation.py --study paper     # {decoupled, not} x {text, visual, mixed, two-stage}
+    python examples/ablation.py --study recipes   # the paper's recipe, each addition to it, and the recommended one
+
+Every draft is trained for the same number of steps on cached features of the same conversations, with the same
+optimizer, and measured on held-out prompts: tau, and speedup from interleaved runs. Finished parts are kept in the
+output folder; a run that was stopped goes on where it was. Needs `pip install -e ".[examples]"`.
+"""
+
+import json
+import statistics
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoProcessor, HfArgumentParser, LlavaForConditionalGeneration
+from transformers.utils import logging
+
+from msd_hf import MSDDraftModel
+from msd_hf.evaluation import compare, mean_acceptance_length, median_speedup
+from msd_hf.prompts import build_inputs
+from msd_hf.toy import TARGET_DIR
+from msd_hf.toy.accuracy import make_evaluation_prompts
+from msd_hf.toy.dataset import ToySamples
+from msd_hf.training import (
+    FeatureCache,
+    MSDTrainer,
+    MSDTrainingArguments,
+    extract_features,
+    load_conversations,
+    regenerate,
+)
+
+
+KINDS = ("text", "visual")
+# The bundled draft's: the fastest on two CPU cores.
+TREE = {"num_assistant_tokens": 24, "tree_depth": 6, "tree_top_k": 4}
+# A draft of 0.2M parameters takes larger and fewer steps than one of a 7B model. The same for every run.
+OPTIMIZER = {"learning_rate": 2e-3, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 16}
+
+
+@dataclass
+class AblationArguments:
+    study: str = field(
+        default="paper", metadata={"choices": ["paper", "recipes"], "help": "Which drafts are trained."}
+    )
+    output: str = field(default="ablation", metadata={"help": "Folder for features, drafts and results."})
+    steps: int = field(default=600, metadata={"help": "Training steps of each draft."})
+    samples: int = field(default=1024, metadata={"help": "Conversations of each kind to learn from."})
+    seeds: int = field(default=2, metadata={"help": "Drafts of each sort."})
+    prompts_per_kind: int = field(default=2, metadata={"help": "Held-out questions of each of the 13 kinds."})
+    workers: int = field(default=2, metadata={"help": "Drafts that are trained at once, on one thread each."})
+
+
+@dataclass(frozen=True)
+class Run:
+    """One draft: `arguments` differ from the paper's, and `answers` are the data's or the target's."""
+
+    name: str
+    seed: int
+    answers: str = "data"
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def list_runs(study: str, num_seeds: int) -> list[Run]:
+    runs = []
+    for seed in range(num_seeds):
+        if study == "paper":
+            for decoupled in (True, False):
+                for curriculum in ("text", "visual", "mixed", "two-stage"):
+                    name = f"{'decoupled' if decoupled else 'not decoupled'}, {curriculum}"
+                    arguments = {"decouple_visual_tokens": decoupled, "curriculum": curriculum}
+                    runs.append(Run(name, seed, arguments=arguments))
+        else:
+            additions = {
+                "start from the last layer": {"init_from_last_layer": True},
+                "drafted rows, no noise": {"trained_rows": "drafted", "noise": 0.0},
+                "unrolled training": {"unroll_passes": 3},
+                "several layers": {"target_layers": "auto"},
+            }
+            runs.append(Run("paper", seed))
+            runs.append(Run("paper + target-written answers", seed, "target"))
+            runs += [Run(f"paper + {name}", seed, arguments=arguments) for name, arguments in additions.items()]
+            runs.append(Run("recommended", seed, arguments={"recipe": "recommended"}))
+    return runs
+
+
+def make_arguments(run: Run, folder: Path, steps: int) -> MSDTrainingArguments:
+    return MSDTrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        warmup_steps=steps // 20,
+        seed=run.seed,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=50,
+        **{**OPTIMIZER, **run.arguments},
+    )
+
+
+def load_pair_parts() -> tuple[Any, LlavaForConditionalGeneration]:
+    return AutoProcessor.from_pretrained(TARGET_DIR), LlavaForConditionalGeneration.from_pretrained(TARGET_DIR)
+
+
+def write_answers(job: tuple[str, Path, int]) -> None:
+    """Lets the target answer the questions of one kind of conversation."""
+    kind, output, num_samples = job
+    path = answers_path(output, kind)
+    if path.is_file():
+        return
+    torch.set_num_threads(1)
+    processor, target = load_pair_parts()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    conversations = load_conversations(ToySamples("train", num_samples, 0, kind))
+    regenerate(target, processor, conversations, path, max_new_tokens=160, batch_size=64)
+
+
+def answers_path(output: Path, kind: str) -> Path:
+    return output / "answers" / f"{kind}.jsonl"
+
+
+def extract(job: tuple[str, str, tuple[int, ...], Path, int]) -> None:
+    """The features of one kind of conversation, with the answers of the data or the target's own."""
+    answers, kind, layers, output, num_samples = job
+    torch.set_num_threads(1)
+    processor, target = load_pair_parts()
+    data = answers_path(output, kind) if answers == "target" else ToySamples("train", num_samples, 0, kind)
+    conversations = load_conversations(data)
+    extract_features(
+        target,
+        processor,
+        conversations,
+        cache_folder(output, answers, kind, layers),
+        storage="float16",
+        batch_size=32,
+        feature_layers=list(layers) or None,
+        all_hidden_states=True,
+    )
+
+
+def cache_folder(output: Path, answers: str, kind: str, layers: tuple[int, ...]) -> Path:
+    return output / "features" / "-".join([kind, answers, *map(str, layers)])
+
+
+def needed_layers(run: Run, output: Path) -> tuple[int, ...]:
+    num_layers = AutoConfig.from_pretrained(TARGET_DIR).text_config.num_hidden_layers
+    return tuple(make_arguments(run, output, 1).layers_of(num_layers) or ())
+
+
+def train(job: tuple[Run, Path, int]) -> None:
+    """Trains one draft, unless it is there."""
+    run, output, steps = job
+    folder = draft_folder(output, run, steps)
+    if (folder / "training_provenance.json").is_file():
+        return
+    torch.set_num_threads(1)
+    processor, target = load_pair_parts()
+    layers = needed_layers(run, output)
+    caches = {kind: FeatureCache(cache_folder(output, run.answers, kind, layers)) for kind in KINDS}
+    trainer = MSDTrainer(
+        target=target,
+        processing_class=processor,
+        args=make_arguments(run, folder, steps),
+        text_dataset=caches["text"],
+        visual_dataset=caches["visual"],
+    )
+    trainer.train()
+    for name, value in TREE.items():
+        setattr(trainer.model.generation_config, name, value)
+    trainer.save_model()
+
+
+def draft_folder(output: Path, run: Run, steps: int) -> Path:
+    return output / "drafts" / f"{run.name.replace(', ', '-').replace(' ', '_')}-{steps}-seed{run.seed}"
+
+
+def measure(runs: list[Run], args: AblationArguments, output: Path) -> list[dict[str, Any]]:
+    """tau and speedup of every draft, one after the other on the same prompts."""
+    processor, target = load_pair_parts()
+    prompts = make_evaluation_prompts(args.prompts_per_kind, seed=0)
+    results = []
+    for run in tqdm(runs, desc="measuring"):
+        draft = MSDDraftModel.from_pretrained(draft_folder(output, run, args.steps))
+        result: dict[str, Any] = {"name": run.name, "seed": run.seed}
+        groups = defaultdict(list)
+        for prompt in prompts:
+            inputs = build_inputs(processor, prompt.question, prompt.image)
+            comparison = compare(target, draft, inputs, repeats=1, max_new_tokens=140, do_sample=False)
+            groups["text" if prompt.image is None else "visual"].append(comparison)
+            groups["all"].append(comparison)
+        for group, comparisons in groups.items():
+            lengths = [comparison.drafted[0].acceptance_lengths for comparison in comparisons]
+            result[f"tau_{group}"] = mean_acceptance_length(lengths)
+            result[f"speedup_{group}"] = median_speedup(comparisons)
+            result[f"identical_{group}"] = sum(comparison.identical for comparison in comparisons) / len(comparisons)
+        results.append(result)
+    return results
+
+
+def report(results: list[dict[str, Any]], args: AblationArguments, output: Path, console: Console) -> None:
+    names = list(dict.fromkeys(result["name"] for result in results))
+    columns = [f"{figure}_{group}" for figure in ("tau", "speedup") for group in (*KINDS, "all")]
+    table = Table(title=f"{args.study}: {args.steps} steps, mean (least - most) of {args.seeds} seeds")
+    for column in ("draft", *columns):
+        table.add_column(column.replace("_", " "), justify="left" if column == "draft" else "right")
+    for name in names:
+        cells = []
+        for column in columns:
+            values = [result[column] for result in results if result["name"] == name]
+            cells.append(f"{statistics.mean(values):.2f} ({min(values):.2f} - {max(values):.2f})")
+        table.add_row(name, *cells)
+    console.print(table)
+    path = output / f"{args.study}.json"
+    path.write_text(json.dumps({"steps": args.steps, "results": results}, indent=1) + "\n", encoding="utf-8")
+    figure, axes = plt.subplots(1, 2, figsize=(13, 0.5 * len(names) + 1.5), sharey=True, layout="constrained")
+    for axis, figure_name in zip(axes, ("tau", "speedup"), strict=True):
+        for offset, group in ((-0.2, "text"), (0.2, "visual")):
+            rows = [[r[f"{figure_name}_{group}"] for r in results if r["name"] == name] for name in names]
+            places = [number + offset for number in range(len(names))]
+            axis.barh(places, [statistics.mean(row) for row in rows], height=0.36, label=f"{group} prompts")
+            for place, row in zip(places, rows, strict=True):
+                axis.plot(row, [place] * len(row), "k.", markersize=3)
+        axis.set_xlabel(figure_name)
+        axis.axvline(1, color="grey", linewidth=0.8)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    axes[0].legend()
+    figure.savefig(output / f"{args.study}.png", dpi=120)
+    console.print(f"Written: {path} and {path.with_suffix('.png')}")
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(AblationArguments).parse_args_into_dataclasses()
+    logging.disable_progress_bar()
+    output = Path(args.output)
+    runs = list_runs(args.study, args.seeds)
+    caches = sorted({(run.answers, kind, needed_layers(run, output)) for run in runs for kind in KINDS})
+    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+        if any(answers == "target" for answers, _, _ in caches):
+            list(pool.map(write_answers, [(kind, output, args.samples) for kind in KINDS]))
+        extract_jobs = [(*cache, output, args.samples) for cache in caches]
+        list(tqdm(pool.map(extract, extract_jobs), total=len(caches), desc="features"))
+        train_jobs = [(run, output, args.steps) for run in runs]
+        list(tqdm(pool.map(train, train_jobs), total=len(runs), desc="training"))
+    # On an otherwise idle machine: nothing is trained while times are taken.
+    report(measure(runs, args, output), args, output, Console(width=160))
+
+
+if __name__ == "__main__":
+    main()

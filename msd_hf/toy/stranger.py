@@ -1,0 +1,207 @@
+"""Another target of the toy world, unlike the bundled one: `python -m msd_hf.toy.stranger --output DIR`.
+
+A Qwen2 decoder with grouped-query attention behind another vision tower, its own tokenizer, and ChatML as its chat
+template, without a start token and without generation marks. Drafts are trained for it as for anybody's model:
+
+    msd-hf train --target DIR/target --text-data DIR/data/text.json --visual-data DIR/data/visual.json \\
+        --image-folder DIR/data --output-dir DIR/draft
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+from transformers.utils import logging
+
+from ..training.conversations import Conversation
+from ..training.encoding import ConversationEncoder
+from .accuracy import accuracy_table, generate_answers, make_evaluation_prompts, score_answers
+from .dataset import IMAGE_TAG, iterate_samples, write_training_data
+from .target import IGNORED, EncodeSample, build_untrained, save_target, scale_projector, to_messages, train_target
+from .training import Budget
+from .vision import pretrain_vision_tower
+
+
+console = Console(width=100)
+
+VOCABULARY_SIZE = 700
+IMAGE_SIDE = 80  # pixels after resizing
+PATCH_SIZE = 20  # pixels
+HIDDEN_SIZE = 96
+NUM_LAYERS = 6
+NUM_HEADS, NUM_KV_HEADS = 6, 2
+END_OF_TEXT, TURN_START, TURN_END, IMAGE_TOKEN = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>"
+SYSTEM_PROMPT = "You are a helpful assistant."
+
+# As Qwen2's: a system turn of its own where the chat has none, and a line break behind each turn's end.
+CHAT_TEMPLATE = """\
+{%- if messages[0]['role'] != 'system' -%}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}{{- '<|image_pad|>' -}}{%- else -%}{{- part['text'] -}}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+
+def build_stranger(
+    output: Annotated[Path, typer.Option(help="Folder that `target` and `data` are written to.")],
+    vision_seconds: Annotated[float, typer.Option(help="Wall clock for training the vision tower alone.")] = 60.0,
+    seconds: Annotated[float, typer.Option(help="Wall clock for training the whole model.")] = 360.0,
+    vision_steps: Annotated[int | None, typer.Option(help="Steps instead of a time.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps instead of a time.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Conversations per step.")] = 16,
+    num_samples: Annotated[int, typer.Option(help="Conversations for a draft to learn from.")] = 6000,
+    prompts_per_kind: Annotated[int, typer.Option(help="Held-out questions of each kind in the final test.")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of data and initial weights.")] = 0,
+) -> None:
+    """Train and save a target unlike the bundled one, and write the conversations to train a draft on."""
+    write_training_data(output / "data", num_samples, seed)
+    processor = build_stranger_processor(seed)
+    model = build_untrained(build_stranger_config(processor), seed)
+    console.print(f"{model.num_parameters():,} parameters, {torch.get_num_threads()} threads")
+    vision_budget = Budget(vision_steps, None if vision_steps else vision_seconds)
+    probes = pretrain_vision_tower(model.model.vision_tower, processor, vision_budget, seed)
+    console.print("vision tower:", {name: f"{value:.1%}" for name, value in probes.items()})
+    scale_projector(model, processor, seed)
+    budget = Budget(steps, None if steps else seconds)
+    train_target(model, processor, budget, seed, batch_size, encode=make_encoder(processor))
+    save_target(model, processor, output / "target")
+    prompts = make_evaluation_prompts(prompts_per_kind, seed)
+    answers = generate_answers(LlavaForConditionalGeneration.from_pretrained(output / "target"), processor, prompts)
+    console.print(accuracy_table(score_answers(prompts, answers)))
+    for prompt, answer in list(zip(prompts, answers, strict=True))[::prompts_per_kind]:
+        console.print(f"[bold]{prompt.question}[/bold] {answer}", highlight=False)
+
+
+def build_stranger_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer of 700 entries, digits apart, without a start token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        special_tokens=[END_OF_TEXT, TURN_START, TURN_END, IMAGE_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=END_OF_TEXT,
+        eos_token=TURN_END,
+        extra_special_tokens={"image_token": IMAGE_TOKEN, "turn_start_token": TURN_START},
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=2048,
+    )
+
+
+def build_stranger_processor(seed: int = 0, num_samples: int = 4000) -> LlavaProcessor:
+    """A processor whose tokenizer is trained on `num_samples` conversations of the training split.
+
+    An image becomes 3x80x80 pixels and 16 `<|image_pad|>` tokens.
+    """
+
+    def texts() -> Iterator[str]:
+        for sample in islice(iterate_samples("train", seed), num_samples):
+            # The words that the chat template writes take few tokens this way.
+            yield f"system\n{SYSTEM_PROMPT}"
+            for turn in sample["conversations"]:
+                role = "user" if turn["from"] == "human" else "assistant"
+                yield f"{role}\n" + turn["value"].replace(f"{IMAGE_TAG}\n", "")
+
+    square = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False),
+        tokenizer=build_stranger_tokenizer(texts()),
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token=IMAGE_TOKEN,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_stranger_config(processor: LlavaProcessor) -> LlavaConfig:
+    """Configuration of the target (0.9M parameters): 6 Qwen2 layers with 6 query and 2 key-value heads."""
+    tokenizer = processor.tokenizer
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=IMAGE_SIDE,
+        patch_size=PATCH_SIZE,
+        projection_dim=64,
+    )
+    text = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=256,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=NUM_HEADS,
+        num_key_value_heads=NUM_KV_HEADS,
+        max_position_embeddings=2048,
+        initializer_range=HIDDEN_SIZE**-0.5,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=processor.image_token_id,
+        image_seq_length=(IMAGE_SIDE // PATCH_SIZE) ** 2,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+
+
+def make_encoder(processor: LlavaProcessor) -> EncodeSample:
+    """What `encode_sample` does, for a chat template without generation marks."""
+    encoder = ConversationEncoder(processor)
+
+    def encode(_: LlavaProcessor, sample: dict[str, Any]) -> dict[str, torch.Tensor]:
+        messages = to_messages(sample)
+        images = tuple(part.pop("image") for message in messages for part in message["content"] if "image" in part)
+        features = encoder(Conversation(sample["id"], messages, images))
+        ids, mask = features["input_ids"], features["assistant_mask"]
+        encoded = {"input_ids": ids, "labels": ids.masked_fill(~mask, IGNORED)}
+        return encoded | {name: features[name][0] for name in ("pixel_values",) if name in features}
+
+    return encode
+
+
+if __name__ == "__main__":
+    logging.set_verbosity_info()
+    typer.run(build_stranger)

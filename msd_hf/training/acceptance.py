@@ -1,0 +1,76 @@
+"""The real acceptance length of a draft: `generate` on held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..errors import MSDDataError
+from ..modeling_msd import MSDDraftModel
+from ..prompts import build_chat_inputs
+from .conversations import Conversation
+from .curriculum import SampleKind
+
+
+def first_prompt(conversation: Conversation) -> tuple[list[dict[str, Any]], list[Any]]:
+    """The messages before the first answer of a conversation, and their images, opened."""
+    messages = []
+    for message in conversation.messages:
+        if message["role"] == "assistant":
+            break
+        messages.append(message)
+    num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
+    return messages, conversation.open_images()[:num_images]
+
+
+@torch.no_grad()
+def acceptance_lengths(
+    target: PreTrainedModel,
+    draft: MSDDraftModel,
+    processor: Any,
+    conversations: Iterable[Conversation],
+    max_new_tokens: int = 128,
+    show_progress: bool = False,
+) -> dict[SampleKind, list[list[int]]]:
+    """
+    Lets the target answer the first question of each conversation with the draft, greedily.
+
+    Args:
+        target, draft, processor: the pair.
+        conversations (`Iterable[Conversation]`): broken ones are left out.
+        max_new_tokens (`int`): length limit of an answer.
+        show_progress (`bool`): whether there is a progress bar.
+
+    Returns:
+        For text and for visual conversations, one list an answer: the tokens emitted by each verification. Their mean
+        is tau, see [`~msd_hf.evaluation.mean_acceptance_length`].
+    """
+    lengths: dict[SampleKind, list[list[int]]] = {"text": [], "visual": []}
+    was_training = draft.training
+    draft.eval()
+    try:
+        for conversation in tqdm(conversations, desc="tau", disable=not show_progress, leave=False):
+            try:
+                messages, images = first_prompt(conversation)
+            except MSDDataError:
+                continue
+            inputs = build_chat_inputs(processor, messages, images).to(target.device, dtype=target.dtype)
+            output = target.generate(
+                **inputs,
+                assistant_model=draft,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_scores=False,
+            )
+            lengths["visual" if images else "text"] += output.acceptance_lengths
+    finally:
+        draft.train(was_training)
+    return lengths
+
+
+__all__ = ["acceptance_lengths", "first_prompt"]

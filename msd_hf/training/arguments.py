@@ -1,0 +1,194 @@
+"""Arguments of a training run, with the paper's values (section 3.3) as defaults, and the two recipes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from ..errors import MSDError
+from .curriculum import CURRICULA, Curriculum
+from .rows import ROW_CHOICES
+
+
+# What a recipe fills in where an argument is left open.
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {
+        "feature_loss_weight": 1.0,
+        "token_loss_weight": 0.1,
+        "noise": 0.2,
+        "trained_rows": "answer",
+        "unroll_passes": 1,
+        "init_from_last_layer": False,
+        "target_layers": "none",
+        "target_written_answers": False,
+    },
+    # What raised tau on the toy world (`examples/ablation.py --study recipes`). Several layers and target-written
+    # answers did not.
+    "recommended": {
+        "feature_loss_weight": 1.0,
+        "token_loss_weight": 0.1,
+        "noise": 0.0,
+        "trained_rows": "drafted",
+        "unroll_passes": 3,
+        "init_from_last_layer": True,
+        "target_layers": "none",
+        "target_written_answers": False,
+    },
+}
+
+# On the command line: `--bf16` alone means yes; without it the default is found out later.
+_FLAG = {"nargs": "?", "const": True}
+
+
+@dataclass
+class MSDTrainingArguments(TrainingArguments):
+    """
+    Arguments of [`MSDTrainer`]: those of `TrainingArguments`, with the paper's values as defaults, and the following.
+    Where the default is `None`, the recipe decides.
+
+    Args:
+        recipe (`str`, defaults to `"paper"`): `"paper"`, or `"recommended"`, which adds what was found to raise the
+            acceptance length.
+        max_length (`int`, defaults to 2048): tokens of a sample, expanded images included; the rest is cut.
+        feature_loss_weight (`float`, *optional*): weight of the Smooth-L1 loss on hidden states; paper: 1.0.
+        token_loss_weight (`float`, *optional*): weight of the cross-entropy on tokens; paper: 0.1.
+        noise (`float`, *optional*): range of the uniform noise on hidden states at 512 tokens; paper: 0.2.
+        trained_rows (`str`, *optional*): `"answer"` or `"drafted"`, see [`~msd_hf.training.rows.trained_rows`].
+        unroll_passes (`int`, *optional*): passes of the draft a step, of which all but the first read its own outputs;
+            paper: 1.
+        unroll_decay (`float`, defaults to 0.8): weight of each pass relative to the one before.
+        init_from_last_layer (`bool`, *optional*): whether a new draft starts from the target's last layer.
+        target_layers (`str`, *optional*): layers of the target that a new draft reads besides the last hidden state:
+            numbers from 0, with commas; `"auto"` for one low, one middle and one high layer; or `"none"`.
+        target_written_answers (`bool`, *optional*): `msd-hf train` first lets the target answer the prompts itself and
+            trains on its answers.
+        decouple_visual_tokens (`bool`, defaults to `True`): of a new draft; `False` is plain EAGLE.
+        curriculum (`str`, defaults to `"two-stage"`): or `"mixed"`, `"text"`, `"visual"`.
+        curriculum_stages (`int`, defaults to 40), text_fraction (`float`, defaults to 0.5), final_visual_share
+            (`float`, defaults to 1.0), mixed_visual_share (`float`, defaults to 0.5): see
+            [`~msd_hf.training.curriculum.Curriculum`].
+        head_chunk_size (`int`, defaults to 1024): positions of which logits exist at a time.
+        strict (`bool`, defaults to `False`): stop at a broken sample rather than count it and take the next one.
+        eval_prompts (`int`, defaults to 16): held-out prompts, of each kind, of which tau is measured at evaluation.
+        eval_max_new_tokens (`int`, defaults to 128): length limit of their answers.
+
+    Raises:
+        MSDError: when a value is not known or out of range.
+    """
+
+    # TrainingArguments looks here for fields that may be given as a JSON string.
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS
+
+    num_train_epochs: float = field(default=40, metadata={"help": "Passes over the smaller one of the data sets."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
+    warmup_steps: float = field(default=2000, metadata={"help": "Steps, or a share of all steps if below 1."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
+    max_grad_norm: float = field(default=0.5, metadata={"help": "Gradient norm that is clipped to."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between logs, or a share of all steps."})
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bfloat16 mixed precision. Default: where a GPU has it, unless fp16 is set.", **_FLAG},
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
+
+    recipe: str = field(default="paper", metadata={"help": "paper or recommended.", "choices": list(RECIPES)})
+    max_length: int = field(default=2048, metadata={"help": "Tokens of a sample, expanded images included."})
+    feature_loss_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the loss on hidden states. Paper: 1.0."}
+    )
+    token_loss_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the cross-entropy on tokens. Paper: 0.1."}
+    )
+    noise: float | None = field(default=None, metadata={"help": "Range of the noise on hidden states. Paper: 0.2."})
+    trained_rows: str | None = field(
+        default=None, metadata={"help": "Rows in the loss: answer (paper) or drafted.", "choices": list(ROW_CHOICES)}
+    )
+    unroll_passes: int | None = field(
+        default=None, metadata={"help": "Passes a step; all but the first read the draft's own outputs. Paper: 1."}
+    )
+    unroll_decay: float = field(default=0.8, metadata={"help": "Weight of a pass relative to the one before."})
+    init_from_last_layer: bool | None = field(
+        default=None, metadata={"help": "Start a new draft from the target's last layer. Paper: no.", **_FLAG}
+    )
+    target_layers: str | None = field(
+        default=None,
+        metadata={"help": "Layers that a new draft reads too: numbers with commas, auto, or none. Paper: none."},
+    )
+    target_written_answers: bool | None = field(
+        default=None, metadata={"help": "Let the target write the answers first. Paper: no.", **_FLAG}
+    )
+    decouple_visual_tokens: bool = field(
+        default=True, metadata={"help": "Feed visual positions to a new draft as they are; no is plain EAGLE."}
+    )
+    curriculum: str = field(
+        default="two-stage", metadata={"help": "two-stage, mixed, text or visual.", "choices": list(CURRICULA)}
+    )
+    curriculum_stages: int = field(default=40, metadata={"help": "Parts of the run with one visual share each."})
+    text_fraction: float = field(default=0.5, metadata={"help": "Share of the run that is text only."})
+    final_visual_share: float = field(default=1.0, metadata={"help": "Share of visual samples at the end."})
+    mixed_visual_share: float = field(default=0.5, metadata={"help": "The same, of the mixed curriculum."})
+    head_chunk_size: int = field(default=1024, metadata={"help": "Positions of which logits exist at a time."})
+    strict: bool = field(default=False, metadata={"help": "Stop at the first broken sample."})
+    eval_prompts: int = field(default=16, metadata={"help": "Prompts of each kind of which tau is measured."})
+    eval_max_new_tokens: int = field(default=128, metadata={"help": "Length limit of their answers."})
+
+    def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise MSDError(f"Unknown recipe {self.recipe!r}: choose one of {', '.join(RECIPES)}.")
+        for name, value in RECIPES[self.recipe].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        super().__post_init__()
+        self.make_curriculum()
+        self._check()
+
+    def make_curriculum(self) -> Curriculum:
+        """The curriculum of these arguments."""
+        return Curriculum(
+            self.curriculum,
+            self.curriculum_stages,
+            self.text_fraction,
+            self.final_visual_share,
+            self.mixed_visual_share,
+        )
+
+    def layers_of(self, num_layers: int) -> list[int] | None:
+        """`target_layers` for a target of `num_layers` decoder layers."""
+        assert self.target_layers is not None
+        if self.target_layers == "none":
+            return None
+        if self.target_layers == "auto":
+            # The output of the last layer is what the last hidden state is made of, so the high one lies below it.
+            return sorted({min(1, num_layers - 1), num_layers // 2, max(0, num_layers - 3)})
+        try:
+            return sorted({int(number) for number in self.target_layers.split(",")})
+        except ValueError:
+            raise MSDError(
+                f"`target_layers` must be numbers with commas, 'auto' or 'none', got {self.target_layers!r}."
+            ) from None
+
+    def _check(self) -> None:
+        self.layers_of(num_layers=8)
+        if self.trained_rows not in ROW_CHOICES:
+            raise MSDError(f"`trained_rows` must be one of {', '.join(ROW_CHOICES)}, got {self.trained_rows!r}.")
+        for name in ("max_length", "unroll_passes", "head_chunk_size", "eval_max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise MSDError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("feature_loss_weight", "token_loss_weight", "noise", "unroll_decay", "eval_prompts"):
+            if getattr(self, name) < 0:
+                raise MSDError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if self.gradient_checkpointing and self.unroll_passes > 1:
+            raise MSDError(
+                "`gradient_checkpointing` cannot be combined with `unroll_passes` above 1: later passes attend to "
+                "the keys of earlier ones, which checkpointing would throw away. The draft has one layer: do without "
+                "checkpointing."
+            )
+
+
+__all__ = ["RECIPES", "MSDTrainingArguments"]

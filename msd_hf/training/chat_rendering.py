@@ -1,0 +1,189 @@
+"""A conversation in the words of a chat template, and where in them the assistant's answers are."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..errors import MSDDataError, MSDError
+
+
+_PROBE = ("Ping?", "Pong.", "Ping again?", "Pong again.")
+_ADVICE = (
+    "Give the processor a chat template in which each answer stands between {% generation %} and {% endgeneration %}."
+)
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """
+    Args:
+        text (`str`): ends with the last token to be trained; images are not expanded.
+        answers (`list[tuple[int, int]]`): first character and the one after the last of each answer, with the token
+            that ends the turn.
+    """
+
+    text: str
+    answers: list[tuple[int, int]]
+
+
+class ChatRenderer:
+    """
+    Renders conversations by the chat template of a processor or tokenizer.
+
+    Args:
+        processor (`ProcessorMixin` or `PreTrainedTokenizerBase`): has a chat template.
+
+    Raises:
+        MSDError: when the template does not show where an answer begins.
+    """
+
+    def __init__(self, processor: Any):
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        if getattr(processor, "chat_template", None) is None:
+            raise MSDError(f"The target's processor (`{type(processor).__name__}`) has no chat template.")
+        added = sorted(self.tokenizer.added_tokens_decoder.values(), key=lambda token: -len(token.content))
+        self._added = "|".join(re.escape(token.content) for token in added) or "(?!)"
+        self._as_text = isinstance(processor, PreTrainedTokenizerBase)
+        self._check_template()
+        self.image_tokens = self._find_image_tokens()
+        special = {token.content for token in added if token.special} | set(self.image_tokens)
+        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+
+    def __call__(self, messages: list[dict[str, Any]], complete: bool = True) -> RenderedChat:
+        """
+        Renders messages of which the last is the assistant's.
+
+        Args:
+            messages (`list[dict]`): see [`Conversation`].
+            complete (`bool`): whether the last answer has an end.
+
+        Raises:
+            MSDDataError: when the template refuses them, or changes an answer.
+        """
+        for message in messages:
+            for part in message["content"]:
+                if part["type"] == "text" and (found := self._special.search(part["text"])):
+                    raise MSDDataError(
+                        "special token in text", f"{found[0]!r} is written in a turn of the {message['role']}."
+                    )
+        answers = [message["content"][0]["text"] for message in messages if message["role"] == "assistant"]
+        try:
+            text = self._render(messages)
+            # Behind the prompt for an answer comes what the target writes itself, be it white space; marks may leave
+            # that out, but they are there where a template writes earlier turns in another way than the last.
+            for find_begins in (self._after_prompts, self._at_marks):
+                begins = find_begins(messages, text)
+                ends = [_end_of(answer, text, begin) for answer, begin in zip(answers, begins, strict=False)]
+                if len(begins) == len(answers) and None not in ends:
+                    break
+            else:
+                raise MSDDataError("refused by chat template", "the chat template hides where an answer begins.")
+        except TemplateError as error:
+            raise MSDDataError("refused by chat template", f"the chat template refuses it: {error}.") from error
+        spans = [(begin, end) for begin, end in zip(begins, ends, strict=True) if end is not None]
+        return self._with_ends(text, spans, complete)
+
+    def _with_ends(self, text: str, spans: list[tuple[int, int]], complete: bool) -> RenderedChat:
+        # What comes after the last answer cannot open a turn, so a token there is the one that ends turns. It may be
+        # another one than `eos_token`, as in Gemma.
+        eos_token = self.tokenizer.eos_token
+        last_end = spans[-1][1]
+        found = re.compile(rf"\s*({self._added})").match(text, last_end)
+        ends = {token for token in (eos_token, found and found[1]) if token}
+        end_pattern = re.compile(rf"\s*(?:{'|'.join(map(re.escape, ends)) or '(?!)'})")
+        result = []
+        for begin, end in spans[:-1] if not complete else spans:
+            match = end_pattern.match(text, end)
+            # White space may be of one token with what the template writes next, if that is no end.
+            result.append((begin, match.end() if match else begin + len(text[begin:end].rstrip())))
+        if not complete:
+            return RenderedChat(text[:last_end], [*result, spans[-1]])
+        text = text[: result[-1][1]]
+        if not end_pattern.match(text, last_end) and eos_token:
+            text += eos_token
+            result[-1] = (result[-1][0], len(text))
+        return RenderedChat(text, result)
+
+    def _after_prompts(self, messages: list[dict[str, Any]], text: str) -> list[int]:
+        """Where the prompt for each answer ends."""
+        places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        prompts = [self._render(messages[:place], add_generation_prompt=True) for place in places]
+        return [len(prompt) for prompt in prompts if text.startswith(prompt)]
+
+    def _at_marks(self, messages: list[dict[str, Any]], text: str) -> list[int]:
+        """Where the template's own marks say that an answer begins."""
+        template = self.processor.chat_template
+        template = template.get("default") if isinstance(template, dict) else template
+        if template is None or not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+            return []
+        rendered, marks = render_jinja_template(
+            conversations=[self._to_chat(messages)],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        return [begin for begin, _ in marks[0]] if rendered == [text] else []
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        return self.processor.apply_chat_template(
+            self._to_chat(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    def _to_chat(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """A copy, as some releases of transformers write into it."""
+        if not self._as_text:
+            return [{**message, "content": [dict(part) for part in message["content"]]} for message in messages]
+        return [
+            {**message, "content": "".join(part.get("text", "") for part in message["content"])}
+            for message in messages
+        ]
+
+    def _check_template(self) -> None:
+        """Finds out whether the template takes a text or a list of parts, on a chat whose answers are known."""
+        messages = [_message(role, text) for role, text in zip(("user", "assistant") * 2, _PROBE, strict=True)]
+        self._special = re.compile("(?!)")
+        problem: Exception | None = None
+        for as_text in (self._as_text, not self._as_text):
+            self._as_text = as_text
+            try:
+                self(messages)
+                return
+            except (MSDDataError, TypeError) as error:
+                problem = problem or error
+        name = type(self.processor).__name__
+        raise MSDError(
+            f"The chat template of `{name}` does not show where an answer begins: {problem} {_ADVICE}"
+        ) from problem
+
+    def _find_image_tokens(self) -> list[str]:
+        """The tokens that stand for an image before it is expanded; empty if the target takes no images."""
+        if self._as_text or getattr(self.processor, "image_processor", None) is None:
+            return []
+        without = _message("user", _PROBE[0])
+        with_image = {"role": "user", "content": [{"type": "image"}, *without["content"]]}
+        tokens = [re.findall(self._added, self._render([message])) for message in (with_image, without)]
+        return sorted(set(tokens[0]) - set(tokens[1]))
+
+
+def _end_of(answer: str, text: str, begin: int) -> int | None:
+    """Where `answer` ends if it stands at `begin`, or behind white space there: a template may write or strip some."""
+    if text.startswith(answer, begin):
+        return begin + len(answer)
+    while begin < len(text) and text[begin].isspace():
+        begin += 1
+    answer = answer.strip()
+    return begin + len(answer) if text.startswith(answer, begin) else None
+
+
+def _message(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+__all__ = ["ChatRenderer", "RenderedChat"]

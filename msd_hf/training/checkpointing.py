@@ -1,0 +1,34 @@
+"""Which checkpoint a run is resumed from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# `Trainer` writes the state last of all.
+_FILES = ("config.json", "trainer_state.json")
+
+
+def last_complete_checkpoint(folder: str | Path) -> str | None:
+    """
+    The newest checkpoint in an output folder of which nothing is missing; `None` if there is none.
+
+    A run that is killed while it writes a checkpoint, or removes an old one, leaves a part of it.
+    """
+    numbered = {
+        int(path.name.removeprefix("checkpoint-")): path
+        for path in Path(folder).glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit()
+    }
+    for _, path in sorted(numbered.items(), reverse=True):
+        if all((path / name).is_file() for name in _FILES):
+            return str(path)
+        logger.warning("The checkpoint %s is incomplete and is not resumed from.", path)
+    return None
+
+
+__all__ = ["last_complete_checkpoint"]

@@ -1,0 +1,262 @@
+"""Conversations to train on: LLaVA and ShareGPT files, and data sets of chat messages, read lazily."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MSDDataError, MSDError
+from .turns import read_messages
+
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Why a sample cannot be used: the reasons of every `MSDDataError`, by which samples are counted.
+REASONS = (
+    "no conversation",
+    "malformed turn",
+    "unknown role",
+    "misplaced system turn",
+    "empty turn",
+    "no assistant turn",
+    "image count",
+    "image in answer",
+    "image outside folder",
+    "missing image",
+    "broken image",
+    "image for a text-only target",
+    "special token in text",
+    "refused by chat template",
+    "refused by processor",
+    "tokenization",
+    "too long",
+)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """
+    A conversation, whatever form it was written in.
+
+    Args:
+        id (`str`): its `id` in the data, or its index.
+        messages (`list[dict]`): chat messages, `{"role": "system" | "user" | "assistant", "content": [...]}` with the
+            parts `{"type": "image"}` and `{"type": "text", "text": ...}`. After a system message user and assistant
+            take turns; an assistant's content is one text.
+        images (`tuple[Path | PIL.Image.Image, ...]`): one for each image part, in that order.
+        complete (`bool`): `False` if a length limit cut the last answer, so that its end is not to be learnt.
+    """
+
+    id: str
+    messages: list[dict[str, Any]]
+    images: tuple[Path | Image, ...] = ()
+    complete: bool = True
+
+    def open_images(self) -> list[Image]:
+        """
+        The images, read completely, as RGB.
+
+        Raises:
+            MSDDataError: "missing image" or "broken image".
+        """
+        return [_open_image(image, self.id) for image in self.images]
+
+
+class Conversations:
+    """
+    A map-style data set of [`Conversation`]s. Only the sample that is asked for is looked at, and no image is opened.
+
+    Args:
+        samples (sequence of `dict`): raw samples.
+        name (`str`): what messages call the data.
+        image_folder (`Path`, *optional*): all images are in it.
+        fingerprint (`str`, *optional*): identifies the content; computed when it is asked for by default.
+    """
+
+    def __init__(self, samples: Any, name: str, image_folder: Path | None = None, fingerprint: str | None = None):
+        self.name = name
+        self._samples = samples
+        self._image_folder = None if image_folder is None else image_folder.resolve()
+        if fingerprint is not None:
+            self.__dict__["fingerprint"] = fingerprint
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the raw samples, without the content of image files."""
+        digest = hashlib.sha256()
+        for index in range(len(self._samples)):
+            digest.update(json.dumps(self._samples[index], sort_keys=True, default=_describe).encode() + b"\n")
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Conversation:
+        """
+        One sample.
+
+        Raises:
+            MSDDataError: when it is broken; which of the `REASONS` it is stands in `reason`.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.name} has {len(self)} samples, but number {index} was asked for.")
+        index %= len(self)
+        sample = self._samples[index]
+        if not isinstance(sample, Mapping):
+            raise MSDDataError("no conversation", f"is a {type(sample).__name__}, not an object.", str(index))
+        sample_id = str(index if sample.get("id") is None else sample["id"])
+        try:
+            messages, references = read_messages(sample)
+            images = tuple(self._locate(reference) for reference in references)
+        except MSDDataError as error:
+            raise MSDDataError(error.reason, error.detail, sample_id) from error.__cause__
+        return Conversation(sample_id, messages, images, complete=sample.get("complete") is not False)
+
+    def _locate(self, reference: Any) -> Path | Image:
+        if isinstance(reference, Mapping):  # how `datasets` stores an image
+            if reference.get("bytes"):
+                return _decode(BytesIO(reference["bytes"]), str(reference.get("path") or "an image in the data"))
+            reference = reference.get("path")
+        if hasattr(reference, "convert"):  # a PIL image
+            return reference
+        if not isinstance(reference, (str, Path)) or not str(reference):
+            raise MSDDataError("broken image", f"an image is {reference!r}, not a path or a picture.")
+        if self._image_folder is None:
+            raise MSDDataError("missing image", f"names the file {str(reference)!r}, but there is no image folder.")
+        try:
+            path = (self._image_folder / reference).resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long, a null byte
+            raise MSDDataError("missing image", f"{str(reference)!r} is no path: {error}.") from error
+        if not path.is_relative_to(self._image_folder):
+            raise MSDDataError(
+                "image outside folder",
+                f"{str(reference)!r} is not inside the image folder {str(self._image_folder)!r}.",
+            )
+        return path
+
+
+def load_conversations(data: Any, image_folder: str | Path | None = None) -> Conversations:
+    """
+    Opens conversations to train on. Samples are checked one by one as they are asked for.
+
+    Args:
+        data (`str`, `Path`, `datasets.Dataset` or sequence of `dict`): a `.json` file that holds a list, a `.jsonl`
+            file, or samples in memory. Each has `conversations` (turns with `from` and `value`, as LLaVA and ShareGPT
+            write them) or `messages` (turns with `role` and `content`), and optionally `image` or `images`: a path, a
+            PIL image or `{"bytes", "path"}`, or a list of these. An image stands where `<image>` is in the text of a
+            turn, or where there is an image part.
+        image_folder (`str` or `Path`, *optional*): folder that image paths are relative to; all images must be in it.
+            By default the folder of the file.
+
+    Raises:
+        MSDError: when the data as a whole cannot be read.
+    """
+    folder = None if image_folder is None else Path(image_folder)
+    if folder is not None and not folder.is_dir():
+        raise MSDError(f"There is no image folder {str(folder)!r}.")
+    if isinstance(data, (str, Path)):
+        path = Path(data)
+        content = _read(path)
+        samples = _parse(content, path)
+        return Conversations(samples, path.name, folder or path.parent, hashlib.sha256(content).hexdigest())
+    if isinstance(data, Mapping):
+        raise MSDError(f"The data is a mapping with the keys {list(data)[:5]}: choose one split of it.")
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise MSDError(
+            f"A `{type(data).__name__}` has no length: give a file, a `datasets.Dataset` or a list of dicts."
+        )
+    if hasattr(data, "with_format") and hasattr(data, "features"):
+        name = getattr(data.info, "dataset_name", None) or "dataset"
+        own = data.format["type"] == "custom"  # the user's transform makes the samples
+        return Conversations(data if own else _Undecoded(data), name, folder, data._fingerprint)
+    return Conversations(data, f"{type(data).__name__} of {len(data)}", folder)
+
+
+class _Undecoded:
+    """Rows of a `datasets.Dataset` whose images are still bytes: it would decode them all at once by itself."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.dataset[index : index + 1].to_pylist()[0]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise MSDError(f"The data {str(path)!r} cannot be read: {error.strerror}.") from error
+
+
+def _parse(content: bytes, path: Path) -> list[dict[str, Any]]:
+    try:
+        text = content.decode("utf-8-sig")
+        if path.suffix == ".jsonl":
+            # Not `splitlines`: a text may hold other line separators of Unicode as they are.
+            samples = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            samples = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        advice = "" if path.suffix in (".json", ".jsonl") else " Name it .json (a list) or .jsonl (one sample a line)."
+        raise MSDError(f"The data {str(path)!r} is not valid JSON: {error}.{advice}") from error
+    if not isinstance(samples, list) or not all(isinstance(sample, dict) for sample in samples):
+        raise MSDError(f"The data {str(path)!r} must hold a list of objects, one for each conversation.")
+    return samples
+
+
+def _open_image(image: Path | Image, sample_id: str) -> Image:
+    try:
+        if isinstance(image, Path):
+            if not os.path.isfile(image):  # `Path.is_file` raises for a name that is too long
+                raise MSDDataError("missing image", f"there is no file {str(image)!r}.")
+            with _decode(image, str(image)) as opened:
+                return _to_rgb(opened, str(image))
+        return _to_rgb(image, "an image")
+    except MSDDataError as error:
+        raise MSDDataError(error.reason, error.detail, sample_id) from error.__cause__
+
+
+def _decode(source: Path | BytesIO, name: str) -> Image:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MSDError('Reading images needs Pillow: pip install "msd-hf[images]".') from error
+    try:
+        return Image.open(source)
+    except Exception as error:
+        raise MSDDataError(
+            "broken image", f"{name} is not an image that Pillow reads ({type(error).__name__})."
+        ) from error
+
+
+def _to_rgb(image: Image, name: str) -> Image:
+    try:
+        return image.convert("RGB")
+    except Exception as error:  # what Pillow's many formats raise for damaged files is no one class
+        raise MSDDataError("broken image", f"{name} is damaged: {error}.") from error
+
+
+def _describe(value: Any) -> Any:
+    """What stands for a value in the fingerprint that JSON does not know."""
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    if hasattr(value, "tobytes") and hasattr(value, "mode"):
+        return [value.mode, list(value.size), hashlib.sha256(value.tobytes()).hexdigest()]
+    if isinstance(value, Path):
+        return str(value)
+    raise MSDError(f"A sample holds a `{type(value).__name__}`; it may hold text, numbers, lists, paths and images.")
+
+
+__all__ = ["REASONS", "Conversation", "Conversations", "load_conversations"]

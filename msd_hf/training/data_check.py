@@ -1,0 +1,189 @@
+"""What is in a data set: which samples cannot be used and why, and what a model would be trained on in the others."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tqdm.auto import tqdm
+
+from ..errors import MSDDataError
+from .conversations import Conversations
+from .encoding import ConversationEncoder
+
+
+NUM_EXAMPLES = 3  # messages that are kept for each reason
+TRAINED_STYLE = "bold green"
+
+
+@dataclass(frozen=True)
+class ShownSample:
+    """A sample as a model reads it: `pieces` of text, each with whether it is trained."""
+
+    id: str
+    pieces: list[tuple[str, bool]]
+
+
+@dataclass
+class DataReport:
+    """
+    Args:
+        name (`str`): of the data.
+        num_samples (`int`): all of them.
+        reasons (`Counter[str]`): how many cannot be used for which reason.
+        examples (`dict[str, list[str]]`): the first few messages for each reason.
+        lengths (`list[int]`): tokens of each sample that can be used, after cutting to `max_length`.
+        max_length (`int`): samples are cut to this.
+        num_trained_tokens (`int`): the assistant's tokens in all of these.
+        num_with_images, num_images (`int`): samples with images, and their images.
+        shown (`list[ShownSample]`): the first few.
+    """
+
+    name: str
+    num_samples: int
+    max_length: int
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
+    num_trained_tokens: int = 0
+    num_with_images: int = 0
+    num_images: int = 0
+    shown: list[ShownSample] = field(default_factory=list)
+
+    @property
+    def num_ok(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+
+def check_conversations(
+    conversations: Conversations, processor: Any, max_length: int = 2048, num_shown: int = 3, strict: bool = False
+) -> DataReport:
+    """
+    Reads and encodes every sample, with its images, as training would.
+
+    Args:
+        conversations ([`Conversations`]): the data.
+        processor (`ProcessorMixin` or `PreTrainedTokenizerBase`): the target's.
+        max_length (`int`): longer samples are cut to so many tokens.
+        num_shown (`int`): samples that are kept as text. Half of them have images, where there are enough.
+        strict (`bool`): raise at the first sample that cannot be used.
+
+    Raises:
+        MSDDataError: with `strict`.
+    """
+    encoder = ConversationEncoder(processor, max_length)
+    report = DataReport(conversations.name, len(conversations), max_length)
+    shown: dict[bool, list[ShownSample]] = {True: [], False: []}
+    for index in tqdm(range(len(conversations)), desc=conversations.name, leave=False):
+        try:
+            conversation = conversations[index]
+            sample = encoder(conversation)
+        except MSDDataError as error:
+            if strict:
+                raise
+            report.reasons[error.reason] += 1
+            examples = report.examples.setdefault(error.reason, [])
+            if len(examples) < NUM_EXAMPLES:
+                examples.append(str(error))
+            continue
+        num_images = len(conversation.images)
+        report.lengths.append(len(sample["input_ids"]))
+        report.num_trained_tokens += int(sample["assistant_mask"].sum())
+        report.num_with_images += num_images > 0
+        report.num_images += num_images
+        group = shown[num_images > 0]
+        if len(group) < num_shown:
+            group.append(ShownSample(conversation.id, _to_pieces(sample, encoder.tokenizer)))
+    num_text = max(num_shown // 2, num_shown - len(shown[True]))
+    report.shown = [*shown[False][:num_text], *shown[True]][:num_shown]
+    return report
+
+
+def render_report(report: DataReport, console: Console) -> None:
+    """Prints a report: counts, a table of reasons, and the samples that it keeps, with the trained tokens in green, or
+    between ‹ and › where the terminal has no colours."""
+    skipped = report.num_samples - report.num_ok
+    console.print(f"{report.name}: {report.num_ok:,} of {report.num_samples:,} samples can be used", markup=False)
+    if report.num_ok:
+        share = report.num_trained_tokens / report.num_tokens
+        lengths = sorted(report.lengths)
+        at_limit = sum(length == report.max_length for length in lengths)
+        console.print(f"with images   {report.num_with_images:,} samples, {report.num_images:,} images")
+        console.print(
+            f"tokens        {report.num_tokens:,}, of which {report.num_trained_tokens:,} ({share:.0%}) trained"
+        )
+        console.print(
+            f"length        {lengths[0]} to {lengths[-1]}, median {statistics.median_low(lengths)}; "
+            f"{at_limit:,} fill max_length {report.max_length}"
+        )
+    if skipped:
+        table = Table(show_edge=False, pad_edge=False)
+        for name in ("reason", "samples", "for example"):
+            table.add_column(name, justify="right" if name == "samples" else "left")
+        for reason, count in report.reasons.most_common():
+            # As texts: brackets in data are no markup.
+            table.add_row(Text(reason), f"{count:,}", Text("\n".join(report.examples[reason])))
+        console.print()
+        console.print(table)
+    coloured = console.is_terminal and not console.no_color
+    for sample in report.shown:
+        text = Text()
+        for piece, trained in sample.pieces:
+            if trained and not coloured:
+                piece = f"‹{piece}›"
+            # Data shall not steer the terminal.
+            text.append(piece.replace("\x1b", "␛"), style=TRAINED_STYLE if trained and coloured else "")
+        console.print()
+        console.print(Text(f"sample {sample.id}", style="bold underline"))
+        console.print(text, soft_wrap=True)
+
+
+def _to_pieces(sample: dict[str, torch.Tensor], tokenizer: Any) -> list[tuple[str, bool]]:
+    """Text of the tokens, in stretches that are trained or not. Runs of one added token, as of an image, are counted:
+    `<image>x36`."""
+    ids = sample["input_ids"]
+    changes = (sample["assistant_mask"].diff().nonzero()[:, 0] + 1).tolist()
+    added = tokenizer.added_tokens_decoder
+    pieces = []
+    for begin, end in zip([0, *changes], [*changes, len(ids)], strict=True):
+        text = ""
+        for token, start, stop in _runs(ids[begin:end].tolist(), added):
+            if stop - start > 1 and token in added:
+                text += f"{added[token].content}x{stop - start}"
+            else:
+                text += _decode(ids, begin + start, begin + stop, tokenizer)
+        pieces.append((text, bool(sample["assistant_mask"][begin])))
+    return pieces
+
+
+def _runs(tokens: list[int], added: dict[int, Any]) -> list[tuple[int, int, int]]:
+    """First token, begin and end of each stretch: of one and the same added token, or of tokens between those."""
+    runs: list[tuple[int, int, int]] = []
+    for place, token in enumerate(tokens):
+        if runs and (token == runs[-1][0] if token in added else runs[-1][0] not in added):
+            runs[-1] = (runs[-1][0], runs[-1][1], place + 1)
+        else:
+            runs.append((token, place, place + 1))
+    return runs
+
+
+def _decode(ids: torch.Tensor, begin: int, end: int, tokenizer: Any) -> str:
+    """The text of some tokens behind those before them: alone, many tokenizers leave out a space at its begin."""
+    before, text = (
+        tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for part in (ids[max(0, begin - 1) : begin], ids[max(0, begin - 1) : end])
+    )
+    return text[len(before) :]
+
+
+__all__ = ["DataReport", "ShownSample", "check_conversations", "render_report"]

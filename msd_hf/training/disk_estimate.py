@@ -1,0 +1,102 @@
+"""How much disk features will take, before any of them is computed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..errors import MSDError
+from ..targets import TargetAdapter
+from .conversations import Conversations
+from .encoding import ConversationEncoder
+from .feature_extraction import iterate_encoded, sample_visual_mask
+from .feature_storage import resolve_storage, sample_bytes, stored_rows
+
+
+_NUM_PROBES = 64
+
+
+@dataclass(frozen=True)
+class DiskEstimate:
+    """What features will take on disk, judged from a few samples.
+
+    Args:
+        num_samples, num_tokens, num_bytes (`int`): of the whole cache.
+        storage (`str`): the number format.
+    """
+
+    num_samples: int
+    num_tokens: int
+    num_bytes: int
+    storage: str
+
+    def __str__(self) -> str:
+        tokens = max(self.num_tokens, 1)
+        return (
+            f"about {_format_bytes(self.num_bytes)} as {self.storage} ({self.num_samples:,} samples of "
+            f"{tokens / max(self.num_samples, 1):,.0f} tokens, {self.num_bytes / tokens:,.0f} bytes a token)"
+        )
+
+
+def estimate_disk(
+    target: PreTrainedModel,
+    processor: Any,
+    conversations: Conversations,
+    *,
+    max_length: int = 2048,
+    storage: str = "auto",
+    feature_layers: Sequence[int] | None = None,
+    all_hidden_states: bool = False,
+) -> DiskEstimate:
+    """
+    The disk that [`extract_features`] needs with the same arguments, from at most 64 samples, evenly spaced, that are
+    encoded but not run through the target.
+    """
+    adapter = TargetAdapter(target, feature_layers=feature_layers)
+    storage = resolve_storage(storage, target.dtype)
+    hidden_size = target.config.get_text_config(decoder=True).hidden_size
+    width = (1 + len(adapter.feature_layers)) * hidden_size
+    num_probes = min(_NUM_PROBES, len(conversations))
+    # From the middle of each of as many equal parts, as data are often sorted.
+    indices = [(2 * number + 1) * len(conversations) // (2 * num_probes) for number in range(num_probes)]
+    num_samples = num_tokens = num_bytes = 0
+    for item in iterate_encoded(conversations, ConversationEncoder(processor, max_length), indices):
+        if item.error is None:
+            visual_mask = sample_visual_mask(adapter, item.inputs)
+            rows = stored_rows(item.inputs["assistant_mask"], visual_mask, all_hidden_states)
+            num_samples += 1
+            num_tokens += len(rows)
+            num_bytes += sample_bytes(len(rows), int(visual_mask.sum()), int(rows.sum()), hidden_size, width, storage)
+    factor = len(conversations) / max(num_probes, 1)
+    return DiskEstimate(round(factor * num_samples), round(factor * num_tokens), round(factor * num_bytes), storage)
+
+
+def check_disk(folder: Path, num_bytes: int) -> None:
+    """
+    Raises:
+        MSDError: when the disk of `folder`, which need not exist yet, has less than `num_bytes` left.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if num_bytes > free:
+        raise MSDError(
+            f"The features need about {_format_bytes(num_bytes)}, but the disk of {str(folder)!r} has "
+            f'{_format_bytes(free)} left. Use fewer samples, another disk or a smaller `storage` ("int8" is the '
+            "smallest), or train without a cache."
+        )
+
+
+def _format_bytes(number: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if number < 1000 or unit == "TB":
+            break
+        number /= 1000
+    return f"{number:,.0f} {unit}" if unit == "bytes" else f"{number:,.1f} {unit}"
+
+
+__all__ = ["DiskEstimate", "check_disk", "estimate_disk"]

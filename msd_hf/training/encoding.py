@@ -1,0 +1,207 @@
+"""From a conversation to what the target reads, with a mask of the assistant's tokens; and from these to batches."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..errors import MSDDataError, MSDError
+from .chat_rendering import ChatRenderer, RenderedChat
+from .conversations import Conversation
+from .expansion import Stretch, TokenizerRecorder, align, move
+
+
+class ConversationEncoder:
+    """
+    Encodes conversations by the target's own processor and chat template.
+
+    Which tokens are the assistant's is known from the characters of the rendered text, and each time checked against
+    what the tokens decode to: a mask is right, or there is an error.
+
+    Args:
+        processor (`ProcessorMixin` or `PreTrainedTokenizerBase`): the target's.
+        max_length (`int`): longer samples are cut to so many tokens.
+
+    Raises:
+        MSDError: when tokens cannot be told apart with this tokenizer or chat template.
+    """
+
+    def __init__(self, processor: Any, max_length: int = 2048):
+        if max_length < 1:
+            raise MSDError(f"`max_length` must be at least 1, but is {max_length}.")
+        self.processor = processor
+        self.max_length = max_length
+        self.renderer = ChatRenderer(processor)
+        self.tokenizer = self.renderer.tokenizer
+        if not self.tokenizer.is_fast:
+            raise MSDError(
+                f"`{type(self.tokenizer).__name__}` does not say which characters its tokens stand for: "
+                "load it as a fast tokenizer (`use_fast=True`, with the package tokenizers)."
+            )
+
+    def __call__(self, conversation: Conversation) -> dict[str, torch.Tensor]:
+        """
+        Encodes one conversation up to its last answer.
+
+        Returns:
+            `dict`: `input_ids` (long, `[L]`), with images expanded; `assistant_mask` (bool, `[L]`): answers with the
+            token that ends them; and whatever else the processor makes: `[L]` what has a value a token, images with
+            their leading dimension.
+
+        Raises:
+            MSDDataError: when it cannot be encoded, see `REASONS`.
+        """
+        try:
+            return self._encode(conversation)
+        except MSDDataError as error:
+            raise MSDDataError(error.reason, error.detail, conversation.id) from error.__cause__
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of everything that the result depends on: tokenizer, processor, chat template, `max_length`."""
+        tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        # Not settings but the state that the last call left.
+        state = {name: value for name, value in tokenizer.items() if name not in ("truncation", "padding")}
+        settings = [] if self.processor is self.tokenizer else [self.processor.to_dict()]
+        content = [state, self.tokenizer.special_tokens_map, settings, self.processor.chat_template, self.max_length]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+    def _encode(self, conversation: Conversation) -> dict[str, torch.Tensor]:
+        messages = conversation.messages
+        while messages and messages[-1]["role"] != "assistant":  # nothing to learn there
+            messages = messages[:-1]
+        if not messages:
+            raise MSDDataError("no assistant turn", "nobody answers the user.")
+        num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
+        if num_images and not self.renderer.image_tokens:
+            raise MSDDataError("image for a text-only target", "has an image, but the target's chat takes none.")
+        chat = self.renderer(messages, conversation.complete)
+        images = Conversation(conversation.id, messages, conversation.images[:num_images]).open_images()
+
+        recorder = TokenizerRecorder(self.tokenizer)
+        data = self._process(recorder, chat.text, images)
+        ids = data.pop("input_ids")[0]
+        if not torch.equal(recorder.ids, ids):
+            raise MSDError(f"`{type(self.processor).__name__}` changes tokens after its tokenizer made them.")
+        stretches = align(chat.text, recorder.text, self.renderer.image_tokens)
+        mask = self._mask(chat, recorder, stretches)
+        length = len(ids)
+        result = {"input_ids": ids, "assistant_mask": mask}
+        for name, value in data.items():
+            if name != "attention_mask":
+                result[name] = value[0] if tuple(value.shape) == (1, length) else value
+        return self._cut(result, recorder.offsets, stretches) if length > self.max_length else result
+
+    def _process(self, recorder: TokenizerRecorder, text: str, images: list[Any]) -> dict[str, torch.Tensor]:
+        # As `msd_hf.prompts` does: a template may write the start token itself.
+        bos_token = self.tokenizer.bos_token
+        arguments: dict[str, Any] = {"return_tensors": "pt", "padding": False}
+        arguments["add_special_tokens"] = not (bos_token and text.startswith(bos_token))
+        if self.processor is self.tokenizer:
+            return dict(recorder([text], **arguments))
+        processor = copy.copy(self.processor)  # the user's own keeps its tokenizer
+        processor.tokenizer = recorder
+        if images:
+            arguments["images"] = images
+        try:
+            return dict(processor(text=[text], **arguments))
+        except (ValueError, ArithmeticError) as error:  # of an image that is too small or too narrow, for example
+            raise MSDDataError("refused by processor", f"the processor refuses it: {error}") from error
+
+    def _mask(self, chat: RenderedChat, recorder: TokenizerRecorder, stretches: list[Stretch]) -> torch.Tensor:
+        text, (starts, ends) = recorder.text, recorder.offsets.unbind(1)
+        mask = torch.zeros(len(starts), dtype=torch.bool)
+        for answer in chat.answers:
+            begin, end = move(answer, stretches)
+            # Byte-level tokenizers give white space no characters but the place behind it.
+            blank = (starts == ends) & (starts > begin) & (ends <= end)
+            tokens = ((starts < end) & (ends > begin) & (starts < ends) | blank).nonzero()[:, 0]
+            if len(tokens) == 0 or len(tokens) != tokens[-1] - tokens[0] + 1:
+                raise MSDDataError("tokenization", f"no run of tokens stands for the answer {text[begin:end][:80]!r}.")
+            # Would also tell of a token that belongs to an answer and to what is beside it.
+            decoded = self.tokenizer.decode(
+                recorder.ids[tokens], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+            if _canonical(decoded) != _canonical(text[begin:end]):
+                raise MSDDataError(
+                    "tokenization", f"the tokens of {text[begin:end][:80]!r} decode to {decoded[:80]!r}."
+                )
+            mask[tokens] = True
+        return mask
+
+    def _cut(
+        self, sample: dict[str, torch.Tensor], offsets: torch.Tensor, stretches: list[Stretch]
+    ) -> dict[str, torch.Tensor]:
+        length = len(sample["input_ids"])
+        detail = f"has {length} tokens, {self.max_length} are allowed"
+        if not sample["assistant_mask"][: self.max_length].any():
+            raise MSDDataError("too long", f"{detail}, and no answer begins before.")
+        for before, after in itertools.pairwise(stretches):
+            in_image = (offsets[:, 0] < after.expanded) & (offsets[:, 1] > before.expanded + before.length)
+            if in_image[self.max_length :].any():
+                raise MSDDataError("too long", f"{detail}, and an image would be cut off.")
+        return {
+            name: value[: self.max_length] if _is_per_token(value, length) else value for name, value in sample.items()
+        }
+
+
+def collate_conversations(samples: Sequence[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """
+    One batch of encoded conversations, padded on the right.
+
+    Args:
+        samples: from [`ConversationEncoder`], with or without images.
+        pad_token_id (`int`): fills `input_ids`.
+
+    Returns:
+        `dict`: `input_ids` (long, `[B, L]`), `attention_mask` (long, `[B, L]`), `assistant_mask` (bool, `[B, L]`),
+        other values a token (`[B, L]`, padded with 0), and images one after another along their first dimension; where
+        the images differ in another one (patches in LLaVA-NeXT), zeros fill it.
+    """
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    batch: dict[str, torch.Tensor] = {}
+    for name in dict.fromkeys(name for sample in samples for name in sample):
+        values = [sample.get(name) for sample in samples]
+        there = [(value, length) for value, length in zip(values, lengths, strict=True) if value is not None]
+        if all(_is_per_token(value, length) for value, length in there):
+            fill = pad_token_id if name == "input_ids" else 0
+            rows = [
+                there[0][0].new_zeros(length) if value is None else value
+                for value, length in zip(values, lengths, strict=True)
+            ]
+            batch[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+        else:
+            batch[name] = _concatenate([value for value, _ in there])
+    positions = torch.arange(max(lengths))
+    batch["attention_mask"] = (positions < torch.tensor(lengths)[:, None]).long()
+    return batch
+
+
+def _concatenate(tensors: list[torch.Tensor]) -> torch.Tensor:
+    sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    padded = []
+    for tensor in tensors:
+        # `pad` counts from the last dimension.
+        missing = [size - own for size, own in zip(sizes, tensor.shape[1:], strict=True)]
+        amounts = [amount for gap in reversed(missing) for amount in (0, gap)]
+        padded.append(torch.nn.functional.pad(tensor, amounts) if any(missing) else tensor)
+    return torch.cat(padded)
+
+
+def _is_per_token(value: torch.Tensor, length: int) -> bool:
+    return value.dim() == 1 and len(value) == length
+
+
+def _canonical(text: str) -> str:
+    """What a tokenizer keeps of a text at the least."""
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+__all__ = ["ConversationEncoder", "collate_conversations"]

@@ -1,0 +1,294 @@
+"""A target's features on disk: extracted once, read by every epoch of a draft's training."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..errors import MSDDataError, MSDError
+from ..targets import TargetAdapter
+from .conversations import Conversations
+from .disk_estimate import DiskEstimate, check_disk, estimate_disk
+from .encoding import ConversationEncoder
+from .feature_extraction import FeatureExtractor, iterate_encoded
+from .feature_index import CacheIndex
+from .feature_storage import ShardReader, resolve_storage, stored_rows
+from .fingerprint import target_fingerprint
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ExtractionReport:
+    """What a cache holds.
+
+    Args:
+        num_samples, num_tokens, num_bytes (`int`): of the whole cache.
+        skipped (`dict[str, int]`): samples that could not be used, by reason.
+        estimate (`DiskEstimate`, *optional*): made beforehand; `None` if nothing was left to do.
+    """
+
+    num_samples: int
+    num_tokens: int
+    num_bytes: int
+    skipped: dict[str, int]
+    estimate: DiskEstimate | None
+
+
+def extract_features(
+    target: PreTrainedModel,
+    processor: Any,
+    conversations: Conversations,
+    folder: str | Path,
+    *,
+    max_length: int = 2048,
+    storage: str = "auto",
+    batch_size: int = 8,
+    feature_layers: Sequence[int] | None = None,
+    all_hidden_states: bool = False,
+    strict: bool = False,
+    samples_per_shard: int = 128,
+    num_workers: int = 0,
+) -> ExtractionReport:
+    """
+    Runs the target over conversations and writes what a draft learns from to a folder, for [`FeatureCache`].
+
+    Interrupted in any way, the same call goes on with the first shard that is not complete, and what it writes is the
+    same to the last bit. On a complete cache it does nothing.
+
+    Args:
+        target (`PreTrainedModel`): frozen; any dtype, device or quantisation.
+        processor (`ProcessorMixin`): the target's.
+        conversations (`Conversations`): of [`load_conversations`].
+        folder (`str` or `Path`): for this cache alone; made if needed.
+        max_length (`int`): tokens of a sample at most, see [`ConversationEncoder`].
+        storage (`str`): `"auto"` (the target's dtype), `"float32"`, `"bfloat16"`, `"float16"`, or `"int8"` with a
+            scale for each row.
+        batch_size (`int`): samples per forward of the target.
+        feature_layers (`Sequence[int]`, *optional*): layers of the target to keep besides the last hidden state.
+        all_hidden_states (`bool`): also those that only a draft with `decouple_visual_tokens=False` reads.
+        strict (`bool`): raise the error of the first broken sample, where others are skipped and counted.
+        samples_per_shard (`int`): conversations per file; as many are in memory, and lost when the run is killed.
+        num_workers (`int`): processes that read images and tokenize ahead of the target.
+
+    Raises:
+        MSDError: when the folder holds something else or a cache made in another way, when the disk is too small, or
+            when no sample can be used.
+        MSDDataError: with `strict`, for a broken sample.
+    """
+    if batch_size < 1 or samples_per_shard < 1:
+        raise MSDError(f"`batch_size` {batch_size} and `samples_per_shard` {samples_per_shard} must be at least 1.")
+    folder = Path(folder)
+    encoder = ConversationEncoder(processor, max_length)
+    adapter = TargetAdapter(target, feature_layers=feature_layers)
+    index = CacheIndex(
+        target=target_fingerprint(target),
+        target_dtype=str(target.dtype).removeprefix("torch."),
+        encoder=encoder.fingerprint,
+        conversations=conversations.fingerprint,
+        num_conversations=len(conversations),
+        max_length=max_length,
+        storage=resolve_storage(storage, target.dtype),
+        hidden_size=target.config.get_text_config(decoder=True).hidden_size,
+        feature_layers=list(adapter.feature_layers),
+        all_hidden_states=all_hidden_states,
+        samples_per_shard=samples_per_shard,
+    )
+    index = index.continued(folder, processor)
+    if strict and index.skipped:
+        raise MSDError(
+            f"An earlier run, without `strict`, skipped samples of the feature cache in {str(folder)!r} "
+            f"({index.skipped_table()}). Delete the folder, or extract without `strict`."
+        )
+    missing = [number for number in range(index.num_shards) if not index.has_shard(folder, number)]
+    estimate = None
+    if missing:
+        estimate = estimate_disk(
+            target,
+            processor,
+            conversations,
+            max_length=max_length,
+            storage=storage,
+            feature_layers=feature_layers,
+            all_hidden_states=all_hidden_states,
+        )
+        logger.info(f"The features in {str(folder)!r} take {estimate}.")
+        check_disk(folder, estimate.num_bytes * len(missing) // index.num_shards)
+        folder.mkdir(parents=True, exist_ok=True)
+        index.write(folder)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        pad_token_id = getattr(tokenizer, "pad_token_id", None) or 0
+        extractor = FeatureExtractor(adapter, pad_token_id, index.storage, all_hidden_states, batch_size)
+        training = target.training
+        try:
+            target.eval()
+            _write_shards(folder, index, missing, extractor, conversations, encoder, strict, num_workers)
+        finally:
+            target.train(training)
+    if not index.num_samples:
+        raise MSDError(f"None of {len(conversations):,} samples can be used ({index.skipped_table() or 'no data'}).")
+    if index.skipped:
+        logger.warning(
+            f"{index.skipped.total():,} of {len(conversations):,} samples skipped: {index.skipped_table()}."
+        )
+    return ExtractionReport(index.num_samples, index.num_tokens, index.num_bytes, dict(index.skipped), estimate)
+
+
+def _write_shards(
+    folder: Path,
+    index: CacheIndex,
+    missing: list[int],
+    extractor: FeatureExtractor,
+    conversations: Conversations,
+    encoder: ConversationEncoder,
+    strict: bool,
+    num_workers: int,
+) -> None:
+    size, total = index.samples_per_shard, index.num_conversations
+    places = {number: range(number * size, min((number + 1) * size, total)) for number in missing}
+    order = list(chain.from_iterable(places.values()))
+    encoded = iterate_encoded(conversations, encoder, order, num_workers)
+    with tqdm(total=total, initial=total - len(order), desc="features", unit="sample") as progress:
+        for number in missing:
+            samples: list[dict[str, torch.Tensor]] = []
+            ids: list[str] = []
+            skipped: dict[str, list[str]] = {}
+            for sample_id, result in extractor(islice(encoded, len(places[number]))):
+                progress.update()
+                if isinstance(result, MSDDataError):
+                    if strict:
+                        raise result
+                    skipped.setdefault(result.reason, []).append(sample_id)
+                else:
+                    samples.append(result)
+                    ids.append(sample_id)
+            index.add_shard(folder, number, samples, ids, skipped)
+
+
+class FeatureCache(Dataset):
+    """
+    The samples of a complete cache folder, in the order of the data without those that were skipped.
+
+    Opening reads the index alone, and a sample is read from disk when it is asked for, so a cache may be much larger
+    than memory. Can be given to the workers of a `DataLoader`.
+
+    Args:
+        folder (`str` or `Path`): of [`extract_features`].
+
+    Raises:
+        MSDError: when there is no complete and undamaged cache.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.index = CacheIndex.read(self.folder)
+        if not self.index.complete:
+            raise MSDError(
+                f"The feature cache in {str(folder)!r} is not complete: {len(self.index.shards)} of "
+                f"{self.index.num_shards} shards. Run the same extraction again, which goes on from there."
+            )
+        for number in range(self.index.num_shards):
+            self.index.check_shard(self.folder, number)
+        self._ends = list(accumulate(shard["samples"] for shard in self.index.shards))
+        self._readers: dict[int, ShardReader] = {}
+        self._process = os.getpid()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """
+        One sample of L tokens, V of them visual; W is the hidden size H times one plus the number of feature layers.
+
+        Returns:
+            `input_ids` (`LongTensor` of shape `[L]`), `assistant_mask` and `visual_mask` (`BoolTensor` of shape
+            `[L]`), `visual_embeds` (`[V, H]`), and `hidden_states` (`[L, W]`), zero where they are not stored. Floats
+            are of the dtype in which they are stored, float32 from int8.
+        """
+        index = range(len(self))[index]
+        shard = bisect_right(self._ends, index)
+        start = self._ends[shard] - self.index.shards[shard]["samples"]
+        sample = self._reader(shard).read(index - start, self.index.hidden_size)
+        stored = stored_rows(sample["assistant_mask"], sample["visual_mask"], self.index.all_hidden_states)
+        rows = sample["hidden_states"]
+        return {
+            "input_ids": sample["input_ids"].long(),
+            "assistant_mask": sample["assistant_mask"].clone(),  # what is read lies in the mapped file
+            "visual_mask": sample["visual_mask"].clone(),
+            "visual_embeds": sample["visual_embeds"].clone(),
+            "hidden_states": rows.new_zeros(len(stored), rows.shape[-1]).masked_scatter(stored.unsqueeze(-1), rows),
+        }
+
+    @property
+    def ids(self) -> list[str]:
+        """The id of each sample."""
+        return [sample_id for shard in self.index.shards for sample_id in shard["ids"]]
+
+    def check(
+        self,
+        target: PreTrainedModel,
+        processor: Any,
+        max_length: int,
+        feature_layers: Sequence[int] | None = None,
+        needs_all_hidden_states: bool = False,
+    ) -> None:
+        """
+        Makes sure that the cache is what a target would give.
+
+        Args:
+            target, processor, max_length, feature_layers: see [`extract_features`].
+            needs_all_hidden_states (`bool`): whether the draft reads the hidden states before visual positions too.
+
+        Raises:
+            MSDError: names what differs.
+        """
+        expected = {"max_length": max_length, "feature_layers": sorted(feature_layers or ())}
+        if needs_all_hidden_states:
+            expected["all_hidden_states"] = True
+        self.index.check_terms(self.folder, target_fingerprint(target), processor, expected)
+
+    def _reader(self, shard: int) -> ShardReader:
+        if self._process != os.getpid():  # after a fork
+            self._readers, self._process = {}, os.getpid()
+        if shard not in self._readers:
+            self._readers[shard] = ShardReader(self.folder / self.index.shards[shard]["file"])
+        return self._readers[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_readers": {}}
+
+
+def collate_features(samples: Sequence[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """
+    A right-padded batch of samples of a [`FeatureCache`].
+
+    Returns:
+        `input_ids` and `attention_mask` (`LongTensor` of shape `[B, L]`), `assistant_mask` and `visual_mask`
+        (`BoolTensor` of shape `[B, L]`), `hidden_states` (`[B, L, W]`), and `visual_embeds` (`[V, H]`): the rows of
+        all samples, in the row-major order of `visual_mask`.
+    """
+    padding = {"input_ids": pad_token_id, "assistant_mask": False, "visual_mask": False, "hidden_states": 0.0}
+    batch = {
+        name: pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=value)
+        for name, value in padding.items()
+    }
+    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
+    batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths.unsqueeze(1)).long()
+    batch["visual_embeds"] = torch.cat([sample["visual_embeds"] for sample in samples])
+    return batch
+
+
+__all__ = ["ExtractionReport", "FeatureCache", "collate_features", "estimate_disk", "extract_features"]

@@ -1,0 +1,170 @@
+"""From conversations to packed features: encode, sort by length, run the target, keep what a draft reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel
+
+from ..errors import MSDDataError, MSDError
+from ..targets import TargetAdapter
+from .conversations import Conversations
+from .encoding import ConversationEncoder, collate_conversations
+from .feature_storage import pack, stored_rows
+
+
+_BATCHES_PER_WINDOW = 8  # in which samples are sorted by length
+
+Sample = dict[str, torch.Tensor]
+
+
+@dataclass
+class EncodedConversation:
+    """A conversation as its target takes it, or why it cannot be used.
+
+    Args:
+        id (`str`): of the conversation.
+        inputs (`dict[str, torch.Tensor]`): see [`ConversationEncoder`]; empty if it cannot be used.
+        error (`MSDError`, *optional*): what is wrong with it.
+    """
+
+    id: str
+    inputs: Sample
+    error: MSDError | None = None
+
+
+class _EncodedConversations(Dataset):
+    def __init__(self, conversations: Conversations, encoder: ConversationEncoder):
+        self.conversations, self.encoder = conversations, encoder
+
+    def __getitem__(self, index: int) -> EncodedConversation:
+        sample_id = f"#{index}"  # the place in the data, of a sample that is too broken to have an id
+        try:
+            conversation = self.conversations[index]
+            sample_id = conversation.id
+            return EncodedConversation(sample_id, self.encoder(conversation))
+        except MSDError as error:  # raised again by this process, whose user reads one line of it
+            return EncodedConversation(getattr(error, "sample_id", None) or sample_id, {}, error)
+
+
+def iterate_encoded(
+    conversations: Conversations, encoder: ConversationEncoder, indices: Sequence[int], num_workers: int = 0
+) -> Iterator[EncodedConversation]:
+    """
+    Encodes the conversations at `indices`, in that order, in `num_workers` processes beside this one.
+
+    Raises:
+        MSDError: for what is wrong with more than one sample.
+    """
+    dataset = _EncodedConversations(conversations, encoder)
+    for encoded in DataLoader(dataset, sampler=indices, batch_size=None, num_workers=num_workers):
+        if encoded.error is not None and not isinstance(encoded.error, MSDDataError):
+            raise encoded.error
+        if num_workers:
+            # What a worker sends keeps a file open for each tensor; a window of them can be too many.
+            encoded.inputs = {name: tensor.clone() for name, tensor in encoded.inputs.items()}
+        yield encoded
+
+
+class FeatureExtractor:
+    """
+    Runs a frozen target over encoded conversations.
+
+    Args:
+        adapter (`TargetAdapter`): of the target, with the layers that are wanted.
+        pad_token_id (`int`): fills up shorter samples of a batch.
+        storage (`str`): number format, see [`pack`].
+        all_hidden_states (`bool`): see [`stored_rows`].
+        batch_size (`int`): samples per forward.
+    """
+
+    def __init__(
+        self, adapter: TargetAdapter, pad_token_id: int, storage: str, all_hidden_states: bool, batch_size: int
+    ):
+        self.adapter, self.pad_token_id, self.storage = adapter, pad_token_id, storage
+        self.all_hidden_states, self.batch_size = all_hidden_states, batch_size
+
+    def __call__(self, encoded: Iterable[EncodedConversation]) -> Iterator[tuple[str, Sample | MSDDataError]]:
+        """
+        The id of each conversation, in the given order, with its packed features or the reason why it has none.
+        Batches are made of neighbours in length within a window, always the same way.
+        """
+        encoded = iter(encoded)
+        while window := list(islice(encoded, _BATCHES_PER_WINDOW * self.batch_size)):
+            results: dict[int, Sample | MSDDataError] = {}
+            lengths = {}
+            for number, item in enumerate(window):
+                if isinstance(item.error, MSDDataError):
+                    results[number] = item.error
+                else:
+                    lengths[number] = len(item.inputs["input_ids"])
+            order = sorted(lengths, key=lambda number: lengths[number])
+            for start in range(0, len(order), self.batch_size):
+                batch = order[start : start + self.batch_size]
+                results.update(zip(batch, self._run([window[number] for number in batch]), strict=True))
+            for number, item in enumerate(window):
+                yield item.id, results[number]
+
+    @torch.no_grad()
+    def _run(self, batch: list[EncodedConversation]) -> Iterator[Sample | MSDDataError]:
+        target = self.adapter.target
+        inputs = collate_conversations([item.inputs for item in batch], self.pad_token_id)
+        inputs.pop("assistant_mask")
+        features = self.adapter.features(**move_inputs(inputs, target))
+        visual_masks = [sample_visual_mask(self.adapter, item.inputs) for item in batch]
+        stored_masks = [
+            stored_rows(item.inputs["assistant_mask"], visual_mask, self.all_hidden_states)
+            for item, visual_mask in zip(batch, visual_masks, strict=True)
+        ]
+        visual_embeds = self._gather(features.inputs_embeds, visual_masks)
+        hidden_states = self._gather(features.hidden_states, stored_masks)
+        for number, item in enumerate(batch):
+            rows = (visual_embeds[number], hidden_states[number])
+            if not all(tensor.isfinite().all() for tensor in rows):
+                detail = "the target's features hold infinities or NaN; is its dtype wide enough?"
+                yield MSDDataError("non-finite features", detail, item.id)
+                continue
+            yield {
+                "input_ids": item.inputs["input_ids"].to(torch.int32),
+                "assistant_mask": item.inputs["assistant_mask"],
+                "visual_mask": visual_masks[number],
+                **self._pack("visual_embeds", visual_embeds[number], item),
+                **self._pack("hidden_states", hidden_states[number], item),
+            }
+
+    @staticmethod
+    def _gather(features: torch.Tensor, masks: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The rows of `[B, L, W]` that are to be kept of each sample, on the CPU, copied in one go."""
+        mask = pad_sequence(masks, batch_first=True).to(features.device)
+        return features[mask].cpu().split([int(kept.sum()) for kept in masks])
+
+    def _pack(self, name: str, rows: torch.Tensor, item: EncodedConversation) -> Sample:
+        packed = pack(name, rows, self.adapter.target.config.get_text_config(decoder=True).hidden_size, self.storage)
+        if self.storage == "float16" and not packed[name].isfinite().all():
+            raise MSDError(
+                f"Features of sample {item.id!r} reach {rows.abs().max().item():.3g}, which float16 cannot hold. "
+                'Extract them with `storage="bfloat16"`.'
+            )
+        return packed
+
+
+def sample_visual_mask(adapter: TargetAdapter, inputs: Sample) -> torch.Tensor:
+    """Where a sample `[L]` holds visual positions."""
+    return adapter.visual_mask(inputs["input_ids"].unsqueeze(0)).squeeze(0)
+
+
+def move_inputs(inputs: Sample, target: PreTrainedModel) -> dict[str, Any]:
+    """Inputs on the target's device, those of images in its dtype."""
+    return {
+        name: tensor.to(target.device, target.dtype if tensor.is_floating_point() else None)
+        for name, tensor in inputs.items()
+    }
+
+
+__all__ = ["EncodedConversation", "FeatureExtractor", "iterate_encoded", "move_inputs", "sample_visual_mask"]

@@ -1,0 +1,197 @@
+"""The index of a feature cache: what it was made with, and which shards it has."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import MSDError
+from .encoding import ConversationEncoder
+from .feature_storage import damaged_shard, replaced_file, write_shard
+
+
+FORMAT_VERSION = 1
+INDEX_NAME = "index.json"
+
+
+@dataclass
+class CacheIndex:
+    """What a cache folder holds, and what it was made with.
+
+    Args:
+        target, encoder, conversations (`str`): fingerprints.
+        target_dtype (`str`): of the target while it ran.
+        num_conversations, max_length, samples_per_shard (`int`), storage (`str`), all_hidden_states (`bool`),
+            feature_layers (`list[int]`): arguments of [`extract_features`]; shard i is made of the conversations
+            from `i * samples_per_shard` on.
+        hidden_size (`int`): of the target.
+        shards (`list[dict]`): of each shard `file`, `bytes`, `samples`, `tokens`, `ids`, and `skipped`: ids by reason.
+        complete (`bool`): whether no shard is to come.
+    """
+
+    target: str
+    encoder: str
+    conversations: str
+    target_dtype: str
+    num_conversations: int
+    max_length: int
+    storage: str
+    hidden_size: int
+    feature_layers: list[int]
+    all_hidden_states: bool
+    samples_per_shard: int
+    shards: list[dict] = field(default_factory=list)
+    complete: bool = False
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the complete cache."""
+        return -(-self.num_conversations // self.samples_per_shard)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard["samples"] for shard in self.shards)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(shard["tokens"] for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(shard["bytes"] for shard in self.shards)
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Number of skipped samples by reason."""
+        return Counter(reason for shard in self.shards for reason, ids in shard["skipped"].items() for _ in ids)
+
+    def skipped_table(self) -> str:
+        """`skipped` in words."""
+        return ", ".join(f"{reason} {count:,}" for reason, count in self.skipped.most_common())
+
+    def check_shard(self, folder: Path, number: int) -> None:
+        """Raises an [`MSDError`] when a shard is not there as it was written. Costs no reading."""
+        shard = self.shards[number]
+        if not shard["samples"]:
+            return
+        path = folder / shard["file"]
+        if not path.is_file():
+            raise damaged_shard(path, "there is no such file")
+        if path.stat().st_size != shard["bytes"]:
+            raise damaged_shard(path, f"it has {path.stat().st_size} bytes instead of {shard['bytes']}")
+
+    def has_shard(self, folder: Path, number: int) -> bool:
+        """Whether a shard is there as it was written."""
+        try:
+            self.check_shard(folder, number)
+        except (IndexError, MSDError):
+            return False
+        return True
+
+    def add_shard(
+        self,
+        folder: Path,
+        number: int,
+        samples: list[dict[str, torch.Tensor]],
+        ids: list[str],
+        skipped: dict[str, list[str]],
+    ) -> None:
+        """Writes the next shard, or a damaged one anew, and then the index."""
+        path = folder / f"shard-{number:05d}.safetensors"
+        if samples:
+            write_shard(path, samples)
+        shard = {
+            "file": path.name,
+            "bytes": path.stat().st_size if samples else 0,
+            "samples": len(samples),
+            "tokens": sum(len(sample["input_ids"]) for sample in samples),
+            "ids": ids,
+            "skipped": skipped,
+        }
+        self.shards[number : number + 1] = [shard]
+        self.complete = len(self.shards) == self.num_shards
+        self.write(folder)
+
+    def continued(self, folder: Path, processor: Any) -> CacheIndex:
+        """
+        The index of what was written to `folder` before under the same terms, or this one if nothing was.
+
+        Raises:
+            MSDError: when the folder holds something else.
+        """
+        if folder.exists() and not folder.is_dir():
+            raise MSDError(f"{str(folder)!r} is a file; features need a folder.")
+        names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        leftovers = {name for name in names if name.startswith((".shard-", ".index")) and name.endswith(".tmp")}
+        if INDEX_NAME not in names and names - leftovers:
+            raise MSDError(f"The folder {str(folder)!r} is not empty and holds no feature cache; choose another one.")
+        for name in leftovers:  # of a run that was killed
+            (folder / name).unlink(missing_ok=True)
+        earlier = CacheIndex.read(folder) if INDEX_NAME in names else self
+        if not earlier.shards:
+            return self
+        terms = ("conversations", "max_length", "storage", "feature_layers", "all_hidden_states", "samples_per_shard")
+        expected = {name: getattr(self, name) for name in (*terms, "target_dtype")}
+        earlier.check_terms(folder, self.target, processor, expected)
+        return earlier
+
+    def check_terms(self, folder: Path, target: str, processor: Any, expected: dict[str, Any]) -> None:
+        """
+        Args:
+            target (`str`): fingerprint of the target at hand.
+            processor (`ProcessorMixin`): the processor at hand.
+            expected (`dict`): values of other fields of the index.
+
+        Raises:
+            MSDError: names what the cache was made with, where that differs.
+        """
+        differences = []
+        if self.target != target:
+            differences.append("another target")
+        # The encoder's fingerprint includes the length, which is compared by itself.
+        if self.encoder != ConversationEncoder(processor, self.max_length).fingerprint:
+            differences.append("another processor")
+        for name, value in expected.items():
+            found = getattr(self, name)
+            if found != value:
+                is_data = name == "conversations"
+                differences.append("other conversations" if is_data else f"`{name}` {found!r} instead of {value!r}")
+        if differences:
+            raise MSDError(
+                f"The feature cache in {str(folder)!r} was made with {', '.join(differences)}. Extract the features "
+                "to another folder, or delete this one."
+            )
+
+    def write(self, folder: Path) -> None:
+        with replaced_file(folder / INDEX_NAME) as temporary:
+            temporary.write_text(json.dumps(asdict(self), separators=(",", ":")) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> CacheIndex:
+        """
+        Raises:
+            MSDError: when there is none, or it is damaged or of another version.
+        """
+        path = folder / INDEX_NAME
+        if not path.is_file():
+            raise MSDError(f"There is no feature cache in {str(folder)!r}: it has no {INDEX_NAME}.")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            version = content["format_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise MSDError(f"{str(path)!r} is not the index of a feature cache, or is damaged.") from error
+        if version != FORMAT_VERSION or set(content) != {item.name for item in fields(cls)}:
+            raise MSDError(
+                f"The feature cache in {str(folder)!r} has format version {version}, this release of msd_hf reads "
+                f"{FORMAT_VERSION}. Extract the features again."
+            )
+        return cls(**content)
+
+
+__all__ = ["INDEX_NAME", "CacheIndex"]

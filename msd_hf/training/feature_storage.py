@@ -1,0 +1,168 @@
+"""How features lie on disk: number formats, and safetensors shards of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..errors import MSDError
+
+
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
+STORAGES = ("auto", *_DTYPES)
+_SCALE_BYTES = 4
+_TOKEN_BYTES = 4 + 1 + 1  # id and two masks
+# Each field of a shard is the rows of all its samples one behind the other; the offsets say where a sample begins.
+_OFFSETS = {
+    "input_ids": "token_offsets",
+    "assistant_mask": "token_offsets",
+    "visual_mask": "token_offsets",
+    "visual_embeds": "visual_offsets",
+    "visual_scales": "visual_offsets",
+    "hidden_states": "hidden_offsets",
+    "hidden_scales": "hidden_offsets",
+}
+
+
+def resolve_storage(storage: str, dtype: torch.dtype) -> str:
+    """
+    The number format of a cache: `storage` itself, or for `"auto"` the one of the target's `dtype`.
+
+    Raises:
+        MSDError: when there is no such format.
+    """
+    if storage not in STORAGES:
+        raise MSDError(f"`storage` {storage!r} is not known; choose one of {', '.join(STORAGES)}.")
+    if storage != "auto":
+        return storage
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise MSDError(f"The target's dtype {name} is no format of a feature cache; choose `storage` yourself.")
+    return name
+
+
+def stored_rows(assistant_mask: torch.Tensor, visual_mask: torch.Tensor, all_hidden_states: bool) -> torch.Tensor:
+    """
+    Positions `[L]` of a sample whose hidden state a draft reads: those before a text token, with which they are
+    fused, and those in or next to the assistant's tokens, which are goals of the loss.
+
+    Args:
+        assistant_mask (`torch.BoolTensor` of shape `[L]`): true at the assistant's tokens.
+        visual_mask (`torch.BoolTensor` of shape `[L]`): true at visual positions.
+        all_hidden_states (`bool`): all positions, for drafts that fuse visual ones too.
+    """
+    if all_hidden_states:
+        return torch.ones_like(visual_mask)
+    rows = assistant_mask.clone()
+    rows[:-1] |= assistant_mask[1:] | ~visual_mask[1:]
+    rows[1:] |= assistant_mask[:-1]
+    return rows
+
+
+def sample_bytes(num_tokens: int, num_visual: int, num_hidden: int, hidden_size: int, width: int, storage: str) -> int:
+    """Disk that a sample takes with `num_visual` rows of `hidden_size` and `num_hidden` rows of `width` numbers."""
+    block = hidden_size * _DTYPES[storage].itemsize + (_SCALE_BYTES if storage == "int8" else 0)
+    return num_tokens * _TOKEN_BYTES + (num_visual + num_hidden * (width // hidden_size)) * block
+
+
+def pack(name: str, rows: torch.Tensor, hidden_size: int, storage: str) -> dict[str, torch.Tensor]:
+    """
+    Rows `[R, W]` in a number format, under the names of their fields.
+
+    int8 has a float32 scale for each block of `hidden_size` numbers, as layers of a target differ in size.
+    """
+    if storage != "int8":
+        return {name: rows.to(_DTYPES[storage])}
+    blocks = rows.float().unflatten(-1, (-1, hidden_size))
+    scales = blocks.abs().amax(-1, keepdim=True) / 127
+    quantised = (blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)).round().to(torch.int8)
+    return {name: quantised.flatten(-2), _scales_of(name): scales.squeeze(-1)}
+
+
+def _scales_of(name: str) -> str:
+    return name.partition("_")[0] + "_scales"
+
+
+def write_shard(path: Path, samples: list[dict[str, torch.Tensor]]) -> None:
+    """Writes samples of packed fields, each `[rows, ...]`, as one file."""
+    tensors = {}
+    for name in samples[0]:
+        tensors[name] = torch.cat([sample[name] for sample in samples])
+        lengths = torch.tensor([0, *(len(sample[name]) for sample in samples)])
+        tensors[_OFFSETS[name]] = lengths.cumsum(0)
+    with replaced_file(path) as temporary:
+        # One entry of metadata at most: safetensors writes several in random order.
+        save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+class ShardReader:
+    """Reads single samples of a shard; what is not asked for stays on disk."""
+
+    def __init__(self, path: Path):
+        try:
+            self.file = safe_open(path, framework="pt")
+            self.names = sorted(set(self.file.keys()) & set(_OFFSETS))
+            self.offsets = {name: self.file.get_tensor(name) for name in set(_OFFSETS.values())}
+        except (OSError, SafetensorError) as error:
+            raise damaged_shard(path, str(error)) from error
+
+    def read(self, number: int, hidden_size: int) -> dict[str, torch.Tensor]:
+        """The fields of sample `number`, unpacked: float32 from int8, else as they are stored."""
+        sample = {}
+        for name in self.names:
+            start, end = self.offsets[_OFFSETS[name]][number : number + 2].tolist()
+            sample[name] = self.file.get_slice(name)[start:end]
+        for name in ("visual_embeds", "hidden_states"):
+            scales = sample.pop(_scales_of(name), None)
+            if scales is not None:
+                blocks = sample[name].float().unflatten(-1, (-1, hidden_size))
+                sample[name] = (blocks * scales.unsqueeze(-1)).flatten(-2)
+        return sample
+
+
+def damaged_shard(path: Path, detail: str) -> MSDError:
+    return MSDError(
+        f"The shard {path.name} of the feature cache in {str(path.parent)!r} is damaged: {detail}. Run the same "
+        "extraction again: it makes this shard anew and keeps the others."
+    )
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """A temporary file that takes the name `path`, on disk completely, when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise MSDError(f"{str(path)!r} could not be written: {error}. What was written before it is kept.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+__all__ = [
+    "STORAGES",
+    "ShardReader",
+    "damaged_shard",
+    "pack",
+    "replaced_file",
+    "resolve_storage",
+    "sample_bytes",
+    "stored_rows",
+    "write_shard",
+]

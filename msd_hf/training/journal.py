@@ -1,0 +1,117 @@
+"""A JSONL file that is written over hours: kept line by line beside its final name, so that a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..errors import MSDError
+
+
+class Journal:
+    """
+    One line for each sample of a data set, in order. The lines are in `OUTPUT.partial`, behind a line with the
+    settings of the run, until [`~Journal.finish`] writes OUTPUT.
+
+    Args:
+        output (`Path`): the final file.
+        settings (`dict`): what the lines depend on. Of a value that JSON does not know, its type counts.
+
+    Raises:
+        MSDError: when `output` is there, or was begun with other settings.
+    """
+
+    def __init__(self, output: Path, settings: dict[str, Any]):
+        self.output, self.path = output, output.with_name(f"{output.name}.partial")
+        # Both are there if the run was killed between the last two steps of `finish`.
+        if output.exists() and not self.path.exists():
+            raise MSDError(f"{str(output)!r} exists: remove it, or choose another name.")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        settings = json.loads(json.dumps(settings, default=lambda value: type(value).__name__))
+        self.num_done = 0
+        self._file: BinaryIO = open(self.path, "r+b" if self.path.exists() else "w+b")  # noqa: SIM115
+        try:
+            self._resume(settings)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _resume(self, settings: dict[str, Any]) -> None:
+        header = self._file.readline()
+        if not header.endswith(b"\n"):
+            self._file.seek(0)
+            self._file.truncate()
+            self._write(settings)
+            return
+        self._check(header, settings)
+        end = self._file.tell()
+        for line in self._file:
+            if not line.endswith(b"\n"):  # the run was killed while it wrote this line
+                break
+            end += len(line)
+            self.num_done += 1
+        self._file.seek(end)
+        self._file.truncate()
+
+    def _check(self, header: bytes, settings: dict[str, Any]) -> None:
+        try:
+            old = json.loads(header)
+        except ValueError as error:
+            raise MSDError(f"{str(self.path)!r} is damaged: remove it to begin anew.") from error
+        names = [name for name in {**old, **settings} if old.get(name) != settings.get(name)]
+        if names:
+            changes = ", ".join(
+                f"{name} ({_shorten(old.get(name))} -> {_shorten(settings.get(name))})" for name in names
+            )
+            raise MSDError(
+                f"{str(self.path)!r} was begun with other settings: {changes}. Give the same ones to go on, or remove "
+                "it to begin anew."
+            )
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds the line of the next sample: it stays, whatever becomes of the run."""
+        self._write(record)
+        self.num_done += 1
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The lines so far, without the settings."""
+        with open(self.path, "rb") as file:
+            next(file)
+            for line in file:
+                yield json.loads(line)
+
+    def finish(self, key: str) -> None:
+        """Writes what each line holds under `key`, if it does, to the final file, and removes the journal."""
+        self.close()
+        temporary = self.output.with_name(f"{self.output.name}.tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            for record in self.records():
+                if key in record:
+                    file.write(json.dumps(record[key], ensure_ascii=False) + "\n")
+        os.replace(temporary, self.output)
+        self.path.unlink()
+
+    def close(self) -> None:
+        """Lets go of the file; the lines stay."""
+        self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+
+def _shorten(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 24 else text[:20] + "..."
+
+
+__all__ = ["Journal"]

@@ -1,0 +1,89 @@
+"""The text and the visual data set as one: what the curriculum draws, encoded and put into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from ..errors import MSDDataError, MSDError
+from .curriculum import Draw, SampleKind
+from .encoding import collate_conversations
+from .feature_cache import FeatureCache, collate_features
+from .rows import trained_rows
+
+
+class Mixture(Dataset):
+    """
+    Gives the sample of a [`Draw`]. A broken one is replaced by the next one that is whole, and reported with it.
+
+    Args:
+        datasets (`dict`): the `"text"` and the `"visual"` data set; each of [`Conversation`]s or a [`FeatureCache`].
+        encode (`Callable`): a [`ConversationEncoder`], for data sets of conversations.
+        strict (`bool`): raise at a broken sample.
+
+    Raises:
+        MSDError: when one is cached and the other is not.
+    """
+
+    def __init__(self, datasets: dict[SampleKind, Any], encode: Callable, strict: bool = False):
+        self.datasets = {kind: dataset for kind, dataset in datasets.items() if dataset is not None}
+        self.encode = encode
+        self.strict = strict
+        cached = {isinstance(dataset, FeatureCache) for dataset in self.datasets.values()}
+        if len(cached) > 1:
+            raise MSDError("One data set holds cached features and the other one conversations: give two of a kind.")
+        self.is_cached = cached == {True}
+
+    def __len__(self) -> int:
+        return sum(len(dataset) for dataset in self.datasets.values())
+
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        dataset = self.datasets[draw.kind]
+        skipped = []
+        for offset in range(len(dataset)):
+            index = (draw.index + offset) % len(dataset)
+            try:
+                sample = dataset[index]
+                features = sample if self.is_cached else self.encode(sample)
+            except MSDDataError as error:
+                if self.strict:
+                    raise
+                skipped.append((draw.kind, index, error.reason))
+                continue
+            return {**features, "draw": draw, "skipped": skipped}
+        raise MSDError(
+            f"Not one of the {len(dataset)} {draw.kind} samples can be used: "
+            f"{', '.join(sorted({reason for _, _, reason in skipped}))}. `msd-hf data check` shows what is wrong."
+        )
+
+
+class MixtureCollator:
+    """
+    A batch for [`MSDTrainer`]: that of `collate_conversations` or `collate_features`, and
+
+    - `labels` `[B, L]`: -100 except at trained rows,
+    - `numbers` `[B]`: the samples' numbers in the run, `is_visual` `[B]`,
+    - `skipped`: what was skipped on the way.
+    """
+
+    def __init__(self, pad_token_id: int, is_cached: bool, rows: str):
+        self.pad_token_id = pad_token_id
+        self.collate = collate_features if is_cached else collate_conversations
+        self.rows = rows
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        draws = [sample.pop("draw") for sample in samples]
+        skipped = [skip for sample in samples for skip in sample.pop("skipped")]
+        batch: dict[str, Any] = self.collate(samples, self.pad_token_id)
+        trained = trained_rows(batch.pop("assistant_mask"), batch["attention_mask"], self.rows)
+        batch["labels"] = batch["input_ids"].masked_fill(~trained, -100)
+        batch["numbers"] = torch.tensor([draw.number for draw in draws])
+        batch["is_visual"] = torch.tensor([draw.kind == "visual" for draw in draws])
+        batch["skipped"] = skipped
+        return batch
+
+
+__all__ = ["Mixture", "MixtureCollator"]

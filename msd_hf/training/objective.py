@@ -1,0 +1,101 @@
+"""From a batch to the loss of a draft: the target's features, noise, the draft's passes and the loss of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..targets import TargetAdapter
+from .arguments import MSDTrainingArguments
+from .losses import LossSums, add_uniform_noise, loss_sums
+from .rows import DraftRows, draft_rows
+from .unrolling import unrolled_states
+
+
+class DraftObjective:
+    """
+    The loss of a draft, summed over the trained rows of a batch.
+
+    Args:
+        adapter (`TargetAdapter`): the frozen target: it gives the features of batches that do not bring theirs, and
+            lends its embedding and head.
+        args (`MSDTrainingArguments`): weights, noise and passes.
+    """
+
+    def __init__(self, adapter: TargetAdapter, args: MSDTrainingArguments):
+        self.adapter = adapter
+        self.args = args
+
+    def __call__(self, draft: Any, batch: dict[str, Any], dtype: torch.dtype) -> tuple[torch.Tensor, LossSums]:
+        """
+        Args:
+            draft (`MSDDraftModel`, or wrapped in one): in training mode it gets noise and all of its passes, else one
+                pass without noise.
+            batch (`dict`): of [`MixtureCollator`].
+            dtype (`torch.dtype`): of the draft.
+
+        Returns:
+            The weighted sum of both terms over all passes, a scalar with a gradient, and the sums of the first pass.
+        """
+        args = self.args
+        rows = self.make_rows(batch, dtype)
+        noisy_states = None
+        if draft.training and args.noise > 0:
+            noisy_states = self._add_noise(rows.hidden_states, batch["attention_mask"].sum(1), batch["numbers"])
+        num_passes = args.unroll_passes if draft.training else 1
+        weights = [args.unroll_decay**number for number in range(num_passes)]
+        trained = rows.trained
+        total, first = torch.zeros((), device=trained.device), None
+        for number, states in enumerate(unrolled_states(draft, rows, num_passes, noisy_states)):
+            if number > 0:  # generation drafts that deep only from a row that is trained itself
+                trained = trained & _shift_right(rows.trained, number)
+            sums = loss_sums(states[trained], rows.goals[trained].to(states), self.adapter.head, args.head_chunk_size)
+            loss = args.feature_loss_weight * sums.feature_loss + args.token_loss_weight * sums.token_loss
+            total = total + weights[number] / sum(weights) * loss
+            first = sums if first is None else first
+        assert first is not None
+        return total, first
+
+    def make_rows(self, batch: dict[str, Any], dtype: torch.dtype) -> DraftRows:
+        """The draft's rows of a batch; the target is run unless the batch holds its hidden states."""
+        labels = batch["labels"]
+        if "hidden_states" in batch:
+            hidden_states, visual_mask = batch["hidden_states"], batch["visual_mask"]
+            with torch.no_grad():
+                inputs_embeds = self.adapter.embed(batch["input_ids"]).to(labels.device)
+            visual_embeds = batch["visual_embeds"].to(inputs_embeds)
+            inputs_embeds = inputs_embeds.masked_scatter(visual_mask.unsqueeze(-1), visual_embeds)
+        else:
+            target = self.adapter.target
+            others = ("labels", "numbers", "is_visual", "skipped")
+            inputs = {name: value.to(target.device) for name, value in batch.items() if name not in others}
+            inputs = {
+                name: value.to(target.dtype) if value.is_floating_point() else value for name, value in inputs.items()
+            }
+            features = self.adapter.features(**inputs)
+            inputs_embeds, hidden_states = features.inputs_embeds.detach(), features.hidden_states
+            visual_mask = features.visual_mask
+        return draft_rows(
+            inputs_embeds.to(labels.device, dtype),
+            hidden_states.to(labels.device, dtype),
+            visual_mask.to(labels.device),
+            labels != -100,
+        )
+
+    def _add_noise(self, hidden_states: torch.Tensor, lengths: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        # Drawn for each sample by its number in the run: any number of processes, and a resumed run, draw the same.
+        noisy = hidden_states.clone()
+        for row, (length, number) in enumerate(zip(lengths.tolist(), numbers.tolist(), strict=True)):
+            generator = torch.Generator(noisy.device).manual_seed(self.args.seed * 1_000_003 + number)
+            states = noisy[row, :length]
+            uniform = torch.rand(states.shape, generator=generator, dtype=states.dtype, device=states.device)
+            noisy[row, :length] = add_uniform_noise(states, uniform, self.args.noise)
+        return noisy
+
+
+def _shift_right(mask: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.cat([torch.zeros_like(mask[:, :count]), mask[:, :-count]], dim=1)
+
+
+__all__ = ["DraftObjective"]

@@ -1,0 +1,70 @@
+"""`training_provenance.json`: what made a draft, beside its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from transformers import TrainingArguments
+
+from ..version import __version__
+
+
+PROVENANCE_NAME = "training_provenance.json"
+
+
+def write_provenance(folder: str | Path, provenance: dict[str, Any]) -> Path:
+    """Writes `provenance` to `training_provenance.json` in `folder`, completely or not at all."""
+    path = Path(folder) / PROVENANCE_NAME
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(provenance, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def read_provenance(folder: str | Path) -> dict[str, Any]:
+    """What `write_provenance` wrote; empty if there is none."""
+    path = Path(folder) / PROVENANCE_NAME
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def describe_run(arguments: TrainingArguments) -> dict[str, Any]:
+    """The command, the versions and the arguments that are not at their defaults."""
+    # Only names: a full path of a script says nothing to the reader of a published draft.
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {
+        "command": command,
+        "versions": {
+            "msd_hf": __version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "num_processes": arguments.world_size,
+        "arguments": _changed_arguments(arguments),
+    }
+
+
+def _changed_arguments(arguments: TrainingArguments) -> dict[str, Any]:
+    values = arguments.to_dict()  # hides tokens
+    changed = {}
+    for field in dataclasses.fields(arguments):
+        if field.name not in values or field.name in ("output_dir", "logging_dir", "hub_token"):
+            continue
+        default = None if field.default is dataclasses.MISSING else field.default
+        if values[field.name] != default and field.default_factory is dataclasses.MISSING:
+            changed[field.name] = values[field.name]
+    return changed
+
+
+__all__ = ["PROVENANCE_NAME", "describe_run", "read_provenance", "write_provenance"]

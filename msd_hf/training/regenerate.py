@@ -1,0 +1,217 @@
+"""A data set whose answers are the target's own: a draft that learns from it learns what the target really says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import BatchFeature, PreTrainedModel
+from transformers.utils import logging
+
+from ..errors import MSDDataError, MSDError
+from .answered_chat import AnsweredChat, EntryWriter
+from .answers import AnswerGenerator
+from .conversations import Conversations
+from .encoding import ConversationEncoder
+from .fingerprint import target_fingerprint
+from .journal import Journal
+
+
+logger = logging.get_logger(__name__)
+
+_BATCHES_PER_WINDOW = 4  # in which prompts are sorted by length
+
+
+@dataclass(frozen=True)
+class RegenerateReport:
+    """
+    What [`regenerate`] wrote.
+
+    Args:
+        output (`Path`): the JSONL file.
+        num_samples (`int`): conversations in the file.
+        num_cut (`int`): those of them whose last answer met the length limit.
+        skipped (`dict[str, int]`): samples of the data that could not be used, by reason.
+    """
+
+    output: Path
+    num_samples: int
+    num_cut: int
+    skipped: dict[str, int]
+
+
+def regenerate(
+    target: PreTrainedModel,
+    processor: Any,
+    conversations: Conversations,
+    output: str | Path,
+    *,
+    max_new_tokens: int = 512,
+    batch_size: int = 8,
+    temperature: float = 0.0,
+    seed: int = 0,
+    strict: bool = False,
+    **generate_arguments: Any,
+) -> RegenerateReport:
+    """
+    Lets the target answer the user's turns of a data set, one after the other, each with its own answers before it.
+    The data's answers are thrown away. An answer that meets the length limit ends its conversation, which is then
+    marked `"complete": false`.
+
+    A run that was killed goes on where it was when it is started again: the result is the same as in one go, also
+    with sampling, for a sampled answer depends on seed, sample and turn alone.
+
+    Args:
+        target (`PreTrainedModel`): on its device, in its dtype.
+        processor (`ProcessorMixin`): the target's.
+        conversations (`Conversations`): the data.
+        output (`str` or `Path`): a LLaVA-style `.jsonl` file, in the data's order. Pictures that are in the data
+            itself are written to a folder beside it.
+        max_new_tokens (`int`): length limit of an answer.
+        batch_size (`int`): prompts that are answered at once.
+        temperature (`float`): 0 for greedy decoding, above for sampling.
+        seed (`int`): of sampling.
+        strict (`bool`): stop at a broken sample instead of leaving it out.
+        generate_arguments: others of `generate`, such as `top_p` or `repetition_penalty`.
+
+    Raises:
+        MSDError: when an argument is wrong, `output` is there, or was begun with other settings.
+        MSDDataError: at a broken sample, if `strict`.
+    """
+    output = Path(output)
+    if output.suffix != ".jsonl":
+        raise MSDError(f"`output` must be a .jsonl file, got {str(output)!r}.")
+    if batch_size < 1:
+        raise MSDError(f"`batch_size` must be at least 1, got {batch_size}.")
+    encoder = ConversationEncoder(processor)
+    generator = AnswerGenerator(target, encoder.tokenizer, max_new_tokens, temperature, generate_arguments)
+    settings = {
+        "target": target_fingerprint(target),
+        "dtype": str(target.dtype),
+        "processor": encoder.fingerprint,
+        "data": conversations.fingerprint,
+        "batch_size": batch_size,
+        "seed": seed,
+        "strict": strict,
+        **generator.settings,
+    }
+    chats = _Windows(generator, encoder, conversations, batch_size, seed, strict)
+    writer = EntryWriter(output, conversations._image_folder)
+    was_training = target.training
+    target.eval()
+    try:
+        with Journal(output, settings) as journal:
+            if journal.num_done:
+                logger.info("Going on behind sample %d of %d.", journal.num_done, len(conversations))
+            with tqdm(total=len(conversations), initial=journal.num_done, desc="regenerating") as bar:
+                for index, chat in chats.answered_from(journal.num_done):
+                    journal.append({"skipped": chat} if isinstance(chat, str) else {"sample": writer(index, chat)})
+                    bar.update()
+            counts = Counter(_outcome(record) for record in journal.records())
+            journal.finish("sample")
+    finally:
+        target.train(was_training)
+    num_cut, num_samples = counts.pop("cut", 0), counts.pop("complete", 0)
+    return RegenerateReport(output, num_samples + num_cut, num_cut, skipped=dict(counts))
+
+
+def _outcome(record: dict[str, Any]) -> str:
+    if "skipped" in record:
+        return record["skipped"]
+    return "complete" if record["sample"].get("complete", True) else "cut"
+
+
+class _Windows:
+    """Answers conversations in windows of some batches, each sorted by length. A window is always the same samples,
+    wherever a run was interrupted."""
+
+    def __init__(
+        self,
+        generator: AnswerGenerator,
+        encoder: ConversationEncoder,
+        conversations: Conversations,
+        batch_size: int,
+        seed: int,
+        strict: bool,
+    ):
+        self.generator, self.conversations = generator, conversations
+        self.processor, self.renderer = encoder.processor, encoder.renderer
+        self.batch_size, self.seed, self.strict = batch_size, seed, strict
+
+    def answered_from(self, first: int) -> Iterator[tuple[int, AnsweredChat | str]]:
+        """Number of each sample from `first` on, with its chat, or with the reason why there is none."""
+        size = self.batch_size * _BATCHES_PER_WINDOW
+        total = len(self.conversations)
+        if first == total:
+            return
+        for start in range(first - first % size, total, size):
+            indices = range(start, min(start + size, total))
+            window = self._open(indices)
+            for turn in count():
+                prompts = self._prompts(window)
+                if not prompts:
+                    break
+                for batch in self._batches(prompts):
+                    seeds = [f"{self.seed}/{index}/{turn}" for index in batch]
+                    answers = self.generator([prompts[index] for index in batch], seeds)
+                    for index, answer in zip(batch, answers, strict=True):
+                        window[index].answer(*answer)
+            for index in indices[max(0, first - start) :]:
+                chat = window[index]
+                yield index, "empty turn" if isinstance(chat, AnsweredChat) and not chat.is_answered else chat
+
+    def _open(self, indices: Sequence[int]) -> dict[int, Any]:
+        window: dict[int, Any] = {}
+        for index in indices:
+            try:
+                window[index] = AnsweredChat(self.conversations[index])
+            except MSDDataError as error:
+                window[index] = self._skip(error)
+        return window
+
+    def _prompts(self, window: dict[int, Any]) -> dict[int, BatchFeature]:
+        """The next prompts of those chats that have one; broken chats make way for the reason."""
+        prompts = {}
+        for index, chat in window.items():
+            if isinstance(chat, str) or not chat.questions:
+                continue
+            try:
+                prompts[index] = self._prompt(chat)
+            except MSDDataError as error:
+                if chat.is_answered:  # it ends before this question
+                    chat.questions = []
+                else:
+                    window[index] = self._skip(MSDDataError(error.reason, error.detail, chat.id))
+        return prompts
+
+    def _prompt(self, chat: AnsweredChat) -> BatchFeature:
+        prompt = chat.prompt(self.processor, self.renderer)
+        length, context = prompt["input_ids"].shape[1], self.generator.context_length
+        if context is not None and length + self.generator.max_new_tokens > context:
+            raise MSDDataError(
+                "too long",
+                f"a prompt of {length} tokens leaves no room for {self.generator.max_new_tokens} in the target's "
+                f"context of {context}.",
+            )
+        return prompt
+
+    def _skip(self, error: MSDDataError) -> str:
+        if self.strict:
+            raise error
+        logger.info("Left out: %s", error)
+        return error.reason
+
+    def _batches(self, prompts: dict[int, BatchFeature]) -> Iterator[list[int]]:
+        for visual in (False, True):  # some models take a batch only if all of it has images, or none
+            chosen = [index for index, prompt in prompts.items() if ("pixel_values" in prompt) is visual]
+            chosen.sort(key=lambda index: prompts[index]["input_ids"].shape[1])
+            for start in range(0, len(chosen), self.batch_size):
+                yield chosen[start : start + self.batch_size]
+
+
+__all__ = ["RegenerateReport", "regenerate"]

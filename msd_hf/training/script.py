@@ -1,0 +1,250 @@
+"""`msd-hf train`: a training run from command-line arguments or a YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from torch.utils.data import ConcatDataset, Subset
+from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, PreTrainedModel, set_seed
+from transformers.utils import logging
+
+from ..errors import MSDError
+from ..modeling_msd import MSDDraftModel
+from .arguments import MSDTrainingArguments
+from .conversations import Conversations, load_conversations
+from .feature_cache import FeatureCache
+from .fingerprint import target_fingerprint
+from .regenerate import regenerate
+from .trainer import MSDTrainer, new_draft
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class ScriptArguments:
+    """What `msd-hf train` takes besides [`MSDTrainingArguments`]."""
+
+    target: str | None = field(default=None, metadata={"help": "Folder or Hub id of the target."})
+    draft: str | None = field(default=None, metadata={"help": "A draft to train on, instead of a new one."})
+    text_data: str | None = field(default=None, metadata={"help": "Conversations without images, .json or .jsonl."})
+    visual_data: str | None = field(default=None, metadata={"help": "Conversations with images, .json or .jsonl."})
+    image_folder: str | None = field(default=None, metadata={"help": "Folder that the image paths are relative to."})
+    text_features: str | None = field(default=None, metadata={"help": "`msd-hf extract` of the text data, instead."})
+    visual_features: str | None = field(
+        default=None, metadata={"help": "`msd-hf extract` of the visual data, instead."}
+    )
+    eval_data: str | None = field(default=None, metadata={"help": "Held-out conversations, with and without images."})
+    eval_samples: int = field(
+        default=0, metadata={"help": "Without --eval-data: hold out so many samples, the last ones, of each data set."}
+    )
+    target_dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16."})
+    target_device_map: str | None = field(default=None, metadata={"help": "auto spreads the target over devices."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa or eager."})
+    num_assistant_tokens: int | None = field(default=None, metadata={"help": "Nodes of the draft's tree."})
+    tree_depth: int | None = field(default=None, metadata={"help": "Expansions of the draft's tree."})
+    tree_top_k: int | None = field(default=None, metadata={"help": "Candidates per node of the draft's tree."})
+    answer_batch_size: int = field(default=8, metadata={"help": "Prompts at once, with --target-written-answers."})
+    answer_max_new_tokens: int = field(default=512, metadata={"help": "Length limit of a target-written answer."})
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise MSDError(f"{message[0].upper()}{message[1:]}. `msd-hf train --help` lists the arguments.")
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[ScriptArguments, MSDTrainingArguments]:
+    """
+    Reads the arguments of a run.
+
+    Args:
+        argv (`Sequence[str]`): the command line. `--config FILE` names a YAML file of arguments; the command line
+            overrides it.
+
+    Raises:
+        MSDError: for an unknown argument or a value that is not allowed.
+    """
+    parser = _Parser((ScriptArguments, MSDTrainingArguments), prog="msd-hf train", allow_abbrev=False)
+    parser.add_argument("--config", type=str, default=None, help="YAML file of arguments.")
+    known, _ = _config_parser().parse_known_args(list(argv))
+    if known.config is not None:
+        parser.set_defaults(**_read_config(known.config))
+    script_args, args, _, unknown = parser.parse_args_into_dataclasses(
+        list(argv), return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(f"unknown arguments {' '.join(unknown)}")
+    _check(script_args, args)
+    return script_args, args
+
+
+def run_training(argv: Sequence[str]) -> MSDTrainer:
+    """Trains a draft as the arguments say; the draft ends up in `output_dir`. Returns the trainer, for its metrics."""
+    script_args, args = parse_arguments(argv)
+    set_seed(args.seed)
+    processor = AutoProcessor.from_pretrained(script_args.target)
+    data = _open_data(script_args)
+    target = load_target(script_args)
+    if args.target_written_answers:
+        data = {
+            kind: _with_target_answers(conversations, kind, target, processor, script_args, args)
+            for kind, conversations in data.items()
+        }
+    data, held_out = _hold_out(data, script_args)
+    draft = new_draft(target, args) if script_args.draft is None else _load_draft(script_args.draft)
+    for name in ("num_assistant_tokens", "tree_depth", "tree_top_k"):
+        if getattr(script_args, name) is not None:
+            setattr(draft.generation_config, name, getattr(script_args, name))
+    trainer = MSDTrainer(
+        model=draft,
+        target=target,
+        processing_class=processor,
+        args=args,
+        text_dataset=data.get("text"),
+        visual_dataset=data.get("visual"),
+        eval_dataset=held_out,
+    )
+    resume: str | bool | None = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    if held_out is not None:
+        trainer.evaluate()
+    trainer.save_model()
+    return trainer
+
+
+def load_target(script_args: Any) -> PreTrainedModel:
+    """The target that `target`, `target_dtype`, `target_device_map` and `attn_implementation` name."""
+    arguments: dict[str, Any] = {"dtype": parse_dtype(script_args.target_dtype)}
+    if script_args.target_device_map is not None:
+        arguments["device_map"] = script_args.target_device_map
+    if script_args.attn_implementation is not None:
+        arguments["attn_implementation"] = script_args.attn_implementation
+    return AutoModelForImageTextToText.from_pretrained(script_args.target, **arguments)
+
+
+def parse_dtype(name: str) -> torch.dtype | str:
+    """A floating-point dtype by its name, or "auto"."""
+    dtype = getattr(torch, name, None)
+    if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise MSDError(f"The dtype {name!r} is not known: use auto, float32, bfloat16, float16 or float64.")
+    return name if dtype is None else dtype
+
+
+def _config_parser() -> Any:
+    parser = _Parser((), add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=str, default=None)
+    return parser
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MSDError(f"--config {path!r} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise MSDError(f"--config {path!r} is not YAML: {error}.") from error
+    if not isinstance(config, dict):
+        raise MSDError(f"--config {path!r} must hold arguments, one `name: value` a line.")
+    config = {str(name).replace("-", "_"): value for name, value in config.items()}
+    known = {f.name for kind in (ScriptArguments, MSDTrainingArguments) for f in dataclasses.fields(kind) if f.init}
+    unknown = sorted(config.keys() - known)
+    if unknown:
+        raise MSDError(f"--config {path!r} has unknown arguments: {', '.join(unknown)}.")
+    return config
+
+
+def _check(script_args: ScriptArguments, args: MSDTrainingArguments) -> None:
+    if script_args.target is None:
+        raise MSDError("--target is missing: the folder or Hub id of the model that the draft is for.")
+    cached = [script_args.text_features, script_args.visual_features]
+    plain = [script_args.text_data, script_args.visual_data]
+    if not any(cached) and not any(plain):
+        raise MSDError("There is nothing to train on: give --text-data, --visual-data, or both.")
+    if any(cached) and any(plain):
+        raise MSDError("Give conversations (--text-data, --visual-data) or features of them, not both.")
+    if any(cached) and args.target_written_answers:
+        raise MSDError(
+            "--target-written-answers cannot be combined with cached features: run `msd-hf regenerate`, then `msd-hf "
+            "extract` on its output, and add --target-written-answers false."
+        )
+    if any(cached) and script_args.eval_samples:
+        raise MSDError("--eval-samples cannot be combined with cached features: give --eval-data.")
+    for name in ("text", "visual"):
+        given = getattr(script_args, f"{name}_data") or getattr(script_args, f"{name}_features")
+        other = "visual" if name == "text" else "text"
+        if not given and args.curriculum != other:
+            raise MSDError(
+                f"The curriculum {args.curriculum!r} needs {name} samples: give --{name}-data, or "
+                f"--curriculum {other}."
+            )
+
+
+def _open_data(script_args: ScriptArguments) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    for kind in ("text", "visual"):
+        path, features = getattr(script_args, f"{kind}_data"), getattr(script_args, f"{kind}_features")
+        if path is not None:
+            data[kind] = load_conversations(path, script_args.image_folder if kind == "visual" else None)
+        elif features is not None:
+            data[kind] = FeatureCache(features)
+    return data
+
+
+def _with_target_answers(
+    conversations: Conversations,
+    kind: str,
+    target: PreTrainedModel,
+    processor: Any,
+    script_args: ScriptArguments,
+    args: MSDTrainingArguments,
+) -> Conversations:
+    fingerprint = f"{target_fingerprint(target)[:8]}{conversations.fingerprint[:8]}"
+    output = Path(str(args.output_dir)) / "answers" / f"{kind}-{fingerprint}.jsonl"
+    if not output.is_file():
+        if args.world_size > 1:
+            raise MSDError(
+                "With several processes run `msd-hf regenerate` first, train on its output, and add "
+                "--target-written-answers false."
+            )
+        output.parent.mkdir(parents=True, exist_ok=True)
+        regenerate(
+            target.to(args.device) if script_args.target_device_map is None else target,
+            processor,
+            conversations,
+            output,
+            max_new_tokens=script_args.answer_max_new_tokens,
+            batch_size=script_args.answer_batch_size,
+            strict=args.strict,
+        )
+    folder = script_args.image_folder or (script_args.visual_data and Path(script_args.visual_data).parent)
+    return load_conversations(output, folder if kind == "visual" else None)
+
+
+def _hold_out(data: dict[str, Any], script_args: ScriptArguments) -> tuple[dict[str, Any], Any]:
+    if script_args.eval_data is not None:
+        return data, load_conversations(script_args.eval_data, script_args.image_folder)
+    if script_args.eval_samples == 0:
+        return data, None
+    kept, held_out = {}, []
+    for kind, samples in data.items():
+        count = len(samples) - script_args.eval_samples
+        if count < 1:
+            raise MSDError(
+                f"--eval-samples {script_args.eval_samples} leaves none of the {len(samples)} {kind} samples."
+            )
+        kept[kind] = Subset(samples, range(count))
+        held_out.append(Subset(samples, range(count, len(samples))))
+    return kept, ConcatDataset(held_out)
+
+
+def _load_draft(name: str) -> MSDDraftModel:
+    return MSDDraftModel.from_pretrained(name).float()
+
+
+__all__ = ["ScriptArguments", "load_target", "parse_arguments", "parse_dtype", "run_training"]

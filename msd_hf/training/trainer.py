@@ -1,0 +1,308 @@
+"""`MSDTrainer`: a transformers `Trainer` that trains a draft against its frozen target."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from torch.utils.data import Dataset, Subset
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
+
+from ..errors import MSDError
+from ..evaluation.metrics import mean_acceptance_length
+from ..modeling_msd import MSDDraftModel
+from ..targets import TargetAdapter, check_pair, check_target
+from .acceptance import acceptance_lengths
+from .arguments import MSDTrainingArguments
+from .checkpointing import last_complete_checkpoint
+from .curriculum import CurriculumSampler, Draw
+from .encoding import ConversationEncoder
+from .feature_cache import FeatureCache
+from .meters import LossMeter
+from .mixture import Mixture, MixtureCollator
+from .objective import DraftObjective
+from .provenance import describe_run, read_provenance, write_provenance
+
+
+logger = logging.get_logger(__name__)
+
+
+class MSDTrainer(Trainer):
+    """
+    Trains a draft in the two stages of the paper (section 3.3).
+
+    The target stays as it is: it runs under `no_grad` in the step, or not at all where the data sets are feature
+    caches; it lends its embedding and head either way.
+
+    Args:
+        model (`MSDDraftModel`, *optional*): the draft. Default: a new one for the target, as `args` describe it.
+        target (`PreTrainedModel`): the target, on any device and in any dtype.
+        processing_class (`ProcessorMixin` or tokenizer): the target's, with its chat template.
+        args (`MSDTrainingArguments`): everything else.
+        text_dataset, visual_dataset: what [`load_conversations`] gives, or [`FeatureCache`]s.
+        eval_dataset (*optional*): held-out conversations, with and without images; losses, agreement and tau are
+            measured on them. Or a dictionary of such.
+        kwargs: further arguments of `Trainer` (`callbacks`, `optimizers`, ...).
+
+    Raises:
+        MSDError: when data sets, target and draft do not fit together.
+    """
+
+    def __init__(
+        self,
+        model: MSDDraftModel | None = None,
+        target: PreTrainedModel | None = None,
+        processing_class: Any = None,
+        args: MSDTrainingArguments | None = None,
+        text_dataset: Dataset | None = None,
+        visual_dataset: Dataset | None = None,
+        eval_dataset: Any = None,
+        **kwargs: Any,
+    ):
+        if target is None or processing_class is None:
+            raise MSDError("`MSDTrainer` needs the draft's `target` and its `processing_class` (the processor).")
+        args = MSDTrainingArguments() if args is None else args
+        check_target(target)
+        model = new_draft(target, args) if model is None else model
+        check_pair(target.config, model.config)
+        self.processor = processing_class
+        self.encoder = ConversationEncoder(processing_class, args.max_length)
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        mixture = Mixture({"text": text_dataset, "visual": visual_dataset}, self.encoder, args.strict)
+        for dataset in mixture.datasets.values():
+            if isinstance(dataset, FeatureCache):
+                dataset.check(
+                    target,
+                    processing_class,
+                    args.max_length,
+                    feature_layers=model.config.target_layers,
+                    needs_all_hidden_states=not model.config.decouple_visual_tokens,
+                )
+        self._collate_train = MixtureCollator(tokenizer.pad_token_id or 0, mixture.is_cached, args.trained_rows)
+        self._collate_eval = MixtureCollator(tokenizer.pad_token_id or 0, False, args.trained_rows)
+        # In a list, not as an attribute that could be taken for a model to wrap or to save.
+        self._target = [target.eval()]
+        # Not passed on as `processing_class`: the draft's folder shall not hold the target's processor.
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=self._collate_train,
+            train_dataset=mixture,
+            eval_dataset=eval_dataset,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = True  # the loss is a mean over the rows of the whole batch
+        self._loss_shifts_labels = False  # ours are at the rows that they belong to
+        self.label_names = ["labels"]
+        if not hasattr(target, "hf_device_map") and not getattr(target, "is_quantized", False):
+            target.to(self.args.device)
+        self.objective = DraftObjective(TargetAdapter(target, model.config.target_layers), self.args)
+        self._train_meter, self._eval_meter = LossMeter(), LossMeter()
+        self._skipped: dict[tuple[str, int], str] = {}
+        self._skipped_before: Counter[str] = Counter()
+        self._metrics: dict[str, float] = {}
+
+    @property
+    def target(self) -> PreTrainedModel:
+        """The frozen target."""
+        return self._target[0]
+
+    # ---- data ----
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> CurriculumSampler:
+        args, mixture = self.args, self.train_dataset
+        sizes = {kind: len(dataset) for kind, dataset in mixture.datasets.items()}
+        batch_size = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
+        curriculum = args.make_curriculum()
+        used = [size for kind, size in sizes.items() if curriculum.kind not in {"text", "visual"} - {kind}]
+        # Whole batches only, so that the draws of a step do not depend on the number of processes.
+        steps_per_epoch = max(1, min(used, default=0) // batch_size)
+        num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+        return CurriculumSampler(
+            sizes.get("text", 0),
+            sizes.get("visual", 0),
+            curriculum,
+            steps_per_epoch * batch_size,
+            num_steps * batch_size,
+            args.seed if args.data_seed is None else args.data_seed,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        self.data_collator = self._collate_eval
+        try:
+            return super().get_eval_dataloader(_HeldOut(dataset, self.encoder))
+        finally:
+            self.data_collator = self._collate_train
+
+    # ---- the step ----
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of MSD over the trained rows; `num_items_in_batch` is their number in the whole batch."""
+        for kind, index, reason in inputs.get("skipped", ()):
+            self._skipped.setdefault((kind, index), reason)
+        loss, sums = self.objective(model, inputs, self.model.dtype)
+        meter = self._train_meter if model.training else self._eval_meter
+        meter.add(sums, inputs["is_visual"])
+        if num_items_in_batch is None:
+            num_items_in_batch = sums.num_rows
+        loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
+        if self.args.average_tokens_across_devices and model.training:
+            loss = loss * self.accelerator.num_processes  # by which gradients are divided
+        return (loss, None) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs |= self._train_meter.read(self.accelerator)
+            skipped = sum(self._count_skipped().values())
+            if skipped:
+                logs["skipped_samples"] = skipped
+        self._metrics |= {name: value for name, value in logs.items() if isinstance(value, int | float)}
+        super().log(logs, *args, **kwargs)
+
+    # ---- evaluation ----
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        values = self._eval_meter.read(self.accelerator)
+        values.pop("visual_share", None)
+        values["loss"] = self.args.feature_loss_weight * values.get(
+            "feature_loss", float("nan")
+        ) + self.args.token_loss_weight * values.get("token_loss", float("nan"))
+        values |= self._measure_tau(dataloader.dataset.conversations)
+        metrics = {**output.metrics, **{f"{metric_key_prefix}_{name}": value for name, value in values.items()}}
+        return EvalLoopOutput(output.predictions, output.label_ids, metrics, output.num_samples)
+
+    def _measure_tau(self, conversations: Any) -> dict[str, float]:
+        if self.args.eval_prompts == 0:
+            return {}
+        chosen = self._choose_prompts(conversations)
+        share = Subset(chosen, range(self.accelerator.process_index, len(chosen), self.accelerator.num_processes))
+        draft = self._whole_draft()
+        own = acceptance_lengths(
+            self.target,
+            draft,
+            self.processor,
+            (share[index] for index in range(len(share))),
+            self.args.eval_max_new_tokens,
+        )
+        lengths = {kind: gather_object(own[kind]) for kind in own}
+        taus = {f"tau_{kind}": mean_acceptance_length(lengths[kind]) for kind in lengths if lengths[kind]}
+        everything = [answer for answers in lengths.values() for answer in answers]
+        return {"tau": mean_acceptance_length(everything), **taus} if everything else {}
+
+    def _choose_prompts(self, conversations: Any) -> list[Any]:
+        """The first whole conversations of each kind."""
+        chosen: dict[bool, list[Any]] = {True: [], False: []}
+        for index in range(len(conversations)):
+            if min(len(some) for some in chosen.values()) >= self.args.eval_prompts:
+                break
+            try:
+                conversation = conversations[index]
+            except MSDError:
+                continue
+            of_kind = chosen[bool(conversation.images)]
+            if len(of_kind) < self.args.eval_prompts:
+                of_kind.append(conversation)
+        return [*chosen[False], *chosen[True]]
+
+    def _whole_draft(self) -> MSDDraftModel:
+        """The draft with all of its weights on this process."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return self.accelerator.unwrap_model(self.model)
+        # Sharded weights cannot draft: put them together on the first process and hand them out.
+        weights = [self.accelerator.get_state_dict(self.model_wrapped)]
+        broadcast_object_list(weights)
+        config = self.accelerator.unwrap_model(self.model).config
+        draft = MSDDraftModel(config)
+        draft.generation_config = self.accelerator.unwrap_model(self.model).generation_config
+        draft.load_state_dict(weights[0])
+        return draft.to(self.args.device)
+
+    # ---- checkpoints ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        Like `Trainer.train`. `resume_from_checkpoint=True` takes the last checkpoint that is complete (a run may have
+        been killed while it wrote one), and starts anew where there is none.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                logger.warning("There is no checkpoint in %s: training starts anew.", self.args.output_dir)
+        if resume_from_checkpoint:
+            before = read_provenance(resume_from_checkpoint).get("data", {}).get("skipped", {})
+            self._skipped_before = Counter(before)
+        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_provenance(output_dir or self.args.output_dir, self.provenance())
+
+    def provenance(self) -> dict[str, Any]:
+        """What `training_provenance.json` holds."""
+        return {
+            **describe_run(self.args),
+            "recipe": self.args.recipe,
+            "target": getattr(self.target.config, "_name_or_path", "") or type(self.target).__name__,
+            "step": self.state.global_step,
+            "max_steps": self.state.max_steps,
+            "data": {
+                **{kind: len(dataset) for kind, dataset in self.train_dataset.datasets.items()},
+                "cached_features": self.train_dataset.is_cached,
+                "skipped": dict(self._count_skipped(gather=False)),
+            },
+            "metrics": self._metrics,
+        }
+
+    def _count_skipped(self, gather: bool = True) -> Counter[str]:
+        items = list(self._skipped.items())
+        if gather and self.accelerator.num_processes > 1:
+            self._skipped = dict(gather_object(items))
+        return self._skipped_before + Counter(self._skipped.values())
+
+
+class _HeldOut(Dataset):
+    """Held-out conversations as samples; each is drawn once."""
+
+    def __init__(self, conversations: Any, encode: ConversationEncoder):
+        self.conversations = conversations
+        self._mixture = Mixture({"text": conversations}, encode)
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._mixture[Draw(index, "text", index)]
+
+
+def new_draft(target: PreTrainedModel, args: MSDTrainingArguments) -> MSDDraftModel:
+    """A draft with fresh weights for a target, as the arguments describe it. It is float32: small steps would be lost
+    in the rounding of a shorter dtype."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        draft = MSDDraftModel.from_target(
+            target,
+            init_from_last_layer=bool(args.init_from_last_layer),
+            decouple_visual_tokens=args.decouple_visual_tokens,
+            target_layers=args.layers_of(len(target.get_decoder().layers)),
+        )
+    return draft.float()
+
+
+__all__ = ["MSDTrainer", "new_draft"]

@@ -1,0 +1,172 @@
+"""From the turns of a raw sample, in whichever form, to chat messages and the images that they name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..errors import MSDDataError
+
+
+ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+}
+# LLaVA writes "<image>\n"; a chat template writes what belongs next to an image itself.
+_IMAGE_TAG = re.compile(r"\n?<image>\n?")
+_INLINE_KEYS = ("image", "path", "url")
+
+# While it is read, an image part carries the image that it stands for.
+_Part = dict[str, Any]
+
+
+def read_messages(sample: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[Any]]:
+    """
+    The chat messages of a raw sample, and one reference (path, PIL image, `{"bytes", "path"}`) for each image part.
+
+    What is usual for ShareGPT is done to turns that are out of order: those of the assistant before the first of the
+    user are dropped, several of one role in a row become one, separated by a line break.
+
+    Raises:
+        MSDDataError: when the turns or the number of images cannot be right.
+    """
+    turns = _first(sample, ("conversations", "messages", "conversation"))
+    if not isinstance(turns, (list, tuple)) or not turns:
+        raise MSDDataError("no conversation", "has no turns under `conversations` or `messages`.")
+    messages = [_read_turn(turn) for turn in turns]
+    system = sample.get("system")
+    if isinstance(system, str) and system.strip() and messages[0][0] != "system":
+        messages.insert(0, ("system", [_text(system)]))
+    _assign_images(messages, sample)
+    messages = _in_order(messages)
+    return _split_references(messages)
+
+
+def _read_turn(turn: Any) -> tuple[str, list[_Part]]:
+    if not isinstance(turn, Mapping):
+        raise MSDDataError("malformed turn", f"a turn is {_shorten(turn)}, not an object.")
+    name, content = _first(turn, ("from", "role")), _first(turn, ("value", "content"))
+    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    if role is None:
+        raise MSDDataError("unknown role", f"the role {_shorten(name)} is none of {', '.join(ROLES)}.")
+    if isinstance(content, str):
+        parts = _split_tags(content)
+    elif isinstance(content, (list, tuple)):
+        parts = [_read_part(part) for part in content]
+    else:
+        raise MSDDataError("malformed turn", f"a turn of the {role} has no text but {_shorten(content)}.")
+    parts = [part for part in parts if part["type"] == "image" or part["text"]]
+    if not any(part["type"] == "image" or part["text"].strip() for part in parts):
+        raise MSDDataError("empty turn", f"a turn of the {role} is empty.")
+    for part in parts:
+        if part["type"] == "text" and not part["text"].isascii():
+            _check_encodable(part["text"])
+    if role == "assistant":
+        if any(part["type"] == "image" for part in parts):
+            raise MSDDataError("image in answer", "there is an image in a turn of the assistant.")
+        parts = [_text("".join(part["text"] for part in parts))]
+    return role, parts
+
+
+def _read_part(part: Any) -> _Part:
+    if isinstance(part, str):
+        return _text(part)
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return _text(part["text"])
+    if kind != "image":
+        raise MSDDataError("malformed turn", f"a part of a turn is neither text nor image: {_shorten(part)}.")
+    if part.get("bytes") is not None:
+        return {"type": "image", "reference": {"bytes": part["bytes"], "path": part.get("path")}}
+    return {"type": "image", "reference": _first(part, _INLINE_KEYS)}
+
+
+def _split_tags(text: str) -> list[_Part]:
+    first, *rest = _IMAGE_TAG.split(text)
+    parts = [_text(first)]
+    for piece in rest:
+        parts += [{"type": "image", "reference": None}, _text(piece)]
+    # White space alone, as between two tags, says nothing.
+    return [part for part in parts if part["type"] == "image" or part["text"].strip()] if rest else parts
+
+
+def _assign_images(messages: list[tuple[str, list[_Part]]], sample: Mapping[str, Any]) -> None:
+    """Gives the sample's images to the image parts that do not bring their own, in place."""
+    images = sample.get("images") or sample.get("image")
+    if images is None or images == "":
+        images = []
+    elif not isinstance(images, (list, tuple)):
+        images = [images]
+    places = [part for part in _image_parts(messages) if part["reference"] is None]
+    if len(places) != len(images):
+        raise MSDDataError(
+            "image count",
+            f"the number of images is {len(images)}, but of places for them (`<image>` in a text, image parts) "
+            f"{len(places)}.",
+        )
+    for part, image in zip(places, images, strict=True):
+        part["reference"] = image
+
+
+def _in_order(messages: list[tuple[str, list[_Part]]]) -> list[tuple[str, list[_Part]]]:
+    ordered: list[tuple[str, list[_Part]]] = []
+    for role, parts in messages:
+        last = ordered[-1][0] if ordered else None
+        if role == "assistant" and last in (None, "system"):
+            continue
+        if role == "system" and last not in (None, "system"):
+            raise MSDDataError("misplaced system turn", "a system turn comes after other turns.")
+        if role == last:
+            _append(ordered[-1][1], parts)
+        else:
+            ordered.append((role, list(parts)))
+    if not any(role == "assistant" for role, _ in ordered):
+        raise MSDDataError("no assistant turn", "nobody answers the user.")
+    return ordered
+
+
+def _append(parts: list[_Part], more: list[_Part]) -> None:
+    if parts[-1]["type"] == "text" and more[0]["type"] == "text":
+        parts[-1] = _text(f"{parts[-1]['text']}\n{more[0]['text']}")
+        more = more[1:]
+    parts += more
+
+
+def _split_references(messages: list[tuple[str, list[_Part]]]) -> tuple[list[dict[str, Any]], list[Any]]:
+    references = [part.pop("reference") for part in _image_parts(messages)]
+    return [{"role": role, "content": parts} for role, parts in messages], references
+
+
+def _image_parts(messages: Iterable[tuple[str, list[_Part]]]) -> list[_Part]:
+    return [part for _, parts in messages for part in parts if part["type"] == "image"]
+
+
+def _text(text: str) -> _Part:
+    return {"type": "text", "text": text}
+
+
+def _first(mapping: Mapping[str, Any], names: Iterable[str]) -> Any:
+    """The first of some values that is there; columns of a data set that a sample does not use hold `None`."""
+    return next((mapping[name] for name in names if mapping.get(name) is not None), None)
+
+
+def _check_encodable(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, from a text that was cut
+        raise MSDDataError("malformed turn", f"a text is not valid Unicode: {error.reason}.") from error
+
+
+def _shorten(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+__all__ = ["ROLES", "read_messages"]

@@ -1,0 +1,179 @@
+"""`msd-hf train` as a user runs it: in one process, killed and resumed, in two processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import build_small_target
+
+from msd_hf import MSDDraftModel, cli
+from msd_hf.toy.dataset import write_training_data
+from msd_hf.training.script import parse_arguments
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, toy_processor):
+    """A target in its own folder, and conversations in files."""
+    path = tmp_path_factory.mktemp("user")
+    build_small_target(toy_processor).save_pretrained(path / "target")
+    toy_processor.save_pretrained(path / "target")
+    write_training_data(path / "data", 40, seed=0)
+    return path
+
+
+def arguments(folder, output, **more):
+    fields = {
+        "target": folder / "target",
+        "text-data": folder / "data" / "text.json",
+        "visual-data": folder / "data" / "visual.json",
+        "image-folder": folder / "data",
+        "output-dir": output,
+        "max-steps": 12,
+        "per-device-train-batch-size": 4,
+        "learning-rate": 1e-3,
+        "warmup-steps": 0,
+        "logging-steps": 1,
+        "max-length": 512,
+        "report-to": "none",
+        "use-cpu": True,
+        "seed": 0,
+        **more,
+    }
+    return [str(part) for name, value in fields.items() if value is not None for part in (f"--{name}", value)]
+
+
+def environment(**more):
+    root = Path(__file__).parent.parent
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "TQDM_DISABLE": "1", **more}
+
+
+def run_main(monkeypatch, capsys, *argv):
+    monkeypatch.setattr(sys, "argv", ["msd-hf", *map(str, argv)])
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main()
+        sys.exit(0)
+    captured = capsys.readouterr()
+    return exit_info.value.code or 0, captured.out, captured.err
+
+
+def test_one_command_gives_a_draft_that_loads(folder, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "draft"
+    more = {"eval-samples": 2, "eval-max-new-tokens": 8, "num-assistant-tokens": 12, "tree-depth": 3, "tree-top-k": 2}
+    code, out, err = run_main(monkeypatch, capsys, "train", *arguments(folder, output, **more))
+    assert code == 0, err
+    assert "tau_text" in out and "tau_visual" in out and f"The draft is in {output}" in out
+    draft = MSDDraftModel.from_pretrained(output)
+    assert draft.generation_config.num_assistant_tokens == 12 and draft.generation_config.tree_top_k == 2
+    assert draft.config.target_text_model_type == "llama"
+    provenance = json.loads((output / "training_provenance.json").read_text())
+    assert provenance["step"] == 12 and provenance["metrics"]["eval_tau"] >= 1
+    assert "--text-data" in provenance["command"]
+    assert not any("preprocessor" in path.name or "tokenizer" in path.name for path in output.iterdir())
+
+
+def test_a_yaml_file_of_arguments_and_the_command_line_over_it(folder, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"target: {folder / 'target'}\ntext_data: a.json\nvisual-data: b.json\nlearning_rate: 3e-4\nmax_steps: 7\n"
+        "bf16: false\nrecipe: recommended\n"
+    )
+    script_args, args = parse_arguments(["--config", str(config), "--max-steps", "9", "--output_dir", str(tmp_path)])
+    assert script_args.text_data == "a.json" and script_args.visual_data == "b.json"
+    assert (args.learning_rate, args.max_steps, args.recipe, args.bf16) == (3e-4, 9, "recommended", False)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--text-data", "a.json"], "--target is missing"),
+        (["--target", "t"], "There is nothing to train on"),
+        (["--target", "t", "--text-data", "a.json"], "needs visual samples: give --visual-data, or --curriculum text"),
+        (["--target", "t", "--textdata", "a.json"], "Unknown arguments --textdata a.json"),
+        (["--max-steps", "many"], "invalid int value: 'many'"),
+        (["--recipe", "quick"], "invalid choice: 'quick'"),
+        (["--config", "nothing.yaml"], "'nothing.yaml' cannot be read"),
+        (["--target", "t", "--text-data", "nothing.json", "--curriculum", "text"], "nothing"),
+        (
+            ["--target", "t", "--text-features", "f", "--curriculum", "text", "--target-written-answers"],
+            "run `msd-hf regenerate`, then",
+        ),
+    ],
+)
+def test_bad_arguments_give_one_line(argv, message, monkeypatch, capsys):
+    code, _, err = run_main(monkeypatch, capsys, "train", *argv)
+    assert code == 1 and message in " ".join(err.split()) and err.startswith("Error: ")
+
+
+def test_unknown_name_in_a_yaml_file(tmp_path, monkeypatch, capsys):
+    (tmp_path / "run.yaml").write_text("target: t\nlearning_rates: 3\n")
+    code, _, err = run_main(monkeypatch, capsys, "train", "--config", tmp_path / "run.yaml")
+    assert code == 1 and "unknown arguments: learning_rates" in err
+
+
+def test_killed_in_stage_two_and_resumed_is_the_same_to_the_bit(folder, tmp_path):
+    command = [sys.executable, "-m", "msd_hf.cli", "train"]
+    more = {"save-steps": 2, "max-steps": 20, "dataloader-num-workers": 1}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run([*command, *arguments(folder, whole, **more)], check=True, env=environment(), capture_output=True)
+    process = subprocess.Popen(
+        [*command, *arguments(folder, cut, **more)],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    # Stage 2 begins at step 10; anything may be half-written at the moment of the kill.
+    while not (cut / "checkpoint-14").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (cut / "checkpoint-20").exists()
+    resume = arguments(folder, cut, **more, **{"resume-from-checkpoint": True})
+    subprocess.run([*command, *resume], check=True, env=environment(), capture_output=True)
+    expected, got = load_file(whole / "model.safetensors"), load_file(cut / "model.safetensors")
+    assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
+    shares = [entry["visual_share"] for entry in history(cut)]
+    assert sum(shares[:10]) == 0 and sum(shares[10:]) > 0
+
+
+def history(output):
+    newest = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    state = json.loads((newest / "trainer_state.json").read_text())
+    return [entry for entry in state["log_history"] if "loss" in entry]
+
+
+@pytest.mark.parametrize("unroll_passes", [1, 2])
+def test_two_processes_follow_one(unroll_passes, folder, tmp_path):
+    """The same global batch, over 50 steps in float32, noise included."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+    launch += [
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        str(29500 + os.getpid() % 999),
+    ]
+    more = {"max-steps": 50, "save-steps": 50, "unroll-passes": unroll_passes}
+    histories = []
+    for num_processes in (1, 2):
+        output = tmp_path / str(num_processes)
+        fields = {**more, "per-device-train-batch-size": 4 // num_processes}
+        command = [*launch, "--num_processes", str(num_processes), "-m", "msd_hf.cli", "train"]
+        result = subprocess.run(
+            [*command, *arguments(folder, output, **fields)], env=environment(), capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        histories.append(history(output))
+    assert len(histories[0]) == 50
+    for one, two in zip(*histories, strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-4)
+        assert one["feature_loss"] == pytest.approx(two["feature_loss"], abs=1e-4)
+        assert one["visual_share"] == two["visual_share"]
