@@ -114,7 +114,7 @@ def train(context: typer.Context) -> None:
         for name in ("eval_tau", "eval_tau_text", "eval_tau_visual"):
             if name in metrics:
                 console.print(f"{name.removeprefix('eval_'):12}{metrics[name]:.2f}")
-        console.print(f"The draft is in {trainer.args.output_dir}.")
+        console.print(f"The draft is in {trainer.args.output_dir}.", soft_wrap=True)
 
 
 @app.command()
@@ -147,15 +147,15 @@ def extract(
     model, processor = _load_target(target, dtype, device)
     num_layers = len(model.get_decoder().layers)
     layers = MSDTrainingArguments(target_layers=target_layers, use_cpu=True).layers_of(num_layers)
-    shape = {"feature_layers": layers, "all_hidden_states": all_hidden_states, "max_length": max_length}
-    estimate = estimate_disk(model, processor, conversations, storage=storage, **shape)
+    shape: dict[str, Any] = {"feature_layers": layers, "all_hidden_states": all_hidden_states}
+    shape |= {"max_length": max_length, "storage": storage}
+    estimate = estimate_disk(model, processor, conversations, **shape)
     console.print(f"This will take {estimate}.")
     report = extract_features(
         model,
         processor,
         conversations,
         output,
-        storage=storage,
         batch_size=batch_size,
         strict=strict,
         num_workers=num_workers,
@@ -197,7 +197,9 @@ def regenerate_answers(
         seed=seed,
         strict=strict,
     )
-    console.print(f"{report.num_samples:,} conversations in {output}.")
+    console.print(
+        f"{report.num_samples:,} conversations in {output}, {report.num_cut:,} cut at the limit.", soft_wrap=True
+    )
     _print_skipped(report.skipped)
 
 

@@ -177,3 +177,43 @@ def test_two_processes_follow_one(unroll_passes, folder, tmp_path):
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-4)
         assert one["feature_loss"] == pytest.approx(two["feature_loss"], abs=1e-4)
         assert one["visual_share"] == two["visual_share"]
+
+
+def test_the_example_runs(folder, tmp_path):
+    script = Path(__file__).parent.parent / "examples" / "train_two_stage.py"
+    fields = arguments(folder, tmp_path / "draft", **{"max-steps": 3, "eval-data": folder / "data" / "test.json"})
+    result = subprocess.run([sys.executable, script, *fields], env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert MSDDraftModel.from_pretrained(tmp_path / "draft").config.hidden_size == 64
+
+
+def test_target_written_answers_are_made_once_and_trained_on(folder, tmp_path, monkeypatch, capsys):
+    more = {"target-written-answers": True, "answer-max-new-tokens": 6, "max-steps": 2, "curriculum": "mixed"}
+    output = tmp_path / "draft"
+    for _ in range(2):
+        code, _, err = run_main(monkeypatch, capsys, "train", *arguments(folder, output, **more))
+        assert code == 0, err
+    _, visual = sorted((output / "answers").glob("*.jsonl"))
+    assert len(list((output / "answers").iterdir())) == 2  # pictures stay where they are
+    original = json.loads((folder / "data" / "visual.json").read_text())
+    written = [json.loads(line) for line in visual.read_text().splitlines()]
+    assert [sample["id"] for sample in written] == [sample["id"] for sample in original]
+    assert written[0]["conversations"][0] == original[0]["conversations"][0]
+    assert written[0]["conversations"][1] != original[0]["conversations"][1]
+
+
+def test_extract_regenerate_and_check(folder, tmp_path, monkeypatch, capsys):
+    data = ("--target", folder / "target", "--data", folder / "data" / "visual.json")
+    code, out, err = run_main(monkeypatch, capsys, "extract", *data, "--output", tmp_path / "f", "--storage", "int8")
+    assert code == 0 and "This will take" in out and "samples" in out, err
+    answers = tmp_path / "answers.jsonl"
+    code, out, err = run_main(monkeypatch, capsys, "regenerate", *data, "--output", answers, "--max-new-tokens", 4)
+    assert code == 0 and "cut at the limit" in out, err
+    broken = json.loads((folder / "data" / "visual.json").read_text())[:3]
+    broken[1]["image"] = "images/none.png"
+    (tmp_path / "broken.json").write_text(json.dumps(broken))
+    check = ("--data", tmp_path / "broken.json", "--target", folder / "target", "--image-folder", folder / "data")
+    code, out, err = run_main(monkeypatch, capsys, "data", "check", *check)
+    assert code == 0 and "missing image" in out and broken[0]["conversations"][1]["value"][:12] in out, err
+    code, _, err = run_main(monkeypatch, capsys, "data", "check", *check, "--strict")
+    assert code == 1 and "none.png" in err

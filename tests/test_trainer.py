@@ -29,7 +29,7 @@ def test_the_loss_of_a_step_is_what_the_paper_says(small_target, toy_processor, 
     assert {draw.kind for draw in draws} == {"text", "visual"}
     feature_loss, token_loss, num_rows = 0.0, 0.0, 0
     for draw in draws:
-        conversation = trainer.train_dataset.datasets[draw.kind][draw.index]
+        conversation = trainer.train_dataset.datasets[draw.kind][draw.place]
         encoded = toy_processor.apply_chat_template(
             with_images(conversation), tokenize=True, return_dict=True, return_tensors="pt"
         )

@@ -51,9 +51,9 @@ def test_a_draw_depends_on_seed_and_number_alone():
 
 def test_every_sample_is_seen_equally_often_and_in_changing_order():
     draws = run(make_sampler(curriculum=Curriculum("text")), range(7))  # 350 = 5 times 70
-    counts = Counter(draw.index for draw in draws)
+    counts = Counter(draw.place for draw in draws)
     assert counts == dict.fromkeys(range(70), 5)
-    assert [draw.index for draw in draws[:70]] != [draw.index for draw in draws[70:140]]
+    assert [draw.place for draw in draws[:70]] != [draw.place for draw in draws[70:140]]
 
 
 def test_other_curricula():

@@ -2,42 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..errors import MSDError
 from .curriculum import CURRICULA, Curriculum
+from .recipes import RECIPES, Recipe
 from .rows import ROW_CHOICES
 
-
-# What a recipe fills in where an argument is left open.
-RECIPES: dict[str, dict[str, Any]] = {
-    "paper": {
-        "feature_loss_weight": 1.0,
-        "token_loss_weight": 0.1,
-        "noise": 0.2,
-        "trained_rows": "answer",
-        "unroll_passes": 1,
-        "init_from_last_layer": False,
-        "target_layers": "none",
-        "target_written_answers": False,
-    },
-    # What raised tau on the toy world (`examples/ablation.py --study recipes`). Several layers and target-written
-    # answers did not.
-    "recommended": {
-        "feature_loss_weight": 1.0,
-        "token_loss_weight": 0.1,
-        "noise": 0.0,
-        "trained_rows": "drafted",
-        "unroll_passes": 3,
-        "init_from_last_layer": True,
-        "target_layers": "none",
-        "target_written_answers": False,
-    },
-}
 
 # On the command line: `--bf16` alone means yes; without it the default is found out later.
 _FLAG = {"nargs": "?", "const": True}
@@ -139,7 +113,7 @@ class MSDTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
             raise MSDError(f"Unknown recipe {self.recipe!r}: choose one of {', '.join(RECIPES)}.")
-        for name, value in RECIPES[self.recipe].items():
+        for name, value in asdict(RECIPES[self.recipe]).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.bf16 is None:
@@ -158,20 +132,22 @@ class MSDTrainingArguments(TrainingArguments):
             self.mixed_visual_share,
         )
 
+    def make_recipe(self) -> Recipe:
+        """The recipe, with what was given in place of its own values."""
+        return Recipe(**{name: getattr(self, name) for name in asdict(Recipe())})
+
     def layers_of(self, num_layers: int) -> list[int] | None:
         """`target_layers` for a target of `num_layers` decoder layers."""
-        assert self.target_layers is not None
-        if self.target_layers == "none":
+        layers = self.make_recipe().target_layers
+        if layers == "none":
             return None
-        if self.target_layers == "auto":
+        if layers == "auto":
             # The output of the last layer is what the last hidden state is made of, so the high one lies below it.
             return sorted({min(1, num_layers - 1), num_layers // 2, max(0, num_layers - 3)})
         try:
-            return sorted({int(number) for number in self.target_layers.split(",")})
+            return sorted({int(number) for number in layers.split(",")})
         except ValueError:
-            raise MSDError(
-                f"`target_layers` must be numbers with commas, 'auto' or 'none', got {self.target_layers!r}."
-            ) from None
+            raise MSDError(f"`target_layers` must be numbers with commas, 'auto' or 'none', got {layers!r}.") from None
 
     def _check(self) -> None:
         self.layers_of(num_layers=8)
@@ -183,7 +159,7 @@ class MSDTrainingArguments(TrainingArguments):
         for name in ("feature_loss_weight", "token_loss_weight", "noise", "unroll_decay", "eval_prompts"):
             if getattr(self, name) < 0:
                 raise MSDError(f"`{name}` must not be negative, got {getattr(self, name)}.")
-        if self.gradient_checkpointing and self.unroll_passes > 1:
+        if self.gradient_checkpointing and self.make_recipe().unroll_passes > 1:
             raise MSDError(
                 "`gradient_checkpointing` cannot be combined with `unroll_passes` above 1: later passes attend to "
                 "the keys of earlier ones, which checkpointing would throw away. The draft has one layer: do without "
@@ -191,4 +167,4 @@ class MSDTrainingArguments(TrainingArguments):
             )
 
 
-__all__ = ["RECIPES", "MSDTrainingArguments"]
+__all__ = ["MSDTrainingArguments"]

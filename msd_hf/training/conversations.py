@@ -77,14 +77,14 @@ class Conversations:
     Args:
         samples (sequence of `dict`): raw samples.
         name (`str`): what messages call the data.
-        image_folder (`Path`, *optional*): all images are in it.
+        image_folder (`Path`, *optional*): all images are in it. Kept as an attribute.
         fingerprint (`str`, *optional*): identifies the content; computed when it is asked for by default.
     """
 
     def __init__(self, samples: Any, name: str, image_folder: Path | None = None, fingerprint: str | None = None):
         self.name = name
         self._samples = samples
-        self._image_folder = None if image_folder is None else image_folder.resolve()
+        self.image_folder = None if image_folder is None else image_folder.resolve()
         if fingerprint is not None:
             self.__dict__["fingerprint"] = fingerprint
 
@@ -129,16 +129,16 @@ class Conversations:
             return reference
         if not isinstance(reference, (str, Path)) or not str(reference):
             raise MSDDataError("broken image", f"an image is {reference!r}, not a path or a picture.")
-        if self._image_folder is None:
+        if self.image_folder is None:
             raise MSDDataError("missing image", f"names the file {str(reference)!r}, but there is no image folder.")
         try:
-            path = (self._image_folder / reference).resolve()
+            path = (self.image_folder / reference).resolve()
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long, a null byte
             raise MSDDataError("missing image", f"{str(reference)!r} is no path: {error}.") from error
-        if not path.is_relative_to(self._image_folder):
+        if not path.is_relative_to(self.image_folder):
             raise MSDDataError(
                 "image outside folder",
-                f"{str(reference)!r} is not inside the image folder {str(self._image_folder)!r}.",
+                f"{str(reference)!r} is not inside the image folder {str(self.image_folder)!r}.",
             )
         return path
 

@@ -64,11 +64,11 @@ class Curriculum:
 
 
 class Draw(NamedTuple):
-    """One training sample: its number in the run, which data set it comes from, and its index there."""
+    """One training sample: its number in the run, which data set it comes from, and its place there."""
 
     number: int
     kind: SampleKind
-    index: int
+    place: int
 
 
 class CurriculumSampler(Sampler[Draw]):
@@ -134,12 +134,12 @@ class CurriculumSampler(Sampler[Draw]):
         share = self.curriculum.share(self.stage(number))
         is_visual = random.Random(f"{self.seed}/{number}").random() < share
         kind: SampleKind = "visual" if is_visual else "text"
-        turn, place = divmod(number, self.sizes[kind])
+        turn, position = divmod(number, self.sizes[kind])
         if self._orders.get(kind, (None,))[0] != turn:
             order = list(range(self.sizes[kind]))
             random.Random(f"{self.seed}/{kind}/{turn}").shuffle(order)
             self._orders[kind] = (turn, order)
-        return Draw(number, kind, self._orders[kind][1][place])
+        return Draw(number, kind, self._orders[kind][1][position])
 
 
 __all__ = ["CURRICULA", "Curriculum", "CurriculumSampler", "Draw", "SampleKind"]

@@ -56,7 +56,7 @@ def resolve_storage(storage: str, dtype: torch.dtype) -> str:
 def stored_rows(assistant_mask: torch.Tensor, visual_mask: torch.Tensor, all_hidden_states: bool) -> torch.Tensor:
     """
     Positions `[L]` of a sample whose hidden state a draft reads: those before a text token, with which they are
-    fused, and those in or next to the assistant's tokens, which are goals of the loss.
+    fused, and those of the assistant's tokens and the one behind them, which are goals of the loss.
 
     Args:
         assistant_mask (`torch.BoolTensor` of shape `[L]`): true at the assistant's tokens.
@@ -66,7 +66,7 @@ def stored_rows(assistant_mask: torch.Tensor, visual_mask: torch.Tensor, all_hid
     if all_hidden_states:
         return torch.ones_like(visual_mask)
     rows = assistant_mask.clone()
-    rows[:-1] |= assistant_mask[1:] | ~visual_mask[1:]
+    rows[:-1] |= ~visual_mask[1:]
     rows[1:] |= assistant_mask[:-1]
     return rows
 

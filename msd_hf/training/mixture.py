@@ -44,7 +44,7 @@ class Mixture(Dataset):
         dataset = self.datasets[draw.kind]
         skipped = []
         for offset in range(len(dataset)):
-            index = (draw.index + offset) % len(dataset)
+            index = (draw.place + offset) % len(dataset)
             try:
                 sample = dataset[index]
                 features = sample if self.is_cached else self.encode(sample)

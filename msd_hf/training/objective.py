@@ -26,6 +26,7 @@ class DraftObjective:
     def __init__(self, adapter: TargetAdapter, args: MSDTrainingArguments):
         self.adapter = adapter
         self.args = args
+        self.recipe = args.make_recipe()
 
     def __call__(self, draft: Any, batch: dict[str, Any], dtype: torch.dtype) -> tuple[torch.Tensor, LossSums]:
         """
@@ -38,12 +39,12 @@ class DraftObjective:
         Returns:
             The weighted sum of both terms over all passes, a scalar with a gradient, and the sums of the first pass.
         """
-        args = self.args
+        args, recipe = self.args, self.recipe
         rows = self.make_rows(batch, dtype)
         noisy_states = None
-        if draft.training and args.noise > 0:
+        if draft.training and recipe.noise > 0:
             noisy_states = self._add_noise(rows.hidden_states, batch["attention_mask"].sum(1), batch["numbers"])
-        num_passes = args.unroll_passes if draft.training else 1
+        num_passes = recipe.unroll_passes if draft.training else 1
         weights = [args.unroll_decay**number for number in range(num_passes)]
         trained = rows.trained
         total, first = torch.zeros((), device=trained.device), None
@@ -51,7 +52,7 @@ class DraftObjective:
             if number > 0:  # generation drafts that deep only from a row that is trained itself
                 trained = trained & _shift_right(rows.trained, number)
             sums = loss_sums(states[trained], rows.goals[trained].to(states), self.adapter.head, args.head_chunk_size)
-            loss = args.feature_loss_weight * sums.feature_loss + args.token_loss_weight * sums.token_loss
+            loss = recipe.feature_loss_weight * sums.feature_loss + recipe.token_loss_weight * sums.token_loss
             total = total + weights[number] / sum(weights) * loss
             first = sums if first is None else first
         assert first is not None
@@ -90,7 +91,7 @@ class DraftObjective:
             generator = torch.Generator(noisy.device).manual_seed(self.args.seed * 1_000_003 + number)
             states = noisy[row, :length]
             uniform = torch.rand(states.shape, generator=generator, dtype=states.dtype, device=states.device)
-            noisy[row, :length] = add_uniform_noise(states, uniform, self.args.noise)
+            noisy[row, :length] = add_uniform_noise(states, uniform, self.recipe.noise)
         return noisy
 
 

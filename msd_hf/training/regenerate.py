@@ -101,7 +101,7 @@ def regenerate(
         **generator.settings,
     }
     chats = _Windows(generator, encoder, conversations, batch_size, seed, strict)
-    writer = EntryWriter(output, conversations._image_folder)
+    writer = EntryWriter(output, conversations.image_folder)
     was_training = target.training
     target.eval()
     try:

@@ -222,8 +222,7 @@ def _with_target_answers(
             batch_size=script_args.answer_batch_size,
             strict=args.strict,
         )
-    folder = script_args.image_folder or (script_args.visual_data and Path(script_args.visual_data).parent)
-    return load_conversations(output, folder if kind == "visual" else None)
+    return load_conversations(output, conversations.image_folder)
 
 
 def _hold_out(data: dict[str, Any], script_args: ScriptArguments) -> tuple[dict[str, Any], Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
@@ -83,8 +83,9 @@ class MSDTrainer(Trainer):
                     feature_layers=model.config.target_layers,
                     needs_all_hidden_states=not model.config.decouple_visual_tokens,
                 )
-        self._collate_train = MixtureCollator(tokenizer.pad_token_id or 0, mixture.is_cached, args.trained_rows)
-        self._collate_eval = MixtureCollator(tokenizer.pad_token_id or 0, False, args.trained_rows)
+        rows = args.make_recipe().trained_rows
+        self._collate_train = MixtureCollator(tokenizer.pad_token_id or 0, mixture.is_cached, rows)
+        self._collate_eval = MixtureCollator(tokenizer.pad_token_id or 0, False, rows)
         # In a list, not as an attribute that could be taken for a model to wrap or to save.
         self._target = [target.eval()]
         # Not passed on as `processing_class`: the draft's folder shall not hold the target's processor.
@@ -191,13 +192,13 @@ class MSDTrainer(Trainer):
         if self.args.eval_prompts == 0:
             return {}
         chosen = self._choose_prompts(conversations)
-        share = Subset(chosen, range(self.accelerator.process_index, len(chosen), self.accelerator.num_processes))
+        share = chosen[self.accelerator.process_index :: self.accelerator.num_processes]
         draft = self._whole_draft()
         own = acceptance_lengths(
             self.target,
             draft,
             self.processor,
-            (share[index] for index in range(len(share))),
+            share,
             self.args.eval_max_new_tokens,
         )
         lengths = {kind: gather_object(own[kind]) for kind in own}
