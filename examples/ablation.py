@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
@@ -55,7 +55,7 @@ class AblationArguments:
         default="paper", metadata={"choices": ["paper", "recipes"], "help": "Which drafts are trained."}
     )
     output: str = field(default="ablation", metadata={"help": "Folder for features, drafts and results."})
-    steps: int = field(default=600, metadata={"help": "Training steps of each draft."})
+    steps: int = field(default=400, metadata={"help": "Training steps of each draft."})
     samples: int = field(default=1024, metadata={"help": "Conversations of each kind to learn from."})
     seeds: int = field(default=2, metadata={"help": "Drafts of each sort."})
     prompts_per_kind: int = field(default=2, metadata={"help": "Held-out questions of each of the 13 kinds."})
@@ -64,11 +64,13 @@ class AblationArguments:
 
 @dataclass(frozen=True)
 class Run:
-    """One draft: `arguments` differ from the paper's, and `answers` are the data's or the target's."""
+    """One draft: `arguments` differ from the paper's, `answers` are the data's or the target's own, and features are
+    cached as `storage`."""
 
     name: str
     seed: int
     answers: str = "data"
+    storage: str = "float16"
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -91,6 +93,7 @@ def list_runs(study: str, num_seeds: int) -> list[Run]:
             runs.append(Run("paper", seed))
             runs.append(Run("paper + target-written answers", seed, "target"))
             runs += [Run(f"paper + {name}", seed, arguments=arguments) for name, arguments in additions.items()]
+            runs.append(Run("paper, features in 8 bits", seed, storage="int8"))
             runs.append(Run("recommended", seed, arguments={"recipe": "recommended"}))
     return runs
 
@@ -130,32 +133,43 @@ def answers_path(output: Path, kind: str) -> Path:
     return output / "answers" / f"{kind}.jsonl"
 
 
-def extract(job: tuple[str, str, tuple[int, ...], Path, int]) -> None:
+def extract(job: tuple["Cache", Path, int]) -> None:
     """The features of one kind of conversation, with the answers of the data or the target's own."""
-    answers, kind, layers, output, num_samples = job
+    cache, output, num_samples = job
     torch.set_num_threads(1)
     processor, target = load_pair_parts()
-    data = answers_path(output, kind) if answers == "target" else ToySamples("train", num_samples, 0, kind)
+    written = cache.answers == "target"
+    data = answers_path(output, cache.kind) if written else ToySamples("train", num_samples, 0, cache.kind)
     conversations = load_conversations(data)
     extract_features(
         target,
         processor,
         conversations,
-        cache_folder(output, answers, kind, layers),
-        storage="float16",
+        output / cache.folder,
+        storage=cache.storage,
         batch_size=32,
-        feature_layers=list(layers) or None,
+        feature_layers=list(cache.layers) or None,
         all_hidden_states=True,
     )
 
 
-def cache_folder(output: Path, answers: str, kind: str, layers: tuple[int, ...]) -> Path:
-    return output / "features" / "-".join([kind, answers, *map(str, layers)])
+class Cache(NamedTuple):
+    """Features that some of the drafts learn from."""
+
+    kind: str
+    answers: str
+    storage: str
+    layers: tuple[int, ...]
+
+    @property
+    def folder(self) -> str:
+        return "-".join(["features/" + self.kind, self.answers, self.storage, *map(str, self.layers)])
 
 
-def needed_layers(run: Run, output: Path) -> tuple[int, ...]:
+def needed_caches(run: Run, output: Path) -> dict[str, Cache]:
     num_layers = AutoConfig.from_pretrained(TARGET_DIR).text_config.num_hidden_layers
-    return tuple(make_arguments(run, output, 1).layers_of(num_layers) or ())
+    layers = tuple(make_arguments(run, output, 1).layers_of(num_layers) or ())
+    return {kind: Cache(kind, run.answers, run.storage, layers) for kind in KINDS}
 
 
 def train(job: tuple[Run, Path, int]) -> None:
@@ -166,8 +180,7 @@ def train(job: tuple[Run, Path, int]) -> None:
         return
     torch.set_num_threads(1)
     processor, target = load_pair_parts()
-    layers = needed_layers(run, output)
-    caches = {kind: FeatureCache(cache_folder(output, run.answers, kind, layers)) for kind in KINDS}
+    caches = {kind: FeatureCache(output / cache.folder) for kind, cache in needed_caches(run, output).items()}
     trainer = MSDTrainer(
         target=target,
         processing_class=processor,
@@ -245,11 +258,11 @@ def main() -> None:
     logging.disable_progress_bar()
     output = Path(args.output)
     runs = list_runs(args.study, args.seeds)
-    caches = sorted({(run.answers, kind, needed_layers(run, output)) for run in runs for kind in KINDS})
+    caches = sorted({cache for run in runs for cache in needed_caches(run, output).values()})
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
-        if any(answers == "target" for answers, _, _ in caches):
+        if any(cache.answers == "target" for cache in caches):
             list(pool.map(write_answers, [(kind, output, args.samples) for kind in KINDS]))
-        extract_jobs = [(*cache, output, args.samples) for cache in caches]
+        extract_jobs = [(cache, output, args.samples) for cache in caches]
         list(tqdm(pool.map(extract, extract_jobs), total=len(caches), desc="features"))
         train_jobs = [(run, output, args.steps) for run in runs]
         list(tqdm(pool.map(train, train_jobs), total=len(runs), desc="training"))

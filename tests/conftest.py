@@ -1,5 +1,9 @@
 import os
 
+
+# Nothing may be downloaded by a test. The libraries read this when they are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import pytest
 import torch
 from training_runs import NUM_SAMPLES, build_small_target
@@ -10,8 +14,6 @@ from msd_hf.toy.dataset import ToySamples
 from msd_hf.training import load_conversations
 
 
-# Nothing may be downloaded by a test.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The models of the tests are tiny: more threads only cost.
 torch.set_num_threads(1)
 

@@ -152,21 +152,18 @@ def history(output):
 @pytest.mark.parametrize("unroll_passes", [1, 2])
 def test_two_processes_follow_one(unroll_passes, folder, tmp_path):
     """The same global batch, over 50 steps in float32, noise included."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
-    launch += [
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        str(29500 + os.getpid() % 999),
-    ]
+    config = Path(__file__).parent.parent / "examples" / "configs" / "cpu.yaml"
+    port = str(29500 + os.getpid() % 999)
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", port]
     more = {"max-steps": 50, "save-steps": 50, "unroll-passes": unroll_passes}
     histories = []
     for num_processes in (1, 2):
         output = tmp_path / str(num_processes)
         fields = {**more, "per-device-train-batch-size": 4 // num_processes}
-        command = [*launch, "--num_processes", str(num_processes), "-m", "msd_hf.cli", "train"]
+        command = [sys.executable, "-m", "msd_hf.cli", "train"]
+        if num_processes > 1:
+            command[1:1] = launch
+            fields["ddp-backend"] = "gloo"
         result = subprocess.run(
             [*command, *arguments(folder, output, **fields)], env=environment(), capture_output=True, text=True
         )
@@ -177,6 +174,8 @@ def test_two_processes_follow_one(unroll_passes, folder, tmp_path):
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-4)
         assert one["feature_loss"] == pytest.approx(two["feature_loss"], abs=1e-4)
         assert one["visual_share"] == two["visual_share"]
+    provenance = json.loads((output / "training_provenance.json").read_text())
+    assert provenance["num_processes"] == 2
 
 
 def test_the_example_runs(folder, tmp_path):

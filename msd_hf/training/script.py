@@ -88,8 +88,8 @@ def run_training(argv: Sequence[str]) -> MSDTrainer:
     """Trains a draft as the arguments say; the draft ends up in `output_dir`. Returns the trainer, for its metrics."""
     script_args, args = parse_arguments(argv)
     set_seed(args.seed)
-    processor = AutoProcessor.from_pretrained(script_args.target)
     data = _open_data(script_args)
+    processor = AutoProcessor.from_pretrained(script_args.target)
     target = load_target(script_args)
     if args.target_written_answers:
         data = {
