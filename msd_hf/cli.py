@@ -141,7 +141,7 @@ def extract(
 ) -> None:
     """Run the target over conversations once and keep its features on disk for `msd-hf train`."""
     from .training import MSDTrainingArguments, extract_features, load_conversations
-    from .training.disk_estimate import estimate_disk
+    from .training.features.disk_estimate import estimate_disk
 
     conversations = load_conversations(data, image_folder)
     model, processor = _load_target(target, dtype, device)
@@ -213,8 +213,8 @@ def check(
     strict: Strict = False,
 ) -> None:
     """Encode every sample as training would; count what is broken, by reason; show a few."""
-    from .training.conversations import load_conversations
-    from .training.data_check import check_conversations, render_report
+    from .training.data.check import check_conversations, render_report
+    from .training.data.conversations import load_conversations
 
     conversations = load_conversations(data, image_folder)
     processor = AutoProcessor.from_pretrained(target)

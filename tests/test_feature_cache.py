@@ -19,12 +19,14 @@ from msd_hf import MSDDraftModel
 from msd_hf.errors import MSDDataError, MSDError
 from msd_hf.targets import TargetAdapter
 from msd_hf.toy import TARGET_DIR, write_dataset
-from msd_hf.training import disk_estimate, feature_index, feature_storage
-from msd_hf.training.conversations import load_conversations
-from msd_hf.training.encoding import ConversationEncoder, collate_conversations
-from msd_hf.training.feature_cache import FeatureCache, collate_features, estimate_disk, extract_features
-from msd_hf.training.feature_extraction import move_inputs
-from msd_hf.training.fingerprint import target_fingerprint
+from msd_hf.training.data.conversations import load_conversations
+from msd_hf.training.data.encoding import ConversationEncoder, collate_conversations
+from msd_hf.training.features import disk_estimate
+from msd_hf.training.features import index as feature_index
+from msd_hf.training.features import storage as feature_storage
+from msd_hf.training.features.cache import FeatureCache, collate_features, estimate_disk, extract_features
+from msd_hf.training.features.extraction import move_inputs
+from msd_hf.training.features.fingerprint import target_fingerprint
 from msd_hf.training.rows import draft_rows, trained_rows
 
 
@@ -206,9 +208,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
         import os, signal, sys
         from pathlib import Path
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-        from msd_hf.training import feature_storage
-        from msd_hf.training.conversations import load_conversations
-        from msd_hf.training.feature_cache import extract_features
+        from msd_hf.training.features import storage as feature_storage
+        from msd_hf.training.data.conversations import load_conversations
+        from msd_hf.training.features.cache import extract_features
 
         save_file, calls = feature_storage.save_file, []
 

@@ -14,11 +14,11 @@ from msd_hf import MSDDraftModel
 from msd_hf.errors import MSDDataError, MSDError
 from msd_hf.prompts import build_chat_inputs
 from msd_hf.toy import DRAFT_DIR, TARGET_DIR, make_samples, render
-from msd_hf.training.answers import AnswerGenerator, SeededDraw, pad_left
-from msd_hf.training.conversations import load_conversations
-from msd_hf.training.encoding import ConversationEncoder
-from msd_hf.training.journal import Journal
-from msd_hf.training.regenerate import regenerate
+from msd_hf.training.data.conversations import load_conversations
+from msd_hf.training.data.encoding import ConversationEncoder
+from msd_hf.training.regeneration.answers import AnswerGenerator, SeededDraw, pad_left
+from msd_hf.training.regeneration.journal import Journal
+from msd_hf.training.regeneration.regenerate import regenerate
 
 
 LIMIT = 32

@@ -27,10 +27,10 @@ from transformers import (
 from msd_hf.errors import MSDDataError, MSDError
 from msd_hf.prompts import build_chat_inputs
 from msd_hf.toy import TARGET_DIR, write_dataset
-from msd_hf.training.conversations import REASONS, Conversation, load_conversations
-from msd_hf.training.data_check import check_conversations, render_report
-from msd_hf.training.encoding import ConversationEncoder, collate_conversations
-from msd_hf.training.expansion import TokenizerRecorder, align, move
+from msd_hf.training.data.check import check_conversations, render_report
+from msd_hf.training.data.conversations import REASONS, Conversation, load_conversations
+from msd_hf.training.data.encoding import ConversationEncoder, collate_conversations
+from msd_hf.training.data.expansion import TokenizerRecorder, align, move
 
 
 LLAVA_TEMPLATE = (  # of llava-hf/llava-1.5-7b-hf: images first, a space and no end behind each answer
@@ -785,7 +785,13 @@ def test_processors_may_refuse_an_image(processors):
 
 
 def test_every_reason_is_tested_here():
-    elsewhere = {"image for a text-only target", "refused by chat template", "refused by processor", "tokenization"}
+    elsewhere = {
+        "non-finite features",
+        "image for a text-only target",
+        "refused by chat template",
+        "refused by processor",
+        "tokenization",
+    }
     assert {reason for reason, _ in BROKEN_SAMPLES} | elsewhere == set(REASONS)
 
 

@@ -29,8 +29,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..training.conversations import Conversation
-from ..training.encoding import ConversationEncoder
+from ..training.data.conversations import Conversation
+from ..training.data.encoding import ConversationEncoder
 from .accuracy import accuracy_table, generate_answers, make_evaluation_prompts, score_answers
 from .dataset import IMAGE_TAG, iterate_samples, write_training_data
 from .target import IGNORED, EncodeSample, build_untrained, save_target, scale_projector, to_messages, train_target

@@ -2,12 +2,12 @@
 
 from .acceptance import acceptance_lengths
 from .arguments import MSDTrainingArguments
-from .conversations import Conversation, Conversations, load_conversations
 from .curriculum import Curriculum, CurriculumSampler
-from .encoding import ConversationEncoder
-from .feature_cache import FeatureCache, extract_features
+from .data.conversations import Conversation, Conversations, load_conversations
+from .data.encoding import ConversationEncoder
+from .features.cache import FeatureCache, extract_features
 from .recipes import RECIPES, Recipe
-from .regenerate import regenerate
+from .regeneration.regenerate import regenerate
 from .trainer import MSDTrainer, new_draft
 
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from ..errors import MSDDataError
 from ..modeling_msd import MSDDraftModel
 from ..prompts import build_chat_inputs
-from .conversations import Conversation
 from .curriculum import SampleKind
+from .data.conversations import Conversation
 
 
 def first_prompt(conversation: Conversation) -> tuple[list[dict[str, Any]], list[Any]]:

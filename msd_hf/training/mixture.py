@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 
 from ..errors import MSDDataError, MSDError
 from .curriculum import Draw, SampleKind
-from .encoding import collate_conversations
-from .feature_cache import FeatureCache, collate_features
+from .data.encoding import collate_conversations
+from .features.cache import FeatureCache, collate_features
 from .rows import trained_rows
 
 

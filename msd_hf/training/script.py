@@ -17,10 +17,10 @@ from transformers.utils import logging
 from ..errors import MSDError
 from ..modeling_msd import MSDDraftModel
 from .arguments import MSDTrainingArguments
-from .conversations import Conversations, load_conversations
-from .feature_cache import FeatureCache
-from .fingerprint import target_fingerprint
-from .regenerate import regenerate
+from .data.conversations import Conversations, load_conversations
+from .features.cache import FeatureCache
+from .features.fingerprint import target_fingerprint
+from .regeneration.regenerate import regenerate
 from .trainer import MSDTrainer, new_draft
 
 

@@ -21,8 +21,8 @@ from .acceptance import acceptance_lengths
 from .arguments import MSDTrainingArguments
 from .checkpointing import last_complete_checkpoint
 from .curriculum import CurriculumSampler, Draw
-from .encoding import ConversationEncoder
-from .feature_cache import FeatureCache
+from .data.encoding import ConversationEncoder
+from .features.cache import FeatureCache
 from .meters import LossMeter
 from .mixture import Mixture, MixtureCollator
 from .objective import DraftObjective

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..errors import MSDDataError, MSDError
+from ...errors import MSDDataError, MSDError
 
 
 _PROBE = ("Ping?", "Pong.", "Ping again?", "Pong again.")

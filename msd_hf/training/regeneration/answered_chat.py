@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import BatchFeature
 
-from ..errors import MSDDataError
-from ..prompts import build_chat_inputs
-from .chat_rendering import ChatRenderer
-from .conversations import Conversation
+from ...errors import MSDDataError
+from ...prompts import build_chat_inputs
+from ..data.chat_rendering import ChatRenderer
+from ..data.conversations import Conversation
 
 
 _IMAGE_TAG = "<image>"

@@ -13,12 +13,12 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature, PreTrainedModel
 from transformers.utils import logging
 
-from ..errors import MSDDataError, MSDError
+from ...errors import MSDDataError, MSDError
+from ..data.conversations import Conversations
+from ..data.encoding import ConversationEncoder
+from ..features.fingerprint import target_fingerprint
 from .answered_chat import AnsweredChat, EntryWriter
 from .answers import AnswerGenerator
-from .conversations import Conversations
-from .encoding import ConversationEncoder
-from .fingerprint import target_fingerprint
 from .journal import Journal
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..errors import MSDError
-from ..targets import TargetAdapter
-from .conversations import Conversations
-from .encoding import ConversationEncoder
-from .feature_extraction import iterate_encoded, sample_visual_mask
-from .feature_storage import resolve_storage, sample_bytes, stored_rows
+from ...errors import MSDError
+from ...targets import TargetAdapter
+from ..data.conversations import Conversations
+from ..data.encoding import ConversationEncoder
+from .extraction import iterate_encoded, sample_visual_mask
+from .storage import resolve_storage, sample_bytes, stored_rows
 
 
 _NUM_PROBES = 64

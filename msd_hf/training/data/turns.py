@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..errors import MSDDataError
+from ...errors import MSDDataError
 
 
 ROLES = {

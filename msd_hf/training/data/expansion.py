@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import MSDError
+from ...errors import MSDError
 
 
 @dataclass(frozen=True)

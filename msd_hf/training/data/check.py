@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm.auto import tqdm
 
-from ..errors import MSDDataError
+from ...errors import MSDDataError
 from .conversations import Conversations
 from .encoding import ConversationEncoder
 

@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ..errors import MSDError
+from ...errors import MSDError
 
 
 _WARPERS = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}

@@ -17,15 +17,15 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..errors import MSDDataError, MSDError
-from ..targets import TargetAdapter
-from .conversations import Conversations
+from ...errors import MSDDataError, MSDError
+from ...targets import TargetAdapter
+from ..data.conversations import Conversations
+from ..data.encoding import ConversationEncoder
 from .disk_estimate import DiskEstimate, check_disk, estimate_disk
-from .encoding import ConversationEncoder
-from .feature_extraction import FeatureExtractor, iterate_encoded
-from .feature_index import CacheIndex
-from .feature_storage import ShardReader, resolve_storage, stored_rows
+from .extraction import FeatureExtractor, iterate_encoded
 from .fingerprint import target_fingerprint
+from .index import CacheIndex
+from .storage import ShardReader, resolve_storage, stored_rows
 
 
 logger = logging.get_logger(__name__)

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ..errors import MSDError
-from .encoding import ConversationEncoder
-from .feature_storage import damaged_shard, replaced_file, write_shard
+from ...errors import MSDError
+from ..data.encoding import ConversationEncoder
+from .storage import damaged_shard, replaced_file, write_shard
 
 
 FORMAT_VERSION = 1

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..errors import MSDDataError, MSDError
+from ...errors import MSDDataError, MSDError
 from .chat_rendering import ChatRenderer, RenderedChat
 from .conversations import Conversation
 from .expansion import Stretch, TokenizerRecorder, align, move

@@ -12,11 +12,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
-from ..errors import MSDDataError, MSDError
-from ..targets import TargetAdapter
-from .conversations import Conversations
-from .encoding import ConversationEncoder, collate_conversations
-from .feature_storage import pack, stored_rows
+from ...errors import MSDDataError, MSDError
+from ...targets import TargetAdapter
+from ..data.conversations import Conversations
+from ..data.encoding import ConversationEncoder, collate_conversations
+from .storage import pack, stored_rows
 
 
 _BATCHES_PER_WINDOW = 8  # in which samples are sorted by length

@@ -12,7 +12,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MSDDataError, MSDError
+from ...errors import MSDDataError, MSDError
 from .turns import read_messages
 
 
@@ -38,6 +38,7 @@ REASONS = (
     "refused by processor",
     "tokenization",
     "too long",
+    "non-finite features",
 )
 
 

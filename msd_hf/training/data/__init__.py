@@ -1,0 +1,1 @@
+"""Conversations to train on: reading, checking and encoding them."""

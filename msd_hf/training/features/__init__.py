@@ -1,0 +1,1 @@
+"""A target's features on disk."""
