@@ -1,7 +1,7 @@
 """
 Train a draft for a LLaVA-like model in two stages: text first, then more and more images.
 
-    python -m msd_hf.toy.dataset --output toy-data --samples 400
+    python -m msd_hf.toy.training_data --output toy-data --samples 400
 
     python examples/train_two_stage.py \
         --target msd_hf/toy/pair/target \

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from training_runs import build_small_target
 
 from msd_hf import MSDDraftModel, cli
-from msd_hf.toy.dataset import write_training_data
+from msd_hf.toy.training_data import write_training_data
 from msd_hf.training.script import parse_arguments
 
 

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import typer
 from PIL import Image
 
 from .text_questions import TEXT_KINDS, make_text_task, make_text_turns
@@ -152,24 +151,3 @@ class ToySamples(Sequence[dict[str, Any]]):
         sample = dict(self.samples[index])
         scene = sample.pop("scene", None)
         return sample if scene is None else {**sample, "image": render(scene)}
-
-
-def write_training_data(
-    output: Annotated[Path, typer.Option(help="Folder that is written to.")],
-    samples: Annotated[int, typer.Option(help="Conversations, of which 60% have a picture.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Seed of the conversations.")] = 0,
-) -> None:
-    """Write conversations to train on: `train.json`, the same as `text.json` and `visual.json` apart, a twentieth of
-    their number as `test.json`, and `images`."""
-    path = write_dataset(output, "train", samples, seed)
-    write_dataset(output, "test", max(1, samples // 20), seed)
-    entries = json.loads(path.read_text(encoding="utf-8"))
-    for name, visual in (("text", False), ("visual", True)):
-        chosen = [entry for entry in entries if ("image" in entry) is visual]
-        temporary = output / f"{name}.tmp"
-        temporary.write_text(json.dumps(chosen, indent=1), encoding="utf-8")
-        os.replace(temporary, output / f"{name}.json")
-
-
-if __name__ == "__main__":
-    typer.run(write_training_data)

@@ -32,9 +32,10 @@ from transformers.utils import logging
 from ..training.data.conversations import Conversation
 from ..training.data.encoding import ConversationEncoder
 from .accuracy import accuracy_table, generate_answers, make_evaluation_prompts, score_answers
-from .dataset import IMAGE_TAG, iterate_samples, write_training_data
+from .dataset import IMAGE_TAG, iterate_samples
 from .target import IGNORED, EncodeSample, build_untrained, save_target, scale_projector, to_messages, train_target
 from .training import Budget
+from .training_data import write_training_data
 from .vision import pretrain_vision_tower
 
 

@@ -1,0 +1,33 @@
+"""Conversations of the toy world as files to train on: `python -m msd_hf.toy.training_data --output DIR`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .dataset import write_dataset
+
+
+def write_training_data(
+    output: Annotated[Path, typer.Option(help="Folder that is written to.")],
+    samples: Annotated[int, typer.Option(help="Conversations, of which 60% have a picture.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the conversations.")] = 0,
+) -> None:
+    """Write conversations to train on: `train.json`, the same as `text.json` and `visual.json` apart, a twentieth of
+    their number as `test.json`, and `images`."""
+    path = write_dataset(output, "train", samples, seed)
+    write_dataset(output, "test", max(1, samples // 20), seed)
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    for name, visual in (("text", False), ("visual", True)):
+        chosen = [entry for entry in entries if ("image" in entry) is visual]
+        temporary = output / f"{name}.tmp"
+        temporary.write_text(json.dumps(chosen, indent=1), encoding="utf-8")
+        os.replace(temporary, output / f"{name}.json")
+
+
+if __name__ == "__main__":
+    typer.run(write_training_data)
