@@ -37,7 +37,7 @@ def build_pair(
     shallow_steps: Annotated[int | None, typer.Option(help="Steps instead of a time.")] = None,
     deep_steps: Annotated[int | None, typer.Option(help="Steps instead of a time.")] = None,
     draft_steps: Annotated[int, typer.Option(help="Steps of the draft's training.")] = 1200,
-    draft_samples: Annotated[int, typer.Option(help="Conversations to learn from, half of them visual.")] = 2048,
+    draft_samples: Annotated[int, typer.Option(help="Conversations to learn from, half of them visual.")] = 4000,
     batch_size: Annotated[int, typer.Option(help="Conversations per step.")] = 16,
     prompts_per_kind: Annotated[int, typer.Option(help="Held-out questions of each kind in the final test.")] = 40,
     draft_only: Annotated[bool, typer.Option("--draft-only", help="Keep the target that is in the folder.")] = False,
@@ -99,9 +99,9 @@ def build_draft_folder(output: Path, num_steps: int, num_samples: int, batch_siz
     """Trains a fresh draft for the target in `output`, and saves it beside it."""
     processor = AutoProcessor.from_pretrained(output / "target")
     target = LlavaForConditionalGeneration.from_pretrained(output / "target")
-    draft = train_draft(target, processor, output / "work", num_steps, num_samples, seed, batch_size)
-    console.print(f"draft of {draft.num_parameters():,} parameters")
-    save_draft(draft, output / "draft")
+    trainer = train_draft(target, processor, output / "work", num_steps, num_samples, seed, batch_size)
+    console.print(f"draft of {trainer.model.num_parameters():,} parameters")
+    save_draft(trainer, output / "draft")
 
 
 if __name__ == "__main__":

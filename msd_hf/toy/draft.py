@@ -22,6 +22,7 @@ from ..training import (
     regenerate,
 )
 from ..training.curriculum import SampleKind
+from ..training.provenance import write_provenance
 from .dataset import ToySamples
 from .optimizer import build_optimizer
 from .training import Budget
@@ -40,9 +41,9 @@ def train_draft(
     seed: int = 0,
     batch_size: int = 16,
     **arguments: Any,
-) -> MSDDraftModel:
+) -> MSDTrainer:
     """
-    Trains a fresh draft by the recommended recipe.
+    Trains a fresh draft by the recommended recipe; returns the trainer, whose model it is.
 
     Args:
         target, processor: the target.
@@ -81,7 +82,7 @@ def train_draft(
         optimizers=(optimizer, LambdaLR(optimizer, Budget(max_steps).rate)),
     )
     trainer.train()
-    return draft
+    return trainer
 
 
 def _make_features(
@@ -114,11 +115,12 @@ def _make_features(
     return FeatureCache(folder)
 
 
-def save_draft(draft: MSDDraftModel, folder: str | Path) -> Path:
-    """Rounds the weights to float16 (also in `draft`) and writes the draft to `folder`; returns `folder`.
+def save_draft(trainer: MSDTrainer, folder: str | Path) -> Path:
+    """Rounds the weights to float16 and writes the draft to `folder`, with what made it; returns `folder`.
 
     As with the target, the configuration says float32: loading gives a float32 model.
     """
+    draft = trainer.model
     for name, value in TREE.items():
         setattr(draft.generation_config, name, value)
     with replaced_folder(folder) as temporary:
@@ -127,6 +129,7 @@ def save_draft(draft: MSDDraftModel, folder: str | Path) -> Path:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         config["dtype"] = "float32"
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_provenance(temporary, trainer.provenance())
     draft.float()
     draft.config.dtype = torch.float32
     return Path(folder)

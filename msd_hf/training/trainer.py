@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -181,9 +182,10 @@ class MSDTrainer(Trainer):
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         values = self._eval_meter.read(self.accelerator)
         values.pop("visual_share", None)
-        values["loss"] = self.args.feature_loss_weight * values.get(
-            "feature_loss", float("nan")
-        ) + self.args.token_loss_weight * values.get("token_loss", float("nan"))
+        recipe = self.args.make_recipe()
+        if values:
+            values["loss"] = recipe.feature_loss_weight * values["feature_loss"]
+            values["loss"] += recipe.token_loss_weight * values["token_loss"]
         values |= self._measure_tau(dataloader.dataset.conversations)
         metrics = {**output.metrics, **{f"{metric_key_prefix}_{name}": value for name, value in values.items()}}
         return EvalLoopOutput(output.predictions, output.label_ids, metrics, output.num_samples)
@@ -194,13 +196,7 @@ class MSDTrainer(Trainer):
         chosen = self._choose_prompts(conversations)
         share = chosen[self.accelerator.process_index :: self.accelerator.num_processes]
         draft = self._whole_draft()
-        own = acceptance_lengths(
-            self.target,
-            draft,
-            self.processor,
-            share,
-            self.args.eval_max_new_tokens,
-        )
+        own = acceptance_lengths(self.target, draft, self.processor, share, self.args.eval_max_new_tokens)
         lengths = {kind: gather_object(own[kind]) for kind in own}
         taus = {f"tau_{kind}": mean_acceptance_length(lengths[kind]) for kind in lengths if lengths[kind]}
         everything = [answer for answers in lengths.values() for answer in answers]
@@ -260,7 +256,7 @@ class MSDTrainer(Trainer):
         return {
             **describe_run(self.args),
             "recipe": self.args.recipe,
-            "target": getattr(self.target.config, "_name_or_path", "") or type(self.target).__name__,
+            "target": _public_name(self.target),
             "step": self.state.global_step,
             "max_steps": self.state.max_steps,
             "data": {
@@ -290,6 +286,12 @@ class _HeldOut(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._mixture[Draw(index, "text", index)]
+
+
+def _public_name(target: PreTrainedModel) -> str:
+    """A model's id on the Hub; of one that was loaded from a folder, the folder's last name."""
+    name = str(getattr(target.config, "_name_or_path", "") or type(target).__name__)
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def new_draft(target: PreTrainedModel, args: MSDTrainingArguments) -> MSDDraftModel:
