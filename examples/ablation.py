@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoProcessor, HfArgumentParser, LlavaForCo
 from transformers.utils import logging
 
 from msd_hf import MSDDraftModel
-from msd_hf.evaluation import compare, mean_acceptance_length, median_speedup
+from msd_hf.evaluation import Comparison, compare, mean_acceptance_length, median_speedup, timed_generate
 from msd_hf.prompts import build_inputs
 from msd_hf.toy import TARGET_DIR
 from msd_hf.toy.accuracy import make_evaluation_prompts
@@ -59,6 +59,9 @@ class AblationArguments:
     samples: int = field(default=1024, metadata={"help": "Conversations of each kind to learn from."})
     seeds: int = field(default=2, metadata={"help": "Drafts of each sort."})
     prompts_per_kind: int = field(default=2, metadata={"help": "Held-out questions of each of the 13 kinds."})
+    speedup: bool = field(
+        default=True, metadata={"help": "Measure speedup too, which needs an otherwise idle machine, or tau alone."}
+    )
     workers: int = field(default=2, metadata={"help": "Drafts that are trained at once, on one thread each."})
 
 
@@ -209,21 +212,27 @@ def measure(runs: list[Run], args: AblationArguments, output: Path) -> list[dict
         groups = defaultdict(list)
         for prompt in prompts:
             inputs = build_inputs(processor, prompt.question, prompt.image)
-            comparison = compare(target, draft, inputs, repeats=1, max_new_tokens=140, do_sample=False)
+            arguments = {"max_new_tokens": 140, "do_sample": False}
+            if args.speedup:
+                comparison = compare(target, draft, inputs, repeats=1, **arguments)
+            else:
+                comparison = Comparison([], [timed_generate(target, inputs, draft, **arguments)])
             groups["text" if prompt.image is None else "visual"].append(comparison)
             groups["all"].append(comparison)
         for group, comparisons in groups.items():
             lengths = [comparison.drafted[0].acceptance_lengths for comparison in comparisons]
             result[f"tau_{group}"] = mean_acceptance_length(lengths)
-            result[f"speedup_{group}"] = median_speedup(comparisons)
-            result[f"identical_{group}"] = sum(comparison.identical for comparison in comparisons) / len(comparisons)
+            if args.speedup:
+                result[f"speedup_{group}"] = median_speedup(comparisons)
+                result[f"identical_{group}"] = statistics.mean(comparison.identical for comparison in comparisons)
         results.append(result)
     return results
 
 
 def report(results: list[dict[str, Any]], args: AblationArguments, output: Path, console: Console) -> None:
     names = list(dict.fromkeys(result["name"] for result in results))
-    columns = [f"{figure}_{group}" for figure in ("tau", "speedup") for group in (*KINDS, "all")]
+    figures = ("tau", "speedup") if args.speedup else ("tau",)
+    columns = [f"{figure}_{group}" for figure in figures for group in (*KINDS, "all")]
     table = Table(title=f"{args.study}: {args.steps} steps, mean (least - most) of {args.seeds} seeds")
     for column in ("draft", *columns):
         table.add_column(column.replace("_", " "), justify="left" if column == "draft" else "right")
@@ -236,8 +245,10 @@ def report(results: list[dict[str, Any]], args: AblationArguments, output: Path,
     console.print(table)
     path = output / f"{args.study}.json"
     path.write_text(json.dumps({"steps": args.steps, "results": results}, indent=1) + "\n", encoding="utf-8")
-    figure, axes = plt.subplots(1, 2, figsize=(13, 0.5 * len(names) + 1.5), sharey=True, layout="constrained")
-    for axis, figure_name in zip(axes, ("tau", "speedup"), strict=True):
+    size = (4 + 4.5 * len(figures), 0.5 * len(names) + 1.5)
+    plot, grid = plt.subplots(1, len(figures), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    axes = grid[0]
+    for axis, figure_name in zip(axes, figures, strict=True):
         for offset, group in ((-0.2, "text"), (0.2, "visual")):
             rows = [[r[f"{figure_name}_{group}"] for r in results if r["name"] == name] for name in names]
             places = [number + offset for number in range(len(names))]
@@ -249,7 +260,7 @@ def report(results: list[dict[str, Any]], args: AblationArguments, output: Path,
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     axes[0].legend()
-    figure.savefig(output / f"{args.study}.png", dpi=120)
+    plot.savefig(output / f"{args.study}.png", dpi=120)
     console.print(f"Written: {path} and {path.with_suffix('.png')}")
 
 
