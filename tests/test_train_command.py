@@ -71,7 +71,7 @@ def test_one_command_gives_a_draft_that_loads(folder, tmp_path, monkeypatch, cap
     assert "tau_text" in out and "tau_visual" in out and f"The draft is in {output}" in out
     draft = MSDDraftModel.from_pretrained(output)
     assert draft.generation_config.num_assistant_tokens == 12 and draft.generation_config.tree_top_k == 2
-    assert draft.config.target_text_model_type == "llama"
+    assert draft.config.target_text_model_type == "llama" and draft.config.use_cache
     provenance = json.loads((output / "training_provenance.json").read_text())
     assert provenance["step"] == 12 and provenance["metrics"]["eval_tau"] >= 1
     assert "--text-data" in provenance["command"]

@@ -89,6 +89,7 @@ class MSDTrainer(Trainer):
         self._collate_eval = MixtureCollator(tokenizer.pad_token_id or 0, False, rows)
         # In a list, not as an attribute that could be taken for a model to wrap or to save.
         self._target = [target.eval()]
+        use_cache = model.config.use_cache
         # Not passed on as `processing_class`: the draft's folder shall not hold the target's processor.
         super().__init__(
             model=model,
@@ -98,6 +99,7 @@ class MSDTrainer(Trainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
+        model.config.use_cache = use_cache  # which `Trainer` turns off, also in what it saves
         self.model_accepts_loss_kwargs = True  # the loss is a mean over the rows of the whole batch
         self._loss_shifts_labels = False  # ours are at the rows that they belong to
         self.label_names = ["labels"]
