@@ -6,7 +6,7 @@ Train a draft for a LLaVA-like model in two stages: text first, then more and mo
     python examples/train_two_stage.py \
         --target msd_hf/toy/pair/target \
         --text_data toy-data/text.json --visual_data toy-data/visual.json --image_folder toy-data \
-        --output_dir my-draft --max_steps 100 --learning_rate 2e-3 --warmup_steps 10
+        --output_dir my-draft --recipe recommended --max_steps 100
 
     accelerate launch --config_file examples/configs/ddp.yaml examples/train_two_stage.py ...
 """

@@ -12,7 +12,13 @@ from msd_hf import MSDDraftModel
 from msd_hf.errors import MSDDataError, MSDError
 from msd_hf.evaluation import mean_acceptance_length
 from msd_hf.prompts import build_chat_inputs
-from msd_hf.training import FeatureCache, MSDTrainingArguments, extract_features, load_conversations
+from msd_hf.training import (
+    RECIPES,
+    FeatureCache,
+    MSDTrainingArguments,
+    extract_features,
+    load_conversations,
+)
 from msd_hf.training.acceptance import first_prompt
 from msd_hf.training.checkpointing import last_complete_checkpoint
 
@@ -332,12 +338,19 @@ def test_bad_arguments(arguments, message, tmp_path):
 
 def test_recipes_fill_in_what_is_left_open(tmp_path):
     paper = MSDTrainingArguments(output_dir=str(tmp_path))
-    assert (paper.learning_rate, paper.adam_beta1, paper.adam_beta2, paper.weight_decay) == (5e-5, 0.9, 0.95, 0.0)
+    assert (RECIPES["paper"].learning_rate(128), paper.adam_beta1, paper.adam_beta2, paper.weight_decay) == (
+        5e-5,
+        0.9,
+        0.95,
+        0.0,
+    )
     assert (paper.warmup_steps, paper.max_grad_norm, paper.max_length, paper.num_train_epochs) == (2000, 0.5, 2048, 40)
     assert (paper.feature_loss_weight, paper.token_loss_weight, paper.noise) == (1.0, 0.1, 0.2)
     assert paper.unroll_passes == 1 and not paper.init_from_last_layer and not paper.target_written_answers
     assert paper.layers_of(20) is None
     ours = MSDTrainingArguments(output_dir=str(tmp_path), recipe="recommended", unroll_passes=2)
+    assert ours.warmup_steps == 0.05 and ours.get_warmup_steps(600) == 30
+    assert RECIPES["recommended"].learning_rate(4096) == 5e-5 and RECIPES["recommended"].learning_rate(128) == 1.6e-3
     assert ours.unroll_passes == 2 and ours.init_from_last_layer and ours.trained_rows == "drafted"
 
 
@@ -347,3 +360,18 @@ def test_a_missing_data_set(small_target, toy_processor, training_data, tmp_path
         trainer.train()
     with pytest.raises(MSDError, match="needs the draft's `target`"):
         make_trainer(None, toy_processor, training_data, tmp_path)
+
+
+@pytest.mark.parametrize("recipe, expected", [("paper", 5e-5), ("recommended", 5e-5 * 64)])
+def test_the_learning_rate_that_was_not_given(recipe, expected, small_target, toy_processor, training_data, tmp_path):
+    trainer = make_trainer(
+        small_target,
+        toy_processor,
+        training_data,
+        tmp_path,
+        learning_rate=None,
+        lr_scheduler_type="constant",
+        recipe=recipe,
+    )
+    trainer.train()
+    assert log_history(trainer)[-1]["learning_rate"] == pytest.approx(expected)

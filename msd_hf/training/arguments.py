@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
@@ -13,6 +13,8 @@ from .recipes import RECIPES, Recipe
 from .rows import ROW_CHOICES
 
 
+# The learning rate depends on the draft as well; the trainer fills it in.
+_RECIPE_FIELDS = tuple(f.name for f in fields(Recipe) if f.name not in ("base_learning_rate", "scale_learning_rate"))
 # On the command line: `--bf16` alone means yes; without it the default is found out later.
 _FLAG = {"nargs": "?", "const": True}
 
@@ -25,7 +27,9 @@ class MSDTrainingArguments(TrainingArguments):
 
     Args:
         recipe (`str`, defaults to `"paper"`): `"paper"`, or `"recommended"`, which adds what was found to raise the
-            acceptance length.
+            acceptance length, and fits the learning rate to the size of the draft.
+        learning_rate (`float`, *optional*): paper: 5e-5; recommended: 5e-5 times 4,096 over the hidden size.
+        warmup_steps (`float`, *optional*): paper: 2,000; recommended: 0.05, a share of all steps.
         max_length (`int`, defaults to 2048): tokens of a sample, expanded images included; the rest is cut.
         feature_loss_weight (`float`, *optional*): weight of the Smooth-L1 loss on hidden states; paper: 1.0.
         token_loss_weight (`float`, *optional*): weight of the cross-entropy on tokens; paper: 0.1.
@@ -57,8 +61,12 @@ class MSDTrainingArguments(TrainingArguments):
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS
 
     num_train_epochs: float = field(default=40, metadata={"help": "Passes over the smaller one of the data sets."})
-    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
-    warmup_steps: float = field(default=2000, metadata={"help": "Steps, or a share of all steps if below 1."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate. Paper: 5e-5; recommended: 5e-5 * 4096 / hidden size."}
+    )
+    warmup_steps: float | None = field(
+        default=None, metadata={"help": "Steps, or a share of all steps if below 1. Paper: 2000; recommended: 0.05."}
+    )
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
     max_grad_norm: float = field(default=0.5, metadata={"help": "Gradient norm that is clipped to."})
@@ -113,9 +121,9 @@ class MSDTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
             raise MSDError(f"Unknown recipe {self.recipe!r}: choose one of {', '.join(RECIPES)}.")
-        for name, value in asdict(RECIPES[self.recipe]).items():
+        for name in _RECIPE_FIELDS:
             if getattr(self, name) is None:
-                setattr(self, name, value)
+                setattr(self, name, getattr(RECIPES[self.recipe], name))
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
@@ -134,7 +142,7 @@ class MSDTrainingArguments(TrainingArguments):
 
     def make_recipe(self) -> Recipe:
         """The recipe, with what was given in place of its own values."""
-        return Recipe(**{name: getattr(self, name) for name in asdict(Recipe())})
+        return replace(RECIPES[self.recipe], **{name: getattr(self, name) for name in _RECIPE_FIELDS})
 
     def layers_of(self, num_layers: int) -> list[int] | None:
         """`target_layers` for a target of `num_layers` decoder layers."""

@@ -20,13 +20,28 @@ class Recipe:
     init_from_last_layer: bool = False
     target_layers: str = "none"
     target_written_answers: bool = False
+    warmup_steps: float = 2000
+    # For a hidden size of 4,096. If it is scaled, narrower drafts take larger steps (arXiv 2203.03466).
+    base_learning_rate: float = 5e-5
+    scale_learning_rate: bool = False
+
+    def learning_rate(self, hidden_size: int) -> float:
+        """The peak learning rate for a draft of a hidden size."""
+        return self.base_learning_rate * (4096 / hidden_size if self.scale_learning_rate else 1.0)
 
 
 RECIPES = {
     "paper": Recipe(),
     # What raised tau on the toy world (`examples/ablation.py --study recipes`). Several layers and target-written
     # answers did not.
-    "recommended": Recipe(noise=0.0, trained_rows="drafted", unroll_passes=3, init_from_last_layer=True),
+    "recommended": Recipe(
+        noise=0.0,
+        trained_rows="drafted",
+        unroll_passes=3,
+        init_from_last_layer=True,
+        warmup_steps=0.05,
+        scale_learning_rate=True,
+    ),
 }
 
 

@@ -71,6 +71,9 @@ class MSDTrainer(Trainer):
         check_target(target)
         model = new_draft(target, args) if model is None else model
         check_pair(target.config, model.config)
+        if args.learning_rate is None:
+            args.learning_rate = args.make_recipe().learning_rate(model.config.hidden_size)
+            logger.info("The learning rate is %g.", args.learning_rate)
         self.processor = processing_class
         self.encoder = ConversationEncoder(processing_class, args.max_length)
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
