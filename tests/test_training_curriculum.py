@@ -59,6 +59,8 @@ def test_every_sample_is_seen_equally_often_and_in_changing_order():
 def test_other_curricula():
     mixed = run(make_sampler(curriculum=Curriculum("mixed", mixed_share=0.3)), range(80))
     assert sum(draw.kind == "visual" for draw in mixed[:2000]) == pytest.approx(600, abs=70)
+    kinds = [draw.kind for draw in mixed]
+    assert all(kinds[:100] != kinds[start : start + 100] for start in range(100, 4000, 100))
     assert {draw.kind for draw in run(make_sampler(curriculum=Curriculum("visual"), num_text=0), [0])} == {"visual"}
     halfway = Curriculum(text_fraction=0.25, final_share=0.6)
     assert halfway.share(9) == 0 and halfway.share(10) > 0 and halfway.share(39) == 0.6

@@ -57,8 +57,6 @@ class Curriculum:
         # The first stage is text alone even where half of the stages is less than one.
         if stage < num_text_stages or (stage == 0 and self.text_fraction > 0):
             return 0.0
-        if stage >= self.num_stages - 1:
-            return self.final_share
         rise = (stage + 1 - num_text_stages) / (self.num_stages * (1 - self.text_fraction))
         return min(1.0, rise) * self.final_share
 
