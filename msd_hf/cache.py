@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.generation.utils import ALL_CACHE_NAMES
 
+
+# What this release of transformers calls the cache, in the arguments of a forward and in outputs: from 5.24 on it is
+# `cache`, before it was `past_key_values`.
+CACHE_NAME: str = ALL_CACHE_NAMES[0]
 
 MIN_CAPACITY = 256
 
@@ -106,4 +111,4 @@ def truncate(cache: Cache, length: int) -> None:
         layer.truncate(length)
 
 
-__all__ = ["InPlaceLayer", "keep_slots", "make_in_place", "truncate"]
+__all__ = ["CACHE_NAME", "InPlaceLayer", "keep_slots", "make_in_place", "truncate"]

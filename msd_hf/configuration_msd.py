@@ -58,7 +58,7 @@ class MSDDraftConfig(PreTrainedConfig):
     """
 
     model_type = "msd_draft"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int = 32000
     hidden_size: int = 4096

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from .cache import keep_slots, make_in_place
+from .cache import CACHE_NAME, keep_slots, make_in_place
 from .candidate_generator import MSDCandidateGenerator
 from .modeling_msd import MSDDraftModel
 from .targets import TargetAdapter
@@ -52,7 +52,7 @@ def msd_decoding(
         input_ids (`torch.LongTensor` of shape `[1, L]`): the prompt, image positions expanded.
         logits_processor, stopping_criteria, generation_config, streamer: as prepared by `generate`.
         draft (`MSDDraftModel`): the draft; its `generation_config` sets the size of the tree.
-        model_kwargs: the target's other inputs, with an empty cache in `past_key_values`.
+        model_kwargs: the target's other inputs, with an empty cache among them.
 
     Returns:
         [`MSDGenerateOutput`] if `return_dict_in_generate` is set, else the sequence `[1, L + new tokens]`.
@@ -60,7 +60,7 @@ def msd_decoding(
     settings = TreeSettings.from_generation_config(draft.generation_config)
     selector = TokenSelector(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     adapter = TargetAdapter(target, draft.config.target_layers)
-    cache = model_kwargs["past_key_values"]
+    cache = model_kwargs[CACHE_NAME]
     max_slots = generation_config.max_length + settings.num_nodes
     make_in_place(cache, max_slots)
 
@@ -101,8 +101,8 @@ def msd_decoding(
         sequences=selector.input_ids,
         scores=selector.scores,
         logits=selector.logits,
-        past_key_values=cache,
         acceptance_lengths=[acceptance_lengths],
+        **{CACHE_NAME: cache},
     )
 
 

@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import logging
 
+from .cache import CACHE_NAME
 from .configuration_msd import MSDDraftConfig
 from .errors import MSDUnsupportedError
 from .generation import msd_decoding
@@ -155,7 +156,7 @@ def check_inputs(target: PreTrainedModel, input_ids, model_kwargs: dict[str, Any
             "`inputs_embeds` prompts cannot be used with an MSD draft yet: which positions are visual is read from "
             "`input_ids`. Pass `input_ids` and `pixel_values`."
         )
-    cache: Any = model_kwargs.get("past_key_values")
+    cache: Any = model_kwargs.get(CACHE_NAME)
     if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
         raise MSDUnsupportedError(
             f"A cache of type `{type(cache).__name__}` with layers "

@@ -12,6 +12,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from .cache import CACHE_NAME
 from .checkpoints import check_loading_info, read_original_config
 from .configuration_msd import MSDDraftConfig
 from .errors import MSDError
@@ -39,7 +40,7 @@ class MSDDraftPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MSDDraftDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     # The original checkpoints carry a copy of the target's embedding; ours is the target's own.
     _keys_to_ignore_on_load_unexpected = [r"^embed_tokens\.weight$"]
     _supports_sdpa = True
@@ -242,8 +243,8 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
             config=self.config,
             inputs_embeds=states,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE_NAME: past_key_values},
         )
         position_embeddings = self.rotary_emb(states, position_ids=position_ids)
         for layer in self.layers:
@@ -252,11 +253,11 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
                 attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE_NAME: past_key_values},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=states, **{CACHE_NAME: past_key_values})
 
 
 __all__ = ["MSDDraftModel", "MSDDraftPreTrainedModel"]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from .cache import CACHE_NAME
 from .configuration_msd import MSDDraftConfig
 from .errors import MSDPairingError, MSDUnsupportedError
 from .tree import CandidateTree, tree_attention_mask
@@ -180,7 +181,7 @@ class TargetAdapter:
         mask = tree_attention_mask(tree.ancestors, cache.get_seq_length(), self.target.dtype, prompt_mask)
         with self._observe(attention_mask=mask, position_ids=next_position + tree.depths) as seen:
             outputs = self.target(
-                input_ids=tree.tokens, past_key_values=cache, use_cache=True, logits_to_keep=0, return_dict=True
+                input_ids=tree.tokens, use_cache=True, logits_to_keep=0, return_dict=True, **{CACHE_NAME: cache}
             )
         return outputs.logits, seen.hidden_states
 

@@ -20,6 +20,7 @@ from transformers import (
     TemperatureLogitsWarper,
 )
 
+from msd_hf.cache import CACHE_NAME
 from msd_hf.candidate_generator import MSDCandidateGenerator
 from msd_hf.generation import MSDGenerateOutput
 from msd_hf.targets import TargetAdapter
@@ -338,7 +339,7 @@ def propose_tree(pair: tiny.Pair, adapter: TargetAdapter, first: int):
     """The tree that the draft grows after the prompt and `first`."""
     prompt, target = small_prompt()["input_ids"], pair.target
     config = target._prepare_generation_config(None)[0]
-    prefill = adapter.prefill(prompt, config, {"past_key_values": None, "use_cache": True, "attention_mask": None})
+    prefill = adapter.prefill(prompt, config, {CACHE_NAME: None, "use_cache": True, "attention_mask": None})
     generator = MSDCandidateGenerator(pair.draft, adapter)
     generator.prefill(prefill, torch.tensor([first]))
     return generator.propose(torch.tensor([first]), TreeSettings(*SMALL_TREE))
