@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.utils import ALL_CACHE_NAMES
+
+from .attention_mask import ContextSlots
 
 
 # What this release of transformers calls the cache, in the arguments of a forward and in outputs: from 5.24 on it is
@@ -53,12 +58,31 @@ class InPlaceLayer(DynamicLayer):
     def keep_slots(self, start: int, slots: torch.Tensor) -> None:
         """Keeps the slots before `start` and, of those from `start` on, only `slots` (`[B, A]`, counted from
         `start`), which move to `start, start + 1, ...`. The rest is dropped. Copies A slots."""
+        if not self.is_initialized:
+            return
         end = start + slots.shape[1]
         index = slots[:, None, :, None]  # [B, 1, A, 1]
         for states in (self.keys, self.values):
             tail = states[:, :, start:]
             states[:, :, start:end] = tail.gather(2, index.expand(-1, tail.shape[1], -1, tail.shape[3]))
         self.truncate(end)
+
+    def move_slots(self, start: int, slots: torch.Tensor, places: torch.Tensor, length: int) -> None:
+        """Like `keep_slots`, with a place of its own for each slot.
+
+        Args:
+            start (`int`): slots are counted from here.
+            slots (`torch.LongTensor` of shape `[B, A]`): what is kept of those from `start` on.
+            places (`torch.LongTensor` of shape `[B, A]`): where it goes, counted from 0.
+            length (`int`): slots of the cache afterwards.
+        """
+        if not self.is_initialized:
+            return
+        for states in (self.keys, self.values):
+            index = (slots + start)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+            target = places[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+            states.scatter_(2, target, states.gather(2, index))
+        self.truncate(length)
 
     def truncate(self, length: int) -> None:
         """Drops the slots from `length` on. Copies nothing."""
@@ -93,16 +117,53 @@ class InPlaceLayer(DynamicLayer):
 
 
 def make_in_place(cache: DynamicCache, max_slots: int) -> None:
-    """Turns the layers of an empty `DynamicCache` into `InPlaceLayer`s, without replacing the cache object itself."""
-    cache.layers = [InPlaceLayer(max_slots) for _ in cache.layers]
+    """Turns the layers of a `DynamicCache` into `InPlaceLayer`s, without replacing the cache object itself.
+
+    Sliding-window layers become full ones, which their masks make equal: a branch of a tree that is not taken must not
+    push slots out of the window. Slots that have left a window already are filled with zeros, which no mask shows.
+    """
+    cache.layers = [_in_place(layer, max_slots) for layer in cache.layers]
     # A cache that was made without a config adds layers on first use.
     cache.layer_class_to_replicate = InPlaceLayer if cache.layer_class_to_replicate is not None else None
 
 
-def keep_slots(cache: Cache, start: int, slots: torch.Tensor) -> None:
-    """`InPlaceLayer.keep_slots` on every layer of a cache."""
+def _in_place(layer: DynamicLayer, max_slots: int) -> InPlaceLayer:
+    made = InPlaceLayer(max_slots)
+    length = layer.get_seq_length()
+    if length == 0:
+        return made
+    keys, values = layer.keys, layer.values
+    made.lazy_initialization(keys, values)
+    missing = length - keys.shape[-2]
+    if missing:
+        keys, values = (
+            torch.cat([states.new_zeros(*states.shape[:-2], missing, states.shape[-1]), states], dim=-2)
+            for states in (keys, values)
+        )
+    made.keys, made.values = keys, values
+    return made
+
+
+def keep_paths(cache: Cache, context: ContextSlots, paths: torch.Tensor, counts: Sequence[int]) -> None:
+    """
+    Keeps, of the slots behind the context, those of accepted nodes.
+
+    Args:
+        cache (`Cache`): of `InPlaceLayer`s.
+        context (`ContextSlots`): is extended by them.
+        paths (`torch.LongTensor` of shape `[B, A]`): slots behind the context, in order; anything behind a row's own.
+        counts (`Sequence[int]`): how many of them are each row's own.
+    """
+    start = context.num_slots
+    if not context.is_ragged and min(counts) == max(counts):
+        for layer in cache.layers:
+            layer.keep_slots(start, paths.to(layer.device))
+        context.grow(counts)
+        return
+    places = context.row_lengths(paths.device).unsqueeze(1) + torch.arange(paths.shape[1], device=paths.device)
+    context.grow(counts)
     for layer in cache.layers:
-        layer.keep_slots(start, slots.to(layer.device))
+        layer.move_slots(start, paths.to(layer.device), places.to(layer.device), context.num_slots)
 
 
 def truncate(cache: Cache, length: int) -> None:
@@ -111,4 +172,35 @@ def truncate(cache: Cache, length: int) -> None:
         layer.truncate(length)
 
 
-__all__ = ["CACHE_NAME", "InPlaceLayer", "keep_slots", "make_in_place", "truncate"]
+def select_rows(cache: Cache, context: ContextSlots, rows: Sequence[int]) -> ContextSlots:
+    """Keeps some rows of a batch, in the order given, and the slots that they use. Returns their context."""
+    selected = context.select(rows)
+    for layer in cache.layers:
+        if layer.is_initialized:
+            layer.truncate(selected.num_slots)
+            layer.batch_select_indices(torch.tensor(rows, device=layer.device))
+    return selected
+
+
+def take_row(cache: Cache, row: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Copies of the keys and values `[1, heads, length, head_dim]` of a row, for each layer."""
+    return [
+        (layer.keys[row : row + 1, :, :length].clone(), layer.values[row : row + 1, :, :length].clone())
+        if layer.is_initialized
+        else (torch.empty(0), torch.empty(0))
+        for layer in cache.layers
+    ]
+
+
+def put_rows(cache: Cache, rows: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]) -> None:
+    """Makes a cache hold rows that `take_row` gave, each from the first slot on; zeros behind shorter ones."""
+    for number, layer in enumerate(cache.layers):
+        if not layer.is_initialized:
+            continue
+        layer.keys, layer.values = (
+            pad_sequence([row[number][kind][0].transpose(0, 1) for row in rows], batch_first=True).transpose(1, 2)
+            for kind in (0, 1)
+        )
+
+
+__all__ = ["CACHE_NAME", "InPlaceLayer", "keep_paths", "make_in_place", "put_rows", "select_rows", "take_row"]

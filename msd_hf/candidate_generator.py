@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import Cache
 
-from .cache import InPlaceLayer, truncate
+from .attention_mask import ContextSlots, tree_attention_mask
+from .cache import InPlaceLayer, keep_paths, select_rows, truncate
+from .conversation import Conversation
 from .modeling_msd import MSDDraftModel
 from .targets import TargetAdapter, TargetPrefill
-from .tree import CandidateTree, TreeGrowth, TreeSettings, tree_attention_mask
+from .tree import CandidateTree, TreeGrowth, TreeSettings
 
 
 class MSDCandidateGenerator:
@@ -29,78 +33,121 @@ class MSDCandidateGenerator:
         self.draft = draft
         self.target = target
         self.cache = Cache(layers=[InPlaceLayer(max_slots) for _ in draft.layers])
-        self._prompt_mask: torch.Tensor | None = None
-        self._num_slots = 0  # of accepted rows; drafted ones come behind
+        self._context: ContextSlots  # accepted rows; drafted ones come behind
         self._next_position: torch.Tensor  # [B, 1]
         self._last_state: torch.Tensor  # [B, 1, H], from which the first level of the next tree is drafted
+        self.last_hidden_state: torch.Tensor  # [1, 1, (1 + K) * H]: of a single row, the target's at its last slot
 
-    def prefill(self, prefill: TargetPrefill, token: torch.Tensor) -> None:
-        """Feeds the prompt: `token` (`[B]`) is the first one that the target chose after it."""
+    def prefill(self, prefill: TargetPrefill, tokens: torch.Tensor, past: Conversation | None = None) -> None:
+        """
+        Feeds the prompt.
+
+        Args:
+            prefill (`TargetPrefill`): what the target saw and gave.
+            tokens (`torch.LongTensor` of shape `[B]`): the first ones that the target chose after it.
+            past (`Conversation`, *optional*): goes on where an earlier call ended.
+        """
         device = self.draft.device
-        token_embeds = self.target.embed(token.unsqueeze(1))
-        inputs_embeds = torch.cat([prefill.inputs_embeds[:, 1:], token_embeds.to(prefill.inputs_embeds)], dim=1)
-        visual_mask = torch.cat([prefill.visual_mask[:, 1:], torch.zeros_like(prefill.visual_mask[:, :1])], dim=1)
-        batch_size, length = visual_mask.shape
-        if prefill.prompt_mask is None:
-            position_ids = torch.arange(length, device=device).expand(batch_size, -1)
+        token_embeds = self.target.embed(tokens.unsqueeze(1)).to(prefill.inputs_embeds)
+        inputs_embeds = torch.cat([prefill.inputs_embeds, token_embeds], dim=1)
+        visual_mask = torch.cat([prefill.visual_mask, torch.zeros_like(prefill.visual_mask[:, :1])], dim=1)
+        hidden_states = prefill.hidden_states
+        num_held = 0
+        if past is not None and past.draft_cache is not None:
+            self.cache, num_held = past.draft_cache, len(past.rows)
+        if past is not None and past.hidden_state is not None:
+            hidden_states = torch.cat([past.hidden_state.to(hidden_states), hidden_states], dim=1)
         else:
-            self._prompt_mask = prefill.prompt_mask.to(device)
-            position_ids = (self._prompt_mask.long().cumsum(1) - 1).clamp(min=0)
+            inputs_embeds, visual_mask = inputs_embeds[:, 1:], visual_mask[:, 1:]
+        batch_size, length = visual_mask.shape
+        prompt_mask = prefill.prompt_mask
+        if prompt_mask is None:
+            end = prefill.num_slots
+            position_ids = torch.arange(end - length, end, device=device).expand(batch_size, -1)
+        else:
+            prompt_mask = prompt_mask.to(device)
+            position_ids = (prompt_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
+            prompt_mask = prompt_mask[:, -length:]
         self._next_position = position_ids[:, -1:] + 1
-        self._feed(inputs_embeds, prefill.hidden_states, visual_mask.to(device), position_ids, self._prompt_mask)
+        self._context = ContextSlots([num_held] * batch_size)
+        # Behind what is held already, a mask of ones for the new rows alone would not do.
+        mask = self._chain_mask(length) if num_held else prompt_mask
+        states = self._forward(inputs_embeds, hidden_states, visual_mask.to(device), position_ids, mask)
+        self._context = ContextSlots([num_held + length] * batch_size, prompt_mask)
+        self._last_state = states[:, -1:]
+        self.last_hidden_state = hidden_states[:, -1:]
 
-    def accept(self, tokens: torch.Tensor, hidden_states: torch.Tensor) -> None:
+    def accept(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> None:
         """
         Replaces the drafted slots by the tokens that were emitted, with the target's true hidden states.
 
         Args:
-            tokens (`torch.LongTensor` of shape `[B, A]`): the emitted tokens, the bonus token last.
-            hidden_states (`torch.Tensor` of shape `[B, A, H]`): the target's, at the position before each of them.
+            tokens (`torch.LongTensor` of shape `[B, A]`): the emitted tokens, the bonus token last; then anything.
+            hidden_states (`torch.Tensor` of shape `[B, A, (1 + K) * H]`): the target's, at the position before each.
+            counts (`Sequence[int]`): how many tokens each row has.
         """
-        truncate(self.cache, self._num_slots)
-        count = tokens.shape[1]
-        position_ids = self._next_position + torch.arange(count, device=self._next_position.device)
-        self._next_position = self._next_position + count
-        # Only a mask over padding is needed: among themselves these rows are a chain.
-        mask = None
-        if self._prompt_mask is not None or count > 1:
-            chain = torch.ones(count, count, dtype=torch.bool, device=position_ids.device).tril()
-            mask = tree_attention_mask(
-                chain.expand(tokens.shape[0], -1, -1), self._num_slots, self.draft.dtype, self._prompt_mask
-            )
-        self._feed(self.target.embed(tokens), hidden_states, None, position_ids, mask)
+        truncate(self.cache, self._context.num_slots)
+        length, device = tokens.shape[1], self._next_position.device
+        steps = torch.arange(length, device=device)
+        # One row after rows that are all seen needs no mask.
+        needs_mask = length > 1 or self._context.is_ragged or self._context.prompt_mask is not None
+        states = self._forward(
+            self.target.embed(tokens),
+            hidden_states,
+            None,
+            self._next_position + steps,
+            self._chain_mask(length) if needs_mask else None,
+        )
+        keep_paths(self.cache, self._context, steps.expand(tokens.shape[0], -1), counts)
+        if min(counts) == length:
+            self._next_position = self._next_position + length
+            self._last_state, self.last_hidden_state = states[:, -1:], hidden_states[:, -1:]
+        else:
+            last = torch.tensor(counts, device=device).unsqueeze(1)  # [B, 1]
+            self._next_position = self._next_position + last
+            self._last_state = states.gather(1, (last - 1).unsqueeze(2).expand(-1, -1, states.shape[2]))
 
-    def propose(self, root: torch.Tensor, settings: TreeSettings) -> CandidateTree:
+    def keep_rows(self, places: Sequence[int]) -> None:
+        """Goes on with some rows of the batch alone."""
+        self._context = select_rows(self.cache, self._context, places)
+        self._next_position = self._next_position[list(places)]
+        self._last_state = self._last_state[list(places)]
+
+    def propose(self, roots: torch.Tensor, settings: TreeSettings) -> CandidateTree:
         """
-        Grows a tree.
+        Grows trees.
 
         Args:
-            root (`torch.LongTensor` of shape `[B]`): the last emitted token.
-            settings (`TreeSettings`): size of the tree.
+            roots (`torch.LongTensor` of shape `[B]`): the last emitted tokens.
+            settings (`TreeSettings`): size of the trees.
         """
-        growth = TreeGrowth(root, settings)
+        growth = TreeGrowth(roots, settings)
         if settings.num_nodes == 1:
             return growth.finish()
         log_probs, candidates = self._top_k(self._last_state, settings.top_k)
         tokens, _ = growth.expand(log_probs, candidates)
         parent_states = self._last_state.expand(-1, tokens.shape[1], -1)  # [B, K, H]
         for level in range(settings.depth):
-            states = self.draft(
-                inputs_embeds=self._to_draft(self.target.embed(tokens)),
-                hidden_states=parent_states,
-                attention_mask=tree_attention_mask(
-                    growth.frontier_ancestors, self._num_slots, self.draft.dtype, self._prompt_mask
-                ),
-                position_ids=(self._next_position + level).expand(-1, tokens.shape[1]),
-                past_key_values=self.cache,
-            ).last_hidden_state
+            states = self._forward(
+                self.target.embed(tokens),
+                parent_states,
+                None,
+                (self._next_position + level).expand(-1, tokens.shape[1]),
+                tree_attention_mask(growth.frontier_ancestors, self._context, self.draft.dtype),
+            )
             log_probs, candidates = self._top_k(states, settings.top_k)
             tokens, above = growth.expand(log_probs, candidates)
             parent_states = states.gather(1, above.unsqueeze(2).expand(-1, -1, states.shape[2]))
         return growth.finish()
 
-    def _feed(self, inputs_embeds, hidden_states, visual_mask, position_ids, attention_mask) -> None:
-        states = self.draft(
+    def _chain_mask(self, length: int) -> torch.Tensor:
+        """The mask of `length` rows that follow each other behind the context."""
+        device = self._next_position.device
+        chain = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        return tree_attention_mask(chain.expand(self._next_position.shape[0], -1, -1), self._context, self.draft.dtype)
+
+    def _forward(self, inputs_embeds, hidden_states, visual_mask, position_ids, attention_mask) -> torch.Tensor:
+        return self.draft(
             inputs_embeds=self._to_draft(inputs_embeds),
             hidden_states=self._to_draft(hidden_states),
             visual_mask=visual_mask,
@@ -108,8 +155,6 @@ class MSDCandidateGenerator:
             position_ids=position_ids,
             past_key_values=self.cache,
         ).last_hidden_state
-        self._num_slots += states.shape[1]
-        self._last_state = states[:, -1:]
 
     def _to_draft(self, states: torch.Tensor) -> torch.Tensor:
         return states.to(device=self.draft.device, dtype=self.draft.dtype)

@@ -20,7 +20,7 @@ from .modeling_msd import MSDDraftModel
 from .prompts import build_inputs, read_image
 from .saving import replaced_folder
 from .streaming import AcceptanceStreamer
-from .targets import check_pair
+from .target_support import check_pair
 
 
 app = typer.Typer(

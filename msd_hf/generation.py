@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from .cache import CACHE_NAME, keep_slots, make_in_place
+from .batch_selection import BatchSelector
+from .cache import CACHE_NAME, make_in_place
 from .candidate_generator import MSDCandidateGenerator
+from .conversation import Conversation
+from .decoder_outputs import DecoderOutputs
 from .modeling_msd import MSDDraftModel
+from .running_rows import RunningRows
+from .self_check import check_tree_verification
+from .target_support import layer_windows
 from .targets import TargetAdapter
-from .token_selection import TokenSelector
 from .tree import TreeSettings
 from .verification import verify
 
@@ -49,61 +55,115 @@ def msd_decoding(
 
     Args:
         target (`PreTrainedModel`): checked by `integration.py`, as all other arguments.
-        input_ids (`torch.LongTensor` of shape `[1, L]`): the prompt, image positions expanded.
+        input_ids (`torch.LongTensor` of shape `[B, L]`): the prompts, image positions expanded.
         logits_processor, stopping_criteria, generation_config, streamer: as prepared by `generate`.
         draft (`MSDDraftModel`): the draft; its `generation_config` sets the size of the tree.
-        model_kwargs: the target's other inputs, with an empty cache among them.
+        model_kwargs: the target's other inputs, with a `DynamicCache` among them.
 
     Returns:
-        [`MSDGenerateOutput`] if `return_dict_in_generate` is set, else the sequence `[1, L + new tokens]`.
+        [`MSDGenerateOutput`] if `return_dict_in_generate` is set, else the sequences `[B, L + new tokens]`.
     """
     settings = TreeSettings.from_generation_config(draft.generation_config)
-    selector = TokenSelector(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     adapter = TargetAdapter(target, draft.config.target_layers)
     cache = model_kwargs[CACHE_NAME]
-    max_slots = generation_config.max_length + settings.num_nodes
+    keeps_cache = _outlives_the_call(cache, generation_config)
+    selector = BatchSelector(
+        input_ids, logits_processor, stopping_criteria, generation_config, streamer, keeps_ended_rows=keeps_cache
+    )
+    flags = {name: True for name in ("output_hidden_states", "output_attentions") if model_kwargs.get(name)}
+    extras = DecoderOutputs(selector.batch_size, layer_windows(adapter.text_config), flags)
+    num_slots = _slots_after_prompt(cache, input_ids, generation_config, model_kwargs)
+    conversation = Conversation(cache, draft, input_ids, num_slots) if selector.batch_size == 1 else None
+    max_slots = num_slots + max(generation_config.max_length - input_ids.shape[1], 0) + settings.num_nodes
     make_in_place(cache, max_slots)
 
     prefill = adapter.prefill(input_ids, generation_config, model_kwargs)
-    root = selector.select(prefill.logits)
-    selector.stream([root], num_draft_tokens=0)
-    acceptance_lengths: list[int] = []
+    extras.add_prefill(prefill.outputs)
+    tokens = selector.select(prefill.logits)
+    running = RunningRows(cache, prefill.prompt_mask, prefill.next_position, tokens)
+    check_tree_verification(adapter, running, input_ids, model_kwargs)
+    generator = MSDCandidateGenerator(draft, adapter, max_slots + settings.num_candidates)
+    if keeps_cache or not selector.finished:
+        generator.prefill(prefill, torch.tensor(tokens), conversation)
+    has_padding = prefill.prompt_mask is not None
+    del prefill  # its [B, L, H] tensors are not needed any more
 
-    if not selector.finished:
-        tokens = torch.tensor([[root]], device=prefill.hidden_states.device)
-        generator = MSDCandidateGenerator(draft, adapter, max_slots + settings.depth * settings.top_k)
-        generator.prefill(prefill, tokens[:, -1])
-        next_position, prompt_mask = prefill.next_position, prefill.prompt_mask
-        del prefill  # its [1, L, H] tensors are not needed any more
+    while not selector.finished:
+        _drop_ended(selector, running, generator, keeps_cache)
+        tree = generator.propose(
+            torch.tensor(running.tokens, device=draft.device), settings.limited_to(selector.tokens_left)
+        ).to(running.next_position.device)
+        if selector.padded_rows:
+            tree = tree.with_chain(selector.padded_rows, selector.pad_token_id)
 
-        while not selector.finished:
-            tokens_left = selector.tokens_left
-            limited = settings if tokens_left is None else settings.limited_to(tokens_left - 1)
-            tree = generator.propose(tokens[:, -1].to(draft.device), limited).to(next_position.device)
+        context_lengths = running.context.lengths
+        verification = adapter.verify(tree, cache, running.context, running.next_position, **flags)
+        verified = verify(tree, verification.logits, selector)
+        extras.add(verification.outputs, selector.running, verified.paths, context_lengths)
 
-            num_slots = cache.get_seq_length()
-            logits, hidden_states = adapter.verify(tree, cache, next_position, prompt_mask)
-            verified = verify(tree, logits, selector)
-            keep_slots(cache, num_slots, verified.path)
-
-            tokens = verified.tokens
-            acceptance_lengths.append(tokens.shape[1])
-            selector.stream(tokens[0].tolist(), verified.num_draft_tokens)
-            if not selector.finished:
-                next_position = next_position + tokens.shape[1]
-                generator.accept(tokens, hidden_states[:, verified.path[0].to(hidden_states.device)])
+        paths = _padded(verified.paths, tree.tokens.device)
+        running.accept(verified, paths)
+        selector.end_round(verified.counts, verified.num_draft_tokens)
+        if keeps_cache or not selector.finished:
+            states = verification.hidden_states  # [B, N, W]
+            index = paths.to(states.device).unsqueeze(2).expand(-1, -1, states.shape[2])
+            generator.accept(_padded(verified.tokens, draft.device), states.gather(1, index), verified.counts)
 
     if streamer is not None:
         streamer.end()
+    if keeps_cache:
+        running.complete(adapter, selector, extras, flags)
+        if conversation is not None and not has_padding:
+            conversation.remember(cache, generator.cache, selector.row_tokens(0), generator.last_hidden_state)
     if not generation_config.return_dict_in_generate:
-        return selector.input_ids
+        return selector.sequences
     return MSDGenerateOutput(
-        sequences=selector.input_ids,
+        sequences=selector.sequences,
         scores=selector.scores,
         logits=selector.logits,
-        acceptance_lengths=[acceptance_lengths],
+        hidden_states=extras.hidden_states,
+        attentions=extras.attentions,
+        acceptance_lengths=selector.acceptance_lengths,
         **{CACHE_NAME: cache},
     )
+
+
+def _drop_ended(
+    selector: BatchSelector, running: RunningRows, generator: MSDCandidateGenerator, keeps_cache: bool
+) -> None:
+    """Takes rows that have ended out of the batch: they cost nothing more."""
+    rows = selector.running
+    places = selector.drop_ended()
+    if len(places) < len(rows):
+        running.select(places, rows, keep_others=keeps_cache)
+        generator.keep_rows(places)
+
+
+def _outlives_the_call(cache: Cache, generation_config: GenerationConfig) -> bool:
+    """Whether someone may look at the cache afterwards."""
+    if generation_config.return_dict_in_generate:
+        return True
+    # `generate` marks a cache that it was given, from the release on that renamed it.
+    return getattr(cache, "_is_user_defined", CACHE_NAME != "cache")
+
+
+def _slots_after_prompt(
+    cache: Cache, input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> int:
+    """Slots of the target's cache once the prompt is in it: `input_ids` are all of it, or what the cache lacks."""
+    inputs_embeds = model_kwargs.get("inputs_embeds")
+    if inputs_embeds is not None:
+        return inputs_embeds.shape[1]
+    attention_mask = model_kwargs.get("attention_mask")
+    if attention_mask is not None:
+        return attention_mask.shape[1]
+    return getattr(generation_config, "_mask_length", None) or cache.get_seq_length() + input_ids.shape[1]
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+    """Lists as `[B, A]`, with zeros behind shorter ones."""
+    length = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=device)
 
 
 __all__ = ["MSDGenerateOutput", "msd_decoding"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModel, DynamicCache, GenerationConfig, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMode
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -21,7 +21,7 @@ from .configuration_msd import MSDDraftConfig
 from .errors import MSDUnsupportedError
 from .generation import msd_decoding
 from .modeling_msd import MSDDraftModel
-from .targets import check_pair, check_target
+from .target_support import check_pair, check_target
 from .tree import TreeSettings
 
 
@@ -71,8 +71,10 @@ def _wrap_validate_generation_mode(original):
         check_pair(self.config, draft.config)
         TreeSettings.from_generation_config(draft.generation_config)
         # The original compares vocabularies and asks for tokenizers; embedding and head are the target's here.
+        # It also refuses several sequences a prompt in assisted generation, which are no different here.
         others = {key: value for key, value in generation_mode_kwargs.items() if key != "assistant_model"}
-        return original(self, generation_mode, generation_config, others)
+        mode = GenerationMode.SAMPLE if generation_config.do_sample else GenerationMode.GREEDY_SEARCH
+        return original(self, mode, generation_config, others)
 
     return _validate_generation_mode
 
@@ -85,15 +87,15 @@ def _wrap_assisted_decoding(original):
         # `generate` passes everything else by name.
         for name in ("inputs_tensor", "assistant_tokenizer", "tokenizer"):
             kwargs.pop(name, None)
-        check_inputs(self, input_ids, kwargs)
+        check_inputs(kwargs)
         kwargs.pop("synced_gpus", None)
         return msd_decoding(self, input_ids, draft=assistant_model, **kwargs)
 
     return _assisted_decoding
 
 
-# Generation arguments that cannot be combined with an MSD draft: value that leaves them off, and what to do instead.
-_REFUSED_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
+# Generation arguments that cannot be combined with an MSD draft: values that leave them off, and what to do instead.
+REFUSED_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "prompt_lookup_num_tokens": ((None,), "prompt lookup is another way of drafting: choose one of the two"),
     "assistant_early_exit": ((None,), "early exit is another way of drafting: choose one of the two"),
     "use_mtp": ((None, False), "multi-token prediction is another way of drafting: choose one of the two"),
@@ -101,10 +103,17 @@ _REFUSED_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "assistant_ensemble_weight": ((None,), "it would change the output, which an MSD draft never does"),
     "dola_layers": ((None,), "DoLa needs the hidden states of every layer at each step"),
     "prefill_chunk_size": ((None,), "the draft reads the hidden states of the whole prompt from one prefill"),
-    "output_attentions": ((None, False), "attentions of a verification are those of the whole tree"),
-    "output_hidden_states": ((None, False), "hidden states of a verification are those of the whole tree"),
     "guidance_scale": ((None, 1, 1.0), "classifier-free guidance runs the target a second time for each token"),
-    "num_return_sequences": ((None, 1), "one sequence a call is supported: call `generate` once for each"),
+    "use_cache": ((None, True), "candidates are verified against cached keys and values"),
+    "cache_implementation": (
+        (None, "dynamic", "dynamic_full"),
+        "slots are moved within a dynamic cache; static, offloaded and quantized ones cannot do that",
+    ),
+    "num_assistant_tokens": ((None, 20), "set `draft.generation_config.num_assistant_tokens`"),
+    "num_assistant_tokens_schedule": ((None, "constant"), "candidate trees have settings of their own"),
+    "assistant_confidence_threshold": ((None, 0.4), "candidate trees have settings of their own"),
+    "token_healing": ((None, False), "it rewrites the prompt after the draft's inputs were prepared"),
+    "is_assistant": ((None, False), "it is for models that draft; the draft of this call is `assistant_model`"),
 }
 
 
@@ -117,7 +126,7 @@ def check_generation_mode(
     Raises:
         MSDUnsupportedError: names the argument, its value, and what to do.
     """
-    for name, (allowed, reason) in _REFUSED_ARGUMENTS.items():
+    for name, (allowed, reason) in REFUSED_ARGUMENTS.items():
         value = getattr(generation_config, name, None)
         if value not in allowed:
             raise MSDUnsupportedError(f"`{name}={value!r}` cannot be used with an MSD draft: {reason}.")
@@ -126,47 +135,30 @@ def check_generation_mode(
             f"An MSD draft works with greedy decoding and sampling, not with {generation_mode.value!r} "
             f"(num_beams={generation_config.num_beams}): leave `num_beams` at 1, or leave `assistant_model` out."
         )
-    if generation_config.use_cache is False:
-        raise MSDUnsupportedError("`use_cache=False` cannot be used with an MSD draft: leave the cache on.")
-    implementation = generation_config.cache_implementation
-    if implementation not in (None, "dynamic", "dynamic_full"):
-        raise MSDUnsupportedError(
-            f"`cache_implementation={implementation!r}` cannot be used with an MSD draft yet: leave it out for the "
-            "dynamic cache."
-        )
     if generation_mode_kwargs.get("assistant_tokenizer") is not None:
         raise MSDUnsupportedError("Leave `assistant_tokenizer` out: an MSD draft uses the target's tokens.")
     if generation_mode_kwargs.get("synced_gpus"):
-        raise MSDUnsupportedError("`synced_gpus=True` cannot be used with an MSD draft yet.")
+        raise MSDUnsupportedError(
+            "`synced_gpus=True` cannot be used with an MSD draft: processes would run different numbers of forwards. "
+            "Load the target whole on each, or with `tp_plan` or `device_map`."
+        )
 
 
-def check_inputs(target: PreTrainedModel, input_ids, model_kwargs: dict[str, Any]) -> None:
+def check_inputs(model_kwargs: dict[str, Any]) -> None:
     """
-    Refuses inputs that the loop cannot serve, as far as they are only known once `generate` has prepared them.
+    Refuses caches that the loop cannot serve, which are only known once `generate` has prepared its inputs.
 
     Raises:
-        MSDUnsupportedError: names the input and what to do.
+        MSDUnsupportedError: names the cache and what to do.
     """
-    if input_ids.shape[0] != 1:
-        raise MSDUnsupportedError(
-            f"MSD drafts support one prompt a call yet, got {input_ids.shape[0]}: call `generate` once for each."
-        )
-    if model_kwargs.get("inputs_embeds") is not None or input_ids.shape[1] == 0:
-        raise MSDUnsupportedError(
-            "`inputs_embeds` prompts cannot be used with an MSD draft yet: which positions are visual is read from "
-            "`input_ids`. Pass `input_ids` and `pixel_values`."
-        )
     cache: Any = model_kwargs.get(CACHE_NAME)
-    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+    layers = getattr(cache, "layers", [])
+    is_dynamic = type(cache) is DynamicCache and not getattr(cache, "offloading", False)
+    if not is_dynamic or not all(isinstance(layer, DynamicLayer) for layer in layers):
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
         raise MSDUnsupportedError(
-            f"A cache of type `{type(cache).__name__}` with layers "
-            f"{sorted({type(layer).__name__ for layer in getattr(cache, 'layers', [])})} cannot be used with an MSD "
-            "draft yet: use a `DynamicCache`."
-        )
-    if cache.get_seq_length() > 0:
-        raise MSDUnsupportedError(
-            "A filled `past_key_values` cannot be used with an MSD draft yet: the draft reads the hidden states of "
-            "the whole prompt. Pass the whole conversation without `past_key_values`."
+            f"A `{type(cache).__name__}` (layers: {kinds}) cannot be used with an MSD draft, which moves accepted "
+            "slots within the cache: use a plain `DynamicCache`, or leave the cache out."
         )
 
 

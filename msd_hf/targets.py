@@ -6,22 +6,23 @@ in and comes out, and put the tree's attention mask and positions in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers.utils import ModelOutput, logging
 
+from .attention_mask import ContextSlots, tree_attention_mask
 from .cache import CACHE_NAME
-from .configuration_msd import MSDDraftConfig
-from .errors import MSDPairingError, MSDUnsupportedError
-from .tree import CandidateTree, tree_attention_mask
+from .errors import MSDPairingError
+from .target_support import TREE_ATTENTION, attention_windows
+from .tree import CandidateTree
 
 
-SUPPORTED_MODEL_TYPES = ("llava",)
-SUPPORTED_ATTENTION = ("sdpa", "eager")
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -30,12 +31,16 @@ class TargetPrefill:
 
     Args:
         logits (`torch.Tensor` of shape `[B, V]`): of the last position.
-        inputs_embeds (`torch.Tensor` of shape `[B, L, H]`): what went into the decoder, image features merged.
+        inputs_embeds (`torch.Tensor` of shape `[B, L, H]`): what went into the decoder, image features merged. Where a
+            filled cache was given, these are the L positions behind it.
         hidden_states (`torch.Tensor` of shape `[B, L, (1 + K) * H]`): the outputs of the K feature layers, if any,
             and what came out, after the final norm.
         visual_mask (`torch.BoolTensor` of shape `[B, L]`): true at visual positions.
-        prompt_mask (`torch.BoolTensor` of shape `[B, L]`, *optional*): false at padding; `None` if there is none.
+        prompt_mask (`torch.BoolTensor` of shape `[B, S]`, *optional*): of all S slots of the cache, false at padding;
+            `None` if there is none.
         next_position (`torch.LongTensor` of shape `[..., B, 1]`): position of the first new token.
+        num_slots (`int`): of the cache, S.
+        outputs (`ModelOutput`): the target's own.
     """
 
     logits: torch.Tensor
@@ -44,6 +49,8 @@ class TargetPrefill:
     visual_mask: torch.Tensor
     prompt_mask: torch.Tensor | None
     next_position: torch.Tensor
+    num_slots: int
+    outputs: ModelOutput
 
 
 @dataclass
@@ -60,6 +67,21 @@ class TargetFeatures:
     inputs_embeds: torch.Tensor
     hidden_states: torch.Tensor
     visual_mask: torch.Tensor
+
+
+@dataclass
+class TargetVerification:
+    """What the target's pass over candidate trees gives.
+
+    Args:
+        logits (`torch.Tensor` of shape `[B, N, V]`): at each node.
+        hidden_states (`torch.Tensor` of shape `[B, N, (1 + K) * H]`): as in [`TargetPrefill`].
+        outputs (`ModelOutput`): the target's own.
+    """
+
+    logits: torch.Tensor
+    hidden_states: torch.Tensor
+    outputs: ModelOutput
 
 
 @dataclass
@@ -102,15 +124,22 @@ class TargetAdapter:
             )
         self.embedding = target.get_input_embeddings()
         self.head_module = target.get_output_embeddings()
+        self.text_config = target.config.get_text_config(decoder=True)
+        self.logit_cap: float | None = getattr(self.text_config, "final_logit_softcapping", None)
+        self.windows = attention_windows(self.text_config)
+        self._is_compiled = _has_compiled_part(target)
+        self._dtype = target.dtype
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Embeddings `[..., H]` of tokens `[...]`."""
-        return self.embedding(tokens.to(self.embedding.weight.device))
+        return self.embedding(tokens.to(_device_of(self.embedding)))
 
     def head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits `[..., V]` of hidden states `[..., H]`."""
         weight = self.head_module.weight
-        return self.head_module(hidden_states.to(device=weight.device, dtype=weight.dtype))
+        dtype = weight.dtype if weight.dtype.is_floating_point else self._dtype
+        logits = self.head_module(hidden_states.to(device=_device_of(self.head_module), dtype=dtype))
+        return logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)
 
     def visual_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Where a prompt `[B, L]` holds visual positions."""
@@ -124,27 +153,43 @@ class TargetAdapter:
     def prefill(
         self, input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
     ) -> TargetPrefill:
-        """Runs the prompt `[B, L]` through the target's own prefill, which fills the cache in `model_kwargs`."""
+        """Runs the prompt `[B, L]`, or what of it is not in the cache yet, through the target's own prefill, which
+        fills the cache in `model_kwargs`."""
         with self._observe() as seen:
             outputs = self.target._prefill(input_ids, generation_config, model_kwargs)
         inputs_embeds = seen.inputs.get("inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids)
+            inputs_embeds = self.embed(seen.inputs["input_ids"])
+        batch_size, length = inputs_embeds.shape[:2]
+        self._dtype = inputs_embeds.dtype
         attention_mask = model_kwargs.get("attention_mask")
         prompt_mask = None if attention_mask is None else attention_mask.to(inputs_embeds.device).bool()
+        num_slots = model_kwargs[CACHE_NAME].get_seq_length()
         position_ids = seen.inputs.get("position_ids")
         if position_ids is not None:
-            next_position = position_ids[..., -1:] + 1
+            next_position = (position_ids[..., -1:] + 1).expand(*position_ids.shape[:-2], batch_size, 1)
         else:
-            next_position = torch.full((input_ids.shape[0], 1), input_ids.shape[1], device=inputs_embeds.device)
+            next_position = torch.full((batch_size, 1), num_slots, device=inputs_embeds.device)
+        if input_ids.shape[1] >= length:
+            visual_mask = self.visual_mask(input_ids[:, -length:])
+        else:
+            visual_mask = self._embedded_mask(inputs_embeds)
         return TargetPrefill(
             logits=outputs.logits[:, -1],
             inputs_embeds=inputs_embeds,
             hidden_states=seen.hidden_states,
-            visual_mask=self.visual_mask(input_ids),
+            visual_mask=visual_mask,
             prompt_mask=prompt_mask,
             next_position=next_position,
+            num_slots=num_slots,
+            outputs=outputs,
         )
+
+    def _embedded_mask(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Where a prompt that was given as embeddings `[B, L, H]` holds something else than embeddings of tokens."""
+        table = self.embed(torch.arange(self.embedding.weight.shape[0])).to(inputs_embeds)
+        nearest = (inputs_embeds @ table.mT - table.square().sum(-1) / 2).argmax(-1)
+        return (table[nearest] != inputs_embeds).any(-1)
 
     @torch.no_grad()
     def features(self, input_ids: torch.Tensor, **inputs: Any) -> TargetFeatures:
@@ -162,31 +207,60 @@ class TargetAdapter:
         self,
         tree: CandidateTree,
         cache: Cache,
+        context: ContextSlots,
         next_position: torch.Tensor,
-        prompt_mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        **output_flags: bool,
+    ) -> TargetVerification:
         """
-        One forward over all nodes of the tree, each seeing the context and its own ancestors. Appends N slots to the
+        One forward over all nodes of the trees, each seeing the context and its own ancestors. Appends N slots to the
         cache.
 
         Args:
             tree (`CandidateTree`): N nodes.
             cache (`Cache`): the target's, holding everything before the root.
+            context (`ContextSlots`): what the cache holds.
             next_position (`torch.LongTensor` of shape `[..., B, 1]`): position of the root.
-            prompt_mask (`torch.BoolTensor` of shape `[B, L]`, *optional*): see [`TargetPrefill`].
-
-        Returns:
-            Logits `[B, N, V]`, and hidden states `[B, N, (1 + K) * H]` as in [`TargetPrefill`].
+            output_flags: `output_hidden_states`, `output_attentions`.
         """
-        mask = tree_attention_mask(tree.ancestors, cache.get_seq_length(), self.target.dtype, prompt_mask)
-        with self._observe(attention_mask=mask, position_ids=next_position + tree.depths) as seen:
+        masks = {
+            kind: tree_attention_mask(tree.ancestors, context, self._dtype, window, tree.depths)
+            for kind, window in self.windows.items()
+        }
+        mask = masks if len(masks) > 1 else next(iter(masks.values()))
+        with (
+            self._observe(attention_mask=mask, position_ids=next_position + tree.depths) as seen,
+            self._attention_with_tree_mask(),
+        ):
             outputs = self.target(
-                input_ids=tree.tokens, use_cache=True, logits_to_keep=0, return_dict=True, **{CACHE_NAME: cache}
+                input_ids=tree.tokens,
+                use_cache=True,
+                logits_to_keep=0,
+                return_dict=True,
+                **{CACHE_NAME: cache},
+                **output_flags,
             )
-        return outputs.logits, seen.hidden_states
+        return TargetVerification(outputs.logits, seen.hidden_states, outputs)
 
     @contextmanager
-    def _observe(self, **replaced_inputs: torch.Tensor) -> Iterator[_Observation]:
+    def _attention_with_tree_mask(self) -> Iterator[None]:
+        """Attention implementations that take no tree mask give way to sdpa for one forward."""
+        config = self.decoder.config
+        implementation = config._attn_implementation
+        if implementation in TREE_ATTENTION:
+            yield
+            return
+        logger.warning_once(
+            f"The target's attention implementation {implementation!r} takes no tree mask: candidate trees are "
+            "verified with sdpa, the prompt is read as before. The two round differently, see the README on near-ties."
+        )
+        config._attn_implementation = "sdpa"
+        try:
+            yield
+        finally:
+            config._attn_implementation = implementation
+
+    @contextmanager
+    def _observe(self, **replaced_inputs: torch.Tensor | Mapping[str, torch.Tensor]) -> Iterator[_Observation]:
         seen = _Observation()
 
         def before(module, args, kwargs):
@@ -202,70 +276,34 @@ class TargetAdapter:
 
             return keep
 
-        handles = [
+        handles: list[Any] = [
             self.decoder.register_forward_pre_hook(before, with_kwargs=True),
             self.decoder.register_forward_hook(after, with_kwargs=True),
             *(self.decoder.layers[layer].register_forward_hook(after_layer(layer)) for layer in self.feature_layers),
         ]
-        try:
-            yield seen
-        finally:
+        with ExitStack() as stack:
             for handle in handles:
-                handle.remove()
+                stack.callback(handle.remove)
+            if self._is_compiled:
+                # A compiled forward does not look at hooks that came after its compilation.
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            yield seen
 
 
-def check_target(target: PreTrainedModel) -> None:
-    """
-    Refuses targets that the decoding loop cannot serve.
-
-    Raises:
-        MSDUnsupportedError: names the target's kind, its attention or its layers, and what is supported.
-    """
-    model_type = target.config.model_type
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise MSDUnsupportedError(
-            f"`{type(target).__name__}` (model_type {model_type!r}) is not supported as a target of MSD drafts yet; "
-            f"supported: {', '.join(SUPPORTED_MODEL_TYPES)}. Call `generate` without `assistant_model`."
-        )
-    text_config = target.config.get_text_config(decoder=True)
-    layer_types = set(getattr(text_config, "layer_types", None) or ["full_attention"])
-    if getattr(text_config, "sliding_window", None) is not None and not hasattr(text_config, "layer_types"):
-        layer_types.add("sliding_attention")  # Mistral: a window on every layer, without a list of layer types
-    if layer_types != {"full_attention"}:
-        raise MSDUnsupportedError(
-            f"The decoder of this target has layers of type {', '.join(sorted(layer_types - {'full_attention'}))}, "
-            "which MSD drafts do not support yet; only full attention is. Call `generate` without `assistant_model`."
-        )
-    attention = text_config._attn_implementation
-    if attention not in SUPPORTED_ATTENTION:
-        raise MSDUnsupportedError(
-            f"The target's attention implementation {attention!r} takes no tree mask. Load the target with "
-            '`attn_implementation="sdpa"` or `"eager"`.'
-        )
+def _device_of(module: torch.nn.Module) -> torch.device:
+    """Where a module computes; accelerate may keep its weights elsewhere."""
+    hook = getattr(module, "_hf_hook", None)
+    device: Any = getattr(hook, "execution_device", None)
+    return torch.device(module.weight.device if device is None else device)  # type: ignore[arg-type]
 
 
-def check_pair(target_config: PreTrainedConfig, draft_config: MSDDraftConfig) -> None:
-    """
-    Refuses a draft that was made for another target. Needs no weights, so it can come before loading them.
-
-    Raises:
-        MSDPairingError: says what differs.
-    """
-    text_config = target_config.get_text_config(decoder=True)
-    advice = "Use the draft that was trained for this target."
-    if draft_config.hidden_size != text_config.hidden_size:
-        raise MSDPairingError(
-            f"The draft's hidden size {draft_config.hidden_size} does not match the target's "
-            f"{text_config.hidden_size}. {advice}"
-        )
-    for name, expected, got in (
-        ("target", target_config.model_type, draft_config.target_model_type),
-        ("decoder", text_config.model_type, draft_config.target_text_model_type),
-    ):
-        if got is not None and got != expected:
-            raise MSDPairingError(
-                f"The draft was made for a {name} of kind {got!r}, but this target's is {expected!r}. {advice}"
-            )
+def _has_compiled_part(target: PreTrainedModel) -> bool:
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None
+        or isinstance(module, torch._dynamo.OptimizedModule)
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in target.modules()
+    )
 
 
-__all__ = ["TargetAdapter", "TargetFeatures", "TargetPrefill", "check_pair", "check_target"]
+__all__ = ["TargetAdapter", "TargetFeatures", "TargetPrefill", "TargetVerification"]

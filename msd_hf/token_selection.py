@@ -1,24 +1,27 @@
-"""Choosing the target's next token exactly as `generate` does, one at a time."""
+"""Choosing the target's next tokens exactly as `generate` does, one step at a time."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
-from transformers.generation.streamers import BaseStreamer
+
+from .sampling_noise import SamplingNoise
 
 
 class TokenSelector:
     """
-    Holds the sequence so far, and extends it as `generate` would: logits processors on the true prefix, argmax or one
-    multinomial draw, stopping criteria after every token.
+    Holds R sequences that advance in step, and extends them as `generate` would: logits processors on the true prefix,
+    argmax or one multinomial draw, stopping criteria after every token, padding behind a sequence that has ended.
 
     Args:
-        input_ids (`torch.LongTensor` of shape `[1, L]`): the prompt.
+        input_ids (`torch.LongTensor` of shape `[R, L]`): the prompts.
         logits_processor, stopping_criteria: as prepared by `generate`.
         generation_config (`GenerationConfig`): sampling and output flags.
-        streamer (`BaseStreamer`, *optional*): receives every token. If it has a method
-            `put_verified(tokens, num_draft_tokens)`, that is called once a verification instead.
+        noise (`SamplingNoise`, *optional*): where the random numbers of R = 1 sequence of a batch come from.
+        row (`int`): which row of `noise` this is.
     """
 
     def __init__(
@@ -27,28 +30,42 @@ class TokenSelector:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
-        streamer: BaseStreamer | None = None,
+        noise: SamplingNoise | None = None,
+        row: int = 0,
     ):
         self.logits_processor = logits_processor
         self.stopping_criteria = stopping_criteria
         self.do_sample = bool(generation_config.do_sample)
-        self.streamer = streamer
         keep = bool(generation_config.return_dict_in_generate)
-        self.scores: tuple[torch.Tensor, ...] | None = () if keep and generation_config.output_scores else None
-        self.logits: tuple[torch.Tensor, ...] | None = () if keep and generation_config.output_logits else None
-        self.finished = False
-        self.length = input_ids.shape[1]
+        self.scores: list[torch.Tensor] | None = [] if keep and generation_config.output_scores else None
+        self.logits: list[torch.Tensor] | None = [] if keep and generation_config.output_logits else None
+        self.num_rows, self.prompt_length = input_ids.shape
+        self.length = self.prompt_length
+        self.ended = [False] * self.num_rows
+        self.tokens: list[list[int]] = [[] for _ in range(self.num_rows)]
+        # Without an EOS criterion `generate` goes on with every row until all of them have ended.
+        self.pads_ended_rows = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        pad_token = getattr(generation_config, "_pad_token_tensor", None)
+        self.pad_token_id = 0 if pad_token is None else int(pad_token)
+        self._noise, self._row = noise, row
         self._input_ids = input_ids
-        self._pending: list[int] = []  # emitted, not yet in `_input_ids`
+        self._num_held = 0  # of the emitted tokens, those that are in `_input_ids`
         self._max_length, self._eos_token_ids, self._simple_stops = _read_simple_criteria(stopping_criteria)
 
     @property
     def input_ids(self) -> torch.Tensor:
-        """Prompt and emitted tokens, `[1, length]`."""
-        if self._pending:
-            self._input_ids = torch.cat([self._input_ids, self._input_ids.new_tensor([self._pending])], dim=1)
-            self._pending = []
+        """Prompts and emitted tokens, `[R, length]`."""
+        count = self.length - self.prompt_length
+        if count > self._num_held:
+            pending = [tokens[self._num_held :] for tokens in self.tokens]
+            self._input_ids = torch.cat([self._input_ids, self._input_ids.new_tensor(pending)], dim=1)
+            self._num_held = count
         return self._input_ids
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rows have ended."""
+        return all(self.ended)
 
     @property
     def tokens_left(self) -> int | None:
@@ -58,23 +75,42 @@ class TokenSelector:
     @property
     def is_plain_argmax(self) -> bool:
         """Whether a token depends on the logits of its own position alone."""
-        return not self.do_sample and len(self.logits_processor) == 0
+        return self.num_rows == 1 and not self.do_sample and len(self.logits_processor) == 0
 
-    def select(self, logits: torch.Tensor) -> int:
-        """Chooses the next token from the target's logits `[1, V]`, and emits it."""
+    def select(self, logits: torch.Tensor, rows: Sequence[int] | None = None) -> list[int]:
+        """
+        Chooses the next token of every row, and emits it.
+
+        Args:
+            logits (`torch.Tensor` of shape `[r, V]`): the target's, of some rows.
+            rows (`Sequence[int]`, *optional*): which rows; the others must have ended. Default: all.
+
+        Returns:
+            R tokens.
+        """
         raw = logits.to(copy=True, dtype=torch.float32, device=self._input_ids.device)
+        if rows is not None and len(rows) < self.num_rows:
+            given = raw
+            raw = given.new_zeros(self.num_rows, given.shape[1])
+            raw[list(rows)] = given
         scores = raw if len(self.logits_processor) == 0 else self.logits_processor(self.input_ids, raw)
         if self.do_sample:
             probs = torch.nn.functional.softmax(scores, dim=-1)
-            token = int(torch.multinomial(probs, num_samples=1))
+            if self._noise is None:
+                chosen = torch.multinomial(probs, num_samples=1)
+            else:
+                chosen = self._noise.choose(probs, self._row, step=self.length - self.prompt_length)
         else:
-            token = int(scores.argmax(dim=-1))
-        self._emit(token, raw, scores)
-        return token
+            chosen = scores.argmax(dim=-1)
+        tokens = chosen.reshape(-1).tolist()
+        if self.pads_ended_rows:
+            tokens = [self.pad_token_id if ended else token for token, ended in zip(tokens, self.ended, strict=True)]
+        self._emit(tokens, raw, scores)
+        return tokens
 
     def extend(self, tokens: list[int], logits: torch.Tensor) -> int:
         """
-        Emits tokens that were already chosen by argmax, up to the one that ends the sequence.
+        Emits tokens of a single row that were already chosen by argmax, up to the one that ends the sequence.
 
         Args:
             tokens (`list[int]`): n tokens.
@@ -86,32 +122,39 @@ class TokenSelector:
         keep = self.scores is not None or self.logits is not None
         for count, token in enumerate(tokens, start=1):
             row = logits[count - 1 : count].to(copy=True, dtype=torch.float32) if keep else None
-            self._emit(token, row, row)
+            self._emit([token], row, row)
             if self.finished:
                 return count
         return len(tokens)
 
-    def stream(self, tokens: list[int], num_draft_tokens: int) -> None:
-        """Hands the tokens of one verification to the streamer; the first `num_draft_tokens` were drafted."""
-        if self.streamer is None:
-            return
-        if hasattr(self.streamer, "put_verified"):
-            self.streamer.put_verified(torch.tensor(tokens), num_draft_tokens)
-            return
-        for token in tokens:
-            self.streamer.put(torch.tensor([token]))
+    def pad(self, logits: torch.Tensor) -> None:
+        """Emits one token of padding for each row: all have ended. `logits`: `[R, V]`."""
+        raw = logits.to(copy=True, dtype=torch.float32, device=self._input_ids.device)
+        scores = raw if len(self.logits_processor) == 0 else self.logits_processor(self.input_ids, raw)
+        self._record([self.pad_token_id] * self.num_rows, raw, scores)
 
-    def _emit(self, token: int, logits: torch.Tensor | None, scores: torch.Tensor | None) -> None:
-        if self.scores is not None and scores is not None:
-            self.scores += (scores,)
-        if self.logits is not None and logits is not None:
-            self.logits += (logits,)
-        self._pending.append(token)
-        self.length += 1
+    def _emit(self, tokens: list[int], logits: torch.Tensor | None, scores: torch.Tensor | None) -> None:
+        self._record(tokens, logits, scores)
         if self._simple_stops:
-            self.finished = token in self._eos_token_ids or (self.tokens_left is not None and self.tokens_left <= 0)
-        else:
-            self.finished = bool(self.stopping_criteria(self.input_ids, self.scores).all())
+            if self._max_length is not None and self.length >= self._max_length:
+                self.ended = [True] * self.num_rows
+            elif self._eos_token_ids:
+                self.ended = [
+                    ended or token in self._eos_token_ids for ended, token in zip(self.ended, tokens, strict=True)
+                ]
+            return
+        scores_so_far = None if self.scores is None else tuple(self.scores)
+        stops = self.stopping_criteria(self.input_ids, scores_so_far).tolist()
+        self.ended = [ended or stop for ended, stop in zip(self.ended, stops, strict=True)]
+
+    def _record(self, tokens: list[int], logits: torch.Tensor | None, scores: torch.Tensor | None) -> None:
+        if self.scores is not None and scores is not None:
+            self.scores.append(scores)
+        if self.logits is not None and logits is not None:
+            self.logits.append(logits)
+        for emitted, token in zip(self.tokens, tokens, strict=True):
+            emitted.append(token)
+        self.length += 1
 
 
 def _read_simple_criteria(criteria: StoppingCriteriaList) -> tuple[int | None, frozenset[int], bool]:

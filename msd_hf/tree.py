@@ -7,6 +7,7 @@ than its children, and the accepted path is an increasing list of nodes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -69,9 +70,17 @@ class TreeSettings:
             top_k=read("tree_top_k", DEFAULT_TREE_TOP_K),
         )
 
-    def limited_to(self, num_levels: int) -> TreeSettings:
-        """The same settings for a tree of at most `num_levels` levels below the root: near the length limit deeper
-        nodes could never be emitted."""
+    @property
+    def num_candidates(self) -> int:
+        """Slots that the draft needs for one tree."""
+        return self.depth * self.top_k
+
+    def limited_to(self, tokens_left: int | None) -> TreeSettings:
+        """The same settings for a tree of which every node may be emitted: near the length limit deeper ones could
+        not."""
+        if tokens_left is None:
+            return self
+        num_levels = tokens_left - 1  # the bonus token is the last one
         if num_levels <= 0:
             return TreeSettings(1, 0, self.top_k)
         return self if num_levels > self.depth else TreeSettings(self.num_nodes, num_levels - 1, self.top_k)
@@ -106,6 +115,30 @@ class CandidateTree:
             steps = (steps @ steps).clamp_(max=1.0)
         ancestors = steps > 0.5
         return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, max_depth)
+
+    @classmethod
+    def chain(cls, tokens: torch.Tensor) -> CandidateTree:
+        """A chain of `tokens` (`[B, N]`) in each row."""
+        num_nodes = tokens.shape[1]
+        parents = (torch.arange(num_nodes, device=tokens.device) - 1).clamp(min=0)
+        return cls.from_parents(tokens, parents.expand_as(tokens), max_depth=num_nodes - 1)
+
+    def with_chain(self, rows: Sequence[int], token: int) -> CandidateTree:
+        """The same trees but for some rows, which become a chain of one token below their root."""
+        num_nodes = self.tokens.shape[1]
+        index = torch.tensor(rows, device=self.tokens.device)
+        numbers = torch.arange(num_nodes, device=self.tokens.device)
+        tokens, parents, depths, ancestors = (
+            part.index_copy(0, index, chain.expand(len(rows), *part.shape[1:]))
+            for part, chain in (
+                (self.tokens, torch.full_like(numbers, token)),
+                (self.parents, (numbers - 1).clamp(min=0)),
+                (self.depths, numbers),
+                (self.ancestors, torch.ones_like(self.ancestors[0]).tril()),
+            )
+        )
+        tokens[:, 0] = self.tokens[:, 0]
+        return CandidateTree(tokens, parents, depths, ancestors, max(self.max_depth, num_nodes - 1))
 
     def to(self, device: torch.device) -> CandidateTree:
         """The tree on another device."""
@@ -205,32 +238,4 @@ class TreeGrowth:
         )
 
 
-def tree_attention_mask(
-    visible: torch.Tensor,
-    context_length: int,
-    dtype: torch.dtype,
-    prompt_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """
-    The additive attention mask of tree nodes over a cached context and the nodes themselves. Additive and in the
-    model's dtype because eager attention adds a mask as it is, and because sdpa on CPU mistakes other dtypes.
-
-    Args:
-        visible (`torch.BoolTensor` of shape `[B, T, E]`): which of E nodes behind the context each of T queries sees.
-        context_length (`int`): cached slots S before the nodes; all are seen but those that `prompt_mask` excludes.
-        dtype (`torch.dtype`): dtype of the model.
-        prompt_mask (`torch.BoolTensor` of shape `[B, L]`, *optional*): false at the padding among the first L slots.
-
-    Returns:
-        `torch.Tensor` of shape `[B, 1, T, S + E]`: 0 where attention is allowed, the dtype's minimum elsewhere.
-    """
-    batch_size, num_queries, num_nodes = visible.shape
-    mask = torch.zeros(batch_size, 1, num_queries, context_length + num_nodes, dtype=dtype, device=visible.device)
-    lowest = torch.finfo(dtype).min
-    mask[..., context_length:].masked_fill_(~visible.unsqueeze(1), lowest)
-    if prompt_mask is not None:
-        mask[..., : prompt_mask.shape[1]].masked_fill_(~prompt_mask[:, None, None], lowest)
-    return mask
-
-
-__all__ = ["CandidateTree", "TreeGrowth", "TreeSettings", "tree_attention_mask"]
+__all__ = ["CandidateTree", "TreeGrowth", "TreeSettings"]

@@ -10,34 +10,39 @@ from dataclasses import dataclass
 
 import torch
 
+from .batch_selection import BatchSelector
 from .token_selection import TokenSelector
 from .tree import CandidateTree
 
 
 @dataclass
 class Verification:
-    """What one verification forward gave.
+    """What one verification forward gave, for each running row.
 
     Args:
-        path (`torch.LongTensor` of shape `[1, A]`): the nodes whose slots stay in the cache: the root, then accepted
-            ones.
-        tokens (`torch.LongTensor` of shape `[1, A]`): the emitted tokens; the last one has no slot yet.
-        num_draft_tokens (`int`): how many of them were drafted.
+        paths (`list[list[int]]`): the nodes whose slots stay in the cache: the root, then accepted ones.
+        tokens (`list[list[int]]`): the emitted tokens, as many; the last one has no slot yet.
+        num_draft_tokens (`list[int]`): how many of them were drafted.
     """
 
-    path: torch.Tensor
-    tokens: torch.Tensor
-    num_draft_tokens: int
+    paths: list[list[int]]
+    tokens: list[list[int]]
+    num_draft_tokens: list[int]
+
+    @property
+    def counts(self) -> list[int]:
+        """Emitted tokens of each row."""
+        return [len(tokens) for tokens in self.tokens]
 
 
-def verify(tree: CandidateTree, logits: torch.Tensor, selector: TokenSelector) -> Verification:
+def verify(tree: CandidateTree, logits: torch.Tensor, selector: BatchSelector) -> Verification:
     """
-    Walks the tree and emits tokens through `selector`.
+    Walks the trees and emits tokens through `selector`.
 
     Args:
-        tree (`CandidateTree`): a batch of one tree of N nodes.
-        logits (`torch.Tensor` of shape `[1, N, V]`): the target's, at each node.
-        selector (`TokenSelector`): chooses and emits.
+        tree (`CandidateTree`): a tree of N nodes for each of the selector's running rows.
+        logits (`torch.Tensor` of shape `[B, N, V]`): the target's, at each node.
+        selector (`BatchSelector`): chooses and emits.
     """
     if selector.is_plain_argmax:
         return _verify_argmax(tree, logits, selector)
@@ -61,40 +66,66 @@ def match_argmax(tree: CandidateTree, choices: torch.Tensor) -> torch.Tensor:
     return (matches.unsqueeze(1) | ~tree.ancestors).all(-1)
 
 
-def _verify_argmax(tree: CandidateTree, logits: torch.Tensor, selector: TokenSelector) -> Verification:
+def _verify_argmax(tree: CandidateTree, logits: torch.Tensor, selector: BatchSelector) -> Verification:
     # float32 as `generate` does: a tie that arises there is resolved there.
     choices = logits.float().argmax(-1)
     accepted = match_argmax(tree, choices)
     numbers = torch.arange(accepted.shape[1], device=accepted.device)
     # One read-back a round. Flat order makes an increasing list of nodes a path.
-    accepted_list, choice_list = torch.stack([torch.where(accepted[0], numbers, -1), choices[0]]).tolist()
-    nodes = [node for node in accepted_list if node >= 0]
-    count = selector.extend([choice_list[node] for node in nodes], logits[0, nodes])
-    return _result(tree, nodes[:count], [choice_list[node] for node in nodes[:count]], num_accepted=len(nodes) - 1)
+    accepted_lists, choice_lists = torch.stack([torch.where(accepted, numbers, -1), choices]).tolist()
+    result = Verification([], [], [])
+    for group, (place,), _ in selector.groups():
+        nodes = [node for node in accepted_lists[place] if node >= 0]
+        tokens = [choice_lists[place][node] for node in nodes]
+        count = group.extend(tokens, logits[place, nodes])
+        result.paths.append(nodes[:count])
+        result.tokens.append(tokens[:count])
+        result.num_draft_tokens.append(min(len(nodes) - 1, count))
+    return result
 
 
-def _verify_in_sequence(tree: CandidateTree, logits: torch.Tensor, selector: TokenSelector) -> Verification:
-    tokens, parents = torch.stack([tree.tokens[0], tree.parents[0]]).tolist()
-    children = {(parents[node], tokens[node]): node for node in range(1, len(tokens))}
-    node: int | None = 0
-    nodes: list[int] = []
-    emitted: list[int] = []
-    while node is not None:
-        nodes.append(node)
-        emitted.append(selector.select(logits[:, node]))
-        node = children.get((node, emitted[-1]))
-        if selector.finished:
-            break
-    return _result(tree, nodes, emitted, num_accepted=len(nodes) - (node is None))
+def _verify_in_sequence(tree: CandidateTree, logits: torch.Tensor, selector: BatchSelector) -> Verification:
+    tokens, parents = torch.stack([tree.tokens, tree.parents]).tolist()
+    children = [
+        {(parents[place][node], tokens[place][node]): node for node in range(1, len(tokens[place]))}
+        for place in range(len(tokens))
+    ]
+    result = Verification([[] for _ in tokens], [[] for _ in tokens], [0] * len(tokens))
+    for group, places, rows in selector.groups():
+        _walk(group, places, rows, children, logits, selector.keeps_ended_rows, result)
+    return result
 
 
-def _result(tree: CandidateTree, nodes: list[int], tokens: list[int], num_accepted: int) -> Verification:
-    device = tree.tokens.device
-    return Verification(
-        path=torch.tensor([nodes], device=device),
-        tokens=torch.tensor([tokens], device=device),
-        num_draft_tokens=min(num_accepted, len(tokens)),
-    )
+def _walk(
+    group: TokenSelector,
+    places: list[int],
+    rows: list[int],
+    children: list[dict[tuple[int, int], int]],
+    logits: torch.Tensor,
+    keeps_ended_rows: bool,
+    result: Verification,
+) -> None:
+    """Walks the trees of the rows of one group in step, until one of them is left."""
+    nodes = dict.fromkeys(places, 0)
+    row_of = dict(zip(places, rows, strict=True))
+    while True:
+        walking = list(nodes)
+        chosen = group.select(logits[walking, list(nodes.values())], [row_of[place] for place in walking])
+        left_tree = False
+        for place in walking:
+            node, token = nodes[place], chosen[row_of[place]]
+            result.paths[place].append(node)
+            result.tokens[place].append(token)
+            child = children[place].get((node, token))
+            result.num_draft_tokens[place] += child is not None
+            if group.ended[row_of[place]] and not keeps_ended_rows:
+                del nodes[place]
+            elif child is None:
+                left_tree = True
+            else:
+                nodes[place] = child
+        if group.finished or left_tree:
+            return
 
 
 __all__ = ["Verification", "match_argmax", "verify"]

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -20,11 +21,11 @@ from transformers import (
     TemperatureLogitsWarper,
 )
 
+from msd_hf.batch_selection import BatchSelector
 from msd_hf.cache import CACHE_NAME
 from msd_hf.candidate_generator import MSDCandidateGenerator
 from msd_hf.generation import MSDGenerateOutput
 from msd_hf.targets import TargetAdapter
-from msd_hf.token_selection import TokenSelector
 from msd_hf.tree import TreeSettings
 from msd_hf.verification import verify
 
@@ -313,11 +314,11 @@ def test_distribution_of_many_walks():
         at_nodes = torch.stack([logits[path] for path in paths_of(tree)]).unsqueeze(0)
         torch.manual_seed(5)
         for _ in range(5000):
-            selector = TokenSelector(torch.cat([prompt, torch.tensor([[first]])], dim=1), processors, criteria, config)
-            tokens = [first, *verify(tree, at_nodes, selector).tokens[0].tolist()]
+            selector = BatchSelector(torch.cat([prompt, torch.tensor([[first]])], dim=1), processors, criteria, config)
+            tokens = [first, *verify(tree, at_nodes, selector).tokens[0]]
             lengths[len(tokens) - 1] += 1
             while len(tokens) < 3:
-                tokens.append(selector.select(logits[tuple(tokens)].unsqueeze(0)))
+                tokens += selector.select(logits[tuple(tokens)].unsqueeze(0))
             counts[tuple(tokens)] += 1
     assert lengths[1] > 400 and lengths[2] > 400  # bonus tokens after a rejection and after an acceptance
     assert chi_square_p_value(counts, conditional) > 1e-3
@@ -339,7 +340,7 @@ def propose_tree(pair: tiny.Pair, adapter: TargetAdapter, first: int):
     """The tree that the draft grows after the prompt and `first`."""
     prompt, target = small_prompt()["input_ids"], pair.target
     config = target._prepare_generation_config(None)[0]
-    prefill = adapter.prefill(prompt, config, {CACHE_NAME: None, "use_cache": True, "attention_mask": None})
+    prefill = adapter.prefill(prompt, config, {CACHE_NAME: DynamicCache(), "use_cache": True, "attention_mask": None})
     generator = MSDCandidateGenerator(pair.draft, adapter)
     generator.prefill(prefill, torch.tensor([first]))
     return generator.propose(torch.tensor([first]), TreeSettings(*SMALL_TREE))

@@ -4,12 +4,12 @@ import pytest
 import torch
 from tiny import build_draft, build_target
 
+from msd_hf.attention_mask import ContextSlots, tree_attention_mask
 from msd_hf.cache import truncate
 from msd_hf.candidate_generator import MSDCandidateGenerator
 from msd_hf.targets import TargetAdapter
 from msd_hf.training.rows import draft_rows
 from msd_hf.training.unrolling import unrolled_states
-from msd_hf.tree import tree_attention_mask
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -30,14 +30,12 @@ def test_pass_k_equals_drafting_k_tokens_deep(attention, target_layers):
     # The oracle: feed rows 0..i with true states, then the following tokens one by one with the draft's own output.
     for last_true in range(3, length - num_passes):
         generator = MSDCandidateGenerator(draft, adapter)
-        generator._feed(
+        states = draft(
             rows.inputs_embeds[:, : last_true + 1],
             rows.hidden_states[:, : last_true + 1],
             rows.visual_mask[:, : last_true + 1],
-            torch.arange(last_true + 1).expand(2, -1),
-            None,
-        )
-        states = generator._last_state
+            past_key_values=generator.cache,
+        ).last_hidden_state[:, -1:]
         torch.testing.assert_close(passes[0][:, last_true : last_true + 1], states, atol=2e-6, rtol=0)
         for number in range(1, num_passes):
             row = last_true + number
@@ -45,7 +43,9 @@ def test_pass_k_equals_drafting_k_tokens_deep(attention, target_layers):
                 inputs_embeds=rows.inputs_embeds[:, row : row + 1],
                 hidden_states=states,
                 position_ids=torch.full((2, 1), row),
-                attention_mask=tree_attention_mask(torch.ones(2, 1, 1, dtype=torch.bool), row, draft.dtype),
+                attention_mask=tree_attention_mask(
+                    torch.ones(2, 1, 1, dtype=torch.bool), ContextSlots([row] * 2), draft.dtype
+                ),
                 past_key_values=generator.cache,
             ).last_hidden_state
             torch.testing.assert_close(

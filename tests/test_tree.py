@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from msd_hf import MSDError
+from msd_hf.attention_mask import ContextSlots, tree_attention_mask
 from msd_hf.candidate_generator import MSDCandidateGenerator
 from msd_hf.targets import TargetPrefill
-from msd_hf.tree import CandidateTree, TreeGrowth, TreeSettings, tree_attention_mask
+from msd_hf.tree import CandidateTree, TreeGrowth, TreeSettings
 
 
 TREES = [
@@ -43,6 +44,8 @@ def test_trees_of_three_rounds_reproduce_the_original(name, dtype, tmp_path):
         visual_mask=torch.cat([visual_mask[:, :1] & False, visual_mask[:, :-1]], dim=1),  # back to unshifted
         prompt_mask=None,
         next_position=None,
+        num_slots=visual_mask.shape[1],
+        outputs=None,
     )
     with torch.no_grad():
         generator.prefill(prefill, token)
@@ -50,7 +53,7 @@ def test_trees_of_three_rounds_reproduce_the_original(name, dtype, tmp_path):
             if number > 1:
                 hidden_states = values[f"r{number}.hidden_states"].to(dtype)
                 tokens = values[f"r{number}.input_ids"][:, -hidden_states.shape[1] :]
-                generator.accept(tokens, hidden_states)
+                generator.accept(tokens, hidden_states, [tokens.shape[1]])
                 token = tokens[:, -1]
             tree = generator.propose(token, settings)
             assert tree.tokens.tolist() == values[f"r{number}.draft_tokens"].tolist()
@@ -112,7 +115,7 @@ def test_a_sure_draft_gives_a_chain_down_to_the_last_level():
 def test_mask_shows_the_context_and_the_ancestors():
     tree = CandidateTree.from_parents(torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 0, 0, 2]]), max_depth=2)
     prompt_mask = torch.tensor([[False, True]])
-    mask = tree_attention_mask(tree.ancestors, 3, torch.float64, prompt_mask)
+    mask = tree_attention_mask(tree.ancestors, ContextSlots([3] * len(prompt_mask), prompt_mask), torch.float64)
     allowed = [
         [0, 1, 1, 1, 0, 0, 0],
         [0, 1, 1, 1, 1, 0, 0],
@@ -134,6 +137,6 @@ def test_settings_out_of_range_are_refused_by_name(name, value):
 
 def test_levels_that_could_not_be_emitted_are_not_drafted():
     settings = TreeSettings(20, 5, 4)
-    assert settings.limited_to(6) == settings
-    assert settings.limited_to(2) == TreeSettings(20, 1, 4)
-    assert settings.limited_to(0).num_nodes == 1
+    assert settings.limited_to(7) == settings == settings.limited_to(None)
+    assert settings.limited_to(3) == TreeSettings(20, 1, 4)
+    assert settings.limited_to(1).num_nodes == 1

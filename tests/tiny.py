@@ -102,6 +102,19 @@ def make_prompt(
     return inputs
 
 
+def left_padded(prompts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Prompts of `make_prompt` as one batch."""
+    length = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    batch = {"input_ids": torch.full((len(prompts), length), PAD_TOKEN_ID)}
+    batch["attention_mask"] = torch.zeros_like(batch["input_ids"])
+    for row, prompt in enumerate(prompts):
+        ids = prompt["input_ids"][0]
+        batch["input_ids"][row, length - len(ids) :] = ids
+        batch["attention_mask"][row, length - len(ids) :] = 1
+    images = [prompt["pixel_values"] for prompt in prompts if "pixel_values" in prompt]
+    return batch | ({"pixel_values": torch.cat(images)} if images else {})
+
+
 def build_draft(
     target: LlavaForConditionalGeneration, seed: int = 0, dtype: torch.dtype | None = None, **overrides: Any
 ) -> MSDDraftModel:

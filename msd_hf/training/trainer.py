@@ -17,7 +17,8 @@ from transformers.utils import logging
 from ..errors import MSDError
 from ..evaluation.metrics import mean_acceptance_length
 from ..modeling_msd import MSDDraftModel
-from ..targets import TargetAdapter, check_pair, check_target
+from ..target_support import check_pair, check_target
+from ..targets import TargetAdapter
 from .acceptance import acceptance_lengths
 from .arguments import MSDTrainingArguments
 from .checkpointing import last_complete_checkpoint

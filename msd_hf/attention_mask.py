@@ -1,0 +1,103 @@
+"""Which cache slots hold the context of each row, and the attention masks that follow from it.
+
+A slot is not a position: rows of a batch accept different numbers of tokens, so that a row may leave the last slots of
+the cache unused, and padding takes slots at the front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class ContextSlots:
+    """
+    The slots of a KV cache that hold the context of each of B rows.
+
+    Args:
+        lengths (`list[int]`): how many slots, from the first one on, each row uses.
+        prompt_mask (`torch.BoolTensor` of shape `[B, L]`, *optional*): false at the padding among the first L slots;
+            `None` if there is none.
+    """
+
+    lengths: list[int]
+    prompt_mask: torch.Tensor | None = None
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the cache, S."""
+        return max(self.lengths)
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether some rows use fewer slots than others."""
+        return min(self.lengths) != max(self.lengths)
+
+    def grow(self, counts: Sequence[int]) -> None:
+        """Adds to each row's slots."""
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+
+    def select(self, rows: Sequence[int]) -> ContextSlots:
+        """Those of some rows."""
+        mask = None if self.prompt_mask is None else self.prompt_mask[list(rows)]
+        return ContextSlots([self.lengths[row] for row in rows], mask)
+
+    def row_lengths(self, device: torch.device) -> torch.Tensor:
+        """`lengths` as `[B]`."""
+        return torch.tensor(self.lengths, device=device)
+
+    def mask(self, device: torch.device) -> torch.Tensor | None:
+        """Which of the S slots each row may see, `[B, S]`; `None` if all rows may see all of them."""
+        visible = None
+        if self.is_ragged:
+            visible = torch.arange(self.num_slots, device=device) < self.row_lengths(device).unsqueeze(1)
+        if self.prompt_mask is not None:
+            if visible is None:
+                visible = torch.ones(len(self.lengths), self.num_slots, dtype=torch.bool, device=device)
+            visible[:, : self.prompt_mask.shape[1]] &= self.prompt_mask.to(device)
+        return visible
+
+
+def tree_attention_mask(
+    visible: torch.Tensor,
+    context: ContextSlots,
+    dtype: torch.dtype,
+    window: int | None = None,
+    depths: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    The additive attention mask of tree nodes over a cached context and the nodes themselves. Additive and in the
+    model's dtype because eager attention adds a mask as it is, and because sdpa on CPU mistakes other dtypes.
+
+    Args:
+        visible (`torch.BoolTensor` of shape `[B, T, E]`): which of E nodes behind the context each of T queries sees.
+        context (`ContextSlots`): of S slots, which come before the nodes.
+        dtype (`torch.dtype`): dtype of the model.
+        window (`int`, *optional*): of a sliding-window layer: no token sees another one `window` or more before it.
+        depths (`torch.LongTensor` of shape `[B, E]`, *optional*): with a window, where T = E: how far behind the
+            context each node stands.
+
+    Returns:
+        `torch.Tensor` of shape `[B, 1, T, S + E]`: 0 where attention is allowed, the dtype's minimum elsewhere.
+    """
+    batch_size, num_queries, num_nodes = visible.shape
+    num_slots, device = context.num_slots, visible.device
+    mask = torch.zeros(batch_size, 1, num_queries, num_slots + num_nodes, dtype=dtype, device=device)
+    lowest = torch.finfo(dtype).min
+    if window is not None:
+        assert depths is not None
+        visible = visible & (depths.unsqueeze(2) - depths.unsqueeze(1) < window)
+        first = context.row_lengths(device).unsqueeze(1) + depths - window + 1  # [B, T]: first slot in the window
+        outside = torch.arange(num_slots, device=device) < first.unsqueeze(2)  # [B, T, S]
+        mask[..., :num_slots].masked_fill_(outside.unsqueeze(1), lowest)
+    mask[..., num_slots:].masked_fill_(~visible.unsqueeze(1), lowest)
+    seen = context.mask(device)
+    if seen is not None:
+        mask[..., :num_slots].masked_fill_(~seen[:, None, None], lowest)
+    return mask
+
+
+__all__ = ["ContextSlots", "tree_attention_mask"]

@@ -1,0 +1,97 @@
+"""Hidden states and attentions of each step, as `generate` gives them without a draft."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers.utils import ModelOutput
+
+
+class DecoderOutputs:
+    """
+    Picks, from verifications of whole trees, what belongs to the steps of each sequence.
+
+    Args:
+        batch_size (`int`): sequences.
+        windows (`Sequence[int | None]`): of each decoder layer; attentions of a step reach no further back.
+        output_flags (`dict[str, bool]`): `output_hidden_states`, `output_attentions`: what is kept.
+    """
+
+    def __init__(self, batch_size: int, windows: Sequence[int | None], output_flags: dict[str, bool]):
+        self.windows = windows
+        self._prefill: ModelOutput | None = None
+        # Of each sequence, and step, and layer.
+        self._hidden_states: list[list[list[torch.Tensor]]] | None = None
+        self._attentions: list[list[list[torch.Tensor]]] | None = None
+        if output_flags.get("output_hidden_states"):
+            self._hidden_states = [[] for _ in range(batch_size)]
+        if output_flags.get("output_attentions"):
+            self._attentions = [[] for _ in range(batch_size)]
+
+    def add_prefill(self, outputs: ModelOutput) -> None:
+        """Keeps those of the prompt."""
+        if self._hidden_states is not None or self._attentions is not None:
+            self._prefill = outputs
+
+    def add(
+        self,
+        outputs: ModelOutput,
+        rows: Sequence[int],
+        paths: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+    ) -> None:
+        """
+        Keeps those of one verification.
+
+        Args:
+            outputs (`ModelOutput`): the target's.
+            rows (`Sequence[int]`): which sequence each row of the outputs is.
+            paths (`Sequence[Sequence[int]]`): the nodes of each that were accepted.
+            lengths (`Sequence[int]`): slots of the cache that were the context of each.
+        """
+        for place, (row, path, length) in enumerate(zip(rows, paths, lengths, strict=True)):
+            if self._hidden_states is not None:
+                for node in path:
+                    layers = [states[place : place + 1, node : node + 1] for states in outputs.hidden_states]
+                    self._hidden_states[row].append(layers)
+            if self._attentions is not None:
+                for count in range(1, len(path) + 1):
+                    layers = [
+                        self._of_step(attention, place, path[:count], length, window)
+                        for attention, window in zip(outputs.attentions, self.windows, strict=True)
+                    ]
+                    self._attentions[row].append(layers)
+
+    @property
+    def hidden_states(self) -> tuple[tuple[torch.Tensor, ...], ...] | None:
+        """Of each step a tuple of layers, `[B, 1, H]`; of the first one `[B, L, H]`."""
+        first = None if self._prefill is None else self._prefill.get("hidden_states")
+        return _by_step(first, self._hidden_states)
+
+    @property
+    def attentions(self) -> tuple[tuple[torch.Tensor, ...], ...] | None:
+        """Of each step a tuple of layers, `[B, heads, 1, slots]`; of the first one `[B, heads, L, slots]`."""
+        first = None if self._prefill is None else self._prefill.get("attentions")
+        return _by_step(first, self._attentions)
+
+    def _of_step(
+        self, attention: torch.Tensor, place: int, path: Sequence[int], length: int, window: int | None
+    ) -> torch.Tensor:
+        num_slots = attention.shape[-1] - attention.shape[-2]
+        columns = [*range(length), *(num_slots + node for node in path)]
+        if window is not None:
+            columns = columns[-window:]
+        return attention[place : place + 1, :, path[-1] : path[-1] + 1, columns]
+
+
+def _by_step(
+    first: tuple[torch.Tensor, ...] | None, sequences: list[list[list[torch.Tensor]]] | None
+) -> tuple[tuple[torch.Tensor, ...], ...] | None:
+    if sequences is None or first is None:
+        return None
+    steps = zip(*sequences, strict=True)
+    return (tuple(first), *(tuple(torch.cat(rows) for rows in zip(*step, strict=True)) for step in steps))
+
+
+__all__ = ["DecoderOutputs"]

@@ -1,0 +1,109 @@
+"""The rows of a batch that are still running, and what is kept of those that have ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import Cache
+
+from .attention_mask import ContextSlots
+from .batch_selection import BatchSelector
+from .cache import keep_paths, put_rows, select_rows, take_row
+from .decoder_outputs import DecoderOutputs
+from .targets import TargetAdapter
+from .tree import CandidateTree
+from .verification import Verification
+
+
+@dataclass
+class _EndedRow:
+    keys_and_values: list[tuple[torch.Tensor, torch.Tensor]]
+    length: int
+    next_position: torch.Tensor  # [..., 1, 1]
+    last_token: int
+
+
+class RunningRows:
+    """
+    Where the target stands in each running row: slots, position, last token.
+
+    Args:
+        cache (`Cache`): the target's, of `InPlaceLayer`s.
+        prompt_mask (`torch.BoolTensor` of shape `[B, S]`, *optional*): false at padding.
+        next_position (`torch.LongTensor` of shape `[..., B, 1]`): of the last token.
+        tokens (`list[int]`): the last token of each row, which is not in the cache yet.
+    """
+
+    def __init__(self, cache: Cache, prompt_mask: torch.Tensor | None, next_position: torch.Tensor, tokens: list[int]):
+        self.cache = cache
+        self.context = ContextSlots([cache.get_seq_length()] * len(tokens), prompt_mask)
+        self.next_position = next_position
+        self.tokens = tokens
+        self._prompt_mask = prompt_mask
+        self._ended: dict[int, _EndedRow] = {}
+
+    def accept(self, verified: Verification, paths: torch.Tensor) -> None:
+        """Keeps the slots of accepted nodes (`paths`, `[B, A]`), and moves on."""
+        keep_paths(self.cache, self.context, paths, verified.counts)
+        counts = torch.tensor(verified.counts, device=self.next_position.device)
+        self.next_position = self.next_position + counts.unsqueeze(1)
+        self.tokens = [tokens[-1] for tokens in verified.tokens]
+
+    def select(self, places: Sequence[int], rows: Sequence[int], keep_others: bool) -> None:
+        """
+        Goes on with some rows alone.
+
+        Args:
+            places (`Sequence[int]`): where they are among the running ones.
+            rows (`Sequence[int]`): which rows of the whole batch the running ones were up to now.
+            keep_others (`bool`): put the slots of the others aside for `complete`.
+        """
+        for place in sorted(set(range(len(rows))) - set(places)):
+            if keep_others:
+                self._ended[rows[place]] = self._take(place)
+        self.context = select_rows(self.cache, self.context, places)
+        self.next_position = self.next_position[..., list(places), :]
+        self.tokens = [self.tokens[place] for place in places]
+
+    def complete(
+        self, adapter: TargetAdapter, selector: BatchSelector, extras: DecoderOutputs, flags: dict[str, bool]
+    ) -> None:
+        """
+        Brings the rows that ended early to the length of the longest, as `generate` does with padding, by one forward
+        of the target: for the cache, scores and states that are returned.
+        """
+        batch_size = selector.batch_size
+        emitted = [len(selector.row_tokens(row)) for row in range(batch_size)]
+        missing = [max(emitted) - count for count in emitted]
+        if not any(missing):
+            return
+        for place, row in enumerate(selector.running):
+            self._ended[row] = self._take(place)
+        ended = [self._ended[row] for row in range(batch_size)]
+        put_rows(self.cache, [row.keys_and_values for row in ended])
+        context = ContextSlots([row.length for row in ended], self._prompt_mask)
+        next_position = torch.cat([row.next_position for row in ended], dim=-2)
+        device = next_position.device
+        tokens = torch.full((batch_size, max(missing)), selector.pad_token_id, device=device)
+        tokens[:, 0] = torch.tensor([row.last_token for row in ended], device=device)
+        chain = CandidateTree.chain(tokens)
+        verification = adapter.verify(chain, self.cache, context, next_position, **flags)
+        paths = [list(range(count)) for count in missing]
+        extras.add(verification.outputs, range(batch_size), paths, context.lengths)
+        for row, count in enumerate(missing):
+            selector.pad(row, verification.logits[row, :count])
+        keep_paths(self.cache, context, torch.arange(max(missing), device=device).expand(batch_size, -1), missing)
+
+    def _take(self, place: int) -> _EndedRow:
+        length = self.context.lengths[place]
+        return _EndedRow(
+            take_row(self.cache, place, length),
+            length,
+            self.next_position[..., place : place + 1, :],
+            self.tokens[place],
+        )
+
+
+__all__ = ["RunningRows"]
