@@ -243,17 +243,19 @@ class TargetAdapter:
 
     @contextmanager
     def _attention_with_tree_mask(self) -> Iterator[None]:
-        """Attention implementations that take no tree mask give way to sdpa for one forward."""
+        """Attention implementations that take no tree mask give way to another one for one forward."""
         config = self.decoder.config
         implementation = config._attn_implementation
         if implementation in TREE_ATTENTION:
             yield
             return
+        # A decoder that caps its attention scores has no sdpa.
+        substitute = "sdpa" if self.decoder._supports_sdpa else "eager"
         logger.warning_once(
             f"The target's attention implementation {implementation!r} takes no tree mask: candidate trees are "
-            "verified with sdpa, the prompt is read as before. The two round differently, see the README on near-ties."
+            f"verified with {substitute}, the prompt is read as before. The two round differently, see the README on near-ties."
         )
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = substitute
         try:
             yield
         finally:

@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from msd_hf.cache import InPlaceLayer, keep_slots, make_in_place, truncate
+from msd_hf.attention_mask import ContextSlots
+from msd_hf.cache import InPlaceLayer, keep_paths, make_in_place, put_rows, select_rows, take_row, truncate
 
 
 def states(length: int, batch_size: int = 2, heads: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +86,58 @@ def test_a_dynamic_cache_is_turned_in_place_as_the_same_object(lazy):
     for layer_idx in range(2):
         cache.update(*states(20), layer_idx)
     assert isinstance(cache, Cache) and [type(layer) for layer in cache.layers] == [InPlaceLayer, InPlaceLayer]
-    keep_slots(cache, 5, torch.tensor([[3], [1]]))
+    keep_paths(cache, ContextSlots([5, 5]), torch.tensor([[3], [1]]), [1, 1])
     assert cache.get_seq_length() == 6
     truncate(cache, 2)
     assert cache.get_seq_length() == 2
+
+
+@pytest.mark.parametrize("missing", [0, 3])
+def test_a_filled_sliding_window_becomes_a_full_layer(missing):
+    """What has left the window is zeros; what is in it stays."""
+    window = 7
+    cache = DynamicCache()
+    cache.layers = [DynamicSlidingWindowLayer(window), DynamicLayer()]
+    keys, values = states(window - 1 + missing)
+    for layer_idx in range(2):
+        cache.update(keys, values, layer_idx)
+    make_in_place(cache, 40)
+    for layer in cache.layers:
+        assert type(layer) is InPlaceLayer and layer.get_seq_length() == window - 1 + missing
+    assert torch.equal(cache.layers[0].keys[:, :, missing:], keys[:, :, missing:])
+    assert not cache.layers[0].values[:, :, :missing].any()
+    new = states(2)
+    cache.update(*new, 0)
+    assert torch.equal(cache.layers[0].keys[:, :, -2:], new[0])
+
+
+def test_rows_that_accept_different_numbers_of_slots():
+    """Each row's slots follow its own; a row leaves, and comes back behind the others."""
+    torch.manual_seed(0)
+    cache = DynamicCache()
+    make_in_place(cache, 40)
+    keys, values = states(9, batch_size=3)
+    cache.update(keys, values, 0)
+    context = ContextSlots([4, 4, 4])
+    keep_paths(cache, context, torch.tensor([[0, 2, 4], [1, 0, 0], [0, 3, 0]]), [3, 1, 2])
+    assert context.lengths == [7, 5, 6] and cache.get_seq_length() == 7
+    expected = [[0, 1, 2, 3, 4, 6, 8], [0, 1, 2, 3, 5], [0, 1, 2, 3, 4, 7]]
+    for row, slots in enumerate(expected):
+        assert torch.equal(cache.layers[0].keys[row, :, : len(slots)], keys[row, :, slots])
+        assert torch.equal(cache.layers[0].values[row, :, : len(slots)], values[row, :, slots])
+    assert context.mask(torch.device("cpu")).sum(1).tolist() == [7, 5, 6]
+    first = take_row(cache, 0, 7)
+    context = select_rows(cache, context, [1, 2])
+    assert context.lengths == [5, 6] and cache.get_seq_length() == 6
+    # The next nodes come behind the longest row, and move to their own.
+    new = states(3)
+    cache.update(*new, 0)
+    keep_paths(cache, context, torch.tensor([[0, 2], [0, 1]]), [2, 1])
+    assert context.lengths == [7, 7]
+    assert torch.equal(cache.layers[0].keys[0, :, 5:7], new[0][0][:, [0, 2]])
+    assert torch.equal(cache.layers[0].keys[1, :, 6:7], new[0][1][:, [0]])
+    rows = [first, take_row(cache, 0, 7), take_row(cache, 1, 7)]
+    put_rows(cache, rows)
+    assert cache.layers[0].keys.shape == (3, 3, 7, 4)
+    for row, slots in enumerate(expected):
+        assert torch.equal(cache.layers[0].keys[row, :, : len(slots)], keys[row, :, slots])
