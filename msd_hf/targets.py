@@ -253,7 +253,8 @@ class TargetAdapter:
         substitute = "sdpa" if self.decoder._supports_sdpa else "eager"
         logger.warning_once(
             f"The target's attention implementation {implementation!r} takes no tree mask: candidate trees are "
-            f"verified with {substitute}, the prompt is read as before. The two round differently, see the README on near-ties."
+            f"verified with {substitute}, the prompt is read as before. The two round differently: a near-tie between "
+            "two tokens may fall the other way."
         )
         config._attn_implementation = substitute
         try:
