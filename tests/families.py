@@ -113,7 +113,9 @@ class Family:
             torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
             for name, parameter in model.named_parameters():
                 # The default initialisation leaves an image hardly visible to the decoder.
-                if parameter.ndim > 1 and any(part in name for part in ("multi_modal_projector", "connector", "merger")):
+                if parameter.ndim > 1 and any(
+                    part in name for part in ("multi_modal_projector", "connector", "merger")
+                ):
                     torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = PAD_TOKEN_ID
@@ -178,9 +180,7 @@ class Family:
             if told:
                 types = types + (ids == IMAGE_TOKEN_ID).long() + 2 * (ids == VIDEO_TOKEN_ID).long()
             inputs[name] = types
-        return {
-            name: value.to(dtype) if value.dtype.is_floating_point else value for name, value in inputs.items()
-        }
+        return {name: value.to(dtype) if value.dtype.is_floating_point else value for name, value in inputs.items()}
 
     def inputs(self, seed: int, num_images: int = 0, place: str = "middle", **options: Any) -> dict[str, Any]:
         """Inputs of `generate` for one prompt, see [`~Family.prompt`]."""
@@ -356,9 +356,7 @@ def _anyres_image(generator: torch.Generator, number: int, num_images: int, patc
     size = ((16, 32), (30, 14), (20, 32))[number % 3]
     per_side = 2  # patches of a tile
     if not patch:
-        return Picture(
-            [IMAGE_TOKEN_ID] * (per_side**2 + 1), _noise(generator, 1, 1, 3, IMAGE_SIZE, IMAGE_SIZE), size
-        )
+        return Picture([IMAGE_TOKEN_ID] * (per_side**2 + 1), _noise(generator, 1, 1, 3, IMAGE_SIZE, IMAGE_SIZE), size)
     tiles_high, tiles_wide = get_anyres_image_grid_shape(size, _PINPOINTS, IMAGE_SIZE)
     _, rows, columns = unpad_image(torch.empty(1, tiles_high * per_side, tiles_wide * per_side), size).shape
     num_tiles = 1 + tiles_high * tiles_wide
@@ -534,7 +532,11 @@ _REGISTRY = [
         "vipllava",
         "VipLlavaForConditionalGeneration",
         lambda: _multimodal(
-            "VipLlavaConfig", _llama(), _tower("CLIPVisionConfig", 8), vision_feature_layers=[-2, -1], image_seq_length=4
+            "VipLlavaConfig",
+            _llama(),
+            _tower("CLIPVisionConfig", 8),
+            vision_feature_layers=[-2, -1],
+            image_seq_length=4,
         ),
         _fixed_image,
     ),

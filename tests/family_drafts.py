@@ -70,8 +70,8 @@ def _rollout(
     num_tokens: int = 40,
 ) -> tuple[torch.Tensor, ...]:
     """
-    Draft inputs and goals on generations of the target, as float32: embeddings and visual mask of positions 1..., hidden
-    states of positions 0..., the next hidden states, and the target's probabilities after them.
+    Draft inputs and goals on generations of the target, as float32: embeddings and visual mask of positions 1...,
+    hidden states of positions 0..., the next hidden states, and the target's probabilities after them.
     """
     # Pictures of equal size in all rows: no padding.
     prompts = [family.prompt(seed + row, num_images, place, first_size=seed) for row in range(num_prompts)]
