@@ -227,12 +227,15 @@ class TargetAdapter:
             for kind, window in self.windows.items()
         }
         mask = masks if len(masks) > 1 else next(iter(masks.values()))
+        position_ids = next_position + tree.depths
         with (
-            self._observe(attention_mask=mask, position_ids=next_position + tree.depths) as seen,
+            self._observe(attention_mask=mask, position_ids=position_ids) as seen,
             self._attention_with_tree_mask(),
         ):
             outputs = self.target(
                 input_ids=tree.tokens,
+                # Given here too because a model with M-RoPE would compute its own, for the rows of the prefill.
+                position_ids=position_ids,
                 use_cache=True,
                 logits_to_keep=0,
                 return_dict=True,
