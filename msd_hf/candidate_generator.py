@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import Cache
@@ -33,6 +33,7 @@ class MSDCandidateGenerator:
         self.draft = draft
         self.target = target
         self.cache = Cache(layers=[InPlaceLayer(max_slots) for _ in draft.layers])
+        self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._context: ContextSlots  # accepted rows; drafted ones come behind
         self._next_position: torch.Tensor  # [B, 1]
         self._last_state: torch.Tensor  # [B, 1, H], from which the first level of the next tree is drafted
@@ -77,6 +78,17 @@ class MSDCandidateGenerator:
         self._last_state = states[:, -1:]
         self.last_hidden_state = hidden_states[:, -1:]
 
+    def wait(self, tokens: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """Like `accept` for one token a row (`[B, 1]`, `[B, 1, (1 + K) * H]`), which is fed once it is needed."""
+        self._pending.append((tokens, hidden_states))
+
+    def feed_pending(self) -> None:
+        """Feeds the tokens that wait."""
+        if self._pending:
+            tokens, hidden_states = (torch.cat(part, dim=1) for part in zip(*self._pending, strict=True))
+            self._pending = []
+            self.accept(tokens, hidden_states, [tokens.shape[1]] * tokens.shape[0])
+
     def accept(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> None:
         """
         Replaces the drafted slots by the tokens that were emitted, with the target's true hidden states.
@@ -110,24 +122,36 @@ class MSDCandidateGenerator:
     def keep_rows(self, places: Sequence[int]) -> None:
         """Goes on with some rows of the batch alone."""
         self._context = select_rows(self.cache, self._context, places)
+        self._pending = [(tokens[list(places)], states[list(places)]) for tokens, states in self._pending]
         self._next_position = self._next_position[list(places)]
         self._last_state = self._last_state[list(places)]
 
-    def propose(self, roots: torch.Tensor, settings: TreeSettings) -> CandidateTree:
+    def propose(
+        self,
+        roots: torch.Tensor,
+        settings: TreeSettings,
+        goes_deeper: Callable[[TreeGrowth], bool] = lambda growth: True,
+        num_nodes: Callable[[TreeGrowth], int] = lambda growth: growth.num_nodes,
+    ) -> CandidateTree:
         """
         Grows trees.
 
         Args:
             roots (`torch.LongTensor` of shape `[B]`): the last emitted tokens.
-            settings (`TreeSettings`): size of the trees.
+            settings (`TreeSettings`): bounds of the trees.
+            goes_deeper (`Callable`): whether they get another level.
+            num_nodes (`Callable`): how many nodes are kept in the end.
         """
         growth = TreeGrowth(roots, settings)
         if settings.num_nodes == 1:
             return growth.finish()
+        self.feed_pending()
         log_probs, candidates = self._top_k(self._last_state, settings.top_k)
         tokens, _ = growth.expand(log_probs, candidates)
         parent_states = self._last_state.expand(-1, tokens.shape[1], -1)  # [B, K, H]
         for level in range(settings.depth):
+            if not goes_deeper(growth):
+                break
             states = self._forward(
                 self.target.embed(tokens),
                 parent_states,
@@ -138,7 +162,7 @@ class MSDCandidateGenerator:
             log_probs, candidates = self._top_k(states, settings.top_k)
             tokens, above = growth.expand(log_probs, candidates)
             parent_states = states.gather(1, above.unsqueeze(2).expand(-1, -1, states.shape[2]))
-        return growth.finish()
+        return growth.finish(num_nodes(growth))
 
     def _chain_mask(self, length: int) -> torch.Tensor:
         """The mask of `length` rows that follow each other behind the context."""

@@ -22,6 +22,7 @@ from .self_check import check_tree_verification
 from .target_support import layer_windows
 from .targets import TargetAdapter
 from .tree import TreeSettings
+from .tree_policy import make_tree_policy
 from .verification import verify
 
 
@@ -71,6 +72,7 @@ def msd_decoding(
         input_ids, logits_processor, stopping_criteria, generation_config, streamer, keeps_ended_rows=keeps_cache
     )
     flags = {name: True for name in ("output_hidden_states", "output_attentions") if model_kwargs.get(name)}
+    policy = make_tree_policy(settings, draft, adapter, selector.batch_size)
     extras = DecoderOutputs(selector.batch_size, layer_windows(adapter.text_config), flags)
     num_slots = _slots_after_prompt(cache, input_ids, generation_config, model_kwargs)
     conversation = Conversation(cache, draft, input_ids, num_slots) if selector.batch_size == 1 else None
@@ -90,14 +92,17 @@ def msd_decoding(
 
     while not selector.finished:
         _drop_ended(selector, running, generator, keeps_cache)
-        tree = generator.propose(
-            torch.tensor(running.tokens, device=draft.device), settings.limited_to(selector.tokens_left)
-        ).to(running.next_position.device)
+        limits = policy.begin_round(selector.tokens_left, running.context.num_slots)
+        roots = torch.tensor(running.tokens, device=draft.device)
+        tree = generator.propose(roots, limits, policy.goes_deeper, policy.num_nodes)
+        tree = tree.to(running.next_position.device)
         if selector.padded_rows:
             tree = tree.with_chain(selector.padded_rows, selector.pad_token_id)
 
         context_lengths = running.context.lengths
+        policy.begin_verification()
         verification = adapter.verify(tree, cache, running.context, running.next_position, **flags)
+        policy.end_verification()
         verified = verify(tree, verification.logits, selector)
         extras.add(verification.outputs, selector.running, verified.paths, context_lengths)
 
@@ -107,13 +112,19 @@ def msd_decoding(
         if keeps_cache or not selector.finished:
             states = verification.hidden_states  # [B, N, W]
             index = paths.to(states.device).unsqueeze(2).expand(-1, -1, states.shape[2])
-            generator.accept(_padded(verified.tokens, draft.device), states.gather(1, index), verified.counts)
+            emitted, states = _padded(verified.tokens, draft.device), states.gather(1, index)
+            if limits.num_nodes == 1:
+                generator.wait(emitted, states)
+            else:
+                generator.accept(emitted, states, verified.counts)
+        policy.end_round(tree, verified.paths)
 
     if streamer is not None:
         streamer.end()
     if keeps_cache:
         running.complete(adapter, selector, extras, flags)
         if conversation is not None and not has_padding:
+            generator.feed_pending()
             conversation.remember(cache, generator.cache, selector.row_tokens(0), generator.last_hidden_state)
     if not generation_config.return_dict_in_generate:
         return selector.sequences

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +23,11 @@ DEFAULT_NUM_ASSISTANT_TOKENS = 59
 DEFAULT_TREE_DEPTH = 5
 DEFAULT_TREE_TOP_K = 10
 
+# `num_assistant_tokens="auto"`, and the bounds that it sets.
+AUTO = "auto"
+AUTO_NUM_ASSISTANT_TOKENS = 64
+AUTO_TREE_DEPTH = 15
+
 # Log-probabilities are clamped here so that sums stay finite: `-inf` would tie with its own children.
 MIN_LOG_PROB = -1e4
 
@@ -35,11 +40,13 @@ class TreeSettings:
         num_nodes (`int`): nodes of the tree, the root included. 1 means no drafting at all.
         depth (`int`): expansions after the first; nodes reach at most `depth + 1` levels below the root.
         top_k (`int`): candidates per expanded node, and nodes expanded per level. 1 makes the tree a chain.
+        is_auto (`bool`): whether these are bounds, within which each tree gets the size that pays.
     """
 
     num_nodes: int = DEFAULT_NUM_ASSISTANT_TOKENS
     depth: int = DEFAULT_TREE_DEPTH
     top_k: int = DEFAULT_TREE_TOP_K
+    is_auto: bool = False
 
     def __post_init__(self) -> None:
         for name, value, minimum in (
@@ -54,7 +61,8 @@ class TreeSettings:
 
     @classmethod
     def from_generation_config(cls, generation_config: GenerationConfig) -> TreeSettings:
-        """Reads `num_assistant_tokens`, `tree_depth` and `tree_top_k` of a draft's generation config.
+        """Reads `num_assistant_tokens` (which may be `"auto"`), `tree_depth` and `tree_top_k` of a draft's generation
+        config.
 
         Raises:
             MSDError: when one of them is not an integer in its range.
@@ -64,10 +72,13 @@ class TreeSettings:
             value = getattr(generation_config, name, None)
             return default if value is None else value
 
+        num_nodes = read("num_assistant_tokens", DEFAULT_NUM_ASSISTANT_TOKENS)
+        is_auto = num_nodes == AUTO
         return cls(
-            num_nodes=read("num_assistant_tokens", DEFAULT_NUM_ASSISTANT_TOKENS),
-            depth=read("tree_depth", DEFAULT_TREE_DEPTH),
+            num_nodes=AUTO_NUM_ASSISTANT_TOKENS if is_auto else num_nodes,
+            depth=read("tree_depth", AUTO_TREE_DEPTH if is_auto else DEFAULT_TREE_DEPTH),
             top_k=read("tree_top_k", DEFAULT_TREE_TOP_K),
+            is_auto=is_auto,
         )
 
     @property
@@ -82,8 +93,8 @@ class TreeSettings:
             return self
         num_levels = tokens_left - 1  # the bonus token is the last one
         if num_levels <= 0:
-            return TreeSettings(1, 0, self.top_k)
-        return self if num_levels > self.depth else TreeSettings(self.num_nodes, num_levels - 1, self.top_k)
+            return replace(self, num_nodes=1, depth=0)
+        return self if num_levels > self.depth else replace(self, depth=num_levels - 1)
 
 
 @dataclass
@@ -96,6 +107,7 @@ class CandidateTree:
         depths (`torch.LongTensor` of shape `[B, N]`): levels below the root.
         ancestors (`torch.BoolTensor` of shape `[B, N, N]`): `[b, i, j]` is true if node j is node i or above it.
         max_depth (`int`): an upper bound of `depths`, known without reading them back from the device.
+        scores (`torch.Tensor` of shape `[B, N]`, *optional*): the draft's cumulative log-probability of each node.
     """
 
     tokens: torch.Tensor
@@ -103,9 +115,12 @@ class CandidateTree:
     depths: torch.Tensor
     ancestors: torch.Tensor
     max_depth: int
+    scores: torch.Tensor | None = None
 
     @classmethod
-    def from_parents(cls, tokens: torch.Tensor, parents: torch.Tensor, max_depth: int) -> CandidateTree:
+    def from_parents(
+        cls, tokens: torch.Tensor, parents: torch.Tensor, max_depth: int, scores: torch.Tensor | None = None
+    ) -> CandidateTree:
         """Completes a tree of which tokens and parents are known (both `[B, N]`, root first, in flat order)."""
         num_nodes = tokens.shape[1]
         steps = torch.eye(num_nodes, dtype=torch.float32, device=tokens.device).expand(tokens.shape[0], -1, -1).clone()
@@ -114,7 +129,7 @@ class CandidateTree:
         for _ in range(math.ceil(math.log2(max(max_depth, 1)))):
             steps = (steps @ steps).clamp_(max=1.0)
         ancestors = steps > 0.5
-        return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, max_depth)
+        return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, max_depth, scores)
 
     @classmethod
     def chain(cls, tokens: torch.Tensor) -> CandidateTree:
@@ -148,6 +163,7 @@ class CandidateTree:
             depths=self.depths.to(device),
             ancestors=self.ancestors.to(device),
             max_depth=self.max_depth,
+            scores=self.scores,
         )
 
 
@@ -167,6 +183,7 @@ class TreeGrowth:
         self._scores: list[torch.Tensor] = []
         self._parents: list[torch.Tensor] = []
         self._num_candidates = 0
+        self._ranking: tuple[torch.Tensor, ...] | None = None  # scores and numbers of the best candidates
         # Of the frontier: index among all candidates, cumulative log-probability, both [B, K]; ancestor mask among
         # the nodes that were expanded so far, [B, K, expanded].
         self._frontier = root.new_full((root.shape[0], 1), -1)
@@ -179,6 +196,27 @@ class TreeGrowth:
         if self._ancestors is None:
             raise MSDError("The root has not been expanded yet.")
         return self._ancestors
+
+    @property
+    def frontier_scores(self) -> torch.Tensor:
+        """Cumulative log-probabilities of the frontier, `[B, K]`."""
+        if self._frontier_scores is None:
+            raise MSDError("The root has not been expanded yet.")
+        return self._frontier_scores
+
+    @property
+    def num_levels(self) -> int:
+        """Levels below the root so far."""
+        return len(self._tokens)
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes that there would be now, the root included."""
+        return 1 + min(self.settings.num_nodes - 1, self._num_candidates)
+
+    def best_scores(self, count: int) -> torch.Tensor:
+        """The cumulative log-probabilities of the best candidates of all levels, `[B, count]`, best first."""
+        return self._best(count)[0]
 
     def expand(self, log_probs: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds the candidates of one level and picks the next frontier.
@@ -211,6 +249,7 @@ class TreeGrowth:
         above_index = picked // top_k  # [B, K]
         self._frontier = picked + self._num_candidates
         self._num_candidates += flat_scores.shape[1]
+        self._ranking = None
 
         own = torch.eye(top_k, dtype=torch.bool, device=tokens.device).expand(batch_size, -1, -1)
         if self._ancestors is not None:
@@ -219,14 +258,15 @@ class TreeGrowth:
         self._ancestors = own
         return flat_tokens.gather(1, picked), above_index
 
-    def finish(self) -> CandidateTree:
-        """Keeps the best candidates of all levels, in flat order."""
+    def finish(self, num_nodes: int | None = None) -> CandidateTree:
+        """Keeps the best candidates of all levels, in flat order: as many as set, or fewer (`num_nodes`)."""
         root = self.root.unsqueeze(1)
-        num_kept = min(self.settings.num_nodes - 1, self._num_candidates)
+        num_kept = (self.num_nodes if num_nodes is None else min(num_nodes, self.num_nodes)) - 1
         if num_kept == 0:
             return CandidateTree.from_parents(root, torch.zeros_like(root), max_depth=0)
-        tokens, scores, parents = (torch.cat(part, dim=1) for part in (self._tokens, self._scores, self._parents))
-        kept = scores.topk(num_kept, dim=1).indices.sort(dim=1).values  # [B, N - 1]
+        tokens, parents = (torch.cat(part, dim=1) for part in (self._tokens, self._parents))
+        kept, order = self._best(num_kept)[1].sort(dim=1)  # [B, N - 1]
+        scores = self._best(num_kept)[0].gather(1, order)
         kept_parents = parents.gather(1, kept)
         # The parent of a kept candidate is kept too, so its place among the kept is its node number less one; the
         # root (-1) sorts before all of them.
@@ -235,7 +275,13 @@ class TreeGrowth:
             torch.cat([root, tokens.gather(1, kept)], dim=1),
             torch.cat([torch.zeros_like(root), parent_nodes], dim=1),
             max_depth=len(self._tokens),
+            scores=torch.cat([torch.zeros_like(scores[:, :1]), scores], dim=1),
         )
+
+    def _best(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._ranking is None or self._ranking[0].shape[1] < count:
+            self._ranking = tuple(torch.cat(self._scores, dim=1).topk(count, dim=1))
+        return self._ranking[0][:, :count], self._ranking[1][:, :count]
 
 
 __all__ = ["CandidateTree", "TreeGrowth", "TreeSettings"]

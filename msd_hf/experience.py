@@ -1,0 +1,173 @@
+"""What rounds of drafting and verification have cost and brought so far, for one pair on one machine."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+
+
+# Numbers of nodes of which the cost is kept; between two of them it is interpolated.
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+# Each is tried this often before the trees are chosen by what they bring: the first time also pays for warming up.
+_TRIALS = 2
+# Contexts of up to so many slots cost about the same; from there on ranges double.
+_FIRST_RANGE = 512
+
+_BINS_PER_OCTAVE, _NUM_BINS = 2, 40
+_PRIOR_WEIGHT = 8.0  # observations that the draft's own probability counts for
+_FORGETTING = 0.97  # of old rounds, by each new one
+# Rounds without drafting after it did not pay; doubled each time that a trial does not pay either.
+_PAUSE, _LONGEST_PAUSE = 16, 512
+_ROUNDS_TO_JUDGE, _ROUNDS_OF_A_TRIAL = 4, 2
+
+
+class _Mean:
+    """A mean that forgets."""
+
+    def __init__(self) -> None:
+        self.total = self.weight = 0.0
+
+    def add(self, value: float) -> None:
+        self.total = self.total * _FORGETTING + value
+        self.weight = self.weight * _FORGETTING + 1.0
+
+    @property
+    def value(self) -> float | None:
+        return self.total / self.weight if self.weight else None
+
+
+class Experience:
+    """
+    Costs in seconds, and acceptance.
+
+    Args:
+        max_nodes (`int`): largest tree that is ever built.
+    """
+
+    def __init__(self, max_nodes: int):
+        self.sizes = [size for size in SIZES if size < max_nodes] + [max_nodes]
+        self._costs: dict[int, dict[int, list[float]]] = {}  # range of context -> nodes -> last costs
+        self._range = 0
+        self._level = _Mean()
+        self._rest = _Mean()  # of a round, besides drafting and verification
+        self._drafted_tokens, self._drafted_seconds = _Mean(), _Mean()
+        self._plain_seconds = _Mean()
+        self._accepted = [0.0] * _NUM_BINS
+        self._seen = [0.0] * _NUM_BINS
+        self._reached: dict[int, _Mean] = {}
+        self._pause = _PAUSE
+        self._paused_rounds = 0
+        self._trial_rounds = _ROUNDS_TO_JUDGE
+
+    # ---- what there is to know ----
+
+    def enter_context(self, num_slots: int) -> None:
+        """Turns to the range of context that a round is in."""
+        self._range = max(0, math.ceil(math.log2(max(num_slots, 1) / _FIRST_RANGE)))
+
+    def next_to_explore(self) -> int | None:
+        """Nodes of which the cost in this range of context is not known yet; `None` if all are."""
+        costs = self._costs.setdefault(self._range, {})
+        missing = [size for size in reversed(self.sizes) if len(costs.get(size, ())) < _TRIALS]
+        return missing[0] if missing else None
+
+    def seconds_of(self, num_nodes: int) -> float:
+        """What the verification of so many nodes and the end of the round cost."""
+        costs = self._costs.get(self._range, {})
+        known = [size for size in self.sizes if size in costs]
+        if not known:
+            return 1.0
+        place = bisect_left(known, num_nodes)
+        rest = self._rest.value or 0.0
+        if place == 0 or place == len(known):
+            return rest + self._cost(known[min(place, len(known) - 1)])
+        low, high = known[place - 1], known[place]
+        share = (num_nodes - low) / (high - low)
+        return rest + (1 - share) * self._cost(low) + share * self._cost(high)
+
+    def affordable_nodes(self) -> int:
+        """The most nodes whose verification costs little more than that of one."""
+        one = self.seconds_of(1)
+        return max(size for size in self.sizes if size == self.sizes[0] or self.seconds_of(size) <= 1.1 * one)
+
+    def acceptance(self, log_prob: float) -> float:
+        """How likely a node of such a cumulative log-probability is accepted."""
+        place = _bin(log_prob)
+        return (self._accepted[place] + _PRIOR_WEIGHT * math.exp(log_prob)) / (self._seen[place] + _PRIOR_WEIGHT)
+
+    def reach(self, num_levels: int) -> float:
+        """How often verifications have accepted as deep a node."""
+        mean = self._reached.get(num_levels)
+        return 0.8**num_levels if mean is None or mean.value is None else mean.value
+
+    def price_of_level(self) -> float | None:
+        """Tokens that are emitted in the time that another level of drafting takes."""
+        level, tokens, seconds = self._level.value, self._drafted_tokens.value, self._drafted_seconds.value
+        if level is None or tokens is None or seconds is None:
+            return None
+        return level * tokens / seconds
+
+    def drafting_pays(self) -> bool:
+        """Whether this round should draft: after it did not pay, only every now and then, to see whether it would."""
+        if self._paused_rounds > 0:
+            self._paused_rounds -= 1
+            if self._paused_rounds == 0:
+                self._trial_rounds = _ROUNDS_OF_A_TRIAL
+                self._drafted_tokens, self._drafted_seconds = _Mean(), _Mean()
+            return False
+        if self._trial_rounds > 0:
+            return True
+        tokens, seconds = self._drafted_tokens.value, self._drafted_seconds.value
+        plain = self._plain_seconds.value
+        if tokens is None or seconds is None or plain is None or tokens / seconds >= 1.0 / plain:
+            self._pause = _PAUSE
+            return True
+        self._paused_rounds, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+        return False
+
+    # ---- what is learnt ----
+
+    def add_verification(self, num_nodes: int, seconds: float) -> None:
+        """Takes note of what a verification cost."""
+        size = min(self.sizes, key=lambda size: abs(size - num_nodes))
+        if abs(size - num_nodes) <= size // 8:
+            self._costs.setdefault(self._range, {}).setdefault(size, []).append(seconds)
+            del self._costs[self._range][size][:-8]
+
+    def add_drafting(self, num_levels: int, seconds: float) -> None:
+        """Takes note of what drafting so many levels cost."""
+        if num_levels:
+            self._level.add(seconds / num_levels)
+
+    def add_lengths(self, max_depth: int, lengths: Sequence[int]) -> None:
+        """Takes note of how many tokens trees of a depth emitted."""
+        for level in range(1, max_depth + 1):
+            mean = self._reached.setdefault(level, _Mean())
+            mean.add(sum(length > level for length in lengths) / len(lengths))
+
+    def add_node(self, log_prob: float, is_accepted: bool) -> None:
+        """Takes note of a node's fate."""
+        place = _bin(log_prob)
+        self._accepted[place] = 0.99 * self._accepted[place] + is_accepted
+        self._seen[place] = 0.99 * self._seen[place] + 1.0
+
+    def add_round(self, is_drafted: bool, num_tokens: float, seconds: float, rest: float) -> None:
+        """Takes note of a whole round, and what of its time (`rest`) was neither drafting nor verification."""
+        if not is_drafted:
+            self._plain_seconds.add(seconds)
+            return
+        self._rest.add(rest)
+        self._trial_rounds = max(0, self._trial_rounds - 1)
+        self._drafted_tokens.add(num_tokens)
+        self._drafted_seconds.add(seconds)
+
+    def _cost(self, size: int) -> float:
+        return min(self._costs[self._range][size])
+
+
+def _bin(log_prob: float) -> int:
+    return min(_NUM_BINS - 1, int(-log_prob * _BINS_PER_OCTAVE / math.log(2)))
+
+
+__all__ = ["Experience"]

@@ -1,0 +1,173 @@
+"""How large the candidate tree of each round is: as set, or as large as pays on this machine with this draft."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+from .experience import Experience
+from .modeling_msd import MSDDraftModel
+from .targets import TargetAdapter
+from .tree import CandidateTree, TreeGrowth, TreeSettings
+
+
+# With less to go on than this, a level is added while a node of the frontier is accepted with this probability.
+_INITIAL_REACH = 0.2
+
+
+class TreePolicy:
+    """
+    Trees of the size that is set.
+
+    Args:
+        settings (`TreeSettings`): the size.
+    """
+
+    def __init__(self, settings: TreeSettings):
+        self.settings = settings
+
+    def begin_round(self, tokens_left: int | None, num_slots: int) -> TreeSettings:
+        """
+        The bounds of this round's tree.
+
+        Args:
+            tokens_left (`int`, *optional*): tokens that may still be emitted.
+            num_slots (`int`): length of the context.
+        """
+        return self.settings.limited_to(tokens_left)
+
+    def goes_deeper(self, growth: TreeGrowth) -> bool:
+        """Whether the tree gets another level; asked before each expansion but the first."""
+        return True
+
+    def num_nodes(self, growth: TreeGrowth) -> int:
+        """Nodes that the full-grown tree keeps, the root included."""
+        return growth.settings.num_nodes
+
+    def begin_verification(self) -> None:
+        """Is told when the target's forward begins,"""
+
+    def end_verification(self) -> None:
+        """and when it has ended."""
+
+    def end_round(self, tree: CandidateTree, paths: Sequence[Sequence[int]]) -> None:
+        """Is told which nodes of the tree were accepted in each row."""
+
+
+class AdaptiveTreePolicy(TreePolicy):
+    """
+    Trees that emit the most tokens a second, by what verifications and draft levels have cost and by how often nodes
+    were accepted so far. Where nothing is gained it drafts no tree at all, and tries again from time to time.
+
+    What is learnt is kept for the pair of draft and target, for the device, dtype, batch size and range of context.
+
+    Args:
+        settings (`TreeSettings`): bounds.
+        experience (`Experience`): of earlier rounds and calls.
+        reads_scores (`bool`): whether the draft's scores can be read at once: on a CPU. Elsewhere that would make the
+            device wait, and depth follows from how deep trees were accepted before.
+    """
+
+    def __init__(self, settings: TreeSettings, experience: Experience, reads_scores: bool):
+        super().__init__(settings)
+        self.experience = experience
+        self.reads_scores = reads_scores
+        self._drafts = True
+        self._began = self._drafted = self._verified = 0.0
+        self._num_levels = 0
+        self._explored: int | None = None  # nodes that this round is to have, to learn what they cost
+        self._reach: float | None = None
+
+    def begin_round(self, tokens_left: int | None, num_slots: int) -> TreeSettings:
+        self.experience.enter_context(num_slots)
+        self._began = self._clock()
+        self._num_levels, self._reach = 0, None
+        self._explored = self.experience.next_to_explore()
+        self._drafts = self.experience.drafting_pays() if self._explored is None else self._explored > 1
+        if not self._drafts:
+            return TreeSettings(1, 0, self.settings.top_k)
+        return self.settings.limited_to(tokens_left)
+
+    def goes_deeper(self, growth: TreeGrowth) -> bool:
+        self._num_levels += 1
+        if self.reads_scores:
+            scores = growth.frontier_scores.tolist()
+            reach = sum(min(1.0, sum(map(self.experience.acceptance, row))) for row in scores) / len(scores)
+        else:
+            reach = self.experience.reach(self._num_levels)
+        # How much less than its parents' a level is reached; the next one is taken to be reached as much less again.
+        step = 1.0 if not self._reach else min(1.0, reach / self._reach)
+        self._reach = reach
+        gain, price = reach * step, self.experience.price_of_level()
+        return gain > (_INITIAL_REACH if price is None else price)
+
+    def num_nodes(self, growth: TreeGrowth) -> int:
+        most = growth.num_nodes
+        self._num_levels = growth.num_levels
+        if self._explored is not None:
+            return min(most, self._explored)
+        if not self.reads_scores:
+            return min(most, self.experience.affordable_nodes())
+        rows = [[self.experience.acceptance(score) for score in row] for row in growth.best_scores(most - 1).tolist()]
+        gains = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+        spent = self._clock() - self._began
+        rates = [
+            tokens / (spent + self.experience.seconds_of(nodes))
+            for nodes, tokens in enumerate(accumulate(gains, initial=1.0), start=1)
+        ]
+        return max(range(1, len(rates) + 1), key=lambda nodes: rates[nodes - 1])
+
+    def begin_verification(self) -> None:
+        self._drafted = self._clock()
+
+    def end_verification(self) -> None:
+        self._verified = self._clock()
+
+    def end_round(self, tree: CandidateTree, paths: Sequence[Sequence[int]]) -> None:
+        experience, num_nodes = self.experience, tree.tokens.shape[1]
+        emitted = sum(len(path) for path in paths) / len(paths)
+        if self._explored is not None or self.reads_scores:
+            experience.add_verification(num_nodes, self._verified - self._drafted)
+            if self._drafts:
+                experience.add_drafting(self._num_levels, self._drafted - self._began)
+        if self._drafts and tree.scores is not None:
+            experience.add_lengths(tree.max_depth, [len(path) for path in paths])
+            if self.reads_scores:
+                for scores, path in zip(tree.scores[:, 1:].tolist(), paths, strict=True):
+                    accepted = set(path)
+                    for node, score in enumerate(scores, start=1):
+                        experience.add_node(score, node in accepted)
+        ended = self._clock()
+        experience.add_round(self._drafts, emitted, ended - self._began, (ended - self._verified))
+
+    def _clock(self) -> float:
+        if not self.reads_scores and self._explored is not None and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+_experiences: weakref.WeakKeyDictionary[MSDDraftModel, weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
+
+
+def make_tree_policy(settings: TreeSettings, draft: MSDDraftModel, adapter: TargetAdapter, batch_size: int):
+    """The policy that the settings ask for."""
+    if not settings.is_auto:
+        return TreePolicy(settings)
+    of_targets = _experiences.setdefault(draft, weakref.WeakKeyDictionary())
+    kinds = of_targets.setdefault(adapter.target, {})
+    key = (
+        str(draft.device),
+        draft.dtype,
+        adapter.target.dtype,
+        batch_size,
+        adapter.target.config._attn_implementation,
+    )
+    experience = kinds.setdefault(key, Experience(settings.num_nodes))
+    return AdaptiveTreePolicy(settings, experience, reads_scores=draft.device.type == "cpu")
+
+
+__all__ = ["AdaptiveTreePolicy", "TreePolicy", "make_tree_policy"]
