@@ -186,18 +186,6 @@ class Family:
         """Inputs of `generate` for one prompt, see [`~Family.prompt`]."""
         return self.collate([self.prompt(seed, num_images, place, **options)])
 
-    def extend(self, inputs: dict[str, Any], new_tokens: torch.Tensor) -> dict[str, Any]:
-        """Inputs of a forward over a prompt and tokens `[B, T]` generated after it."""
-        extended = dict(inputs)
-        extended["input_ids"] = torch.cat([inputs["input_ids"], new_tokens], dim=1)
-        extended["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(new_tokens)], dim=1)
-        if self.token_types is not None:
-            name, told = self.token_types
-            # PaliGemma: 0 is the prompt, which sees itself in both directions, and 1 what follows.
-            more = torch.zeros_like(new_tokens) if told else torch.ones_like(new_tokens)
-            extended[name] = torch.cat([inputs[name], more], dim=1)
-        return extended
-
 
 # Decoders
 
