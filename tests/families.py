@@ -111,11 +111,11 @@ class Family:
             model = getattr(transformers, self.model_class)(config)
             torch.nn.init.normal_(model.get_input_embeddings().weight, std=self.embedding_std)
             torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
+            # The default initialisation leaves an image hardly visible to the decoder.
             for name, parameter in model.named_parameters():
-                # The default initialisation leaves an image hardly visible to the decoder.
-                if parameter.ndim > 1 and any(
-                    part in name for part in ("multi_modal_projector", "connector", "merger")
-                ):
+                if parameter.ndim > 1 and any(part in name for part in ("patch_conv", "patch_embed")):
+                    torch.nn.init.normal_(parameter, std=2 * parameter[0].numel() ** -0.5)
+                elif parameter.ndim > 1 and any(part in name for part in ("projector", "connector", "merger")):
                     torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = PAD_TOKEN_ID
@@ -186,18 +186,6 @@ class Family:
         """Inputs of `generate` for one prompt, see [`~Family.prompt`]."""
         return self.collate([self.prompt(seed, num_images, place, **options)])
 
-    def extend(self, inputs: dict[str, Any], new_tokens: torch.Tensor) -> dict[str, Any]:
-        """Inputs of a forward over a prompt and tokens `[B, T]` generated after it."""
-        extended = dict(inputs)
-        extended["input_ids"] = torch.cat([inputs["input_ids"], new_tokens], dim=1)
-        extended["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(new_tokens)], dim=1)
-        if self.token_types is not None:
-            name, told = self.token_types
-            # PaliGemma: 0 is the prompt, which sees itself in both directions, and 1 what follows.
-            more = torch.zeros_like(new_tokens) if told else torch.ones_like(new_tokens)
-            extended[name] = torch.cat([inputs[name], more], dim=1)
-        return extended
-
 
 # Decoders
 
@@ -255,7 +243,7 @@ def _gemma2(**fields: Any) -> PreTrainedConfig:
             "sliding_window": WINDOW,
             "layer_types": list(_ALTERNATING),
             # Low enough to bend logits and scores.
-            "final_logit_softcapping": 4.0,
+            "final_logit_softcapping": 8.0,
             "attn_logit_softcapping": 3.0,
             **fields,
         },
@@ -486,7 +474,7 @@ _GRIDS: dict[str, Any] = {
     "token_types": ("mm_token_type_ids", True),
 }
 _PADDED_TILES: dict[str, Any] = {"draw_image": _padded_tiles_image, "collate_images": _collate_padded_tiles}
-_SCALED_EMBEDDING_STD = HIDDEN_SIZE**-0.5
+_SCALED_EMBEDDING_STD = 2 * HIDDEN_SIZE**-0.5
 
 _REGISTRY = [
     Family("llama", "LlamaForCausalLM", _llama),

@@ -1,0 +1,122 @@
+"""One forward over a candidate tree gives the logits of token-by-token decoding, for targets of every family."""
+
+from __future__ import annotations
+
+import functools
+import random
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, FIRST_TEXT_TOKEN_ID, NUM_TEXT_TOKENS
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from msd_hf.cache import CACHE_NAME, make_in_place
+from msd_hf.running_rows import RunningRows
+from msd_hf.targets import TargetAdapter
+from msd_hf.tree import CandidateTree
+from msd_hf.verification import Verification
+
+
+NUM_ROUNDS, NUM_NODES = 3, 9
+# Of logits of about 10. Eager attention of transformers has a softmax in float32.
+TOLERANCES = {"sdpa": 1e-9, "eager": 1e-4}
+
+
+class ForcedTokens(LogitsProcessor):
+    """Leaves `tokens` (`[B, T]`) as the only choice behind a prompt of `length`."""
+
+    def __init__(self, length: int, tokens: torch.Tensor):
+        self.length, self.tokens = length, tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        step = input_ids.shape[1] - self.length
+        return torch.full_like(scores, float("-inf")).scatter(1, self.tokens[:, step : step + 1], 0.0)
+
+
+def random_token(rng: random.Random) -> int:
+    return rng.randrange(FIRST_TEXT_TOKEN_ID, FIRST_TEXT_TOKEN_ID + NUM_TEXT_TOKENS)
+
+
+def decode_trees(target: PreTrainedModel, input_ids: torch.Tensor, *args: Any, rng, seen, **model_kwargs: Any):
+    """A decoding method for `generate`: random trees, of which each row accepts a random path of its own. Puts the
+    tokens of each row, and the logits after each of them, into `seen`."""
+    generation_config = args[2] if len(args) > 2 else model_kwargs.pop("generation_config")
+    for name in ("logits_processor", "stopping_criteria"):
+        model_kwargs.pop(name, None)
+    adapter, cache = TargetAdapter(target), model_kwargs[CACHE_NAME]
+    make_in_place(cache, 256)
+    prefill = adapter.prefill(input_ids, generation_config, model_kwargs)
+    rows = range(len(input_ids))
+    tokens = [[random_token(rng)] for _ in rows]
+    logits: list[list[torch.Tensor]] = [[] for _ in rows]
+    running = RunningRows(cache, prefill.prompt_mask, prefill.next_position, [row[-1] for row in tokens])
+    for _ in range(NUM_ROUNDS):
+        tree = CandidateTree.from_parents(
+            torch.tensor([[row[-1], *[random_token(rng) for _ in range(NUM_NODES - 1)]] for row in tokens]),
+            torch.tensor([[0, *[rng.randrange(node) for node in range(1, NUM_NODES)]] for _ in rows]),
+            max_depth=NUM_NODES - 1,
+        )
+        verified = adapter.verify(tree, cache, running.context, running.next_position).logits
+        paths = [tree.ancestors[row, rng.randrange(NUM_NODES)].nonzero()[:, 0].tolist() for row in rows]
+        emitted = []
+        for row, path in enumerate(paths):
+            logits[row] += verified[row, path]
+            emitted.append([*tree.tokens[row, path[1:]].tolist(), random_token(rng)])
+            tokens[row] += emitted[-1]
+        width = max(map(len, paths))
+        running.accept(
+            Verification(paths, emitted, [len(path) - 1 for path in paths]),
+            torch.tensor([path + [0] * (width - len(path)) for path in paths]),
+        )
+    seen.update(tokens=tokens, logits=logits)
+    return input_ids
+
+
+def largest_difference(target: PreTrainedModel, inputs: dict[str, Any], seed: int) -> float:
+    """Between the logits of trees and those of `generate`, forced along the accepted paths."""
+    seen: dict[str, Any] = {}
+    method = functools.partial(decode_trees, rng=random.Random(seed), seen=seen)
+    target.generate(**inputs, max_new_tokens=1, custom_generate=method)
+    length = max(map(len, seen["tokens"]))
+    forced = torch.tensor([row + [FIRST_TEXT_TOKEN_ID] * (length - len(row)) for row in seen["tokens"]])
+    expected: list[torch.Tensor] = []
+    handle = target.register_forward_hook(lambda module, args, output: expected.append(output.logits[:, -1]))
+    processors = LogitsProcessorList([ForcedTokens(inputs["input_ids"].shape[1], forced)])
+    target.generate(**inputs, max_new_tokens=length, do_sample=False, logits_processor=processors)
+    handle.remove()
+    return max(
+        float((torch.stack(logits) - torch.stack(expected)[1 : len(logits) + 1, row]).abs().max())
+        for row, logits in enumerate(seen["logits"])
+    )
+
+
+ATTENTIONS = [(name, attention) for name, family in FAMILIES.items() for attention in family.attentions]
+
+
+@pytest.mark.parametrize(("name", "attention"), ATTENTIONS)
+def test_one_prompt(name, attention):
+    family = FAMILIES[name]
+    inputs = family.inputs(1, 2 if family.has_images else 0, num_text=12)
+    assert largest_difference(family.build(attention=attention), inputs, seed=1) < TOLERANCES[attention]
+
+
+@pytest.mark.parametrize(("name", "attention"), ATTENTIONS)
+def test_rows_that_accept_different_numbers(name, attention):
+    family = FAMILIES[name]
+    images = (0, 1, 2) if family.has_images else (0, 0, 0)
+    lengths = (5, 8, 12) if attention == "sdpa" or family.eager_left_padding else (8, 8, 8)
+    if len(set(lengths)) == 1:
+        images = (images[1],) * 3
+    prompts = [
+        family.prompt(seed, count, place, num_text=length, first_size=0)
+        for seed, (count, place, length) in enumerate(zip(images, ("first", "middle", "last"), lengths, strict=True))
+    ]
+    inputs = family.collate(prompts)
+    assert largest_difference(family.build(attention=attention), inputs, seed=2) < TOLERANCES[attention]
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.has_videos])
+def test_videos(name):
+    family = FAMILIES[name]
+    assert largest_difference(family.build(), family.inputs(3, 1, num_videos=2), seed=3) < TOLERANCES["sdpa"]
