@@ -10,6 +10,8 @@ from transformers import Cache
 from .attention_mask import ContextSlots, tree_attention_mask
 from .cache import InPlaceLayer, keep_paths, select_rows, truncate
 from .conversation import Conversation
+from .draft_head import DraftHead
+from .drafting_step import DraftingStep
 from .modeling_msd import MSDDraftModel
 from .targets import TargetAdapter, TargetPrefill
 from .tree import CandidateTree, TreeGrowth, TreeSettings
@@ -32,10 +34,13 @@ class MSDCandidateGenerator:
     def __init__(self, draft: MSDDraftModel, target: TargetAdapter, max_slots: int | None = None):
         self.draft = draft
         self.target = target
+        self._head = DraftHead(draft, target)
+        self._drafting_step = DraftingStep(draft)
         self.cache = Cache(layers=[InPlaceLayer(max_slots) for _ in draft.layers])
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._context: ContextSlots  # accepted rows; drafted ones come behind
         self._next_position: torch.Tensor  # [B, 1]
+        self._last_position = 0  # no row is beyond it
         self._last_state: torch.Tensor  # [B, 1, H], from which the first level of the next tree is drafted
         self.last_hidden_state: torch.Tensor  # [1, 1, (1 + K) * H]: of a single row, the target's at its last slot
 
@@ -73,7 +78,15 @@ class MSDCandidateGenerator:
         self._context = ContextSlots([num_held] * batch_size)
         # Behind what is held already, a mask of ones for the new rows alone would not do.
         mask = self._chain_mask(length) if num_held else prompt_mask
-        states = self._forward(inputs_embeds, hidden_states, visual_mask.to(device), position_ids, mask)
+        states = self.draft(
+            inputs_embeds=self._to_draft(inputs_embeds),
+            hidden_states=self._to_draft(hidden_states),
+            visual_mask=visual_mask.to(device),
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+        ).last_hidden_state
+        self._last_position = prefill.num_slots
         self._context = ContextSlots([num_held + length] * batch_size, prompt_mask)
         self._last_state = states[:, -1:]
         self.last_hidden_state = hidden_states[:, -1:]
@@ -103,13 +116,9 @@ class MSDCandidateGenerator:
         steps = torch.arange(length, device=device)
         # One row after rows that are all seen needs no mask.
         needs_mask = length > 1 or self._context.is_ragged or self._context.prompt_mask is not None
-        states = self._forward(
-            self.target.embed(tokens),
-            hidden_states,
-            None,
-            self._next_position + steps,
-            self._chain_mask(length) if needs_mask else None,
-        )
+        mask = self._chain_mask(length) if needs_mask else None
+        self._last_position += length
+        states = self._step(tokens, hidden_states, self._next_position + steps, mask, self._last_position)
         keep_paths(self.cache, self._context, steps.expand(tokens.shape[0], -1), counts)
         if min(counts) == length:
             self._next_position = self._next_position + length
@@ -146,20 +155,16 @@ class MSDCandidateGenerator:
         if settings.num_nodes == 1:
             return growth.finish()
         self.feed_pending()
-        log_probs, candidates = self._top_k(self._last_state, settings.top_k)
+        log_probs, candidates = self._head.top_k(self._last_state, settings.top_k)
         tokens, _ = growth.expand(log_probs, candidates)
         parent_states = self._last_state.expand(-1, tokens.shape[1], -1)  # [B, K, H]
         for level in range(settings.depth):
             if not goes_deeper(growth):
                 break
-            states = self._forward(
-                self.target.embed(tokens),
-                parent_states,
-                None,
-                (self._next_position + level).expand(-1, tokens.shape[1]),
-                tree_attention_mask(growth.frontier_ancestors, self._context, self.draft.dtype),
-            )
-            log_probs, candidates = self._top_k(states, settings.top_k)
+            mask = tree_attention_mask(growth.frontier_ancestors, self._context, self.draft.dtype)
+            positions = (self._next_position + level).expand(-1, tokens.shape[1])
+            states = self._step(tokens, parent_states, positions, mask, self._last_position + level + 1)
+            log_probs, candidates = self._head.top_k(states, settings.top_k)
             tokens, above = growth.expand(log_probs, candidates)
             parent_states = states.gather(1, above.unsqueeze(2).expand(-1, -1, states.shape[2]))
         return growth.finish(num_nodes(growth))
@@ -170,27 +175,19 @@ class MSDCandidateGenerator:
         chain = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         return tree_attention_mask(chain.expand(self._next_position.shape[0], -1, -1), self._context, self.draft.dtype)
 
-    def _forward(self, inputs_embeds, hidden_states, visual_mask, position_ids, attention_mask) -> torch.Tensor:
-        return self.draft(
-            inputs_embeds=self._to_draft(inputs_embeds),
-            hidden_states=self._to_draft(hidden_states),
-            visual_mask=visual_mask,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=self.cache,
-        ).last_hidden_state
+    def _step(self, tokens, hidden_states, position_ids, attention_mask, last_position: int) -> torch.Tensor:
+        """The draft's states after a few tokens `[B, T]`, which get slots."""
+        return self._drafting_step(
+            self._to_draft(self.target.embed(tokens)),
+            self._to_draft(hidden_states),
+            position_ids,
+            attention_mask,
+            self.cache,
+            last_position,
+        )
 
     def _to_draft(self, states: torch.Tensor) -> torch.Tensor:
         return states.to(device=self.draft.device, dtype=self.draft.dtype)
-
-    def _top_k(self, states: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and tokens `[B, F, K]` of the best candidates after each of `states` `[B, F, H]`."""
-        logits = self.target.head(states)
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()
-        values, tokens = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
-        log_probs = values - logits.logsumexp(-1, keepdim=True)
-        return log_probs.to(self.draft.device), tokens.to(self.draft.device)
 
 
 __all__ = ["MSDCandidateGenerator"]

@@ -44,6 +44,9 @@ class MSDDraftConfig(PreTrainedConfig):
         target_layers (`list[int]`, *optional*):
             Decoder layers of the target, counted from 0, whose outputs the draft reads besides the last hidden state.
             Where the draft's own output stands in for the target's, it does without. The paper has none.
+        draft_vocab_size (`int`, *optional*):
+            Size of the draft's own vocabulary, among which it looks for candidates; see
+            [`~MSDDraftModel.set_draft_vocab`]. `None`: all of the target's.
         target_model_type (`str`, *optional*):
             `model_type` of the target that the draft belongs to. `None`: not known, and not checked.
         target_text_model_type (`str`, *optional*):
@@ -83,6 +86,7 @@ class MSDDraftConfig(PreTrainedConfig):
     input_layernorm: bool = False
     decouple_visual_tokens: bool = True
     target_layers: list[int] | None = None
+    draft_vocab_size: int | None = None
     target_model_type: str | None = None
     target_text_model_type: str | None = None
 

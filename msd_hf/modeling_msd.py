@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -15,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from .cache import CACHE_NAME
 from .checkpoints import check_loading_info, read_original_config
 from .configuration_msd import MSDDraftConfig
-from .errors import MSDError
+from .errors import MSDError, MSDPairingError
 from .tree import DEFAULT_NUM_ASSISTANT_TOKENS, DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K
 
 
@@ -90,6 +92,10 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
             else None
         )
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.draft_vocab: torch.Tensor | None
+        size = config.draft_vocab_size
+        self.register_buffer("draft_vocab", None if size is None else torch.arange(size))
+        self._head_rows: tuple[Any, int, tuple[torch.Tensor, torch.Tensor | None]] | None = None
         self.gradient_checkpointing = False
         self.generation_config = GenerationConfig(
             num_assistant_tokens=DEFAULT_NUM_ASSISTANT_TOKENS,
@@ -131,6 +137,56 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         head = target.get_output_embeddings().weight
         dtype = head.dtype if head.dtype.is_floating_point else target.dtype
         return draft.to(device=head.device, dtype=dtype)
+
+    def set_draft_vocab(self, tokens: Sequence[int] | torch.Tensor | None) -> None:
+        """
+        Gives the draft a vocabulary of its own: candidates are looked for among these tokens alone, which makes the
+        target's head, as long as it takes to draft, as much shorter. The output stays what it is, since the target
+        verifies with all of its head. Saved with the draft.
+
+        Args:
+            tokens (`Sequence[int]`): ids, best the most frequent ones; `None`: all of the target's.
+
+        Raises:
+            MSDError: when there are none, or one comes twice, or is negative.
+        """
+        if tokens is None:
+            self.config.draft_vocab_size, self.draft_vocab = None, None
+        else:
+            ids = torch.as_tensor(tokens, dtype=torch.long, device=self.device).sort().values
+            if len(ids) == 0 or int(ids[0]) < 0 or bool((ids[1:] == ids[:-1]).any()):
+                raise MSDError("A draft vocabulary is one or more token ids, each of them once.")
+            self.config.draft_vocab_size, self.draft_vocab = len(ids), ids
+        self._head_rows = None
+
+    def head_rows(self, head: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """
+        The rows of a target's head (`[V', H]`, and its bias) that belong to the draft's own vocabulary. Copied once
+        for a head, or not at all where they are its first ones.
+
+        Returns:
+            `None` where the head is quantised, sharded or kept elsewhere, so that its rows cannot be taken.
+
+        Raises:
+            MSDPairingError: when the head has no such row.
+        """
+        assert self.draft_vocab is not None
+        weight: Any = head.weight
+        if type(weight) not in (nn.Parameter, torch.Tensor) or weight.is_meta or not weight.is_floating_point():
+            return None
+        if self._head_rows is not None and self._head_rows[0]() is weight and self._head_rows[1] == weight._version:
+            return self._head_rows[2]
+        size, last = len(self.draft_vocab), int(self.draft_vocab[-1])
+        if last >= len(weight):
+            raise MSDPairingError(
+                f"The draft's vocabulary has token {last}, and the target's head only {len(weight)} rows. Use the "
+                "draft that was made for this target."
+            )
+        index: Any = slice(size) if last == size - 1 else self.draft_vocab.to(weight.device)
+        bias: Any = getattr(head, "bias", None)
+        rows = (weight.detach()[index], None if bias is None else bias.detach()[index])
+        self._head_rows = (weakref.ref(weight), weight._version, rows)
+        return rows
 
     @torch.no_grad()
     def _copy_last_layer(self, target: PreTrainedModel) -> None:

@@ -139,6 +139,10 @@ class TargetAdapter:
         weight = self.head_module.weight
         dtype = weight.dtype if weight.dtype.is_floating_point else self._dtype
         logits = self.head_module(hidden_states.to(device=_device_of(self.head_module), dtype=dtype))
+        return self.cap(logits)
+
+    def cap(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits as decoders of the Gemma 2 kind bound them."""
         return logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)
 
     def visual_mask(self, input_ids: torch.Tensor) -> torch.Tensor:

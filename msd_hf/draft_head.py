@@ -1,0 +1,44 @@
+"""The candidates after a draft state: the target's head, or of its rows those of the draft's own vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from .modeling_msd import MSDDraftModel
+from .targets import TargetAdapter
+
+
+class DraftHead:
+    """
+    Scores candidates. The output of `generate` does not depend on it: the target verifies with its full head.
+
+    Args:
+        draft (`MSDDraftModel`): with a `draft_vocab`, or without.
+        target (`TargetAdapter`): lends its head.
+    """
+
+    def __init__(self, draft: MSDDraftModel, target: TargetAdapter):
+        self.target = target
+        self.draft = draft
+        self._tokens = draft.draft_vocab
+        self._rows = None if self._tokens is None else draft.head_rows(target.head_module)
+
+    def top_k(self, states: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and tokens `[B, F, K]` of the best candidates after each of `states` `[B, F, H]`."""
+        if self._rows is None:
+            logits = self.target.head(states)
+        else:
+            weight, bias = self._rows
+            logits = self.target.cap(functional.linear(states.to(weight), weight, bias))
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        values, tokens = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
+        log_probs = values - logits.logsumexp(-1, keepdim=True)
+        if self._rows is not None:
+            assert self._tokens is not None
+            tokens = self._tokens[tokens.to(self._tokens.device)]
+        return log_probs.to(self.draft.device), tokens.to(self.draft.device)
+
+
+__all__ = ["DraftHead"]

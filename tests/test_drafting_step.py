@@ -1,0 +1,70 @@
+"""The short forward that drafts a tree gives what the draft's forward gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Cache
+
+from msd_hf import MSDDraftConfig, MSDDraftModel
+from msd_hf.cache import InPlaceLayer, truncate
+from msd_hf.drafting_step import DraftingStep
+
+
+KINDS = {
+    "llava": {},
+    "qwen2": {"input_layernorm": True, "attention_bias": True, "num_key_value_heads": 2},
+    "grouped": {"num_key_value_heads": 1, "num_hidden_layers": 2},
+    "wide heads": {"head_dim": 16},
+    "scaled": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    "by length": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_is_the_forward_of_the_draft(kind, batch_size, attention):
+    torch.manual_seed(0)
+    config = MSDDraftConfig(
+        hidden_size=32, intermediate_size=48, num_attention_heads=4, max_position_embeddings=64, **KINDS[kind]
+    )
+    draft = MSDDraftModel(config).eval()
+    draft.set_attn_implementation(attention)
+    step = DraftingStep(draft)
+    caches = [Cache(layers=[InPlaceLayer() for _ in draft.layers]) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            torch.manual_seed(1)
+            draft(torch.randn(batch_size, 9, 32), torch.randn(batch_size, 9, 32), past_key_values=cache)
+        for length, masked in ((4, True), (1, True), (1, False), (6, True)):
+            embeds, states = torch.randn(2, batch_size, length, 32)
+            positions = torch.randint(9, 40, (batch_size, length))
+            mask = None
+            if masked:
+                hidden = torch.rand(batch_size, 1, length, 9 + length) < 0.3
+                mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+            expected = draft(
+                embeds, states, attention_mask=mask, position_ids=positions, past_key_values=caches[0]
+            ).last_hidden_state
+            got = step(embeds, states, positions, mask, caches[1], 40)
+            torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
+            for ours, theirs in zip(caches[1].layers, caches[0].layers, strict=True):
+                torch.testing.assert_close(ours.keys, theirs.keys, atol=2e-6, rtol=1e-5)
+                torch.testing.assert_close(ours.values, theirs.values, atol=2e-6, rtol=1e-5)
+            for cache in caches:
+                truncate(cache, 9)
+
+
+def test_positions_beyond_the_tables_make_longer_ones():
+    draft = MSDDraftModel(MSDDraftConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4)).eval()
+    step, cache = DraftingStep(draft), Cache(layers=[InPlaceLayer()])
+    embeds, states = torch.randn(2, 1, 1, 32)
+    for position in (3, 5000, 20000):
+        positions = torch.tensor([[position]])
+        got = step(embeds, states, positions, None, cache, position)
+        truncate(cache, 0)
+        with torch.no_grad():
+            expected = draft(embeds, states, position_ids=positions, past_key_values=cache).last_hidden_state
+        truncate(cache, 0)
+        torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
