@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import re
-import string
 import threading
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -47,15 +45,7 @@ def inputs() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Each id is a word of two letters, some with a space before; decoding joins them as they are."""
-    letters = string.ascii_lowercase
-    words = [" " * (n % 3 == 0) + letters[n % 26] + letters[(7 * n + n // 26) % 26] for n in range(tiny.VOCAB_SIZE)]
-    words[tiny.IMAGE_TOKEN_ID] = "abcdef"  # `StopStringCriteria` tells by this word how tokens are decoded
-    assert len(set(words)) == tiny.VOCAB_SIZE
-    model = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=words[0]))
-    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    model.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=model, clean_up_tokenization_spaces=False)
+    return tiny.tokenizer()
 
 
 def new_tokens(sequences: torch.Tensor, inputs: dict[str, torch.Tensor]) -> list[int]:
