@@ -1,8 +1,8 @@
 """The hook into `GenerationMixin`: `generate(assistant_model=draft)` runs our loop, or says why it cannot.
 
-`generate` looks its methods up on the class, so the hook is three wrapped methods of `GenerationMixin` itself, called in
-this order: they read the arguments, validate them, and decode. They act on `MSDDraftModel` assistants alone and pass
-every other call on.
+`generate` looks its methods up on the class, so the hook is three wrapped methods of `GenerationMixin` itself: the first
+reads the arguments, the second validates them, the third decodes. They act on `MSDDraftModel` assistants alone and
+pass every other call on.
 """
 
 from __future__ import annotations
@@ -189,8 +189,8 @@ def check_generation_mode(
         _check_argument(name, getattr(generation_config, name, None), defaults.get(name))
     if generation_mode != GenerationMode.ASSISTED_GENERATION:
         raise MSDUnsupportedError(
-            f"An MSD draft works with greedy decoding and sampling, not with {generation_mode.value!r} "
-            f"(num_beams={generation_config.num_beams}): leave `num_beams` at 1, or leave `assistant_model` out."
+            f"An MSD draft works with greedy decoding and sampling, not with {generation_mode.value!r}: leave out "
+            "what asks for it (`num_beams`, `penalty_alpha`, `constraints`, `force_words_ids`), or `assistant_model`."
         )
     if generation_mode_kwargs.get("assistant_tokenizer") is not None:
         raise MSDUnsupportedError("Leave `assistant_tokenizer` out: an MSD draft uses the target's tokens.")
