@@ -1,8 +1,8 @@
 """The hook into `GenerationMixin`: `generate(assistant_model=draft)` runs our loop, or says why it cannot.
 
-`generate` looks its methods up on the class, so the hook is three wrapped methods of `GenerationMixin` itself: the first
-reads the arguments, the second validates them, the third decodes. They act on `MSDDraftModel` assistants alone and
-pass every other call on.
+`generate` looks its methods up on the class, so the hook is three wrapped methods of `GenerationMixin` itself: one
+reads the arguments, one validates them, one decodes. They act on `MSDDraftModel` assistants alone and pass every other
+call on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every field of the installed `GenerationConfig` and every argument of `generate`: identical with a draft, or refused.
+"""Every field of the installed `GenerationConfig`, every argument of `generate`: identical with a draft, or refused.
 
 `IDENTICAL` says what to try of each; what is refused is read from the table in the README, with its sentences. A field
 that a new release of transformers brings fails the first test until it is in one of the two.
@@ -56,7 +56,7 @@ class Run:
     @property
     def eos(self) -> dict[str, Any]:
         """Ends the rows far apart."""
-        return {"eos_token_id": [row[3 * place + 2] for place, row in enumerate(self.rows)], "pad_token_id": 0}
+        return {"eos_token_id": [row[2 * place + 2] for place, row in enumerate(self.rows)], "pad_token_id": 0}
 
     @property
     def embeds(self) -> torch.Tensor:
@@ -128,7 +128,7 @@ class Recorder(BaseStreamer):
 
 
 def stop_strings(run: Run) -> dict[str, Any]:
-    texts = [tiny.tokenizer().decode(row[3 * place + 2 : 3 * place + 4]) for place, row in enumerate(run.rows)]
+    texts = [tiny.tokenizer().decode(row[2 * place + 2 : 2 * place + 4]) for place, row in enumerate(run.rows)]
     return {"stop_strings": [text[1:] for text in texts], "tokenizer": tiny.tokenizer(), "pad_token_id": 0}
 
 
@@ -295,7 +295,7 @@ def generate(pair: tiny.Pair, draft: Any, run: Run, options: dict[str, Any], do_
     torch.manual_seed(11)
     arguments = {
         **run.inputs,
-        "max_new_tokens": 10,
+        "max_new_tokens": 8,
         "do_sample": do_sample,
         "return_dict_in_generate": True,
         "output_scores": True,

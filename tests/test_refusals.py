@@ -9,18 +9,21 @@ import inspect
 import re
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import readme_refusals
 import tiny
 import torch
 from transformers import (
+    CompileConfig,
     GenerationConfig,
     GenerationMixin,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.generation import utils
 
 import msd_hf
 from msd_hf import MSDDraftModel, MSDError
@@ -116,14 +119,13 @@ def never_running(target):
     return target
 
 
-def call(refused: str, monkeypatch: Any = None, by_name: bool = False) -> MSDError:
+@functools.cache
+def call(refused: str, by_name: bool = False) -> MSDError:
     """The error that a row of the table is about."""
     target, draft, options = never_running(copy.deepcopy(tiny.pair(0).target)), tiny.pair(0).draft, {}
     setting = re.fullmatch(r"`(draft\.generation_config\.)?(\w+)=(.*)`", refused)
     if setting is None:
         target, draft, options = CASES[refused](target, draft)
-        if "verify" in options:
-            monkeypatch.setattr(TargetAdapter, "verify", options.pop("verify"))
     else:
         of_draft, name, value = setting[1], setting[2], ast.literal_eval(setting[3])
         if of_draft:
@@ -138,17 +140,20 @@ def call(refused: str, monkeypatch: Any = None, by_name: bool = False) -> MSDErr
     if "generation_config" not in options:
         options["max_new_tokens"] = 3
     options = {name: value for name, value in options.items() if value is not None}
-    with pytest.raises(MSDError) as caught:
+    with (
+        pytest.raises(MSDError) as caught,
+        mock.patch.object(TargetAdapter, "verify", options.pop("verify", TargetAdapter.verify)),
+    ):
         target.generate(**options, assistant_model=draft)
     return caught.value
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("refused", readme_refusals.rows())
-def test_refusal_of_the_table(refused, monkeypatch):
+def test_refusal_of_the_table(refused):
     """Before the target has run, but for the check at the first call."""
     sentence = readme_refusals.rows()[refused]
-    error = call(refused, monkeypatch)
+    error = call(refused)
     assert readme_refusals.matches(sentence, str(error)), f"{error}"
     assert isinstance(error, ValueError)
 
@@ -167,7 +172,7 @@ def test_values_that_generate_fills_in_are_refused_when_somebody_gives_them(name
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_no_refusal_is_missing_from_the_table(monkeypatch):
+def test_no_refusal_is_missing_from_the_table():
     assert REFUSED_ARGUMENTS.keys() <= readme_refusals.names()
     package = Path(msd_hf.__file__).parent
     sites = set()
@@ -177,8 +182,7 @@ def test_no_refusal_is_missing_from_the_table(monkeypatch):
                 sites.add((module, node.lineno))
     seen = set()
     for refused in readme_refusals.rows():
-        with monkeypatch.context() as patch:
-            place = call(refused, patch).__traceback__
+        place = call(refused).__traceback__
         while place.tb_next is not None:
             place = place.tb_next
         seen.add((Path(place.tb_frame.f_code.co_filename).stem, place.tb_lineno))
@@ -205,6 +209,15 @@ def test_settings_of_the_draft_that_are_off_are_taken(name, value):
     setattr(draft.generation_config, name, value)
     output = tiny.pair(0).target.generate(**INPUTS, max_new_tokens=3, assistant_model=draft)
     assert torch.equal(output, tiny.pair(0).target.generate(**INPUTS, max_new_tokens=3))
+
+
+def test_compile_config_gets_the_warning_of_generate(monkeypatch):
+    """A dynamic cache does not allow it."""
+    warnings = []
+    monkeypatch.setattr(utils.logger, "warning_once", warnings.append)
+    options = {"max_new_tokens": 3, "compile_config": CompileConfig(), "assistant_model": tiny.pair(0).draft}
+    tiny.pair(0).target.generate(**INPUTS, **options)
+    assert any("`compile_config`" in warning for warning in warnings)
 
 
 def test_custom_generate_from_a_folder_receives_the_draft(tmp_path):
