@@ -97,11 +97,7 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         self.register_buffer("draft_vocab", None if size is None else torch.arange(size))
         self._head_rows: tuple[Any, int, tuple[torch.Tensor, torch.Tensor | None]] | None = None
         self.gradient_checkpointing = False
-        self.generation_config = GenerationConfig(
-            num_assistant_tokens=DEFAULT_NUM_ASSISTANT_TOKENS,
-            tree_depth=DEFAULT_TREE_DEPTH,
-            tree_top_k=DEFAULT_TREE_TOP_K,
-        )
+        self.generation_config = _default_settings()
         self.post_init()
         if self.feature_proj is not None:
             nn.init.zeros_(self.feature_proj.weight)  # starts as a draft that reads the last hidden state alone
@@ -211,8 +207,10 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
             MSDCheckpointError: when a weight is missing, unexpected or of the wrong shape, or when the folder holds
                 some other kind of model.
         """
+        is_original = False
         if not isinstance(config, PreTrainedConfig):
             original = read_original_config(config or pretrained_model_name_or_path, **kwargs)
+            is_original = original is not None
             if original is not None:
                 # As in any `from_pretrained`, a field of the configuration may be overridden by name.
                 for name in [name for name in kwargs if name in MSDDraftConfig.__annotations__]:
@@ -231,6 +229,9 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         if accept_other_shapes:
             loading_info = {**loading_info, "mismatched_keys": set()}
         check_loading_info(pretrained_model_name_or_path, loading_info)
+        if is_original and kwargs.get("generation_config") is None:
+            # A `generation_config.json` that lies beside it is a copy of the target's.
+            draft.generation_config = _default_settings()
         return (draft, loading_info) if return_loading_info else draft
 
     def fuse(
@@ -314,6 +315,14 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=states, **{CACHE_NAME: past_key_values})
+
+
+def _default_settings() -> GenerationConfig:
+    return GenerationConfig(
+        num_assistant_tokens=DEFAULT_NUM_ASSISTANT_TOKENS,
+        tree_depth=DEFAULT_TREE_DEPTH,
+        tree_top_k=DEFAULT_TREE_TOP_K,
+    )
 
 
 __all__ = ["MSDDraftModel", "MSDDraftPreTrainedModel"]

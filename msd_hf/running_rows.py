@@ -71,18 +71,21 @@ class RunningRows:
         self, adapter: TargetAdapter, selector: BatchSelector, extras: DecoderOutputs, flags: dict[str, bool]
     ) -> None:
         """
-        Brings the rows that ended early to the length of the longest, as `generate` does with padding, by one forward
-        of the target: for the cache, scores and states that are returned.
+        Puts rows that were taken out of the batch back into the cache, and brings those that ended early to the length
+        of the longest, as `generate` does with padding, by one forward of the target: for the cache, scores and states
+        that are returned.
         """
         batch_size = selector.batch_size
         emitted = [len(selector.row_tokens(row)) for row in range(batch_size)]
         missing = [max(emitted) - count for count in emitted]
-        if not any(missing):
+        if not self._ended and not any(missing):
             return
         for place, row in enumerate(selector.running):
             self._ended[row] = self._take(place)
         ended = [self._ended[row] for row in range(batch_size)]
         put_rows(self.cache, [row.keys_and_values for row in ended])
+        if not any(missing):
+            return
         context = ContextSlots([row.length for row in ended], self._prompt_mask)
         next_position = torch.cat([row.next_position for row in ended], dim=-2)
         device = next_position.device

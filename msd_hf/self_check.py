@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
 from .cache import CACHE_NAME, truncate
@@ -57,7 +58,7 @@ def check_tree_verification(
     # One token after the other, as `generate` itself does it.
     expected, ids, kwargs = [], input_ids, {**model_kwargs, CACHE_NAME: running.cache}
     for node in (0, 2, 3):
-        outputs = {CACHE_NAME: running.cache}
+        outputs = CausalLMOutputWithPast(**{CACHE_NAME: running.cache})
         kwargs = target._update_model_kwargs_for_generation(outputs, kwargs)
         ids = torch.cat([ids, branch[:, node : node + 1].to(ids.device)], dim=1)
         inputs = target.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs)

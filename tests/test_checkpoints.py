@@ -115,6 +115,14 @@ def test_checkpoint_in_half_precision(tmp_path):
     assert MSDDraftModel.from_pretrained(folder, dtype=torch.float32).dtype == torch.float32
 
 
+def test_generation_config_of_the_base_model_is_not_the_draft_s(tmp_path):
+    """A folder of the original repository may hold a copy of the target's; the draft reads none of it."""
+    folder = golden_sets.write_original_checkpoint(KINDS["llava"], tmp_path, "llava")
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.1}))
+    settings = MSDDraftModel.from_pretrained(folder).generation_config
+    assert settings.num_assistant_tokens == 59 and settings.do_sample is None and settings.temperature is None
+
+
 def test_fields_of_the_configuration_can_be_overridden(tmp_path):
     folder = golden_sets.write_original_checkpoint(KINDS["llava"], tmp_path / "original", "llava")
     draft = MSDDraftModel.from_pretrained(folder, decouple_visual_tokens=False, attn_implementation="eager")

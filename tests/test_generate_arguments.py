@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import functools
-import re
-import string
 import threading
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AsyncTextIteratorStreamer,
+    AttentionInterface,
+    AttentionMaskInterface,
     DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
     PreTrainedTokenizerFast,
-    StaticCache,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
     TextStreamer,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from msd_hf import MSDDraftModel, MSDError, MSDGenerateOutput, MSDPairingError, MSDUnsupportedError
+from msd_hf import MSDDraftModel, MSDError, MSDGenerateOutput, MSDPairingError
+from msd_hf.cache import CACHE_NAME
 
 
 TREES = [(59, 5, 10), (7, 5, 1), (1, 0, 1)]
@@ -47,15 +52,7 @@ def inputs() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Each id is a word of two letters, some with a space before; decoding joins them as they are."""
-    letters = string.ascii_lowercase
-    words = [" " * (n % 3 == 0) + letters[n % 26] + letters[(7 * n + n // 26) % 26] for n in range(tiny.VOCAB_SIZE)]
-    words[tiny.IMAGE_TOKEN_ID] = "abcdef"  # `StopStringCriteria` tells by this word how tokens are decoded
-    assert len(set(words)) == tiny.VOCAB_SIZE
-    model = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=words[0]))
-    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    model.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=model, clean_up_tokenization_spaces=False)
+    return tiny.tokenizer()
 
 
 def new_tokens(sequences: torch.Tensor, inputs: dict[str, torch.Tensor]) -> list[int]:
@@ -285,6 +282,23 @@ def test_text_iterator_streamer_in_a_thread(inputs, tokenizer):
     assert text == tokenizer.decode(expected)
 
 
+def test_async_text_iterator_streamer(inputs, tokenizer):
+    pair = tiny.pair(0)
+
+    async def read() -> str:
+        streamer = AsyncTextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+        options = {"max_new_tokens": 18, "streamer": streamer, "assistant_model": pair.with_tree(24, 4, 4)}
+        thread = threading.Thread(target=pair.target.generate, kwargs={**inputs, **options})
+        thread.start()
+        text = "".join([piece async for piece in streamer])
+        thread.join(timeout=60)
+        return text
+
+    text = asyncio.run(read())
+    expected = new_tokens(pair.target.generate(**inputs, max_new_tokens=18), inputs)
+    assert text == tokenizer.decode(expected)
+
+
 # What is returned.
 
 
@@ -336,17 +350,20 @@ def test_returned_cache(pair, inputs, max_new_tokens):
     options = {"max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
     expected = pair.target.generate(**inputs, **options)
     output = pair.target.generate(**inputs, **options, assistant_model=pair.draft)
-    cache = output.past_key_values
+    cache, expected_cache = output[CACHE_NAME], expected[CACHE_NAME]
     assert isinstance(cache, DynamicCache)
-    assert cache.get_seq_length() == output.sequences.shape[1] - 1 == expected.past_key_values.get_seq_length()
-    for one, other in zip(cache.layers, expected.past_key_values.layers, strict=True):
+    assert cache.get_seq_length() == output.sequences.shape[1] - 1 == expected_cache.get_seq_length()
+    for one, other in zip(cache.layers, expected_cache.layers, strict=True):
         torch.testing.assert_close(one.keys, other.keys, atol=1e-5, rtol=0)
         torch.testing.assert_close(one.values, other.values, atol=1e-5, rtol=0)
 
     question = torch.tensor([[11, 12, 13]])
     second = {"input_ids": torch.cat([output.sequences, question], dim=1), "max_new_tokens": 10}
-    turns = [pair.target.generate(**second, past_key_values=past) for past in (expected.past_key_values, cache)]
+    others = [copy.deepcopy(expected_cache), copy.deepcopy(cache)]
+    turns = [pair.target.generate(**second, **{CACHE_NAME: past}) for past in (expected_cache, cache)]
     assert turns[0].tolist() == turns[1].tolist()
+    for past in others:  # with the draft, also where it was not there in the first turn
+        assert pair.target.generate(**second, **{CACHE_NAME: past}, assistant_model=pair.draft).equal(turns[0])
     whole = pair.target.generate(**second, pixel_values=inputs["pixel_values"])
     assert turns[1].tolist() == whole.tolist()
 
@@ -354,7 +371,7 @@ def test_returned_cache(pair, inputs, max_new_tokens):
 @pytest.mark.parametrize("with_config", [False, True])
 def test_empty_cache_of_the_user(pair, inputs, with_config):
     cache = DynamicCache(config=pair.target.config) if with_config else DynamicCache()
-    output = pair.target.generate(**inputs, max_new_tokens=12, past_key_values=cache, assistant_model=pair.draft)
+    output = pair.target.generate(**inputs, max_new_tokens=12, **{CACHE_NAME: cache}, assistant_model=pair.draft)
     assert torch.equal(output, pair.target.generate(**inputs, max_new_tokens=12))
     assert cache.get_seq_length() == output.shape[1] - 1
 
@@ -391,7 +408,88 @@ def test_vocabulary_of_the_draft_may_differ(inputs, vocab_size):
     assert torch.equal(output, pair.target.generate(**inputs, max_new_tokens=12))
 
 
-# Refusals.
+def test_prompts_of_equal_length(pair):
+    """A batch without padding, and without an attention mask."""
+    ids = torch.cat([tiny.make_prompt(seed, 6)["input_ids"] for seed in range(3)])
+    expected = pair.target.generate(ids, max_new_tokens=12)
+    assert torch.equal(pair.target.generate(ids, max_new_tokens=12, assistant_model=pair.draft), expected)
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_embeddings_of_a_prompt_with_image(pair, inputs, with_ids):
+    """What the decoder reads is given as it is; the output is that of the prompt with its image."""
+    seen = {}
+
+    def look(module, args, kwargs):
+        seen["embeds"] = kwargs["inputs_embeds"]
+
+    handle = pair.target.get_decoder().register_forward_pre_hook(look, with_kwargs=True)
+    whole = pair.target.generate(**inputs, max_new_tokens=1)
+    handle.remove()
+    prompt = {"inputs_embeds": seen["embeds"][:, : inputs["input_ids"].shape[1]]}
+    prompt |= {"input_ids": inputs["input_ids"]} if with_ids else {}
+    whole = pair.target.generate(**inputs, max_new_tokens=12)
+    output = pair.target.generate(**prompt, max_new_tokens=12, assistant_model=pair.draft)
+    assert torch.equal(output, pair.target.generate(**prompt, max_new_tokens=12))
+    assert output[0, -12:].tolist() == whole[0, -12:].tolist()
+
+
+# Targets.
+
+
+def test_attention_implementation_of_the_user(inputs):
+    """One of which is not known whether it takes a tree mask reads the prompt, and no tree."""
+    lengths = []
+
+    def own_attention(module, query, key, value, attention_mask, **kwargs):
+        lengths.append((query.shape[2], key.shape[2]))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("own_attention", own_attention)
+    AttentionMaskInterface.register("own_attention", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    pair = tiny.pair(0)
+    expected = pair.target.generate(**inputs, max_new_tokens=12)
+    target = copy.deepcopy(pair.target)
+    target.set_attn_implementation("own_attention")
+    output = target.generate(**inputs, max_new_tokens=12, assistant_model=pair.with_tree(24, 4, 4))
+    assert torch.equal(output, expected)
+    length = inputs["input_ids"].shape[1]
+    assert (length, length) in lengths
+    assert not any(queries > 1 and keys > length for queries, keys in lengths)
+    assert target.get_decoder().config._attn_implementation == "own_attention"
+
+
+@pytest.mark.parametrize("layer_types", [("full",), ("sliding",), ("sliding", "full", "sliding")], ids=str)
+@pytest.mark.parametrize("size", [1, 3])
+def test_text_target_with_windows(layer_types, size):
+    config = Qwen2Config(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=len(layer_types),
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        initializer_range=0.15,
+        use_sliding_window=True,
+        sliding_window=6,
+        layer_types=[f"{kind}_attention" for kind in layer_types],
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        target = Qwen2ForCausalLM(config).double().eval()
+        torch.nn.init.normal_(target.get_input_embeddings().weight)
+        draft = MSDDraftModel.from_target(target)
+    inputs = tiny.left_padded([tiny.make_prompt(seed, 3 + 3 * seed) for seed in range(size)])
+    options = {"max_new_tokens": 20, "repetition_penalty": 1.3}
+    expected = target.generate(**inputs, **options)
+    assert len(set(expected[0, -20:].tolist())) > 5
+    assert torch.equal(target.generate(**inputs, **options, assistant_model=draft), expected)
+
+
+# Refusals by the draft; those of arguments are in test_refusals.py.
 
 
 @pytest.fixture
@@ -407,83 +505,6 @@ def never_run(monkeypatch):
     return target
 
 
-REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"num_beams": 2}, "num_beams"),
-    ({"num_beams": 2, "do_sample": True}, "num_beams"),
-    ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences"),
-    ({"use_cache": False}, "use_cache"),
-    ({"cache_implementation": "static"}, "cache_implementation='static'"),
-    ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
-    ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
-    ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
-    ({"assistant_early_exit": 1}, "assistant_early_exit=1"),
-    ({"use_mtp": True}, "use_mtp=True"),
-    ({"speculation_type": "dflash"}, "speculation_type='dflash'"),
-    ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight=0.5"),
-    ({"dola_layers": "low", "trust_remote_code": True}, "dola_layers='low'"),
-    ({"penalty_alpha": 0.6, "top_k": 4, "trust_remote_code": True}, "contrastive_search"),
-    ({"force_words_ids": [[5]], "num_beams": 2, "trust_remote_code": True}, "num_beams"),
-    ({"prefill_chunk_size": 4}, "prefill_chunk_size=4"),
-    ({"output_attentions": True}, "output_attentions=True"),
-    ({"output_hidden_states": True}, "output_hidden_states=True"),
-    ({"guidance_scale": 1.5}, "guidance_scale=1.5"),
-    ({"synced_gpus": True}, "synced_gpus=True"),
-]
-
-
-@pytest.mark.parametrize("options, name", REFUSED, ids=lambda value: value if isinstance(value, str) else "")
-def test_refused_argument(never_run, inputs, options, name):
-    settings = [key for key in options if key not in ("trust_remote_code", "synced_gpus")]
-    if missing := [key for key in settings if not hasattr(GenerationConfig(), key)]:
-        pytest.skip(f"this version of transformers has no {missing}")
-    with pytest.raises(MSDUnsupportedError, match=re.escape(name)) as caught:
-        never_run.generate(**inputs, max_new_tokens=5, **options, assistant_model=tiny.pair(0).draft)
-    assert isinstance(caught.value, ValueError)
-
-
-def test_refused_argument_in_a_generation_config(never_run, inputs):
-    for config in (GenerationConfig(num_beams=2), GenerationConfig(guidance_scale=2.0)):
-        with pytest.raises(MSDUnsupportedError):
-            never_run.generate(**inputs, generation_config=config, assistant_model=tiny.pair(0).draft)
-
-
-def test_refused_assistant_tokenizer(never_run, inputs, tokenizer):
-    with pytest.raises(MSDUnsupportedError, match="assistant_tokenizer"):
-        never_run.generate(
-            **inputs, tokenizer=tokenizer, assistant_tokenizer=tokenizer, assistant_model=tiny.pair(0).draft
-        )
-
-
-def test_refused_batch(never_run):
-    prompts = [tiny.make_prompt(seed, 5)["input_ids"] for seed in (0, 1)]
-    with pytest.raises(MSDUnsupportedError, match=r"one prompt a call.* 2"):
-        never_run.generate(input_ids=torch.cat(prompts), max_new_tokens=3, assistant_model=tiny.pair(0).draft)
-
-
-def test_refused_inputs_embeds(never_run):
-    inputs = tiny.make_prompt(0, 5)
-    embeds = never_run.get_input_embeddings()(inputs["input_ids"]).detach()
-    for prompt in ({"inputs_embeds": embeds}, {"inputs_embeds": embeds, **inputs}):
-        with pytest.raises(MSDUnsupportedError, match="inputs_embeds"):
-            never_run.generate(**prompt, max_new_tokens=3, assistant_model=tiny.pair(0).draft)
-
-
-def test_refused_caches(never_run, inputs):
-    draft, config = tiny.pair(0).draft, never_run.config.get_text_config()
-    with pytest.raises(MSDUnsupportedError, match="StaticCache"):
-        cache = StaticCache(config=config, max_cache_len=64)
-        never_run.generate(**inputs, max_new_tokens=3, past_key_values=cache, assistant_model=draft)
-    filled = tiny.pair(0).target.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
-    options = {"past_key_values": filled.past_key_values, "max_new_tokens": 3}
-    with pytest.raises(MSDUnsupportedError, match="past_key_values"):
-        never_run.generate(input_ids=filled.sequences, **options, assistant_model=draft)
-    sliding = copy.deepcopy(config)
-    sliding.layer_types, sliding.sliding_window = ["sliding_attention"] * 2, 8
-    with pytest.raises(MSDUnsupportedError, match="Sliding"):
-        cache = DynamicCache(config=sliding)
-        never_run.generate(**inputs, max_new_tokens=3, past_key_values=cache, assistant_model=draft)
-
-
 @pytest.mark.parametrize(
     "name, value", [("num_assistant_tokens", 0), ("tree_depth", -1), ("tree_top_k", 0), ("tree_top_k", "many")]
 )
@@ -492,38 +513,6 @@ def test_refused_tree_settings(never_run, inputs, name, value):
     setattr(draft.generation_config, name, value)
     with pytest.raises(MSDError, match=name):
         never_run.generate(**inputs, max_new_tokens=3, assistant_model=draft)
-
-
-def test_refused_attention_implementation(never_run, inputs):
-    never_run.config.get_text_config()._attn_implementation = "flash_attention_2"
-    with pytest.raises(MSDUnsupportedError, match="flash_attention_2"):
-        never_run.generate(**inputs, max_new_tokens=3, assistant_model=tiny.pair(0).draft)
-
-
-def test_refused_layers(never_run, inputs):
-    never_run.config.text_config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(MSDUnsupportedError, match="sliding_attention"):
-        never_run.generate(**inputs, max_new_tokens=3, assistant_model=tiny.pair(0).draft)
-    del never_run.config.text_config.layer_types
-    never_run.config.text_config.sliding_window = 8
-    with pytest.raises(MSDUnsupportedError, match="sliding_attention"):
-        never_run.generate(**inputs, max_new_tokens=3, assistant_model=tiny.pair(0).draft)
-
-
-def test_refused_kind_of_target(inputs):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    config = Qwen2Config(
-        vocab_size=60,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-    )
-    target = Qwen2ForCausalLM(config)
-    with pytest.raises(MSDUnsupportedError, match=r"Qwen2ForCausalLM.*qwen2"):
-        target.generate(inputs["input_ids"], max_new_tokens=3, assistant_model=MSDDraftModel.from_target(target))
 
 
 def test_refused_pairs(never_run, inputs):
@@ -542,12 +531,9 @@ def test_refused_pairs(never_run, inputs):
 @pytest.mark.parametrize(
     "options",
     [
-        {"num_beams": 1, "num_return_sequences": 1, "guidance_scale": 1.0},
-        {"use_cache": True, "output_attentions": False, "output_hidden_states": False},
-        {"cache_implementation": "dynamic"},
+        {"num_return_sequences": 1, "output_attentions": False, "output_hidden_states": False},
         {"logits_processor": LogitsProcessorList(), "stopping_criteria": StoppingCriteriaList()},
-        {"synced_gpus": False},
-        {"disable_compile": True},
+        {"num_assistant_tokens": None, "assistant_confidence_threshold": None},
     ],
     ids=str,
 )

@@ -29,7 +29,7 @@ from transformers.generation.streamers import BaseStreamer
 import msd_hf
 
 
-HOOKED = ("_assisted_decoding", "_validate_generation_mode")
+HOOKED = ("_assisted_decoding", "_extract_generation_mode_kwargs", "_validate_generation_mode")
 
 
 @pytest.fixture

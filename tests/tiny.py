@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import functools
 import random
+import string
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, set_seed
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
 from msd_hf import MSDDraftModel
 
@@ -113,6 +122,19 @@ def left_padded(prompts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tenso
         batch["attention_mask"][row, length - len(ids) :] = 1
     images = [prompt["pixel_values"] for prompt in prompts if "pixel_values" in prompt]
     return batch | ({"pixel_values": torch.cat(images)} if images else {})
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Each id is a word of two letters, some with a space before; decoding joins them as they are."""
+    letters = string.ascii_lowercase
+    words = [" " * (n % 3 == 0) + letters[n % 26] + letters[(7 * n + n // 26) % 26] for n in range(VOCAB_SIZE)]
+    words[IMAGE_TOKEN_ID] = "abcdef"  # `StopStringCriteria` tells by this word how tokens are decoded
+    assert len(set(words)) == VOCAB_SIZE
+    model = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=words[0]))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    model.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=model, clean_up_tokenization_spaces=False)
 
 
 def build_draft(

@@ -1,0 +1,237 @@
+"""Each refusal in the README's table is raised with that sentence, and none is missing from the table."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import readme_refusals
+import tiny
+import torch
+from transformers import (
+    CompileConfig,
+    GenerationConfig,
+    GenerationMixin,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.generation import utils
+
+import msd_hf
+from msd_hf import MSDDraftModel, MSDError
+from msd_hf.cache import CACHE_NAME
+from msd_hf.integration import REFUSED_ARGUMENTS
+from msd_hf.targets import TargetAdapter
+
+
+# Where refusals are raised, each by a `raise` of its own.
+MODULES = ("integration", "target_support", "targets", "self_check", "tree")
+# What no call of `generate` can bring about.
+INTERNAL = "The root has not been expanded yet."
+
+INPUTS = tiny.make_prompt(4, 7, (3,))
+SIZES = {"vocab_size": 60, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+
+
+def build_draft(**overrides: Any) -> MSDDraftModel:
+    return tiny.build_draft(tiny.pair(0).target, **overrides)
+
+
+def other_cache(target, draft):
+    cache = StaticCache(config=target.config.get_text_config(), max_cache_len=64)
+    return target, draft, {CACHE_NAME: cache}
+
+
+def encoder_decoder(target, draft):
+    config = T5Config(d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0, **SIZES)
+    return never_running(T5ForConditionalGeneration(config)), draft, {"pixel_values": None}
+
+
+def without_head(target, draft):
+    target.get_output_embeddings = lambda: None
+    return target, draft, {}
+
+
+def linear_attention(target, draft):
+    target.config.text_config.layer_types = ["full_attention", "linear_attention"]
+    return target, draft, {}
+
+
+def recurrent(target, draft):
+    target._is_stateful = True
+    return target, draft, {}
+
+
+def unknown_target(target, draft):
+    """A target of a kind that is not known, which does not verify a tree as it decodes."""
+    target = copy.deepcopy(tiny.pair(0).target)
+    target.config.model_type = "unheard_of"
+    original = TargetAdapter.verify
+
+    @functools.wraps(original)
+    def verify(*args, **kwargs):
+        verification = original(*args, **kwargs)
+        verification.logits *= 2
+        return verification
+
+    return target, build_draft(target_model_type=None), {"verify": verify}
+
+
+CASES = {
+    "`custom_generate`": lambda target, draft: (target, draft, {"custom_generate": lambda **_: None}),
+    "`assistant_tokenizer`": lambda target, draft: (target, draft, {"assistant_tokenizer": tiny.tokenizer()}),
+    "a cache that is not a plain `DynamicCache`": other_cache,
+    "an encoder-decoder target": encoder_decoder,
+    "a target without decoder or head": without_head,
+    "layers that are neither full nor sliding attention": linear_attention,
+    "a recurrent target": recurrent,
+    "a target of unknown kind that fails the check at its first call": unknown_target,
+    "a draft of another width": lambda target, draft: (
+        target,
+        tiny.build_draft(tiny.build_target(0, hidden_size=64)),
+        {},
+    ),
+    "a draft for another kind of target": lambda target, draft: (target, build_draft(target_model_type="x"), {}),
+    "a draft that reads layers the target does not have": lambda target, draft: (
+        target,
+        build_draft(target_layers=[7]),
+        {},
+    ),
+}
+
+
+def never_running(target):
+    """A target whose forward fails the test."""
+
+    @functools.wraps(target.forward)  # `generate` reads its signature
+    def fail(*args, **kwargs):
+        raise AssertionError("the target was run")
+
+    target.forward = fail
+    return target
+
+
+@functools.cache
+def call(refused: str, by_name: bool = False) -> MSDError:
+    """The error that a row of the table is about."""
+    target, draft, options = never_running(copy.deepcopy(tiny.pair(0).target)), tiny.pair(0).draft, {}
+    setting = re.fullmatch(r"`(draft\.generation_config\.)?(\w+)=(.*)`", refused)
+    if setting is None:
+        target, draft, options = CASES[refused](target, draft)
+    else:
+        of_draft, name, value = setting[1], setting[2], ast.literal_eval(setting[3])
+        if of_draft:
+            draft = copy.deepcopy(draft)
+            setattr(draft.generation_config, name, value)
+        elif by_name or name in inspect.signature(GenerationMixin.generate).parameters:
+            options = {name: value}
+        else:
+            options = {"generation_config": GenerationConfig(max_new_tokens=3)}
+            setattr(options["generation_config"], name, value)
+    options = {"trust_remote_code": True, **INPUTS, **options}
+    if "generation_config" not in options:
+        options["max_new_tokens"] = 3
+    options = {name: value for name, value in options.items() if value is not None}
+    with (
+        pytest.raises(MSDError) as caught,
+        mock.patch.object(TargetAdapter, "verify", options.pop("verify", TargetAdapter.verify)),
+    ):
+        target.generate(**options, assistant_model=draft)
+    return caught.value
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("refused", readme_refusals.rows())
+def test_refusal_of_the_table(refused):
+    """Before the target has run, but for the check at the first call."""
+    sentence = readme_refusals.rows()[refused]
+    error = call(refused)
+    assert readme_refusals.matches(sentence, str(error)), f"{error}"
+    assert isinstance(error, ValueError)
+
+
+def test_refused_by_name_as_well_as_in_a_generation_config():
+    fields = set(vars(GenerationConfig()))
+    for refused, sentence in readme_refusals.rows().items():
+        setting = re.fullmatch(r"`(\w+)=(.*)`", refused)
+        if setting is not None and setting[1] in fields:
+            assert readme_refusals.matches(sentence, str(call(refused, by_name=True)))
+
+
+@pytest.mark.parametrize("name, value", [("num_assistant_tokens", 20), ("assistant_confidence_threshold", 0.4)])
+def test_values_that_generate_fills_in_are_refused_when_somebody_gives_them(name, value):
+    assert f"`{name}={value!r}`" in str(call(f"`{name}={value!r}`", by_name=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_refusal_is_missing_from_the_table():
+    assert REFUSED_ARGUMENTS.keys() <= readme_refusals.names()
+    package = Path(msd_hf.__file__).parent
+    sites = set()
+    for module in MODULES:
+        for node in ast.walk(ast.parse((package / f"{module}.py").read_text())):
+            if isinstance(node, ast.Raise) and node.exc is not None and INTERNAL not in ast.unparse(node.exc):
+                sites.add((module, node.lineno))
+    seen = set()
+    for refused in readme_refusals.rows():
+        place = call(refused).__traceback__
+        while place.tb_next is not None:
+            place = place.tb_next
+        seen.add((Path(place.tb_frame.f_code.co_filename).stem, place.tb_lineno))
+    assert sites == seen
+
+
+@pytest.mark.parametrize("value", ["offloaded", "quantized", "offloaded_static", "hybrid", "sliding_window"])
+def test_other_caches_are_refused(value):
+    assert f"`cache_implementation={value!r}`" in str(call(f"`cache_implementation={value!r}`", by_name=True))
+
+
+def test_continuous_batching_is_refused_by_generate_itself():
+    with pytest.raises(NotImplementedError, match="assistant_model is not supported for continuous batching"):
+        tiny.pair(0).target.generate(
+            torch.tensor([[5, 6]]), cache_implementation="paged", assistant_model=tiny.pair(0).draft
+        )
+
+
+@pytest.mark.parametrize(
+    "name, value", [("temperature", 1.0), ("do_sample", False), ("num_assistant_tokens_schedule", "constant")]
+)
+def test_settings_of_the_draft_that_are_off_are_taken(name, value):
+    draft = copy.deepcopy(tiny.pair(0).draft)
+    setattr(draft.generation_config, name, value)
+    output = tiny.pair(0).target.generate(**INPUTS, max_new_tokens=3, assistant_model=draft)
+    assert torch.equal(output, tiny.pair(0).target.generate(**INPUTS, max_new_tokens=3))
+
+
+def test_compile_config_gets_the_warning_of_generate(monkeypatch):
+    """A dynamic cache does not allow it."""
+    warnings = []
+    monkeypatch.setattr(utils.logger, "warning_once", warnings.append)
+    options = {"max_new_tokens": 3, "compile_config": CompileConfig(), "assistant_model": tiny.pair(0).draft}
+    tiny.pair(0).target.generate(**INPUTS, **options)
+    assert any("`compile_config`" in warning for warning in warnings)
+
+
+def test_custom_generate_from_a_folder_receives_the_draft(tmp_path):
+    """It is up to that code what it does with it."""
+    (tmp_path / "custom_generate").mkdir()
+    (tmp_path / "custom_generate" / "generate.py").write_text(
+        "def generate(model, input_ids, assistant_model=None, **kwargs):\n"
+        "    return model.generate(input_ids, assistant_model=assistant_model, max_new_tokens=5,\n"
+        "                          return_dict_in_generate=True)\n"
+    )
+    output = tiny.pair(0).target.generate(
+        input_ids=torch.tensor([[5, 6, 7]]),
+        custom_generate=str(tmp_path),
+        trust_remote_code=True,
+        assistant_model=tiny.pair(0).draft,
+    )
+    assert type(output) is msd_hf.MSDGenerateOutput
