@@ -74,6 +74,14 @@ def check_target(target: PreTrainedModel) -> None:
             f"{name} has no decoder (`get_decoder()`) with a language-model head (`get_output_embeddings()`) behind "
             f"it, which MSD drafts read and use. {advice}"
         )
+    # peft lends a prompt-learning model's method to the target for the time of a call.
+    owner = getattr(target.prepare_inputs_for_generation, "__self__", target)
+    adapter = getattr(owner, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise MSDUnsupportedError(
+            f"{name} has an adapter of kind {adapter.peft_type.value}, which puts virtual tokens before the prompt "
+            f"that MSD drafts know nothing of; LoRA and its like change weights, and can be used. {advice}"
+        )
     text_config = target.config.get_text_config(decoder=True)
     others = attention_windows(text_config).keys() - {_FULL, _SLIDING}
     if others or target._is_stateful:
