@@ -137,16 +137,23 @@ class MSDDraftConfig(PreTrainedConfig):
         for name in (*required, *copied, "pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(text_config, name, None) is not None:
                 fields[name] = getattr(text_config, name)
-        fields["hidden_act"] = getattr(text_config, "hidden_act", None) or "silu"
+        # Gemma's name comes first: where a configuration has both, it is the one that counts.
+        activations = (getattr(text_config, name, None) for name in ("hidden_activation", "hidden_act"))
+        fields["hidden_act"] = next((name for name in activations if name), "silu")
         return cls(**{**fields, **overrides})
 
 
 def _one_dimensional_rope(text_config: PreTrainedConfig) -> dict[str, Any] | None:
+    """The target's rotary settings, scaling included, for a draft of one dimension and full attention."""
     rope = getattr(text_config, "rope_parameters", None)
     if not rope:
         return None
-    rope = dict(rope.get("full_attention", rope))  # some decoders have one entry per layer type
-    if any(key in rope for key in _MULTIMODAL_ROPE_KEYS):
+    if all(isinstance(value, dict) for value in rope.values()):  # one entry per layer type
+        rope = rope.get("full_attention") or next(iter(rope.values()))
+    rope = {key: value for key, value in rope.items() if key not in _MULTIMODAL_ROPE_KEYS}
+    # The draft's layers rotate whole heads: scalings that were made for a part of a head do not fit them.
+    partial = rope.pop("partial_rotary_factor", None) or getattr(text_config, "partial_rotary_factor", None)
+    if rope.get("rope_type") in (None, "mrope") or partial not in (None, 1.0):
         return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
     return rope
 

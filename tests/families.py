@@ -1,0 +1,638 @@
+"""Tiny random targets of every family, and inputs of `generate` for them: images, videos, left-padded batches.
+
+Built from configurations alone. Prompts are expanded as the family's processor expands them; a model refuses images
+whose features do not match the image tokens in number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel, set_seed
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+
+VOCAB_SIZE = 80
+HIDDEN_SIZE = 32
+PAD_TOKEN_ID = 0
+FIRST_TEXT_TOKEN_ID, NUM_TEXT_TOKENS = 3, 72
+# What a processor puts between the rows of an image, behind and before it; placeholders of videos and images.
+BREAK_TOKEN_ID, END_TOKEN_ID, START_TOKEN_ID, VIDEO_TOKEN_ID, IMAGE_TOKEN_ID = range(75, VOCAB_SIZE)
+SPECIAL_TOKEN_IDS = [PAD_TOKEN_ID, *range(BREAK_TOKEN_ID, VOCAB_SIZE)]
+IMAGE_SIZE = 16
+WINDOW = 8  # of sliding attention: shorter than the prompts
+
+
+@dataclass
+class Picture:
+    """An image or a video.
+
+    Args:
+        tokens: what it becomes in the prompt.
+        pixels: what the vision tower gets of it.
+        size: what the family's processor says of its size: height and width, or the grid of its patches.
+    """
+
+    tokens: list[int]
+    pixels: torch.Tensor
+    size: tuple[int, ...] = ()
+
+
+@dataclass
+class Prompt:
+    """One row of a batch, before padding."""
+
+    tokens: list[int]
+    images: list[Picture] = field(default_factory=list)
+    videos: list[Picture] = field(default_factory=list)
+
+
+Rows = list[list[Picture]]
+
+
+def _stack(rows: Rows) -> dict[str, Any]:
+    return {"pixel_values": torch.cat([picture.pixels for row in rows for picture in row])}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of target.
+
+    Args:
+        name: the name in the registry, also what the class of the model starts with.
+        model_class: name of the class in transformers.
+        config: makes the configuration.
+        draw_image: an image from a generator, its number (which chooses its size), and the number of images in its
+            prompt.
+        draw_video: the same of a video.
+        collate_images, collate_videos: what `generate` takes of the pictures of all rows.
+        token_types: argument that tells images (1) and videos (2) from text (0), and whether images are told at all.
+        embedding_std: of random embeddings; Gemma multiplies them by the square root of the hidden size.
+        attentions: implementations of attention that it has. Gemma 2 caps its attention scores, which sdpa cannot;
+            transformers 5.10 lets it do without the cap, 5.24 refuses.
+        eager_left_padding: eager attention gives numbers for padded rows. In float64 it gives NaN where the softmax
+            is computed in float32, in which the mask's minimum is -inf.
+    """
+
+    name: str
+    model_class: str
+    config: Callable[[], PreTrainedConfig]
+    draw_image: Callable[[torch.Generator, int, int], Picture] | None = None
+    draw_video: Callable[[torch.Generator, int], Picture] | None = None
+    collate_images: Callable[[Rows], dict[str, Any]] = _stack
+    collate_videos: Callable[[Rows], dict[str, Any]] | None = None
+    token_types: tuple[str, bool] | None = None
+    embedding_std: float = 1.0
+    attentions: tuple[str, ...] = ("sdpa", "eager")
+    eager_left_padding: bool = False
+
+    @property
+    def has_images(self) -> bool:
+        return self.draw_image is not None
+
+    @property
+    def has_videos(self) -> bool:
+        return self.draw_video is not None
+
+    def build(
+        self, seed: int = 0, attention: str | None = None, dtype: torch.dtype = torch.float64, **text_fields: Any
+    ) -> PreTrainedModel:
+        """A model with random weights, large enough that what it generates does not soon repeat itself and that it
+        sees its images."""
+        config = self.config()
+        for name, value in text_fields.items():
+            setattr(config.get_text_config(decoder=True), name, value)
+        with torch.random.fork_rng(devices=[]):
+            set_seed(seed)
+            model = getattr(transformers, self.model_class)(config)
+            torch.nn.init.normal_(model.get_input_embeddings().weight, std=self.embedding_std)
+            torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
+            for name, parameter in model.named_parameters():
+                # The default initialisation leaves an image hardly visible to the decoder.
+                if parameter.ndim > 1 and any(
+                    part in name for part in ("multi_modal_projector", "connector", "merger")
+                ):
+                    torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
+        model.generation_config.eos_token_id = None
+        model.generation_config.pad_token_id = PAD_TOKEN_ID
+        model.set_attn_implementation(attention or self.attentions[0])
+        return model.to(dtype).eval()
+
+    def prompt(
+        self,
+        seed: int,
+        num_images: int = 0,
+        place: str = "middle",
+        num_text: int = 8,
+        num_videos: int = 0,
+        first_size: int | None = None,
+    ) -> Prompt:
+        """
+        A prompt of random text and pictures.
+
+        Args:
+            place: "first", "last", or "middle": the pictures are spread between the text tokens.
+            first_size: number of the first picture's size, the others follow (default: `seed`).
+        """
+        generator = torch.Generator().manual_seed(seed)
+        text = torch.randint(
+            FIRST_TEXT_TOKEN_ID, FIRST_TEXT_TOKEN_ID + NUM_TEXT_TOKENS, (num_text,), generator=generator
+        ).tolist()
+        first_size = seed if first_size is None else first_size
+        images, videos = [], []
+        for number in range(num_images):
+            assert self.draw_image is not None
+            images.append(self.draw_image(generator, first_size + number, num_images))
+        for number in range(num_videos):
+            assert self.draw_video is not None
+            videos.append(self.draw_video(generator, first_size + number))
+        pictures = [*images, *videos]
+        tokens: list[int] = []
+        for position in range(num_text + 1):
+            for number, picture in enumerate(pictures):
+                spread = (number + 1) * num_text // (len(pictures) + 1)
+                if position == {"first": 0, "last": num_text, "middle": spread}[place]:
+                    tokens += picture.tokens
+            tokens += text[position : position + 1]
+        return Prompt(tokens, images, videos)
+
+    def collate(self, prompts: list[Prompt], dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+        """Inputs of `generate`: a batch of prompts, shorter ones padded on the left."""
+        length = max(len(prompt.tokens) for prompt in prompts)
+        ids = torch.tensor([[PAD_TOKEN_ID] * (length - len(prompt.tokens)) + prompt.tokens for prompt in prompts])
+        padding = torch.tensor([length - len(prompt.tokens) for prompt in prompts])
+        inputs: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": (torch.arange(length) >= padding.unsqueeze(1)).long(),
+        }
+        if any(prompt.images for prompt in prompts):
+            inputs.update(self.collate_images([prompt.images for prompt in prompts]))
+        if any(prompt.videos for prompt in prompts):
+            assert self.collate_videos is not None
+            inputs.update(self.collate_videos([prompt.videos for prompt in prompts]))
+        if self.token_types is not None:
+            name, told = self.token_types
+            types = torch.zeros_like(ids)
+            if told:
+                types = types + (ids == IMAGE_TOKEN_ID).long() + 2 * (ids == VIDEO_TOKEN_ID).long()
+            inputs[name] = types
+        return {name: value.to(dtype) if value.dtype.is_floating_point else value for name, value in inputs.items()}
+
+    def inputs(self, seed: int, num_images: int = 0, place: str = "middle", **options: Any) -> dict[str, Any]:
+        """Inputs of `generate` for one prompt, see [`~Family.prompt`]."""
+        return self.collate([self.prompt(seed, num_images, place, **options)])
+
+    def extend(self, inputs: dict[str, Any], new_tokens: torch.Tensor) -> dict[str, Any]:
+        """Inputs of a forward over a prompt and tokens `[B, T]` generated after it."""
+        extended = dict(inputs)
+        extended["input_ids"] = torch.cat([inputs["input_ids"], new_tokens], dim=1)
+        extended["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(new_tokens)], dim=1)
+        if self.token_types is not None:
+            name, told = self.token_types
+            # PaliGemma: 0 is the prompt, which sees itself in both directions, and 1 what follows.
+            more = torch.zeros_like(new_tokens) if told else torch.ones_like(new_tokens)
+            extended[name] = torch.cat([inputs[name], more], dim=1)
+        return extended
+
+
+# Decoders
+
+
+def _decoder(config_class: str, **fields: Any) -> PreTrainedConfig:
+    return getattr(transformers, config_class)(
+        **{
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": HIDDEN_SIZE,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.15,
+            "pad_token_id": PAD_TOKEN_ID,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "tie_word_embeddings": False,
+            **fields,
+        }
+    )
+
+
+_ALTERNATING = ["sliding_attention", "full_attention"]
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+
+
+def _llama(**fields: Any) -> PreTrainedConfig:
+    return _decoder("LlamaConfig", **fields)
+
+
+def _qwen2(**fields: Any) -> PreTrainedConfig:
+    return _decoder("Qwen2Config", **fields)
+
+
+def _qwen3(**fields: Any) -> PreTrainedConfig:
+    return _decoder("Qwen3Config", **{"head_dim": 16, **fields})
+
+
+def _mistral(**fields: Any) -> PreTrainedConfig:
+    return _decoder("MistralConfig", **{"sliding_window": WINDOW, **fields})
+
+
+def _gemma(**fields: Any) -> PreTrainedConfig:
+    return _decoder("GemmaConfig", **{"head_dim": 16, **fields})
+
+
+def _gemma2(**fields: Any) -> PreTrainedConfig:
+    return _decoder(
+        "Gemma2Config",
+        **{
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": WINDOW,
+            "layer_types": list(_ALTERNATING),
+            # Low enough to bend logits and scores.
+            "final_logit_softcapping": 4.0,
+            "attn_logit_softcapping": 3.0,
+            **fields,
+        },
+    )
+
+
+def _gemma3(**fields: Any) -> PreTrainedConfig:
+    return _decoder(
+        "Gemma3TextConfig",
+        **{
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": WINDOW,
+            "layer_types": list(_ALTERNATING),
+            **fields,
+        },
+    )
+
+
+# Vision towers
+
+
+def _tower(config_class: str, patch_size: int, **fields: Any) -> PreTrainedConfig:
+    return getattr(transformers, config_class)(
+        **{
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": IMAGE_SIZE,
+            "patch_size": patch_size,
+            **fields,
+        }
+    )
+
+
+def _siglip(patch_size: int) -> PreTrainedConfig:
+    return _tower("SiglipVisionConfig", patch_size, vision_use_head=False)
+
+
+# Pictures
+
+
+def _noise(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _fixed_image(generator: torch.Generator, number: int, num_images: int) -> Picture:
+    """One square of the tower's size: 4 tokens."""
+    return Picture([IMAGE_TOKEN_ID] * 4, _noise(generator, 1, 3, IMAGE_SIZE, IMAGE_SIZE))
+
+
+def _framed_image(generator: torch.Generator, number: int, num_images: int) -> Picture:
+    """The same between a start and an end token."""
+    return Picture(
+        [START_TOKEN_ID, *[IMAGE_TOKEN_ID] * 4, END_TOKEN_ID], _noise(generator, 1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    )
+
+
+def _tiled_image(generator: torch.Generator, number: int, num_images: int) -> Picture:
+    """One or more squares of 4 tokens each."""
+    num_tiles = (1, 3, 2)[number % 3]
+    return Picture(
+        [START_TOKEN_ID, *[IMAGE_TOKEN_ID] * (4 * num_tiles), END_TOKEN_ID],
+        _noise(generator, num_tiles, 3, IMAGE_SIZE, IMAGE_SIZE),
+    )
+
+
+def _padded_tiles_image(generator: torch.Generator, number: int, num_images: int) -> Picture:
+    """Tiles of 4 tokens, of which a part may be padding of the image; each tile between separators."""
+    num_tiles = (1, 3, 2)[number % 3]
+    height, width = ((16, 16), (12, 16), (16, 8))[number % 3]
+    pixels = _noise(generator, num_tiles, 3, IMAGE_SIZE, IMAGE_SIZE)
+    pixels[..., height:, :] = 0.0
+    pixels[..., width:] = 0.0
+    return Picture([START_TOKEN_ID, *[IMAGE_TOKEN_ID] * 4] * num_tiles + [END_TOKEN_ID], pixels, (height, width))
+
+
+def _collate_padded_tiles(rows: Rows) -> dict[str, Any]:
+    most = max(sum(len(picture.pixels) for picture in row) for row in rows)
+    pixel_values = torch.zeros(len(rows), most, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.float64)
+    mask = torch.zeros(len(rows), most, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.long)
+    for number, row in enumerate(rows):
+        start = 0
+        for picture in row:
+            end = start + len(picture.pixels)
+            pixel_values[number, start:end] = picture.pixels
+            mask[number, start:end, : picture.size[0], : picture.size[1]] = 1
+            start = end
+    return {"pixel_values": pixel_values, "pixel_attention_mask": mask}
+
+
+_PINPOINTS = [[16, 32], [32, 16], [32, 32]]
+
+
+def _anyres_image(generator: torch.Generator, number: int, num_images: int, patch: bool = True) -> Picture:
+    """A small version of the image and tiles of it, padding removed, a newline behind each row of patches."""
+    size = ((16, 32), (30, 14), (20, 32))[number % 3]
+    per_side = 2  # patches of a tile
+    if not patch:
+        return Picture([IMAGE_TOKEN_ID] * (per_side**2 + 1), _noise(generator, 1, 1, 3, IMAGE_SIZE, IMAGE_SIZE), size)
+    tiles_high, tiles_wide = get_anyres_image_grid_shape(size, _PINPOINTS, IMAGE_SIZE)
+    _, rows, columns = unpad_image(torch.empty(1, tiles_high * per_side, tiles_wide * per_side), size).shape
+    num_tiles = 1 + tiles_high * tiles_wide
+    return Picture(
+        [IMAGE_TOKEN_ID] * (per_side**2 + rows * (columns + 1)),
+        _noise(generator, 1, num_tiles, 3, IMAGE_SIZE, IMAGE_SIZE),
+        size,
+    )
+
+
+def _collate_anyres(rows: Rows) -> dict[str, Any]:
+    pictures = [picture for row in rows for picture in row]
+    most = max(picture.pixels.shape[1] for picture in pictures)
+    pixel_values = torch.zeros(len(pictures), most, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.float64)
+    for number, picture in enumerate(pictures):
+        pixel_values[number, : picture.pixels.shape[1]] = picture.pixels[0]
+    return {"pixel_values": pixel_values, "image_sizes": torch.tensor([picture.size for picture in pictures])}
+
+
+def _onevision_image(generator: torch.Generator, number: int, num_images: int) -> Picture:
+    """LLaVA-OneVision cuts only an image that is alone into tiles."""
+    return _anyres_image(generator, number, num_images, patch=num_images == 1)
+
+
+def _collate_onevision(rows: Rows) -> dict[str, Any]:
+    return {**_collate_anyres(rows), "batch_num_images": torch.tensor([len(row) for row in rows])}
+
+
+def _onevision_video(generator: torch.Generator, number: int) -> Picture:
+    """Three frames, each pooled to one token, and a newline."""
+    return Picture([VIDEO_TOKEN_ID] * 4, _noise(generator, 1, 3, 3, IMAGE_SIZE, IMAGE_SIZE))
+
+
+def _collate_onevision_videos(rows: Rows) -> dict[str, Any]:
+    return {"pixel_values_videos": torch.cat([picture.pixels for row in rows for picture in row])}
+
+
+def _pixtral_image(generator: torch.Generator, number: int, num_images: int) -> Picture:
+    """Rows of merged patches with a break behind each, an end behind the last."""
+    height, width = ((16, 16), (8, 16), (16, 8))[number % 3]
+    tokens = ([IMAGE_TOKEN_ID] * (width // 8) + [BREAK_TOKEN_ID]) * (height // 8)
+    return Picture([*tokens[:-1], END_TOKEN_ID], _noise(generator, 3, height, width), (height, width))
+
+
+def _collate_pixtral(rows: Rows) -> dict[str, Any]:
+    pictures = [picture for row in rows for picture in row]
+    height, width = (max(picture.size[axis] for picture in pictures) for axis in (0, 1))
+    pixel_values = torch.zeros(len(pictures), 3, height, width, dtype=torch.float64)
+    for number, picture in enumerate(pictures):
+        pixel_values[number, :, : picture.size[0], : picture.size[1]] = picture.pixels
+    return {"pixel_values": pixel_values, "image_sizes": torch.tensor([picture.size for picture in pictures])}
+
+
+_GRID_PATCH_PIXELS = 3 * 2 * 4 * 4  # channels, frames of a patch, height, width
+
+
+def _grid_picture(generator: torch.Generator, token_id: int, grid: tuple[int, int, int]) -> Picture:
+    frames, height, width = grid
+    tokens = [START_TOKEN_ID, *[token_id] * (frames * height * width // 4), END_TOKEN_ID]
+    return Picture(tokens, _noise(generator, frames * height * width, _GRID_PATCH_PIXELS), grid)
+
+
+def _grid_image(generator: torch.Generator, number: int, num_images: int) -> Picture:
+    """An image of its own size, 2 x 2 patches to a token."""
+    return _grid_picture(generator, IMAGE_TOKEN_ID, ((1, 4, 4), (1, 4, 6), (1, 2, 4))[number % 3])
+
+
+def _grid_video(generator: torch.Generator, number: int) -> Picture:
+    return _grid_picture(generator, VIDEO_TOKEN_ID, ((2, 4, 4), (3, 2, 4))[number % 2])
+
+
+def _timed_grid_video(generator: torch.Generator, number: int) -> Picture:
+    """Qwen3-VL writes the time before each frame."""
+    video = _grid_video(generator, number)
+    frames, height, width = video.size
+    frame = [START_TOKEN_ID, *[VIDEO_TOKEN_ID] * (height * width // 4), END_TOKEN_ID]
+    video.tokens = [token for number in range(frames) for token in [FIRST_TEXT_TOKEN_ID + number, *frame]]
+    return video
+
+
+def _collate_grids(rows: Rows) -> dict[str, Any]:
+    grids = torch.tensor([picture.size for row in rows for picture in row])
+    return {**_stack(rows), "image_grid_thw": grids}
+
+
+def _collate_grid_videos(rows: Rows) -> dict[str, Any]:
+    inputs = _collate_grids(rows)
+    return {"pixel_values_videos": inputs["pixel_values"], "video_grid_thw": inputs["image_grid_thw"]}
+
+
+# Families
+
+
+def _multimodal(
+    config_class: str, text_config: PreTrainedConfig, vision_config: PreTrainedConfig, **fields: Any
+) -> PreTrainedConfig:
+    return getattr(transformers, config_class)(
+        text_config=text_config,
+        vision_config=vision_config,
+        image_token_id=IMAGE_TOKEN_ID,
+        tie_word_embeddings=False,
+        **fields,
+    )
+
+
+def _qwen_vl(kind: str, **vision_fields: Any) -> Callable[[], PreTrainedConfig]:
+    def config() -> PreTrainedConfig:
+        text_fields = {"head_dim": 8} if kind == "Qwen3VL" else {}
+        vision = {"depth": 2, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
+        return _multimodal(
+            f"{kind}Config",
+            _decoder(f"{kind}TextConfig", rope_parameters=dict(_MROPE), **text_fields),
+            getattr(transformers, f"{kind}Config")().vision_config.__class__(**vision, **vision_fields),
+            video_token_id=VIDEO_TOKEN_ID,
+            vision_start_token_id=START_TOKEN_ID,
+            vision_end_token_id=END_TOKEN_ID,
+        )
+
+    return config
+
+
+_GRIDS: dict[str, Any] = {
+    "draw_image": _grid_image,
+    "draw_video": _grid_video,
+    "collate_images": _collate_grids,
+    "collate_videos": _collate_grid_videos,
+    "token_types": ("mm_token_type_ids", True),
+}
+_PADDED_TILES: dict[str, Any] = {"draw_image": _padded_tiles_image, "collate_images": _collate_padded_tiles}
+_SCALED_EMBEDDING_STD = HIDDEN_SIZE**-0.5
+
+_REGISTRY = [
+    Family("llama", "LlamaForCausalLM", _llama),
+    Family("qwen2", "Qwen2ForCausalLM", _qwen2),
+    Family("qwen3", "Qwen3ForCausalLM", _qwen3),
+    Family("mistral", "MistralForCausalLM", _mistral),
+    Family("gemma2", "Gemma2ForCausalLM", _gemma2, embedding_std=_SCALED_EMBEDDING_STD, attentions=("eager",)),
+    Family("gemma3_text", "Gemma3ForCausalLM", _gemma3, embedding_std=_SCALED_EMBEDDING_STD),
+    Family(
+        "llava",
+        "LlavaForConditionalGeneration",
+        lambda: _multimodal("LlavaConfig", _llama(), _tower("CLIPVisionConfig", 8), image_seq_length=4),
+        _fixed_image,
+    ),
+    Family(
+        "llava_next",
+        "LlavaNextForConditionalGeneration",
+        lambda: _multimodal(
+            "LlavaNextConfig",
+            _mistral(sliding_window=None),
+            _tower("CLIPVisionConfig", 8),
+            image_grid_pinpoints=_PINPOINTS,
+        ),
+        _anyres_image,
+        collate_images=_collate_anyres,
+    ),
+    Family(
+        "llava_onevision",
+        "LlavaOnevisionForConditionalGeneration",
+        lambda: _multimodal(
+            "LlavaOnevisionConfig",
+            _qwen2(),
+            _siglip(8),
+            image_grid_pinpoints=_PINPOINTS,
+            video_token_id=VIDEO_TOKEN_ID,
+        ),
+        _onevision_image,
+        _onevision_video,
+        collate_images=_collate_onevision,
+        collate_videos=_collate_onevision_videos,
+    ),
+    Family(
+        "vipllava",
+        "VipLlavaForConditionalGeneration",
+        lambda: _multimodal(
+            "VipLlavaConfig",
+            _llama(),
+            _tower("CLIPVisionConfig", 8),
+            vision_feature_layers=[-2, -1],
+            image_seq_length=4,
+        ),
+        _fixed_image,
+    ),
+    Family(
+        "internvl",
+        "InternVLForConditionalGeneration",
+        lambda: _multimodal("InternVLConfig", _qwen2(), _tower("InternVLVisionConfig", 4)),
+        _tiled_image,
+    ),
+    Family(
+        "smolvlm",
+        "SmolVLMForConditionalGeneration",
+        lambda: _multimodal("SmolVLMConfig", _llama(), _tower("SmolVLMVisionConfig", 4)),
+        **_PADDED_TILES,
+    ),
+    Family(
+        "idefics3",
+        "Idefics3ForConditionalGeneration",
+        lambda: _multimodal("Idefics3Config", _llama(), _tower("Idefics3VisionConfig", 4)),
+        **_PADDED_TILES,
+    ),
+    Family(
+        "mistral3",
+        "Mistral3ForConditionalGeneration",
+        lambda: _multimodal("Mistral3Config", _mistral(sliding_window=None), _tower("PixtralVisionConfig", 4)),
+        _pixtral_image,
+        collate_images=_collate_pixtral,
+    ),
+    Family(
+        "qwen2_vl",
+        "Qwen2VLForConditionalGeneration",
+        _qwen_vl("Qwen2VL", embed_dim=16, hidden_size=HIDDEN_SIZE, mlp_ratio=1),
+        **_GRIDS,
+    ),
+    Family(
+        "qwen2_5_vl",
+        "Qwen2_5_VLForConditionalGeneration",
+        _qwen_vl(
+            "Qwen2_5_VL",
+            hidden_size=16,
+            out_hidden_size=HIDDEN_SIZE,
+            intermediate_size=16,
+            window_size=16,
+            fullatt_block_indexes=[1],
+        ),
+        **_GRIDS,
+    ),
+    Family(
+        "qwen3_vl",
+        "Qwen3VLForConditionalGeneration",
+        _qwen_vl(
+            "Qwen3VL",
+            hidden_size=16,
+            out_hidden_size=HIDDEN_SIZE,
+            intermediate_size=16,
+            num_position_embeddings=16,
+            deepstack_visual_indexes=[0, 1],
+        ),
+        **{**_GRIDS, "draw_video": _timed_grid_video},
+    ),
+    Family(
+        "gemma3",
+        "Gemma3ForConditionalGeneration",
+        lambda: _multimodal("Gemma3Config", _gemma3(), _siglip(4), mm_tokens_per_image=4),
+        _framed_image,
+        token_types=("token_type_ids", True),
+        embedding_std=_SCALED_EMBEDDING_STD,
+    ),
+    Family(
+        "aya_vision",
+        "AyaVisionForConditionalGeneration",
+        lambda: _multimodal(
+            "AyaVisionConfig",
+            _decoder("Cohere2Config", sliding_window=WINDOW, layer_types=list(_ALTERNATING)),
+            _siglip(4),
+        ),
+        _tiled_image,
+    ),
+    Family(
+        "paligemma",
+        "PaliGemmaForConditionalGeneration",
+        lambda: _multimodal("PaliGemmaConfig", _gemma(), _siglip(8), projection_dim=HIDDEN_SIZE),
+        _fixed_image,
+        token_types=("token_type_ids", False),
+        embedding_std=_SCALED_EMBEDDING_STD,
+        eager_left_padding=True,
+    ),
+    Family(
+        "paligemma2",
+        "PaliGemmaForConditionalGeneration",
+        lambda: _multimodal("PaliGemmaConfig", _gemma2(), _siglip(8), projection_dim=HIDDEN_SIZE),
+        _fixed_image,
+        token_types=("token_type_ids", False),
+        embedding_std=_SCALED_EMBEDDING_STD,
+        attentions=("eager",),
+        eager_left_padding=True,
+    ),
+]
+FAMILIES = {family.name: family for family in _REGISTRY}

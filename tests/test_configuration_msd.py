@@ -1,0 +1,77 @@
+"""Drafts derived from the configuration of a target, family by family."""
+
+import pytest
+import torch
+from families import FAMILIES, HIDDEN_SIZE
+from transformers import LlamaConfig, Phi3Config, Qwen2_5_VLConfig
+
+from msd_hf import MSDDraftConfig, MSDDraftModel
+
+
+GEMMAS = ("gemma2", "gemma3_text", "gemma3", "paligemma", "paligemma2")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_draft_fits_its_target(name):
+    target = FAMILIES[name].build()
+    draft = MSDDraftModel.from_target(target)
+    text_config = target.config.get_text_config(decoder=True)
+    assert (draft.config.target_model_type, draft.config.target_text_model_type) == (
+        target.config.model_type,
+        text_config.model_type,
+    )
+    attention, target_attention = draft.layers[0].self_attn, target.get_decoder().layers[-1].self_attn
+    for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        assert getattr(attention, projection).weight.shape == getattr(target_attention, projection).weight.shape
+    is_qwen2_kind = text_config.model_type.startswith("qwen2")
+    assert (attention.q_proj.bias is not None) == draft.config.input_layernorm == is_qwen2_kind
+    assert draft.config.hidden_act == ("gelu_pytorch_tanh" if name in GEMMAS else "silu")
+
+    embeds, hidden_states = torch.randn(2, 1, 5, HIDDEN_SIZE, dtype=target.dtype)
+    states = draft(embeds, hidden_states, torch.tensor([[True, True, False, False, False]])).last_hidden_state
+    assert states.shape == (1, 5, HIDDEN_SIZE) and states.dtype == target.dtype
+    assert target.get_output_embeddings()(states).isfinite().all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_draft_has_the_rotary_frequencies_of_its_target(name):
+    """In one dimension also where the target has three; those of full attention where layers differ in them."""
+    target = FAMILIES[name].build()
+    rotary = target.get_decoder().rotary_emb
+    expected = getattr(rotary, "inv_freq", None)
+    if expected is None:
+        expected = rotary.full_attention_inv_freq
+        assert not torch.equal(expected, rotary.sliding_attention_inv_freq)
+    assert torch.equal(MSDDraftModel.from_target(target).rotary_emb.inv_freq, expected)
+
+
+def rope_of(config):
+    return MSDDraftConfig.from_target(config).rope_parameters
+
+
+def test_scaling_of_the_rotary_positions_is_kept():
+    yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 1024}
+    assert rope_of(LlamaConfig(rope_parameters=dict(yarn))).items() >= yarn.items()
+    multimodal = Qwen2_5_VLConfig(text_config={"rope_parameters": {**yarn, "mrope_section": [16, 24, 24]}})
+    assert rope_of(multimodal).items() >= yarn.items() and "mrope_section" not in rope_of(multimodal)
+
+
+def test_a_draft_rotates_whole_heads():
+    head_dim, factor = 32, 0.75
+    target = Phi3Config(
+        hidden_size=128,
+        num_attention_heads=4,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 5e4,
+            "partial_rotary_factor": factor,
+            "short_factor": [1.0] * int(head_dim * factor // 2),
+            "long_factor": [1.0] * int(head_dim * factor // 2),
+        },
+        max_position_embeddings=8192,
+        original_max_position_embeddings=4096,
+    )
+    draft = MSDDraftModel(MSDDraftConfig.from_target(target, vocab_size=8, intermediate_size=8))
+    assert draft.config.rope_parameters["rope_theta"] == 5e4
+    assert draft.rotary_emb.inv_freq.shape == (head_dim // 2,)
+    assert draft(*torch.randn(2, 1, 3, 128)).last_hidden_state.shape == (1, 3, 128)
