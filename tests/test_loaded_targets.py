@@ -216,6 +216,20 @@ def test_prompt_learning_is_refused():
         assert_same_tokens(model.get_base_model())
 
 
+@pytest.mark.parametrize("argument", ["adapter_names", "alora_offsets"])
+def test_adapters_of_some_rows_or_positions_are_refused(argument):
+    """Ended rows leave the batch, and peft counts positions from the end of each forward."""
+    inputs = tiny.left_padded([tiny.make_prompt(seed, 8) for seed in (1, 2)])
+    if argument == "adapter_names":
+        model, options = adapted(target_modules=["q_proj"]), {"adapter_names": ["default", "__base__"]}
+    else:
+        invocation = inputs["input_ids"][0, -2:].tolist()
+        model, options = adapted(target_modules=["q_proj"], alora_invocation_tokens=invocation), {}
+    model.generate(**inputs, **options, max_new_tokens=2)
+    with pytest.raises(MSDUnsupportedError, match=f"`{argument}`"):
+        model.generate(**inputs, **options, assistant_model=draft(), max_new_tokens=2)
+
+
 def compiled(target: LlavaForConditionalGeneration, how: str) -> Any:
     if how == "model":
         return torch.compile(target, backend="eager")
