@@ -74,6 +74,7 @@ def check_target(target: PreTrainedModel) -> None:
             f"{name} has no decoder (`get_decoder()`) with a language-model head (`get_output_embeddings()`) behind "
             f"it, which MSD drafts read and use. {advice}"
         )
+    _check_adapters(target, name, advice)
     text_config = target.config.get_text_config(decoder=True)
     others = attention_windows(text_config).keys() - {_FULL, _SLIDING}
     if others or target._is_stateful:
@@ -82,6 +83,26 @@ def check_target(target: PreTrainedModel) -> None:
             f"The decoder of {name} has {kinds}, which cannot keep one branch of a candidate tree; full and "
             f"sliding-window attention can. {advice}"
         )
+
+
+def _check_adapters(target: PreTrainedModel, name: str, advice: str) -> None:
+    # peft lends its model's method to the target for the time of a call.
+    owner = getattr(target.prepare_inputs_for_generation, "__self__", target)
+    adapter = getattr(owner, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise MSDUnsupportedError(
+            f"{name} has an adapter of kind {adapter.peft_type.value}, which puts virtual tokens before the prompt "
+            f"that MSD drafts know nothing of; LoRA and its like change weights, and can be used. {advice}"
+        )
+    # Each layer gets these from a hook, for the rows and positions of a call without a draft.
+    for hook in (hook for module in target.modules() for hook in module._forward_pre_hooks.values()):
+        for argument in ("adapter_names", "alora_offsets"):
+            if getattr(hook, "keywords", {}).get(argument) is not None:
+                raise MSDUnsupportedError(
+                    f"{name} is called with `{argument}`, with which peft adapts some rows or positions of a batch "
+                    "only; MSD drafts drop rows that have ended and verify several positions at once. Use one "
+                    f"adapter for the whole call (`set_adapter`). {advice}"
+                )
 
 
 def check_pair(target_config: PreTrainedConfig, draft_config: MSDDraftConfig) -> None:

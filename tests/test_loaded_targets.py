@@ -1,0 +1,315 @@
+"""Targets as people load them: the tokens are those of the same target alone, whatever holds its weights.
+
+bitsandbytes needs a GPU and is not run here. It is served by what torchao and quanto show: the embedding and the head
+are called as modules, and a head whose weight has an integer dtype gets hidden states in the target's dtype.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import peft
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch.nn.attention import flex_attention
+from transformers import AttentionInterface, LlavaForConditionalGeneration, TorchAoConfig
+from transformers.integrations.flex_attention import WrappedFlexAttention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from msd_hf import MSDUnsupportedError, targets
+from msd_hf.evaluation import find_disagreement
+from msd_hf.targets import TargetAdapter
+
+
+PROMPTS = ((1, ()), (2, (2,)), (3, (0, 5)))
+LANGUAGE_MODEL = "model.language_model"
+
+
+def copy_of_target(dtype: torch.dtype = torch.float64) -> LlavaForConditionalGeneration:
+    return copy.deepcopy(tiny.pair(0).target).to(dtype)
+
+
+def draft(dtype: torch.dtype = torch.float64):
+    return copy.deepcopy(tiny.pair(0).with_tree(24, 4, 4)).to(dtype)
+
+
+def assert_same_tokens(
+    target: Any,
+    dtype: torch.dtype = torch.float64,
+    prompts=PROMPTS,
+    least_tau: float = 2.0,
+    **options: Any,
+) -> None:
+    """Greedy and sampled, with and without images. The mean acceptance tells that the draft saw what it must see."""
+    assistant = draft(dtype)
+    lengths = []
+    for seed, images_at in prompts:
+        inputs = tiny.make_prompt(seed, 8, images_at, dtype=dtype)
+        for do_sample in (False, True):
+            arguments = {"max_new_tokens": 16, "do_sample": do_sample, **options}
+            torch.manual_seed(seed)
+            expected = target.generate(**inputs, **arguments)
+            torch.manual_seed(seed)
+            output = target.generate(**inputs, **arguments, assistant_model=assistant, return_dict_in_generate=True)
+            assert output.sequences.tolist() == expected.tolist(), (seed, do_sample)
+            if not do_sample:
+                lengths += output.acceptance_lengths[0]
+    assert sum(lengths) / len(lengths) >= least_tau, lengths
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision(dtype):
+    """Where tokens differ, the target's two best logits are closer than their rounding errors."""
+    target, assistant = copy_of_target(dtype), draft(dtype)
+    reference = copy.deepcopy(target).double()
+    for seed in range(8):
+        inputs = tiny.make_prompt(seed, 8, ((), (2,), (0, 5))[seed % 3], dtype=dtype)
+        found = find_disagreement(target, assistant, inputs, reference, max_new_tokens=24)
+        assert found is None or found.is_explained, found
+
+
+def test_a_difference_that_rounding_does_not_explain():
+    """A draft would have to be wrong for this; here the target is, after the first call."""
+    target, assistant = copy_of_target(torch.bfloat16), draft(torch.bfloat16)
+    reference = copy.deepcopy(target).double()
+    inputs = tiny.make_prompt(1, 8, (2,), dtype=torch.bfloat16)
+    generate, calls = target.generate, []
+
+    def broken_with_a_draft(*args, **kwargs):
+        calls.append(kwargs)
+        suppressed = [generated[0]] if kwargs.get("assistant_model") is not None else None
+        output = generate(*args, **kwargs, suppress_tokens=suppressed)
+        generated.append(output.sequences[0, -4].item())
+        return output
+
+    generated: list[int] = []
+    target.generate = broken_with_a_draft
+    found = find_disagreement(target, assistant, inputs, reference, max_new_tokens=12)
+    assert len(calls) == 2 and found is not None and not found.is_explained
+    assert 0 < found.rounding < 0.5 < found.gap
+
+
+@pytest.mark.parametrize("target_dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("draft_dtype", [torch.float32, torch.float16], ids=str)
+def test_a_draft_in_another_dtype(target_dtype, draft_dtype):
+    target, assistant = copy_of_target(target_dtype), draft(draft_dtype)
+    reference = copy.deepcopy(target).double()
+    inputs = tiny.make_prompt(3, 8, (0, 5), dtype=target_dtype)
+    found = find_disagreement(target, assistant, inputs, reference, max_new_tokens=24)
+    assert found is None or (target_dtype != torch.float64 and found.is_explained)
+    assert assistant.dtype == draft_dtype and target.dtype == target_dtype
+
+
+def test_weights_offloaded_to_the_cpu():
+    """accelerate keeps them elsewhere and leaves meta tensors in the model; its hooks bring them."""
+    target = accelerate.cpu_offload(copy_of_target(), execution_device="cpu")
+    assert target.lm_head.weight.device.type == target.get_input_embeddings().weight.device.type == "meta"
+    assert_same_tokens(target)
+
+
+def test_a_device_map_with_layers_on_disk(tmp_path):
+    copy_of_target().save_pretrained(tmp_path / "target")
+    device_map = {
+        "model.vision_tower": "cpu",
+        "model.multi_modal_projector": "cpu",
+        f"{LANGUAGE_MODEL}.embed_tokens": "disk",
+        f"{LANGUAGE_MODEL}.layers.0": "cpu",
+        f"{LANGUAGE_MODEL}.layers.1": "disk",
+        f"{LANGUAGE_MODEL}.norm": "cpu",
+        f"{LANGUAGE_MODEL}.rotary_emb": "cpu",
+        "lm_head": "disk",
+    }
+    target = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "target", dtype=torch.float64, device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    assert target.lm_head.weight.device.type == "meta"
+    assert_same_tokens(target)
+
+
+@pytest.mark.parametrize("with_head", [False, True])
+def test_torchao_int8_weights(tmp_path, with_head):
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    copy_of_target(torch.float32).save_pretrained(tmp_path)
+    quantization = TorchAoConfig(Int8WeightOnlyConfig(), include_input_output_embeddings=with_head)
+    target = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path, dtype=torch.float32, quantization_config=quantization
+    )
+    quantized = {name for name, weight in target.named_parameters() if type(weight) is not nn.Parameter}
+    assert f"{LANGUAGE_MODEL}.layers.0.self_attn.q_proj.weight" in quantized
+    assert ("lm_head.weight" in quantized) == with_head
+    assert_same_tokens(target, torch.float32)
+
+
+def test_a_head_of_integer_weights():
+    """As bitsandbytes has them: the dtype of the weights is not that of the arithmetic."""
+
+    class Int8Head(nn.Module):
+        def __init__(self, linear: nn.Linear):
+            super().__init__()
+            scale = linear.weight.abs().amax(1, keepdim=True) / 127
+            self.weight = nn.Parameter((linear.weight / scale).round().to(torch.int8), requires_grad=False)
+            self.register_buffer("scale", scale.detach())
+
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            assert states.dtype == self.scale.dtype
+            return states @ (self.weight.to(states.dtype) * self.scale).mT
+
+    target = copy_of_target(torch.float32)
+    target.lm_head = Int8Head(target.lm_head)
+    assert_same_tokens(target, torch.float32)
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "attention": {"target_modules": ["q_proj", "v_proj"]},
+    "embedding_and_head": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "saved_embedding_and_head": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+}
+
+
+def adapted(**fields: Any) -> peft.PeftModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, lora_alpha=1, init_lora_weights=False, task_type="CAUSAL_LM", **fields)
+        model = peft.get_peft_model(copy_of_target(), config)
+        for name, parameter in model.named_parameters():
+            if "lora" in name or "modules_to_save" in name:
+                nn.init.normal_(parameter.data, std=0.3 if "lora" in name else 0.5)
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_targets_with_lora(kind):
+    """The draft reads the adapted model and drafts with the adapted embedding and head."""
+    model, assistant = adapted(**ADAPTERS[kind]), draft()
+    adapter = TargetAdapter(model.get_base_model())
+    ids = tiny.make_prompt(1, 8)["input_ids"]
+    states = model(input_ids=ids, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(adapter.embed(ids), states[0])
+    torch.testing.assert_close(adapter.head(states[-1]), model(input_ids=ids).logits)
+    assert_same_tokens(model, least_tau=1.0)
+    with model.disable_adapter():
+        assert_same_tokens(model)
+    assert assistant.dtype == torch.float64
+
+
+def test_prompt_learning_is_refused():
+    config = peft.PromptTuningConfig(
+        num_virtual_tokens=4, task_type="CAUSAL_LM", token_dim=32, num_layers=2, num_attention_heads=4
+    )
+    model = peft.get_peft_model(copy_of_target(), config).double().eval()
+    inputs = tiny.make_prompt(1, 8)
+    with pytest.raises(MSDUnsupportedError, match=r"PROMPT_TUNING.*virtual tokens"):
+        model.generate(**inputs, assistant_model=draft(), max_new_tokens=8)
+    with model.disable_adapter(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_same_tokens(model.get_base_model())
+
+
+@pytest.mark.parametrize("argument", ["adapter_names", "alora_offsets"])
+def test_adapters_of_some_rows_or_positions_are_refused(argument):
+    """Ended rows leave the batch, and peft counts positions from the end of each forward."""
+    inputs = tiny.left_padded([tiny.make_prompt(seed, 8) for seed in (1, 2)])
+    if argument == "adapter_names":
+        model, options = adapted(target_modules=["q_proj"]), {"adapter_names": ["default", "__base__"]}
+    else:
+        invocation = inputs["input_ids"][0, -2:].tolist()
+        model, options = adapted(target_modules=["q_proj"], alora_invocation_tokens=invocation), {}
+    model.generate(**inputs, **options, max_new_tokens=2)
+    with pytest.raises(MSDUnsupportedError, match=f"`{argument}`"):
+        model.generate(**inputs, **options, assistant_model=draft(), max_new_tokens=2)
+
+
+def compiled(target: LlavaForConditionalGeneration, how: str) -> Any:
+    if how == "model":
+        return torch.compile(target, backend="eager")
+    if how == "in place":
+        target.compile(backend="eager")
+    elif how == "forward":
+        target.forward = torch.compile(target.forward, backend="eager")
+    else:
+        target.model.language_model = torch.compile(target.model.language_model, backend="eager")
+    return target
+
+
+@pytest.mark.parametrize("how", ["model", "in place", "forward", "decoder"])
+@pytest.mark.parametrize("is_used_before", [False, True])
+def test_compiled_targets(how, is_used_before):
+    """A compiled forward does not notice hooks that come after its compilation, and must not stay without them."""
+    target = copy_of_target()
+    inputs = tiny.make_prompt(2, 8, (2,))
+    if is_used_before:  # with the draft, and then compiled by a call without it
+        assert_same_tokens(target, prompts=PROMPTS[1:2])
+    target = compiled(target, how)
+    if is_used_before:
+        target.generate(**inputs, max_new_tokens=3)
+    assert_same_tokens(target, prompts=PROMPTS[1:2])
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    """What is said once a process, as often as it is said."""
+    messages: list[str] = []
+    monkeypatch.setattr(targets.logger, "warning_once", messages.append)
+    return messages
+
+
+def attention_without_a_mask(module, query, key, value, attention_mask, **kwargs):
+    assert attention_mask is None
+    kwargs["is_causal"] = query.shape[2] > 1
+    return sdpa_attention_forward(module, query, key, value, None, **kwargs)
+
+
+def test_an_attention_function_that_takes_no_mask(warned):
+    """One that a user has registered; flash attention is of this kind too. Trees are verified with sdpa."""
+    AttentionInterface.register("without_a_mask", attention_without_a_mask)
+    target = copy_of_target()
+    target.set_attn_implementation("without_a_mask")
+    assert_same_tokens(target)
+    assert target.get_decoder().config._attn_implementation == "without_a_mask"
+    assert "'without_a_mask' takes no tree mask" in warned[0] and "verified with sdpa" in warned[0]
+
+
+def test_flex_attention(warned, monkeypatch):
+    """Without its compilation, which takes minutes on a CPU. It has no float64."""
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda self: flex_attention.flex_attention)
+    target = copy_of_target(torch.float32)
+    target.set_attn_implementation("flex_attention")
+    assert_same_tokens(target, torch.float32, PROMPTS[1:])
+    assert "'flex_attention' takes no tree mask" in warned[0]
+
+
+def test_tensor_parallel(tmp_path):
+    """Weights, vocabulary and head in halves on two processes: both write what one process writes."""
+    copy_of_target().save_pretrained(tmp_path / "target")
+    draft().save_pretrained(tmp_path / "draft")
+    inputs = tiny.make_prompt(2, 8, (2,))
+    torch.save(inputs, tmp_path / "inputs.pt")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(
+        [*command, str(Path(__file__).with_name("tensor_parallel_run.py")), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=environment,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    for do_sample in (False, True):
+        torch.manual_seed(0)
+        expected = copy_of_target().generate(**inputs, max_new_tokens=12, do_sample=do_sample)
+        for rank in range(2):
+            report = json.loads((tmp_path / f"{rank}.json").read_text())
+            assert report["is_split"] and report["tokens"][do_sample] == expected[0].tolist()
+            assert do_sample or max(report["acceptance_lengths"][do_sample]) > 2
