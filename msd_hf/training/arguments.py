@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
@@ -146,7 +147,10 @@ class MSDTrainingArguments(TrainingArguments):
 
     def layers_of(self, num_layers: int) -> list[int] | None:
         """`target_layers` for a target of `num_layers` decoder layers."""
-        layers = self.make_recipe().target_layers
+        layers: Any = self.make_recipe().target_layers
+        if isinstance(layers, (list, tuple)):  # as YAML and Python write it
+            layers = ",".join(map(str, layers))
+        layers = str(layers)
         if layers == "none":
             return None
         if layers == "auto":

@@ -12,10 +12,12 @@ import torch
 import yaml
 from torch.utils.data import ConcatDataset, Subset
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, PreTrainedModel, set_seed
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
 from ..errors import MSDError
 from ..modeling_msd import MSDDraftModel
+from ..tree import DEFAULT_NUM_ASSISTANT_TOKENS, DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K, TreeSettings
 from .arguments import MSDTrainingArguments
 from .data.conversations import Conversations, load_conversations
 from .features.cache import FeatureCache
@@ -175,6 +177,16 @@ def _check(script_args: ScriptArguments, args: MSDTrainingArguments) -> None:
         )
     if any(cached) and script_args.eval_samples:
         raise MSDError("--eval-samples cannot be combined with cached features: give --eval-data.")
+    if script_args.eval_samples < 0:
+        raise MSDError(f"--eval-samples must not be negative, got {script_args.eval_samples}.")
+    _check_tree(script_args)
+    available = get_available_reporting_integrations()
+    missing = sorted(set(args.report_to or ()) - set(available))
+    if missing:
+        raise MSDError(
+            f"--report-to {missing[0]} is not known, or its package is not installed; there are: "
+            f"{', '.join([*available, 'none'])}."
+        )
     for name in ("text", "visual"):
         given = getattr(script_args, f"{name}_data") or getattr(script_args, f"{name}_features")
         other = "visual" if name == "text" else "text"
@@ -183,6 +195,13 @@ def _check(script_args: ScriptArguments, args: MSDTrainingArguments) -> None:
                 f"The curriculum {args.curriculum!r} needs {name} samples: give --{name}-data, or "
                 f"--curriculum {other}."
             )
+
+
+def _check_tree(script_args: ScriptArguments) -> None:
+    """What `generate` would refuse at the first evaluation, long after the start."""
+    given = (script_args.num_assistant_tokens, script_args.tree_depth, script_args.tree_top_k)
+    defaults = (DEFAULT_NUM_ASSISTANT_TOKENS, DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K)
+    TreeSettings(*(default if value is None else value for value, default in zip(given, defaults, strict=True)))
 
 
 def _open_data(script_args: ScriptArguments) -> dict[str, Any]:
