@@ -76,6 +76,9 @@ class MSDTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "bfloat16 mixed precision. Default: where a GPU has it, unless fp16 is set.", **_FLAG},
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for weights without a gradient, of which a draft has none."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
 
     recipe: str = field(default="paper", metadata={"help": "paper or recommended.", "choices": list(RECIPES)})
