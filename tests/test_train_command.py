@@ -78,6 +78,15 @@ def test_one_command_gives_a_draft_that_loads(folder, tmp_path, monkeypatch, cap
     assert not any("preprocessor" in path.name or "tokenizer" in path.name for path in output.iterdir())
 
 
+def test_a_run_that_gets_no_better_is_stopped(folder, tmp_path, monkeypatch, capsys):
+    more = {"eval-samples": 1, "eval-prompts": 1, "eval-max-new-tokens": 4, "learning-rate": 0.0, "max-steps": 6}
+    more |= {"eval-strategy": "steps", "eval-steps": 1, "save-steps": 1, "metric-for-best-model": "tau"}
+    more |= {"load-best-model-at-end": True, "early-stopping-patience": 2}
+    code, _, err = run_main(monkeypatch, capsys, "train", *arguments(folder, tmp_path, **more))
+    assert code == 0, err
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (1, 2, 3)]
+
+
 def test_a_yaml_file_of_arguments_and_the_command_line_over_it(folder, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
@@ -104,6 +113,7 @@ def test_a_yaml_file_of_arguments_and_the_command_line_over_it(folder, tmp_path)
             "must be an integer of at least 1",
         ),
         (["--target", "t", "--text-data", "a.json", "--report-to", "nothing"], "--report-to nothing"),
+        (["--target", "t", "--text-data", "a.json", "--early-stopping-patience", "2"], "--load-best-model-at-end"),
         (["--recipe", "quick"], "invalid choice: 'quick'"),
         (["--config", "nothing.yaml"], "'nothing.yaml' cannot be read"),
         (["--target", "t", "--text-data", "nothing.json", "--curriculum", "text"], "nothing"),
