@@ -142,11 +142,14 @@ def extract(
     """Run the target over conversations once and keep its features on disk for `msd-hf train`."""
     from .training import MSDTrainingArguments, extract_features, load_conversations
     from .training.features.disk_estimate import estimate_disk
+    from .training.features.storage import resolve_storage
 
+    # What can be wrong is found before the target's weights are loaded.
+    resolve_storage(storage, torch.float32)
+    arguments = MSDTrainingArguments(target_layers=target_layers, use_cpu=True)
     conversations = load_conversations(data, image_folder)
     model, processor = _load_target(target, dtype, device)
-    num_layers = len(model.get_decoder().layers)
-    layers = MSDTrainingArguments(target_layers=target_layers, use_cpu=True).layers_of(num_layers)
+    layers = arguments.layers_of(len(model.get_decoder().layers))
     shape: dict[str, Any] = {"feature_layers": layers, "all_hidden_states": all_hidden_states}
     shape |= {"max_length": max_length, "storage": storage}
     estimate = estimate_disk(model, processor, conversations, **shape)
@@ -183,7 +186,9 @@ def regenerate_answers(
 ) -> None:
     """Let the target answer the prompts of a data set itself: a draft then learns what the target really says."""
     from .training import load_conversations, regenerate
+    from .training.regeneration.regenerate import check_output
 
+    check_output(output)
     conversations = load_conversations(data, image_folder)
     model, processor = _load_target(target, dtype, device)
     report = regenerate(

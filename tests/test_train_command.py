@@ -78,15 +78,25 @@ def test_one_command_gives_a_draft_that_loads(folder, tmp_path, monkeypatch, cap
     assert not any("preprocessor" in path.name or "tokenizer" in path.name for path in output.iterdir())
 
 
+def test_a_run_that_gets_no_better_is_stopped(folder, tmp_path, monkeypatch, capsys):
+    more = {"eval-samples": 1, "eval-prompts": 1, "eval-max-new-tokens": 4, "learning-rate": 0.0, "max-steps": 6}
+    more |= {"eval-strategy": "steps", "eval-steps": 1, "save-steps": 1, "metric-for-best-model": "tau"}
+    more |= {"load-best-model-at-end": True, "early-stopping-patience": 2}
+    code, _, err = run_main(monkeypatch, capsys, "train", *arguments(folder, tmp_path, **more))
+    assert code == 0, err
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (1, 2, 3)]
+
+
 def test_a_yaml_file_of_arguments_and_the_command_line_over_it(folder, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
         f"target: {folder / 'target'}\ntext_data: a.json\nvisual-data: b.json\nlearning_rate: 3e-4\nmax_steps: 7\n"
-        "bf16: false\nrecipe: recommended\n"
+        "bf16: false\nrecipe: recommended\ntarget_layers: [5, 1]\n"
     )
     script_args, args = parse_arguments(["--config", str(config), "--max-steps", "9", "--output_dir", str(tmp_path)])
     assert script_args.text_data == "a.json" and script_args.visual_data == "b.json"
     assert (args.learning_rate, args.max_steps, args.recipe, args.bf16) == (3e-4, 9, "recommended", False)
+    assert args.layers_of(20) == [1, 5]
 
 
 @pytest.mark.parametrize(
@@ -97,6 +107,13 @@ def test_a_yaml_file_of_arguments_and_the_command_line_over_it(folder, tmp_path)
         (["--target", "t", "--text-data", "a.json"], "needs visual samples: give --visual-data, or --curriculum text"),
         (["--target", "t", "--textdata", "a.json"], "Unknown arguments --textdata a.json"),
         (["--max-steps", "many"], "invalid int value: 'many'"),
+        (["--target", "t", "--text-data", "a.json", "--eval-samples", "-1"], "--eval-samples must not be negative"),
+        (
+            ["--target", "t", "--text-data", "a.json", "--num-assistant-tokens", "0"],
+            "must be an integer of at least 1",
+        ),
+        (["--target", "t", "--text-data", "a.json", "--report-to", "nothing"], "--report-to nothing"),
+        (["--target", "t", "--text-data", "a.json", "--early-stopping-patience", "2"], "--load-best-model-at-end"),
         (["--recipe", "quick"], "invalid choice: 'quick'"),
         (["--config", "nothing.yaml"], "'nothing.yaml' cannot be read"),
         (["--target", "t", "--text-data", "nothing.json", "--curriculum", "text"], "nothing"),
@@ -109,6 +126,22 @@ def test_a_yaml_file_of_arguments_and_the_command_line_over_it(folder, tmp_path)
 def test_bad_arguments_give_one_line(argv, message, monkeypatch, capsys):
     code, _, err = run_main(monkeypatch, capsys, "train", *argv)
     assert code == 1 and message in " ".join(err.split()) and err.startswith("Error: ")
+
+
+@pytest.mark.parametrize(
+    "command, argv, message",
+    [
+        ("extract", ["--output", "features", "--storage", "int4"], "`storage` 'int4' is not known"),
+        ("extract", ["--output", "features", "--target-layers", "low"], "`target_layers` must be numbers"),
+        ("regenerate", ["--output", "there.jsonl"], "'there.jsonl' exists"),
+        ("regenerate", ["--output", "out.json"], "must be a .jsonl file"),
+    ],
+)
+def test_the_target_is_not_loaded_for_arguments_that_are_wrong(command, argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.jsonl").write_text("")
+    code, _, err = run_main(monkeypatch, capsys, command, "--target", "nowhere", "--data", "there.jsonl", *argv)
+    assert code == 1 and message in " ".join(err.split())
 
 
 def test_unknown_name_in_a_yaml_file(tmp_path, monkeypatch, capsys):

@@ -258,7 +258,9 @@ def test_best_checkpoint_early_stopping_and_provenance(small_target, toy_process
     provenance = json.loads((tmp_path / "training_provenance.json").read_text())
     assert provenance["command"] and provenance["versions"]["torch"] == torch.__version__
     assert provenance["data"]["text"] == provenance["data"]["visual"] == NUM_SAMPLES
-    assert provenance["metrics"]["eval_tau"] == taus[-1] and provenance["recipe"] == "paper"
+    # Of the weights beside it, which are the best ones, not the last.
+    assert provenance["metrics"]["eval_tau"] == max(taus) and provenance["recipe"] == "paper"
+    assert provenance["step"] == taus.index(max(taus)) + 1 < trainer.state.global_step
     assert provenance["arguments"]["load_best_model_at_end"] is True
 
 
@@ -293,6 +295,25 @@ def test_resuming_passes_over_an_incomplete_checkpoint(tmp_path, caplog):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert last_complete_checkpoint(tmp_path / "nothing") is None
+
+
+def test_broken_held_out_samples_are_counted_apart(small_target, toy_processor, training_data, tmp_path, raw_samples):
+    samples = [dict(raw_samples["text"][index]) for index in range(3)]
+    whole = load_conversations(samples[1:])
+    turn = {"from": "human", "value": "What is </s> for?"}
+    samples[0]["conversations"] = [turn, *samples[0]["conversations"][1:]]
+    held_out = load_conversations(samples)
+    arguments = {"eval_prompts": 2, "eval_max_new_tokens": 4}
+    trainer = make_trainer(small_target, toy_processor, training_data, tmp_path, eval_dataset=held_out, **arguments)
+    metrics = trainer.evaluate()
+    assert metrics["eval_skipped_samples"] == 1 and trainer.provenance()["data"]["skipped"] == {}
+    expected = trainer.evaluate(whole)
+    assert metrics["eval_tau_text"] == expected["eval_tau_text"] and "eval_skipped_samples" not in expected
+    strict = make_trainer(
+        small_target, toy_processor, training_data, tmp_path, eval_dataset=held_out, strict=True, **arguments
+    )
+    with pytest.raises(MSDDataError, match="'</s>' is written"):
+        strict.evaluate()
 
 
 class StopAfter(TrainerCallback):

@@ -61,6 +61,15 @@ def test_later_passes_weigh_less_and_count_only_what_generation_drafts_from(part
     torch.testing.assert_close(evaluated, sums_by_hand(target, first, rows.goals, trained))
 
 
+def test_the_target_runs_in_its_own_dtype_under_mixed_precision(parts):
+    target, _, batch, _, objective = parts
+    target.float()  # autocast leaves float64 alone
+    rows = objective().make_rows(batch, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = objective().make_rows(batch, torch.float32)
+    assert torch.equal(mixed.hidden_states, rows.hidden_states) and torch.equal(mixed.goals, rows.goals)
+
+
 def test_noise_belongs_to_the_sample_and_is_for_training_alone(parts):
     _, draft, batch, _, objective = parts
     with_noise = objective(noise=0.2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
@@ -75,6 +76,9 @@ class MSDTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "bfloat16 mixed precision. Default: where a GPU has it, unless fp16 is set.", **_FLAG},
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for weights without a gradient, of which a draft has none."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
 
     recipe: str = field(default="paper", metadata={"help": "paper or recommended.", "choices": list(RECIPES)})
@@ -146,7 +150,10 @@ class MSDTrainingArguments(TrainingArguments):
 
     def layers_of(self, num_layers: int) -> list[int] | None:
         """`target_layers` for a target of `num_layers` decoder layers."""
-        layers = self.make_recipe().target_layers
+        layers: Any = self.make_recipe().target_layers
+        if isinstance(layers, (list, tuple)):  # as YAML and Python write it
+            layers = ",".join(map(str, layers))
+        layers = str(layers)
         if layers == "none":
             return None
         if layers == "auto":

@@ -74,7 +74,9 @@ class DraftObjective:
             inputs = {
                 name: value.to(target.dtype) if value.is_floating_point() else value for name, value in inputs.items()
             }
-            features = self.adapter.features(**inputs)
+            # In its own dtype, as it generates and as features are cached, also where the draft trains in another.
+            with torch.autocast(labels.device.type, enabled=False):
+                features = self.adapter.features(**inputs)
             inputs_embeds, hidden_states = features.inputs_embeds.detach(), features.hidden_states
             visual_mask = features.visual_mask
         return draft_rows(

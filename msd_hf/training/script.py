@@ -11,11 +11,20 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from torch.utils.data import ConcatDataset, Subset
-from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, PreTrainedModel, set_seed
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    EarlyStoppingCallback,
+    HfArgumentParser,
+    PreTrainedModel,
+    set_seed,
+)
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
 from ..errors import MSDError
 from ..modeling_msd import MSDDraftModel
+from ..tree import DEFAULT_NUM_ASSISTANT_TOKENS, DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K, TreeSettings
 from .arguments import MSDTrainingArguments
 from .data.conversations import Conversations, load_conversations
 from .features.cache import FeatureCache
@@ -50,6 +59,9 @@ class ScriptArguments:
     num_assistant_tokens: int | None = field(default=None, metadata={"help": "Nodes of the draft's tree."})
     tree_depth: int | None = field(default=None, metadata={"help": "Expansions of the draft's tree."})
     tree_top_k: int | None = field(default=None, metadata={"help": "Candidates per node of the draft's tree."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better --metric-for-best-model."}
+    )
     answer_batch_size: int = field(default=8, metadata={"help": "Prompts at once, with --target-written-answers."})
     answer_max_new_tokens: int = field(default=512, metadata={"help": "Length limit of a target-written answer."})
 
@@ -101,6 +113,7 @@ def run_training(argv: Sequence[str]) -> MSDTrainer:
     for name in ("num_assistant_tokens", "tree_depth", "tree_top_k"):
         if getattr(script_args, name) is not None:
             setattr(draft.generation_config, name, getattr(script_args, name))
+    patience = script_args.early_stopping_patience
     trainer = MSDTrainer(
         model=draft,
         target=target,
@@ -109,6 +122,7 @@ def run_training(argv: Sequence[str]) -> MSDTrainer:
         text_dataset=data.get("text"),
         visual_dataset=data.get("visual"),
         eval_dataset=held_out,
+        callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
     )
     resume: str | bool | None = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
@@ -175,6 +189,21 @@ def _check(script_args: ScriptArguments, args: MSDTrainingArguments) -> None:
         )
     if any(cached) and script_args.eval_samples:
         raise MSDError("--eval-samples cannot be combined with cached features: give --eval-data.")
+    if script_args.eval_samples < 0:
+        raise MSDError(f"--eval-samples must not be negative, got {script_args.eval_samples}.")
+    if script_args.early_stopping_patience is not None and not args.load_best_model_at_end:
+        raise MSDError(
+            "--early-stopping-patience needs --load-best-model-at-end, --metric-for-best-model (tau, for example) and "
+            "--eval-strategy steps."
+        )
+    _check_tree(script_args)
+    available = get_available_reporting_integrations()
+    missing = sorted(set(args.report_to or ()) - set(available))
+    if missing:
+        raise MSDError(
+            f"--report-to {missing[0]} is not known, or its package is not installed; there are: "
+            f"{', '.join([*available, 'none'])}."
+        )
     for name in ("text", "visual"):
         given = getattr(script_args, f"{name}_data") or getattr(script_args, f"{name}_features")
         other = "visual" if name == "text" else "text"
@@ -183,6 +212,13 @@ def _check(script_args: ScriptArguments, args: MSDTrainingArguments) -> None:
                 f"The curriculum {args.curriculum!r} needs {name} samples: give --{name}-data, or "
                 f"--curriculum {other}."
             )
+
+
+def _check_tree(script_args: ScriptArguments) -> None:
+    """What `generate` would refuse at the first evaluation, long after the start."""
+    given = (script_args.num_assistant_tokens, script_args.tree_depth, script_args.tree_top_k)
+    defaults = (DEFAULT_NUM_ASSISTANT_TOKENS, DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K)
+    TreeSettings(*(default if value is None else value for value, default in zip(given, defaults, strict=True)))
 
 
 def _open_data(script_args: ScriptArguments) -> dict[str, Any]:

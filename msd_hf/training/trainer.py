@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from ..errors import MSDError
+from ..errors import MSDDataError, MSDError
 from ..evaluation.metrics import mean_acceptance_length
 from ..modeling_msd import MSDDraftModel
 from ..target_support import check_pair, check_target
@@ -112,8 +112,10 @@ class MSDTrainer(Trainer):
         self.objective = DraftObjective(TargetAdapter(target, model.config.target_layers), self.args)
         self._train_meter, self._eval_meter = LossMeter(), LossMeter()
         self._skipped: dict[tuple[str, int], str] = {}
+        self._held_out_skipped: dict[tuple[str, int], str] = {}
         self._skipped_before: Counter[str] = Counter()
         self._metrics: dict[str, float] = {}
+        self._best_step: int | None = None  # of the checkpoint that was loaded at the end
 
     @property
     def target(self) -> PreTrainedModel:
@@ -146,7 +148,7 @@ class MSDTrainer(Trainer):
             dataset = self.eval_dataset[dataset]
         self.data_collator = self._collate_eval
         try:
-            return super().get_eval_dataloader(_HeldOut(dataset, self.encoder))
+            return super().get_eval_dataloader(_HeldOut(dataset, self.encoder, self.args.strict))
         finally:
             self.data_collator = self._collate_train
 
@@ -154,8 +156,9 @@ class MSDTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of MSD over the trained rows; `num_items_in_batch` is their number in the whole batch."""
+        counted = self._skipped if model.training else self._held_out_skipped
         for kind, index, reason in inputs.get("skipped", ()):
-            self._skipped.setdefault((kind, index), reason)
+            counted.setdefault((kind, index), reason)
         loss, sums = self.objective(model, inputs, self.model.dtype)
         meter = self._train_meter if model.training else self._eval_meter
         meter.add(sums, inputs["is_visual"])
@@ -185,6 +188,7 @@ class MSDTrainer(Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
+        self._held_out_skipped = {}
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         values = self._eval_meter.read(self.accelerator)
         values.pop("visual_share", None)
@@ -193,6 +197,9 @@ class MSDTrainer(Trainer):
             values["loss"] = recipe.feature_loss_weight * values["feature_loss"]
             values["loss"] += recipe.token_loss_weight * values["token_loss"]
         values |= self._measure_tau(dataloader.dataset.conversations)
+        skipped = dict(gather_object(list(self._held_out_skipped.items())))
+        if skipped:
+            values["skipped_samples"] = len(skipped)
         metrics = {**output.metrics, **{f"{metric_key_prefix}_{name}": value for name, value in values.items()}}
         return EvalLoopOutput(output.predictions, output.label_ids, metrics, output.num_samples)
 
@@ -209,14 +216,15 @@ class MSDTrainer(Trainer):
         return {"tau": mean_acceptance_length(everything), **taus} if everything else {}
 
     def _choose_prompts(self, conversations: Any) -> list[Any]:
-        """The first whole conversations of each kind."""
+        """The first conversations of each kind that could be trained on."""
         chosen: dict[bool, list[Any]] = {True: [], False: []}
         for index in range(len(conversations)):
             if min(len(some) for some in chosen.values()) >= self.args.eval_prompts:
                 break
             try:
                 conversation = conversations[index]
-            except MSDError:
+                self.encoder(conversation)
+            except MSDDataError:
                 continue
             of_kind = chosen[bool(conversation.images)]
             if len(of_kind) < self.args.eval_prompts:
@@ -252,6 +260,12 @@ class MSDTrainer(Trainer):
             self._skipped_before = Counter(before)
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        best = read_provenance(str(self.state.best_model_checkpoint))
+        self._metrics |= best.get("metrics", {})
+        self._best_step = best.get("step")
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
@@ -263,7 +277,7 @@ class MSDTrainer(Trainer):
             **describe_run(self.args),
             "recipe": self.args.recipe,
             "target": _public_name(self.target),
-            "step": self.state.global_step,
+            "step": self.state.global_step if self._best_step is None else self._best_step,
             "max_steps": self.state.max_steps,
             "data": {
                 **{kind: len(dataset) for kind, dataset in self.train_dataset.datasets.items()},
@@ -283,9 +297,9 @@ class MSDTrainer(Trainer):
 class _HeldOut(Dataset):
     """Held-out conversations as samples; each is drawn once."""
 
-    def __init__(self, conversations: Any, encode: ConversationEncoder):
+    def __init__(self, conversations: Any, encode: ConversationEncoder, strict: bool):
         self.conversations = conversations
-        self._mixture = Mixture({"text": conversations}, encode)
+        self._mixture = Mixture({"text": conversations}, encode, strict)
 
     def __len__(self) -> int:
         return len(self.conversations)

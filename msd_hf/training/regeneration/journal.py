@@ -25,10 +25,8 @@ class Journal:
     """
 
     def __init__(self, output: Path, settings: dict[str, Any]):
-        self.output, self.path = output, output.with_name(f"{output.name}.partial")
-        # Both are there if the run was killed between the last two steps of `finish`.
-        if output.exists() and not self.path.exists():
-            raise MSDError(f"{str(output)!r} exists: remove it, or choose another name.")
+        check_unwritten(output)
+        self.output, self.path = output, _partial(output)
         output.parent.mkdir(parents=True, exist_ok=True)
         settings = json.loads(json.dumps(settings, default=lambda value: type(value).__name__))
         self.num_done = 0
@@ -109,9 +107,23 @@ class Journal:
         self.close()
 
 
+def check_unwritten(output: Path) -> None:
+    """
+    Raises:
+        MSDError: when `output` is there, and complete.
+    """
+    # Both are there if the run was killed between the last two steps of `finish`.
+    if output.exists() and not _partial(output).exists():
+        raise MSDError(f"{str(output)!r} exists: remove it, or choose another name.")
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial")
+
+
 def _shorten(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 24 else text[:20] + "..."
 
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "check_unwritten"]

@@ -19,7 +19,7 @@ from ..data.encoding import ConversationEncoder
 from ..features.fingerprint import target_fingerprint
 from .answered_chat import AnsweredChat, EntryWriter
 from .answers import AnswerGenerator
-from .journal import Journal
+from .journal import Journal, check_unwritten
 
 
 logger = logging.get_logger(__name__)
@@ -84,8 +84,7 @@ def regenerate(
         MSDDataError: at a broken sample, if `strict`.
     """
     output = Path(output)
-    if output.suffix != ".jsonl":
-        raise MSDError(f"`output` must be a .jsonl file, got {str(output)!r}.")
+    check_output(output)
     if batch_size < 1:
         raise MSDError(f"`batch_size` must be at least 1, got {batch_size}.")
     encoder = ConversationEncoder(processor)
@@ -118,6 +117,16 @@ def regenerate(
         target.train(was_training)
     num_cut, num_samples = counts.pop("cut", 0), counts.pop("complete", 0)
     return RegenerateReport(output, num_samples + num_cut, num_cut, skipped=dict(counts))
+
+
+def check_output(output: Path) -> None:
+    """
+    Raises:
+        MSDError: when `output` is there, or no .jsonl file.
+    """
+    if output.suffix != ".jsonl":
+        raise MSDError(f"`output` must be a .jsonl file, got {str(output)!r}.")
+    check_unwritten(output)
 
 
 def _outcome(record: dict[str, Any]) -> str:
@@ -214,4 +223,4 @@ class _Windows:
                 yield chosen[start : start + self.batch_size]
 
 
-__all__ = ["RegenerateReport", "regenerate"]
+__all__ = ["RegenerateReport", "check_output", "regenerate"]
