@@ -7,6 +7,7 @@ from transformers import Cache
 
 from .cache import InPlaceLayer, truncate
 from .modeling_msd import MSDDraftModel
+from .phases import phase
 from .targets import TargetAdapter, TargetPrefill
 from .tree import CandidateTree, TreeGrowth, TreeSettings, tree_attention_mask
 
@@ -57,7 +58,8 @@ class MSDCandidateGenerator:
             tokens (`torch.LongTensor` of shape `[B, A]`): the emitted tokens, the bonus token last.
             hidden_states (`torch.Tensor` of shape `[B, A, H]`): the target's, at the position before each of them.
         """
-        truncate(self.cache, self._num_slots)
+        with phase("cache"):
+            truncate(self.cache, self._num_slots)
         count = tokens.shape[1]
         position_ids = self._next_position + torch.arange(count, device=self._next_position.device)
         self._next_position = self._next_position + count
@@ -85,29 +87,30 @@ class MSDCandidateGenerator:
         tokens, _ = growth.expand(log_probs, candidates)
         parent_states = self._last_state.expand(-1, tokens.shape[1], -1)  # [B, K, H]
         for level in range(settings.depth):
-            states = self.draft(
-                inputs_embeds=self._to_draft(self.target.embed(tokens)),
-                hidden_states=parent_states,
-                attention_mask=tree_attention_mask(
-                    growth.frontier_ancestors, self._num_slots, self.draft.dtype, self._prompt_mask
-                ),
-                position_ids=(self._next_position + level).expand(-1, tokens.shape[1]),
-                past_key_values=self.cache,
-            ).last_hidden_state
+            mask = tree_attention_mask(growth.frontier_ancestors, self._num_slots, self.draft.dtype, self._prompt_mask)
+            with phase("draft forward"):
+                states = self.draft(
+                    inputs_embeds=self._to_draft(self.target.embed(tokens)),
+                    hidden_states=parent_states,
+                    attention_mask=mask,
+                    position_ids=(self._next_position + level).expand(-1, tokens.shape[1]),
+                    past_key_values=self.cache,
+                ).last_hidden_state
             log_probs, candidates = self._top_k(states, settings.top_k)
             tokens, above = growth.expand(log_probs, candidates)
             parent_states = states.gather(1, above.unsqueeze(2).expand(-1, -1, states.shape[2]))
         return growth.finish()
 
     def _feed(self, inputs_embeds, hidden_states, visual_mask, position_ids, attention_mask) -> None:
-        states = self.draft(
-            inputs_embeds=self._to_draft(inputs_embeds),
-            hidden_states=self._to_draft(hidden_states),
-            visual_mask=visual_mask,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=self.cache,
-        ).last_hidden_state
+        with phase("draft forward"):
+            states = self.draft(
+                inputs_embeds=self._to_draft(inputs_embeds),
+                hidden_states=self._to_draft(hidden_states),
+                visual_mask=visual_mask,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=self.cache,
+            ).last_hidden_state
         self._num_slots += states.shape[1]
         self._last_state = states[:, -1:]
 
@@ -116,7 +119,8 @@ class MSDCandidateGenerator:
 
     def _top_k(self, states: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and tokens `[B, F, K]` of the best candidates after each of `states` `[B, F, H]`."""
-        logits = self.target.head(states)
+        with phase("draft head"):
+            logits = self.target.head(states)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         values, tokens = logits.topk(min(top_k, logits.shape[-1]), dim=-1)

@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from .cache import CACHE_NAME, keep_slots, make_in_place
 from .candidate_generator import MSDCandidateGenerator
 from .modeling_msd import MSDDraftModel
+from .phases import phase
 from .targets import TargetAdapter
 from .token_selection import TokenSelector
 from .tree import TreeSettings
@@ -64,7 +65,8 @@ def msd_decoding(
     max_slots = generation_config.max_length + settings.num_nodes
     make_in_place(cache, max_slots)
 
-    prefill = adapter.prefill(input_ids, generation_config, model_kwargs)
+    with phase("prefill"):
+        prefill = adapter.prefill(input_ids, generation_config, model_kwargs)
     root = selector.select(prefill.logits)
     selector.stream([root], num_draft_tokens=0)
     acceptance_lengths: list[int] = []
@@ -72,26 +74,31 @@ def msd_decoding(
     if not selector.finished:
         tokens = torch.tensor([[root]], device=prefill.hidden_states.device)
         generator = MSDCandidateGenerator(draft, adapter, max_slots + settings.depth * settings.top_k)
-        generator.prefill(prefill, tokens[:, -1])
+        with phase("prefill"):
+            generator.prefill(prefill, tokens[:, -1])
         next_position, prompt_mask = prefill.next_position, prefill.prompt_mask
         del prefill  # its [1, L, H] tensors are not needed any more
 
-        while not selector.finished:
-            tokens_left = selector.tokens_left
-            limited = settings if tokens_left is None else settings.limited_to(tokens_left - 1)
-            tree = generator.propose(tokens[:, -1].to(draft.device), limited).to(next_position.device)
+        with phase("decode"):
+            while not selector.finished:
+                tokens_left = selector.tokens_left
+                limited = settings if tokens_left is None else settings.limited_to(tokens_left - 1)
+                with phase("tree"):
+                    tree = generator.propose(tokens[:, -1].to(draft.device), limited).to(next_position.device)
 
-            num_slots = cache.get_seq_length()
-            logits, hidden_states = adapter.verify(tree, cache, next_position, prompt_mask)
-            verified = verify(tree, logits, selector)
-            keep_slots(cache, num_slots, verified.path)
+                num_slots = cache.get_seq_length()
+                logits, hidden_states = adapter.verify(tree, cache, next_position, prompt_mask)
+                with phase("verification"):
+                    verified = verify(tree, logits, selector)
+                with phase("cache"):
+                    keep_slots(cache, num_slots, verified.path)
 
-            tokens = verified.tokens
-            acceptance_lengths.append(tokens.shape[1])
-            selector.stream(tokens[0].tolist(), verified.num_draft_tokens)
-            if not selector.finished:
-                next_position = next_position + tokens.shape[1]
-                generator.accept(tokens, hidden_states[:, verified.path[0].to(hidden_states.device)])
+                tokens = verified.tokens
+                acceptance_lengths.append(tokens.shape[1])
+                selector.stream(tokens[0].tolist(), verified.num_draft_tokens)
+                if not selector.finished:
+                    next_position = next_position + tokens.shape[1]
+                    generator.accept(tokens, hidden_states[:, verified.path[0].to(hidden_states.device)])
 
     if streamer is not None:
         streamer.end()

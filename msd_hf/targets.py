@@ -17,6 +17,7 @@ from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedMo
 from .cache import CACHE_NAME
 from .configuration_msd import MSDDraftConfig
 from .errors import MSDPairingError, MSDUnsupportedError
+from .phases import phase
 from .tree import CandidateTree, tree_attention_mask
 
 
@@ -179,7 +180,8 @@ class TargetAdapter:
             Logits `[B, N, V]`, and hidden states `[B, N, (1 + K) * H]` as in [`TargetPrefill`].
         """
         mask = tree_attention_mask(tree.ancestors, cache.get_seq_length(), self.target.dtype, prompt_mask)
-        with self._observe(attention_mask=mask, position_ids=next_position + tree.depths) as seen:
+        replaced = {"attention_mask": mask, "position_ids": next_position + tree.depths}
+        with self._observe(**replaced) as seen, phase("target forward"):
             outputs = self.target(
                 input_ids=tree.tokens, use_cache=True, logits_to_keep=0, return_dict=True, **{CACHE_NAME: cache}
             )
