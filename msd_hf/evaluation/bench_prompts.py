@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from ..prompts import build_chat_inputs
 
 
 if TYPE_CHECKING:
-    from ..training.data.conversations import Conversation
+    from ..training.data.conversations import Conversations
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class BenchPrompt:
     make_inputs: Callable[[], BatchFeature]
 
 
-def first_questions(conversations: Sequence[Conversation], processor: Any, num_prompts: int) -> list[BenchPrompt]:
+def first_questions(conversations: Conversations, processor: Any, num_prompts: int) -> list[BenchPrompt]:
     """
     The first question of each of the first `num_prompts` conversations, with its images.
 

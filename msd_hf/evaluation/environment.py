@@ -20,7 +20,7 @@ from ..version import __version__
 def describe_environment(target: PreTrainedModel) -> dict[str, Any]:
     """Command, versions, device, threads, dtype and attention implementation, ready for JSON."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _describe_command(),
         "versions": {
             "msd_hf": __version__,
             "torch": torch.__version__,
@@ -34,6 +34,13 @@ def describe_environment(target: PreTrainedModel) -> dict[str, Any]:
         "attention": target.config.get_text_config(decoder=True)._attn_implementation,
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def _describe_command() -> str:
+    program = Path(sys.argv[0])
+    # `python -m PACKAGE` leaves the path of a file.
+    start = ["python", "-m", program.parent.name] if program.name == "__main__.py" else [program.name]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def _describe_device(device: torch.device) -> str:

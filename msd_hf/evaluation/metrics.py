@@ -48,8 +48,8 @@ class DepthAcceptance:
 
 def acceptance_by_depth(acceptance_lengths: Iterable[Sequence[int]]) -> list[DepthAcceptance]:
     """
-    Acceptance at each depth that was ever accepted, and at the one below it. The last verification of an answer does
-    not count, since there the end of the answer cut the path short.
+    Acceptance at each depth where a candidate was ever accepted (at depth 1 in any case). The last verification of an
+    answer does not count, since there the end of the answer cut the path short.
     """
     accepted = [length - 1 for sequence in acceptance_lengths for length in sequence[:-1]]
     rows: list[DepthAcceptance] = []
@@ -57,6 +57,8 @@ def acceptance_by_depth(acceptance_lengths: Iterable[Sequence[int]]) -> list[Dep
     depth = 1
     while reached:
         count = sum(number >= depth for number in accepted)
+        if not count and depth > 1:
+            break  # perhaps the tree never was that deep
         rows.append(DepthAcceptance(depth, count / len(accepted), count / reached))
         reached, depth = count, depth + 1
     return rows
