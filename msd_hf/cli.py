@@ -97,7 +97,7 @@ def bench(
     ] = None,
     image_folder: ImageFolder = None,
     toy: Annotated[bool, typer.Option("--toy", help="The toy world's held-out questions and its pair.")] = False,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Questions (with --toy at least so many).")] = 65,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Questions.")] = 65,
     min_answer_tokens: Annotated[int, typer.Option(min=1, help="Leave out questions with shorter answers.")] = 1,
     baseline: Annotated[
         list[str] | None,

@@ -25,8 +25,8 @@ class Method:
         drafted (`bool`): whether the draft is given to `generate`.
         arguments (`Mapping`): further arguments of `generate`.
         tree (`Mapping`): fields of the draft's generation config that differ from its own.
-        copies_prompt (`bool`): whether candidates are tokens of the prompt. Visual positions must not be among them:
-            the target would look for the images that belong to them.
+        copies_prompt (`bool`): whether candidates are tokens of the prompt. Visual positions must not be among them,
+            since the target would look for the images that belong to them: their tokens are suppressed.
     """
 
     name: str

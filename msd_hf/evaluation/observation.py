@@ -50,7 +50,7 @@ def observe(
         PeakMemory(target.device) as memory,
         PhaseTimer(target.device) as timer,
     ):
-        target.generate(**inputs, **generate_arguments, **arguments, streamer=recorder)
+        target.generate(**inputs, **{**generate_arguments, **arguments}, streamer=recorder)
     # The first put is the prompt, the second what came of the prefill.
     lengths = recorder.lengths[2:]
     timing = RoundTiming.from_phases(timer.inside("decode"), len(lengths)) if method.drafted else None

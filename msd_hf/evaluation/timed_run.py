@@ -79,7 +79,7 @@ def timed_generate(
         try:
             synchronize(target)
             started = time.perf_counter()
-            output = target.generate(**inputs, **generate_arguments, **arguments, return_dict_in_generate=True)
+            output = target.generate(**inputs, **{**generate_arguments, **arguments}, return_dict_in_generate=True)
             synchronize(target)
             ended = time.perf_counter()
         finally:

@@ -58,16 +58,18 @@ def evaluate_pair(
 
 
 def toy_prompts(processor: Any, num_prompts: int, seed: int) -> list[BenchPrompt]:
-    """At least `num_prompts` held-out questions for a benchmark, as many of each kind."""
-    kinds = len(make_evaluation_prompts(1, seed))
-    prompts = make_evaluation_prompts(-(-num_prompts // kinds), seed)
+    """The first `num_prompts` held-out questions for a benchmark, the kinds in turns."""
+    num_kinds = len(make_evaluation_prompts(1, seed))
+    per_kind = -(-num_prompts // num_kinds)
+    by_kind = make_evaluation_prompts(per_kind, seed)
+    prompts = [prompt for number in range(per_kind) for prompt in by_kind[number::per_kind]]
     return [
         BenchPrompt(
             f"{prompt.kind} {number}",
             "visual" if prompt.kind in VISUAL_KINDS else "text",
             partial(build_inputs, processor, prompt.question, prompt.image),
         )
-        for number, prompt in enumerate(prompts)
+        for number, prompt in enumerate(prompts[:num_prompts])
     ]
 
 
