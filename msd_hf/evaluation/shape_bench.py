@@ -59,20 +59,23 @@ def bench_shape(
     arguments: dict[str, Any] = {"max_new_tokens": num_rounds + 1, "do_sample": False}
     timed_generate(target, inputs, **arguments)
     simulated_rounds(target, draft, inputs, lengths[:2])
+    emitted: list[int] = []
     for _ in tqdm(range(repeats), desc="rounds", leave=False):
         steps.append(timed_generate(target, inputs, **arguments).decode_seconds / num_rounds)
-        rounds.append(simulated_rounds(target, draft, inputs, lengths) / num_rounds)
+        simulated = simulated_rounds(target, draft, inputs, lengths)
+        rounds.append(simulated.seconds_per_round)
+        emitted += simulated.lengths
         if nodes:
-            for number, seconds in verification_seconds(target, inputs, nodes, repeats=3).items():
+            for number, seconds in verification_seconds(target, draft, inputs, nodes, repeats=3).items():
                 verifications[number].append(statistics.median(seconds))
     with PeakMemory(target.device) as vanilla_memory:
         timed_generate(target, inputs, **arguments)
     with PeakMemory(target.device) as memory, PhaseTimer(target.device) as timer:
-        simulated_rounds(target, draft, inputs, lengths)
+        simulated_rounds(target, draft, inputs, lengths, on_start=timer.seconds.clear)
 
     timing = RoundTiming.from_phases(timer.inside("decode"), num_rounds)
     costs = [round_ / step for round_, step in zip(rounds, steps, strict=True)]
-    tau = sum(lengths) / num_rounds
+    tau = sum(emitted) / len(emitted)
     context = inputs["input_ids"].shape[1]
     bandwidth = memory_bandwidth(target.device)
     floor = bytes_read_per_step(target, context) / bandwidth

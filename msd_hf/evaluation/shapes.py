@@ -19,6 +19,10 @@ from ..errors import MSDError
 from ..modeling_msd import MSDDraftModel
 
 
+# Of logits that are spread like this the largest has a probability of about 0.8 at a vocabulary of 32,000.
+LOGIT_STD = 8.0
+
+
 def _llava(hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int) -> LlavaConfig:
     """LLaVA-1.5 as published: CLIP ViT-L/14 at 336 pixels, a Llama decoder, a vocabulary padded to 32,064."""
     vision = CLIPVisionConfig(
@@ -137,7 +141,8 @@ def build_pair(
 ) -> tuple[PreTrainedModel, MSDDraftModel]:
     """
     A target of a configuration and a draft for it, with random weights that are made on the device. The target never
-    ends an answer.
+    ends an answer. Its head is scaled so that the draft prefers few tokens clearly, as trained ones do: of a draft
+    that is sure of nothing the trees would be wide and flat.
 
     Args:
         config (`PreTrainedConfig`): of the target.
@@ -149,9 +154,22 @@ def build_pair(
     with device:
         target = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
         draft = MSDDraftModel.from_target(target).eval()
+    if device.type != "meta":
+        _scale_head(target, draft)
     target.generation_config.eos_token_id = None
     target.generation_config.pad_token_id = 0
     return target, draft
+
+
+@torch.no_grad()
+def _scale_head(target: PreTrainedModel, draft: MSDDraftModel) -> None:
+    # States like the draft's own, which stand in for the target's below the first level.
+    shape = (1, 64, draft.config.hidden_size)
+    states = torch.randn(shape, device=draft.device).to(draft.dtype)
+    for _ in range(2):
+        states = draft(torch.zeros_like(states), states).last_hidden_state
+    head = target.get_output_embeddings()
+    head.weight.mul_(LOGIT_STD / head(states).float().std().item())
 
 
 def random_prompt(target: PreTrainedModel, context: int, seed: int = 0) -> dict[str, torch.Tensor]:

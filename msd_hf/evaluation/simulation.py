@@ -1,8 +1,8 @@
 """Rounds of the decoding loop with an acceptance that is assumed.
 
-A draft with random weights has no candidate accepted, so it cannot show what a good one would bring. Here every
-forward and every copy of a round is done as in decoding, at the sizes of the models, and then as many nodes are
-accepted as was assumed. The tokens mean nothing; only the time does.
+A draft with random weights has no candidate accepted, so it cannot show what a good one would bring. Here the loop
+runs as it is, but the logits of each verification are changed so that the target "chooses" a path of the tree that
+has the assumed length. The tokens mean nothing; only the time does.
 """
 
 from __future__ import annotations
@@ -10,22 +10,40 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
-from ..cache import CACHE_NAME, keep_slots, make_in_place
-from ..candidate_generator import MSDCandidateGenerator
 from ..errors import MSDError
 from ..modeling_msd import MSDDraftModel
-from ..phases import phase
-from ..targets import TargetAdapter
-from ..token_selection import TokenSelector
-from ..tree import TreeSettings
-from ..verification import verify
+from ..tree import CandidateTree, TreeSettings
+from .intercepted_loop import LoopEnd, run_intercepted
 from .timed_run import synchronize
+
+
+@dataclass(frozen=True)
+class SimulatedRounds:
+    """
+    Rounds that were run.
+
+    Args:
+        seconds (`float`): of all of them.
+        lengths (`Sequence[int]`): tokens that each emitted: what was asked for, as far as the tree had such a path.
+    """
+
+    seconds: float
+    lengths: Sequence[int]
+
+    @property
+    def tau(self) -> float:
+        return sum(self.lengths) / len(self.lengths)
+
+    @property
+    def seconds_per_round(self) -> float:
+        return self.seconds / len(self.lengths)
 
 
 def lengths_of_mean(mean: float, num_rounds: int) -> list[int]:
@@ -47,63 +65,61 @@ def check_assumed_length(mean: float, settings: TreeSettings) -> None:
 
 
 def simulated_rounds(
-    target: PreTrainedModel, draft: MSDDraftModel, inputs: Mapping[str, Any], lengths: Sequence[int]
-) -> float:
+    target: PreTrainedModel,
+    draft: MSDDraftModel,
+    inputs: Mapping[str, Any],
+    lengths: Sequence[int],
+    on_start: Callable[[], None] = lambda: None,
+) -> SimulatedRounds:
     """
-    Runs one round for each of `lengths`, in which that many tokens are taken for emitted.
+    Runs one round for each of `lengths`, from one verification to the next.
 
     Args:
         target (`PreTrainedModel`): must not end an answer by itself.
         draft (`MSDDraftModel`): its `generation_config` sets the size of the tree.
         inputs (`Mapping`): inputs of `generate` for one prompt.
-        lengths (`Sequence[int]`): tokens emitted by each round, at most the levels of the tree.
-
-    Returns:
-        `float`: seconds of all rounds, without the prefill.
+        lengths (`Sequence[int]`): tokens that each round shall emit.
+        on_start (`Callable`): called when the prefill and the first drafting are done and the clock starts.
     """
-    seconds = []
+    num_slots: list[int] = []
+    clock: list[float] = []
 
-    def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-        settings = TreeSettings.from_generation_config(draft.generation_config)
-        selector = TokenSelector(input_ids, logits_processor, stopping_criteria, generation_config)
-        adapter = TargetAdapter(target, draft.config.target_layers)
-        cache = model_kwargs[CACHE_NAME]
-        max_slots = generation_config.max_length + settings.num_nodes
-        make_in_place(cache, max_slots)
-        prefill = adapter.prefill(input_ids, generation_config, model_kwargs)
-        tokens = prefill.logits.argmax(-1, keepdim=True)
-        generator = MSDCandidateGenerator(draft, adapter, max_slots + settings.depth * settings.top_k)
-        generator.prefill(prefill, tokens[:, -1])
-        next_position, prompt_mask = prefill.next_position, prefill.prompt_mask
-        del prefill
+    def on_verify(verify: Callable[[CandidateTree], Any], tree: CandidateTree, cache: Cache) -> Any:
+        number = len(num_slots)
+        num_slots.append(cache.get_seq_length())
+        if number in (0, len(lengths)):
+            synchronize(target)
+            clock.append(time.perf_counter())
+            if number:
+                raise LoopEnd
+            on_start()
+        result = verify(tree)
+        steer(result[0], tree, lengths[number])
+        return result
 
-        synchronize(target)
-        started = time.perf_counter()
-        with phase("decode"):
-            for length in lengths:
-                with phase("tree"):
-                    tree = generator.propose(tokens[:, -1], settings)
-                num_slots = cache.get_seq_length()
-                logits, hidden_states = adapter.verify(tree, cache, next_position, prompt_mask)
-                with phase("verification"):
-                    verify(tree, logits, selector)  # for what it costs: what it accepts is not used
-                # Spread over the tree as a path is, from level to level.
-                path = torch.linspace(0, tree.tokens.shape[1] - 1, length, device=tree.tokens.device).long()[None]
-                with phase("cache"):
-                    keep_slots(cache, num_slots, path)
-                bonus = logits[:, -1].argmax(-1, keepdim=True)
-                tokens = torch.cat([tree.tokens.gather(1, path[:, 1:]), bonus], dim=1)
-                next_position = next_position + length
-                generator.accept(tokens, hidden_states[:, path[0]])
-        synchronize(target)
-        seconds.append(time.perf_counter() - started)
-        return input_ids
-
-    with torch.no_grad():
-        # `generate` prepares everything as for the real loop. The selector needs room for what it emits.
-        room = len(lengths) * (max(lengths) + 1) + 1
-        target.generate(**inputs, max_new_tokens=room, do_sample=False, custom_generate=decode)
-    return seconds[0]
+    room = sum(lengths) + 2 * TreeSettings.from_generation_config(draft.generation_config).depth + 4
+    run_intercepted(target, draft, inputs, on_verify, room)
+    return SimulatedRounds(clock[1] - clock[0], [after - before for before, after in itertools.pairwise(num_slots)])
 
 
-__all__ = ["check_assumed_length", "lengths_of_mean", "simulated_rounds"]
+def steer(logits: torch.Tensor, tree: CandidateTree, length: int) -> None:
+    """
+    Changes logits in place so that the argmax follows a path of the tree and leaves it after `length` nodes, the root
+    included, or at the end of the deepest path. Reads nothing back from the device.
+
+    Args:
+        logits (`torch.Tensor` of shape `[1, N, V]`): of the nodes.
+        tree (`CandidateTree`): a batch of one tree.
+        length (`int`): tokens to be emitted.
+    """
+    depths = tree.depths[0].clamp(max=length - 1)
+    # The first node of the deepest level that is wanted; the path is that node and all above it.
+    end = (depths * depths.shape[0] - torch.arange(depths.shape[0], device=depths.device)).argmax()
+    on_path = tree.ancestors[0].index_select(0, end.unsqueeze(0))[0]
+    tokens, parents = tree.tokens[0], tree.parents[0]
+    # A child on the path is preferred to everything, one beside it is out of the question.
+    values = torch.where(on_path, 1e4, -1e4)
+    logits[0, parents[1:], tokens[1:]] = values[1:].to(logits.dtype)
+
+
+__all__ = ["SimulatedRounds", "check_assumed_length", "lengths_of_mean", "simulated_rounds", "steer"]

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
-from ..cache import CACHE_NAME, make_in_place, truncate
-from ..targets import TargetAdapter
+from ..cache import truncate
+from ..modeling_msd import MSDDraftModel
 from ..tree import CandidateTree
+from .intercepted_loop import LoopEnd, run_intercepted
 from .timed_run import synchronize
 
 
 def verification_seconds(
-    target: PreTrainedModel, inputs: Mapping[str, Any], nodes: Sequence[int], repeats: int
+    target: PreTrainedModel, draft: MSDDraftModel, inputs: Mapping[str, Any], nodes: Sequence[int], repeats: int
 ) -> dict[int, list[float]]:
     """
-    Times verification forwards after one prompt, the sizes in turns.
+    Times verification forwards in place of the first of an answer, the sizes in turns.
 
     Args:
-        target (`PreTrainedModel`): the target.
-        inputs (`Mapping`): inputs of `generate` for the prompt.
+        target (`PreTrainedModel`), draft (`MSDDraftModel`): the pair; the draft's own trees are not used.
+        inputs (`Mapping`): inputs of `generate` for one prompt.
         nodes (`Sequence[int]`): nodes of the trees, the root included.
         repeats (`int`): forwards of each size, after one that does not count.
 
@@ -32,35 +33,29 @@ def verification_seconds(
     """
     seconds: dict[int, list[float]] = {number: [] for number in nodes}
 
-    def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-        adapter = TargetAdapter(target)
-        cache = model_kwargs[CACHE_NAME]
-        make_in_place(cache, input_ids.shape[1] + max(nodes))
-        prefill = adapter.prefill(input_ids, generation_config, model_kwargs)
+    def on_verify(verify: Callable[[CandidateTree], Any], tree: CandidateTree, cache: Cache) -> Any:
         num_slots = cache.get_seq_length()
-        trees = {number: _binary_tree(number, input_ids) for number in nodes}
+        trees = {number: _binary_tree(number, tree.tokens[:, :1]) for number in nodes}
         for repeat in range(repeats + 1):
-            for number, tree in trees.items():
+            for number, other in trees.items():
                 synchronize(target)
                 started = time.perf_counter()
-                adapter.verify(tree, cache, prefill.next_position, prefill.prompt_mask)
+                verify(other)
                 synchronize(target)
                 if repeat:
                     seconds[number].append(time.perf_counter() - started)
                 truncate(cache, num_slots)
-        return input_ids
+        raise LoopEnd
 
-    with torch.no_grad():
-        target.generate(**inputs, max_new_tokens=1, do_sample=False, custom_generate=decode)
+    run_intercepted(target, draft, inputs, on_verify, max_new_tokens=max(nodes) + 2)
     return seconds
 
 
-def _binary_tree(num_nodes: int, input_ids: torch.Tensor) -> CandidateTree:
-    """A tree with two children a node, all of the token that ends the prompt."""
-    numbers = torch.arange(num_nodes, device=input_ids.device)
+def _binary_tree(num_nodes: int, root: torch.Tensor) -> CandidateTree:
+    """A tree with two children a node, all of the token of the root (`[1, 1]`)."""
+    numbers = torch.arange(num_nodes, device=root.device)
     parents = ((numbers - 1) // 2).clamp(min=0).unsqueeze(0)
-    tokens = input_ids[:, -1:].expand(-1, num_nodes).clone()
-    return CandidateTree.from_parents(tokens, parents, max_depth=num_nodes.bit_length() - 1)
+    return CandidateTree.from_parents(root.repeat(1, num_nodes), parents, max_depth=num_nodes.bit_length() - 1)
 
 
 __all__ = ["verification_seconds"]
