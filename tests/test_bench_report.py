@@ -6,7 +6,6 @@ import json
 import pytest
 from PIL import Image
 from rich.console import Console
-from test_cli import run  # noqa: F401, a fixture
 
 from msd_hf.errors import MSDError
 from msd_hf.evaluation import plots
@@ -147,7 +146,7 @@ def test_plots_are_drawn(kind, names, report, shape_report, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_missing_matplotlib_is_said_before_the_work(report, tmp_path, monkeypatch, run):  # noqa: F811
+def test_missing_matplotlib_is_said_before_the_work(report, tmp_path, monkeypatch, run):
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MSDError, match=r'pip install "msd-hf\[bench\]"'):
         write_report(report, tmp_path, plots=True)
@@ -155,7 +154,7 @@ def test_missing_matplotlib_is_said_before_the_work(report, tmp_path, monkeypatc
     assert code == 1 and out == "" and "Plots need matplotlib" in err
 
 
-def test_the_command_compares_on_conversations(tmp_path, run):  # noqa: F811
+def test_the_command_compares_on_conversations(tmp_path, run):
     Image.new("RGB", (144, 144), "red").save(tmp_path / "red.png")
     turns = [{"from": "human", "value": "<image>\nDescribe the picture."}, {"from": "gpt", "value": "Red."}]
     (tmp_path / "data.json").write_text(json.dumps([{"id": "red", "image": "red.png", "conversations": turns}]))
@@ -183,7 +182,7 @@ def test_the_command_compares_on_conversations(tmp_path, run):  # noqa: F811
         (("--shape", "small", "--nodes", "1,x"), "--nodes '1,x' is not a list of numbers"),
     ],
 )
-def test_bad_options_give_one_line(arguments, message, run):  # noqa: F811
+def test_bad_options_give_one_line(arguments, message, run):
     code, _out, err = run("bench", *arguments)
     assert code == 1 and message in " ".join(err.split()) and err.count("\n") == 1
 

@@ -19,7 +19,7 @@ from ..errors import MSDError
 from ..modeling_msd import MSDDraftModel
 
 
-# Of logits that are spread like this the largest has a probability of about 0.8 at a vocabulary of 32,000.
+# Of logits that are spread like this the largest has a probability of about 0.6 at a vocabulary of 32,000.
 LOGIT_STD = 8.0
 
 
