@@ -50,8 +50,9 @@ def test_logits_are_steered_along_a_path_of_the_wanted_length(dtype):
     tree = CandidateTree.from_parents(torch.tensor([[9, 1, 2, 3, 4, 5, 6]]), parents, max_depth=3)
     generator = torch.Generator().manual_seed(0)
     for length, path in ((1, []), (2, [1]), (3, [1, 3]), (4, [2, 5, 6]), (7, [2, 5, 6])):
-        logits = torch.randn(1, 7, 10, generator=generator).to(dtype)
-        logits[0, :, 1:7] += 5  # the target alone would go into the tree
+        # The target alone would go into the tree wherever it can.
+        logits = torch.randn(1, 7, 10, generator=generator).to(dtype) - 20
+        logits[0, :, 1:7] += 5
         steer(logits, tree, length)
         emitted = walk(logits, tree)
         assert emitted[:-1] == path and len(emitted) == min(length, 4)
