@@ -13,6 +13,7 @@ from .conversation import Conversation
 from .draft_head import DraftHead
 from .drafting_step import DraftingStep
 from .modeling_msd import MSDDraftModel
+from .phases import phase
 from .targets import TargetAdapter, TargetPrefill
 from .tree import CandidateTree, TreeGrowth, TreeSettings
 
@@ -111,7 +112,8 @@ class MSDCandidateGenerator:
             hidden_states (`torch.Tensor` of shape `[B, A, (1 + K) * H]`): the target's, at the position before each.
             counts (`Sequence[int]`): how many tokens each row has.
         """
-        truncate(self.cache, self._context.num_slots)
+        with phase("cache"):
+            truncate(self.cache, self._context.num_slots)
         length, device = tokens.shape[1], self._next_position.device
         steps = torch.arange(length, device=device)
         # One row after rows that are all seen needs no mask.
@@ -119,7 +121,8 @@ class MSDCandidateGenerator:
         mask = self._chain_mask(length) if needs_mask else None
         self._last_position += length
         states = self._step(tokens, hidden_states, self._next_position + steps, mask, self._last_position)
-        keep_paths(self.cache, self._context, steps.expand(tokens.shape[0], -1), counts)
+        with phase("cache"):
+            keep_paths(self.cache, self._context, steps.expand(tokens.shape[0], -1), counts)
         if min(counts) == length:
             self._next_position = self._next_position + length
             self._last_state, self.last_hidden_state = states[:, -1:], hidden_states[:, -1:]
@@ -177,14 +180,15 @@ class MSDCandidateGenerator:
 
     def _step(self, tokens, hidden_states, position_ids, attention_mask, last_position: int) -> torch.Tensor:
         """The draft's states after a few tokens `[B, T]`, which get slots."""
-        return self._drafting_step(
-            self._to_draft(self.target.embed(tokens)),
-            self._to_draft(hidden_states),
-            position_ids,
-            attention_mask,
-            self.cache,
-            last_position,
-        )
+        with phase("draft forward"):
+            return self._drafting_step(
+                self._to_draft(self.target.embed(tokens)),
+                self._to_draft(hidden_states),
+                position_ids,
+                attention_mask,
+                self.cache,
+                last_position,
+            )
 
     def _to_draft(self, states: torch.Tensor) -> torch.Tensor:
         return states.to(device=self.draft.device, dtype=self.draft.dtype)

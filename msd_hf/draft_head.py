@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional
 
 from .modeling_msd import MSDDraftModel
+from .phases import phase
 from .targets import TargetAdapter
 
 
@@ -24,13 +25,16 @@ class DraftHead:
         self._tokens = draft.draft_vocab
         self._rows = None if self._tokens is None else draft.head_rows(target.head_module)
 
+    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+        if self._rows is None:
+            return self.target.head(states)
+        weight, bias = self._rows
+        return self.target.cap(functional.linear(states.to(weight), weight, bias))
+
     def top_k(self, states: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and tokens `[B, F, K]` of the best candidates after each of `states` `[B, F, H]`."""
-        if self._rows is None:
-            logits = self.target.head(states)
-        else:
-            weight, bias = self._rows
-            logits = self.target.cap(functional.linear(states.to(weight), weight, bias))
+        with phase("draft head"):
+            logits = self._logits(states)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         values, tokens = logits.topk(min(top_k, logits.shape[-1]), dim=-1)

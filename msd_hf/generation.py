@@ -17,6 +17,7 @@ from .candidate_generator import MSDCandidateGenerator
 from .conversation import Conversation
 from .decoder_outputs import DecoderOutputs
 from .modeling_msd import MSDDraftModel
+from .phases import phase
 from .running_rows import RunningRows
 from .self_check import check_tree_verification
 from .target_support import layer_windows
@@ -79,45 +80,51 @@ def msd_decoding(
     max_slots = num_slots + max(generation_config.max_length - input_ids.shape[1], 0) + settings.num_nodes
     make_in_place(cache, max_slots)
 
-    prefill = adapter.prefill(input_ids, generation_config, model_kwargs)
+    with phase("prefill"):
+        prefill = adapter.prefill(input_ids, generation_config, model_kwargs)
     extras.add_prefill(prefill.outputs)
     tokens = selector.select(prefill.logits)
     running = RunningRows(cache, prefill.prompt_mask, prefill.next_position, tokens)
     check_tree_verification(adapter, running, input_ids, model_kwargs)
     generator = MSDCandidateGenerator(draft, adapter, max_slots + settings.num_candidates)
     if keeps_cache or not selector.finished:
-        generator.prefill(prefill, torch.tensor(tokens), conversation)
+        with phase("prefill"):
+            generator.prefill(prefill, torch.tensor(tokens), conversation)
     has_padding = prefill.prompt_mask is not None
     del prefill  # its [B, L, H] tensors are not needed any more
 
-    while not selector.finished:
-        _drop_ended(selector, running, generator, keeps_cache)
-        limits = policy.begin_round(selector.tokens_left, running.context.num_slots)
-        roots = torch.tensor(running.tokens, device=draft.device)
-        tree = generator.propose(roots, limits, policy.goes_deeper, policy.num_nodes)
-        tree = tree.to(running.next_position.device)
-        if selector.padded_rows:
-            tree = tree.with_chain(selector.padded_rows, selector.pad_token_id)
+    with phase("decode"):
+        while not selector.finished:
+            _drop_ended(selector, running, generator, keeps_cache)
+            limits = policy.begin_round(selector.tokens_left, running.context.num_slots)
+            roots = torch.tensor(running.tokens, device=draft.device)
+            with phase("tree"):
+                tree = generator.propose(roots, limits, policy.goes_deeper, policy.num_nodes)
+            tree = tree.to(running.next_position.device)
+            if selector.padded_rows:
+                tree = tree.with_chain(selector.padded_rows, selector.pad_token_id)
 
-        context_lengths = running.context.lengths
-        policy.begin_verification()
-        verification = adapter.verify(tree, cache, running.context, running.next_position, **flags)
-        policy.end_verification()
-        verified = verify(tree, verification.logits, selector)
-        extras.add(verification.outputs, selector.running, verified.paths, context_lengths)
+            context_lengths = running.context.lengths
+            policy.begin_verification()
+            verification = adapter.verify(tree, cache, running.context, running.next_position, **flags)
+            policy.end_verification()
+            with phase("verification"):
+                verified = verify(tree, verification.logits, selector)
+            extras.add(verification.outputs, selector.running, verified.paths, context_lengths)
 
-        paths = _padded(verified.paths, tree.tokens.device)
-        running.accept(verified, paths)
-        selector.end_round(verified.counts, verified.num_draft_tokens)
-        if keeps_cache or not selector.finished:
-            states = verification.hidden_states  # [B, N, W]
-            index = paths.to(states.device).unsqueeze(2).expand(-1, -1, states.shape[2])
-            emitted, states = _padded(verified.tokens, draft.device), states.gather(1, index)
-            if limits.num_nodes == 1:
-                generator.wait(emitted, states)
-            else:
-                generator.accept(emitted, states, verified.counts)
-        policy.end_round(tree, verified.paths)
+            paths = _padded(verified.paths, tree.tokens.device)
+            with phase("cache"):
+                running.accept(verified, paths)
+            selector.end_round(verified.counts, verified.num_draft_tokens)
+            if keeps_cache or not selector.finished:
+                states = verification.hidden_states  # [B, N, W]
+                index = paths.to(states.device).unsqueeze(2).expand(-1, -1, states.shape[2])
+                emitted, states = _padded(verified.tokens, draft.device), states.gather(1, index)
+                if limits.num_nodes == 1:
+                    generator.wait(emitted, states)
+                else:
+                    generator.accept(emitted, states, verified.counts)
+            policy.end_round(tree, verified.paths)
 
     if streamer is not None:
         streamer.end()

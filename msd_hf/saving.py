@@ -1,4 +1,4 @@
-"""Writing a folder so that it is there completely or not at all."""
+"""Writing a folder or a file so that it is there completely or not at all."""
 
 from __future__ import annotations
 
@@ -31,3 +31,11 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def replace_text(path: str | Path, text: str) -> None:
+    """Writes a text file under a temporary name, which takes the name `path` when it is complete."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput, logging
 from .attention_mask import ContextSlots, tree_attention_mask
 from .cache import CACHE_NAME
 from .errors import MSDPairingError
+from .phases import phase
 from .target_support import TREE_ATTENTION, attention_windows
 from .tree import CandidateTree
 
@@ -235,6 +236,7 @@ class TargetAdapter:
         with (
             self._observe(attention_mask=mask, position_ids=position_ids) as seen,
             self._attention_with_tree_mask(),
+            phase("target forward"),
         ):
             outputs = self.target(
                 input_ids=tree.tokens,

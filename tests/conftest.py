@@ -1,4 +1,5 @@
 import os
+import sys
 
 
 # Nothing may be downloaded by a test. The libraries read this when they are imported.
@@ -9,6 +10,7 @@ import torch
 from training_runs import NUM_SAMPLES, build_small_target
 from transformers import AutoProcessor
 
+from msd_hf import cli
 from msd_hf.toy import TARGET_DIR
 from msd_hf.toy.dataset import ToySamples
 from msd_hf.training import load_conversations
@@ -37,3 +39,18 @@ def raw_samples():
 @pytest.fixture(scope="session")
 def training_data(raw_samples):
     return {kind: load_conversations(samples) for kind, samples in raw_samples.items()}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs `msd-hf ARGUMENTS`; gives exit status, standard output and standard error."""
+
+    def run_command(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["msd-hf", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+            sys.exit(0)
+        captured = capsys.readouterr()
+        return exit_info.value.code or 0, captured.out, captured.err
+
+    return run_command

@@ -1,7 +1,6 @@
 """The commands as a user types them, in this process."""
 
 import json
-import sys
 
 import golden_sets
 import pytest
@@ -10,21 +9,6 @@ from safetensors.torch import load_file
 
 from msd_hf import MSDDraftConfig, MSDDraftModel, cli
 from msd_hf.toy import DEMO_IMAGE, DRAFT_DIR, TARGET_DIR
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs `msd-hf ARGUMENTS`; gives exit status, standard output and standard error."""
-
-    def run_command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["msd-hf", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-            sys.exit(0)
-        captured = capsys.readouterr()
-        return exit_info.value.code or 0, captured.out, captured.err
-
-    return run_command
 
 
 def test_demo_answers_marks_accepted_tokens_and_compares(run):

@@ -1,17 +1,20 @@
 """Measuring a pair of target and draft."""
 
 from .agreement import Disagreement, find_disagreement
-from .comparison import Comparison, TimedRun, compare, median_speedup, timed_generate
+from .comparison import Comparison, compare
+from .methods import METHODS, Method
 from .metrics import mean_acceptance_length
+from .timed_run import TimedRun, timed_generate
 
 
 __all__ = [
+    "METHODS",
     "Comparison",
     "Disagreement",
+    "Method",
     "TimedRun",
     "compare",
     "find_disagreement",
     "mean_acceptance_length",
-    "median_speedup",
     "timed_generate",
 ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -14,7 +16,8 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils import logging
 
-from ..evaluation import Comparison, compare, mean_acceptance_length, median_speedup
+from ..evaluation import Comparison, compare, mean_acceptance_length
+from ..evaluation.bench_prompts import BenchPrompt
 from ..modeling_msd import MSDDraftModel
 from ..prompts import build_inputs
 from . import DRAFT_DIR, TARGET_DIR
@@ -54,6 +57,22 @@ def evaluate_pair(
     console.print(comparison_table(groups))
 
 
+def toy_prompts(processor: Any, num_prompts: int, seed: int) -> list[BenchPrompt]:
+    """The first `num_prompts` held-out questions for a benchmark, the kinds in turns."""
+    num_kinds = len(make_evaluation_prompts(1, seed))
+    per_kind = -(-num_prompts // num_kinds)
+    by_kind = make_evaluation_prompts(per_kind, seed)
+    prompts = [prompt for number in range(per_kind) for prompt in by_kind[number::per_kind]]
+    return [
+        BenchPrompt(
+            f"{prompt.kind} {number}",
+            "visual" if prompt.kind in VISUAL_KINDS else "text",
+            partial(build_inputs, processor, prompt.question, prompt.image),
+        )
+        for number, prompt in enumerate(prompts[:num_prompts])
+    ]
+
+
 def comparison_table(groups: dict[str, list[Comparison]]) -> Table:
     """One row a group of prompts: tokens a answer, tau, median speedup and share of identical outputs."""
     table = Table()
@@ -63,10 +82,10 @@ def comparison_table(groups: dict[str, list[Comparison]]) -> Table:
         table.add_row(
             name,
             str(len(comparisons)),
-            f"{sum(len(c.plain[0].tokens) for c in comparisons) / len(comparisons):.1f}",
-            f"{mean_acceptance_length(c.drafted[0].acceptance_lengths for c in comparisons):.2f}",
-            f"{median_speedup(comparisons):.2f}",
-            f"{sum(c.identical for c in comparisons)}/{len(comparisons)}",
+            f"{sum(len(c.vanilla[0].tokens) for c in comparisons) / len(comparisons):.1f}",
+            f"{mean_acceptance_length(c.runs['tree'][0].acceptance_lengths for c in comparisons):.2f}",
+            f"{statistics.median(c.speedup() for c in comparisons):.2f}",
+            f"{sum(c.identical() for c in comparisons)}/{len(comparisons)}",
         )
     return table
 

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     EarlyStoppingCallback,
+    GenerationConfig,
     HfArgumentParser,
     PreTrainedModel,
     set_seed,
@@ -24,7 +25,7 @@ from transformers.utils import logging
 
 from ..errors import MSDError
 from ..modeling_msd import MSDDraftModel
-from ..tree import DEFAULT_NUM_ASSISTANT_TOKENS, DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K, TreeSettings
+from ..tree import TreeSettings
 from .arguments import MSDTrainingArguments
 from .data.conversations import Conversations, load_conversations
 from .features.cache import FeatureCache
@@ -216,9 +217,8 @@ def _check(script_args: ScriptArguments, args: MSDTrainingArguments) -> None:
 
 def _check_tree(script_args: ScriptArguments) -> None:
     """What `generate` would refuse at the first evaluation, long after the start."""
-    given = (script_args.num_assistant_tokens, script_args.tree_depth, script_args.tree_top_k)
-    defaults = (DEFAULT_NUM_ASSISTANT_TOKENS, DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K)
-    TreeSettings(*(default if value is None else value for value, default in zip(given, defaults, strict=True)))
+    names = ("num_assistant_tokens", "tree_depth", "tree_top_k")
+    TreeSettings.from_generation_config(GenerationConfig(**{name: getattr(script_args, name) for name in names}))
 
 
 def _open_data(script_args: ScriptArguments) -> dict[str, Any]:

@@ -1,0 +1,138 @@
+"""All methods on all prompts: the raw material of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..errors import MSDError
+from ..modeling_msd import MSDDraftModel
+from .bench_prompts import BenchPrompt
+from .comparison import Comparison, compare
+from .differences import Difference, describe_difference, first_difference
+from .methods import Method
+from .observation import Observation, observe
+from .timed_run import timed_generate
+
+
+WARM_UP_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class PromptResult:
+    """
+    One prompt by all methods.
+
+    Args:
+        prompt (`BenchPrompt`): the prompt.
+        prompt_length (`int`): its tokens, expanded images included.
+        comparison (`Comparison`): the timed runs.
+        observations (`Mapping[str, Observation]`): one more run of each method, looked into.
+        differences (`Mapping[str, Difference]`): of the methods whose output differs from that of the target alone.
+    """
+
+    prompt: BenchPrompt
+    prompt_length: int
+    comparison: Comparison
+    observations: Mapping[str, Observation]
+    differences: Mapping[str, Difference]
+
+
+@dataclass
+class BenchResult:
+    """
+    A whole benchmark.
+
+    Args:
+        methods (`Sequence[Method]`): what was compared.
+        prompts (`list[PromptResult]`): one for each prompt that counts.
+        num_short (`int`): prompts left out because their answer was too short.
+    """
+
+    methods: Sequence[Method]
+    prompts: list[PromptResult] = field(default_factory=list)
+    num_short: int = 0
+
+
+def run_bench(
+    target: PreTrainedModel,
+    draft: MSDDraftModel | None,
+    prompts: Sequence[BenchPrompt],
+    methods: Sequence[Method],
+    repeats: int = 3,
+    min_answer_tokens: int = 1,
+    seed: int | None = None,
+    **generate_arguments: Any,
+) -> BenchResult:
+    """
+    Runs every method on every prompt, in turns, with a progress bar.
+
+    Args:
+        target (`PreTrainedModel`): the target.
+        draft (`MSDDraftModel`, *optional*): on the target's device and in its dtype.
+        prompts (`Sequence[BenchPrompt]`): what is asked.
+        methods (`Sequence[Method]`): `generate` alone must be among them.
+        repeats (`int`): timed runs of each method on each prompt.
+        min_answer_tokens (`int`): prompts that the target answers in fewer tokens are left out.
+        seed (`int`, *optional*): set before each run.
+        generate_arguments: arguments of `generate`; `max_new_tokens` is needed.
+
+    Raises:
+        MSDError: when no answer is long enough.
+    """
+    result = BenchResult(methods)
+    with tqdm(total=len(prompts) * len(methods), desc="benchmark", unit="run", leave=False) as progress:
+        for number, prompt in enumerate(prompts):
+            inputs = prompt.make_inputs().to(target.device, dtype=target.dtype)
+            arguments: dict[str, Any] = {"seed": seed, **generate_arguments}
+            if number == 0:
+                short = {**arguments, "max_new_tokens": min(WARM_UP_TOKENS, arguments["max_new_tokens"])}
+                compare(target, draft, inputs, 1, methods=methods, **short)
+            if min_answer_tokens > 1:
+                answer = timed_generate(target, inputs, **arguments)
+                if len(answer.tokens) < min_answer_tokens:
+                    result.num_short += 1
+                    progress.update(len(methods))
+                    continue
+            comparison = compare(target, draft, inputs, repeats, methods=methods, **arguments)
+            observations = {}
+            for method in methods:
+                observations[method.name] = observe(target, inputs, draft, method, **arguments)
+                progress.update()
+            result.prompts.append(
+                PromptResult(
+                    prompt,
+                    inputs["input_ids"].shape[1],
+                    comparison,
+                    observations,
+                    _differences(target, inputs, comparison, generate_arguments),
+                )
+            )
+    if not result.prompts:
+        raise MSDError(f"None of {len(prompts)} answers has {min_answer_tokens} tokens or more.")
+    return result
+
+
+def _differences(
+    target: PreTrainedModel, inputs: Mapping[str, Any], comparison: Comparison, arguments: Mapping[str, Any]
+) -> dict[str, Difference]:
+    expected = comparison.vanilla[0].tokens
+    differences = {}
+    for name, runs in comparison.runs.items():
+        positions = (first_difference(expected, run.tokens) for run in runs)
+        position = next((position for position in positions if position is not None), None)
+        if position is None:
+            continue
+        if arguments.get("do_sample"):
+            # Among random draws a gap between logits says nothing.
+            differences[name] = Difference(position, float("nan"), float("nan"))
+        else:
+            differences[name] = describe_difference(target, inputs, position, **arguments)
+    return differences
+
+
+__all__ = ["BenchResult", "PromptResult", "run_bench"]

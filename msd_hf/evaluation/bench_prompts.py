@@ -1,0 +1,60 @@
+"""What is asked in a benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from transformers import BatchFeature
+
+from ..errors import MSDError
+from ..prompts import build_chat_inputs
+
+
+if TYPE_CHECKING:
+    from ..training.data.conversations import Conversations
+
+
+@dataclass(frozen=True)
+class BenchPrompt:
+    """
+    One prompt.
+
+    Args:
+        name (`str`): what reports call it.
+        group (`str`): prompts of a group are also reported apart: "text" or "visual".
+        make_inputs (`Callable`): makes the target's inputs, `[1, L]`.
+    """
+
+    name: str
+    group: str
+    make_inputs: Callable[[], BatchFeature]
+
+
+def first_questions(conversations: Conversations, processor: Any, num_prompts: int) -> list[BenchPrompt]:
+    """
+    The first question of each of the first `num_prompts` conversations, with its images.
+
+    Raises:
+        MSDError: when there is no conversation.
+        MSDDataError: when one of them is broken; images are opened here, so that it is known before long work.
+    """
+    prompts = []
+    for index in range(min(num_prompts, len(conversations))):
+        conversation = conversations[index]
+        roles = [message["role"] for message in conversation.messages]
+        messages = conversation.messages[: roles.index("assistant")]
+        num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
+        images = conversation.open_images()[:num_images]
+
+        def make_inputs(messages=messages, images=images):
+            return build_chat_inputs(processor, messages, images)
+
+        prompts.append(BenchPrompt(conversation.id, "visual" if images else "text", make_inputs))
+    if not prompts:
+        raise MSDError("There are no conversations to take prompts from.")
+    return prompts
+
+
+__all__ = ["BenchPrompt", "first_questions"]

@@ -1,0 +1,58 @@
+"""What a figure depends on besides the code: the command, versions and the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from ..version import __version__
+
+
+def describe_environment(target: PreTrainedModel) -> dict[str, Any]:
+    """Command, versions, device, threads, dtype and attention implementation, ready for JSON."""
+    return {
+        "command": _describe_command(),
+        "versions": {
+            "msd_hf": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "device": _describe_device(target.device),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "attention": target.config.get_text_config(decoder=True)._attn_implementation,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _describe_command() -> str:
+    program = Path(sys.argv[0])
+    # `python -m PACKAGE` leaves the path of a file.
+    start = ["python", "-m", program.parent.name] if program.name == "__main__.py" else [program.name]
+    return shlex.join([*start, *sys.argv[1:]])
+
+
+def _describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return str(device)
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    return f"CPU ({match[1] if match else platform.processor() or 'unknown'})"
+
+
+__all__ = ["describe_environment"]

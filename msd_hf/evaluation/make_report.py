@@ -1,0 +1,98 @@
+"""Running a benchmark and describing it: the two kinds of report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..modeling_msd import MSDDraftModel
+from ..tree import TreeSettings
+from .bench import run_bench
+from .bench_prompts import BenchPrompt
+from .environment import describe_environment
+from .methods import Method
+from .shape_bench import bench_shape
+from .shapes import random_prompt
+from .summary import summarize
+
+
+def report_pair(
+    target: PreTrainedModel,
+    draft: MSDDraftModel,
+    prompts: Sequence[BenchPrompt],
+    methods: Sequence[Method],
+    repeats: int,
+    max_new_tokens: int,
+    min_answer_tokens: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """
+    The report of a target and its draft on prompts, see [`run_bench`] and [`summarize`].
+
+    Args:
+        temperature (`float`): 0 for greedy decoding, above for sampling, each run with the same seed.
+
+    Raises:
+        MSDError: when no answer is long enough.
+    """
+    arguments: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        arguments |= {"temperature": temperature, "seed": seed}
+    result = run_bench(target, draft, prompts, methods, repeats, min_answer_tokens, **arguments)
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "min_answer_tokens": min_answer_tokens,
+        "temperature": temperature,
+        "repeats": repeats,
+        "seed": seed,
+        "tree": _describe_tree(draft),
+    }
+    return {
+        "kind": "pair",
+        "environment": describe_environment(target),
+        "settings": settings,
+        **summarize(result),
+    }
+
+
+def report_shape(
+    shape: str,
+    target: PreTrainedModel,
+    draft: MSDDraftModel,
+    context: int,
+    assumed_tau: float,
+    nodes: Sequence[int],
+    repeats: int,
+) -> dict[str, Any]:
+    """
+    The report of a shape with a simulated acceptance, see [`bench_shape`].
+
+    Raises:
+        MSDError: when the tree cannot have that tau.
+    """
+    figures = bench_shape(target, draft, random_prompt(target, context), assumed_tau, nodes, repeats=repeats)
+    return {
+        "kind": "shape",
+        "environment": describe_environment(target),
+        "settings": {
+            "shape": shape,
+            "context": context,
+            "assumed tau": assumed_tau,
+            "repeats": repeats,
+            "tree": _describe_tree(draft),
+        },
+        "draft_weight_bytes": sum(weight.numel() * weight.element_size() for weight in draft.parameters()),
+        **figures,
+    }
+
+
+def _describe_tree(draft: MSDDraftModel) -> str:
+    settings = asdict(TreeSettings.from_generation_config(draft.generation_config))
+    return " ".join(f"{name}={value}" for name, value in settings.items())
+
+
+__all__ = ["report_pair", "report_shape"]

@@ -1,0 +1,113 @@
+"""The ways of decoding that are compared, as arguments of `generate` and settings of the draft."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import MSDError
+from ..modeling_msd import MSDDraftModel
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    One way of decoding.
+
+    Args:
+        name (`str`): what reports call it.
+        description (`str`): one line for the reader of a report.
+        drafted (`bool`): whether the draft is given to `generate`.
+        arguments (`Mapping`): further arguments of `generate`.
+        tree (`Mapping`): fields of the draft's generation config that differ from its own.
+        copies_prompt (`bool`): whether candidates are tokens of the prompt. Visual positions must not be among them,
+            since the target would look for the images that belong to them: their tokens are suppressed.
+    """
+
+    name: str
+    description: str
+    drafted: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    tree: Mapping[str, Any] = field(default_factory=dict)
+    copies_prompt: bool = False
+
+    @contextmanager
+    def prepared(self, target: PreTrainedModel, draft: MSDDraftModel | None) -> Iterator[dict[str, Any]]:
+        """What to give to `generate`. The draft's generation config is changed inside the block only.
+
+        Raises:
+            MSDError: when the method needs a draft and there is none.
+        """
+        if not self.drafted:
+            suppressed = visual_token_ids(target.config) if self.copies_prompt else []
+            yield {**self.arguments, **({"suppress_tokens": suppressed} if suppressed else {})}
+            return
+        if draft is None:
+            raise MSDError(f"The method {self.name!r} needs a draft.")
+        own = draft.generation_config
+        draft.generation_config = copy.deepcopy(own)
+        try:
+            for name, value in self.tree.items():
+                setattr(draft.generation_config, name, value)
+            yield {**self.arguments, "assistant_model": draft}
+        finally:
+            draft.generation_config = own
+
+
+VANILLA = Method("vanilla", "`generate` alone")
+PROMPT_LOOKUP = Method(
+    "prompt-lookup",
+    "`generate(prompt_lookup_num_tokens=10)`: candidates are copied from the text so far",
+    arguments={"prompt_lookup_num_tokens": 10},
+    copies_prompt=True,
+)
+# Through our own loop: transformers' assisted loop cannot be given our candidate generator.
+CHAIN = Method("chain", "the draft with `tree_top_k=1`: one candidate a level", drafted=True, tree={"tree_top_k": 1})
+TREE = Method("tree", "the draft with its own settings", drafted=True)
+AUTO = Method(
+    "auto",
+    'the draft with `num_assistant_tokens="auto"`: the tree fits the machine',
+    drafted=True,
+    tree={"num_assistant_tokens": "auto"},
+)
+
+METHODS = {method.name: method for method in (VANILLA, PROMPT_LOOKUP, CHAIN, TREE, AUTO)}
+DEFAULT_BASELINES = ("prompt-lookup", "chain")
+
+
+def visual_token_ids(config: PreTrainedConfig) -> list[int]:
+    """The tokens that stand for visual positions."""
+    names = ("image_token_id", "video_token_id")
+    return [token for name in names if (token := getattr(config, name, None)) is not None]
+
+
+def choose_methods(baselines: Sequence[str]) -> list[Method]:
+    """
+    The methods of those names, with `generate` alone and the tree, which are always there.
+
+    Raises:
+        MSDError: when there is no method of a name.
+    """
+    unknown = sorted(set(baselines) - set(METHODS))
+    if unknown:
+        raise MSDError(f"Unknown baseline {unknown[0]!r}: choose from {', '.join(METHODS)}.")
+    chosen = {"vanilla", "tree", *baselines}
+    return [method for name, method in METHODS.items() if name in chosen]
+
+
+__all__ = [
+    "AUTO",
+    "CHAIN",
+    "DEFAULT_BASELINES",
+    "METHODS",
+    "PROMPT_LOOKUP",
+    "TREE",
+    "VANILLA",
+    "Method",
+    "choose_methods",
+]

@@ -1,0 +1,76 @@
+"""A run of `generate` that is looked into, apart from the timed ones: rounds, phases and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from ..modeling_msd import MSDDraftModel
+from ..phases import PhaseTimer
+from .memory import PeakMemory
+from .methods import Method
+from .round_timing import RoundTiming
+
+
+@dataclass(frozen=True)
+class Observation:
+    """
+    What was seen.
+
+    Args:
+        acceptance_lengths (`list[int]`): tokens emitted by each forward of the target after the first.
+        round_timing (`RoundTiming`, *optional*): of the decoding loop, if it is ours.
+        peak_memory (`int`, *optional*): bytes, see [`PeakMemory`].
+    """
+
+    acceptance_lengths: list[int]
+    round_timing: RoundTiming | None
+    peak_memory: int | None
+
+
+def observe(
+    target: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    draft: MSDDraftModel | None,
+    method: Method,
+    seed: int | None = None,
+    **generate_arguments: Any,
+) -> Observation:
+    """Runs `generate` once, see [`timed_generate`] for the arguments."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    recorder = _RoundRecorder()
+    with (
+        method.prepared(target, draft) as arguments,
+        PeakMemory(target.device) as memory,
+        PhaseTimer(target.device) as timer,
+    ):
+        target.generate(**inputs, **{**generate_arguments, **arguments}, streamer=recorder)
+    # The first put is the prompt, the second what came of the prefill.
+    lengths = recorder.lengths[2:]
+    timing = RoundTiming.from_phases(timer.inside("decode"), len(lengths)) if method.drafted else None
+    return Observation(lengths, timing, memory.num_bytes)
+
+
+class _RoundRecorder(BaseStreamer):
+    """Counts the tokens of each round."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.lengths.append(value.numel())
+
+    def put_verified(self, tokens: torch.Tensor, num_draft_tokens: int) -> None:
+        self.lengths.append(tokens.numel())
+
+    def end(self) -> None:
+        pass
+
+
+__all__ = ["Observation", "observe"]

@@ -1,0 +1,200 @@
+"""The figures of a report as tables, which the terminal and `report.md` show alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .methods import VANILLA
+from .round_timing import PARTS
+
+
+@dataclass(frozen=True)
+class ReportTable:
+    """A table of texts.
+
+    Args:
+        title (`str`): what it shows.
+        header (`Sequence[str]`): names of the columns; the first is aligned to the left.
+        rows (`Sequence[Sequence[str]]`): as many texts each.
+    """
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def report_tables(report: Mapping[str, Any]) -> list[ReportTable]:
+    """The tables of a report of either kind."""
+    return _shape_tables(report) if report["kind"] == "shape" else _pair_tables(report)
+
+
+def _pair_tables(report: Mapping[str, Any]) -> list[ReportTable]:
+    methods = report["methods"]
+    num_prompts = report["num_prompts"]
+    others = {name: figures for name, figures in methods.items() if name != VANILLA.name}
+    tables = [
+        ReportTable(
+            f"Speed on {num_prompts} prompts (speedup: median of paired ratios, quartiles)",
+            ("method", "tokens/s", "decode only", "speedup", "decode only"),
+            [
+                [
+                    name,
+                    f"{figures['tokens_per_second']:.1f}",
+                    f"{figures['decode_tokens_per_second']:.1f}",
+                    _spread(figures["speedup"]) if name in others else "1",
+                    _spread(figures["decode_speedup"]) if name in others else "1",
+                ]
+                for name, figures in methods.items()
+            ],
+        ),
+        ReportTable(
+            "Acceptance, round efficiency, memory and agreement",
+            ("method", "tau", "accepted", "efficiency", "peak MB", "identical"),
+            [
+                [
+                    name,
+                    _number(figures["tau"]),
+                    _number(figures["mean_accepted_draft_tokens"]),
+                    _share(figures.get("round_efficiency")),
+                    _megabytes(figures["peak_memory_bytes"]),
+                    f"{figures['agreement']['identical']}/{num_prompts} ({figures['agreement']['share']:.1%})",
+                ]
+                for name, figures in methods.items()
+            ],
+        ),
+        ReportTable(
+            "By kind of prompt",
+            ("method", "prompts", "speedup", "decode only", "tau"),
+            [
+                [
+                    f"{name}, {group}",
+                    str(figures["num_prompts"]),
+                    _spread(figures["methods"][name]["speedup"]),
+                    _spread(figures["methods"][name]["decode_speedup"]),
+                    _number(figures["methods"][name]["tau"]),
+                ]
+                for name in others
+                for group, figures in report["groups"].items()
+            ],
+        ),
+    ]
+    timed = {name: figures for name, figures in methods.items() if figures.get("round_milliseconds")}
+    if timed:
+        tables.append(_round_table({name: figures["round_milliseconds"] for name, figures in timed.items()}))
+    depths = max(len(figures["acceptance_by_depth"]) for figures in others.values())
+    longest = max(len(figures["acceptance_histogram"]) for figures in others.values())
+    tables += [
+        ReportTable(
+            "Acceptance by depth: share of rounds (given that the node above was accepted)",
+            ("depth", *others),
+            [
+                [str(number + 1), *(_depth(figures["acceptance_by_depth"], number) for figures in others.values())]
+                for number in range(depths)
+            ],
+        ),
+        ReportTable(
+            "Rounds by tokens emitted",
+            ("tokens", *others),
+            [
+                [str(number), *(str(figures["acceptance_histogram"].get(number, 0)) for figures in others.values())]
+                for number in range(1, longest + 1)
+            ],
+        ),
+    ]
+    differences = [
+        [
+            name,
+            difference["prompt"],
+            str(difference["position"]),
+            f"{difference['gap']:.3g}",
+            f"{difference['gap_in_roundings']:.1f}",
+        ]
+        for name, figures in methods.items()
+        for difference in figures["agreement"]["differences"]
+    ]
+    if differences:
+        tables.append(
+            ReportTable(
+                "Outputs that differ from the target alone",
+                ("method", "prompt", "first position", "top-2 logit gap", "in roundings of the dtype"),
+                differences,
+            )
+        )
+    return tables
+
+
+def _shape_tables(report: Mapping[str, Any]) -> list[ReportTable]:
+    share = report["share_of_bandwidth"]
+    rows = [
+        ["one step of `generate`", f"{_spread(report['step_milliseconds'])} ms"],
+        ["one simulated round", f"{_spread(report['simulated_round_milliseconds'])} ms"],
+        ["cost of a round, in steps", _spread(report["cost_of_a_round_in_steps"])],
+        ["tokens/s of `generate`", f"{report['tokens_per_second']:.1f}"],
+        [f"simulated tokens/s at tau {report['simulated_tau']:.2f}", f"{report['simulated_tokens_per_second']:.1f}"],
+        ["simulated speedup, decode only", _spread(report["simulated_decode_speedup"])],
+        ["round efficiency", _share(report["round"]["round_efficiency"])],
+        ["memory bandwidth of a copy", f"{report['bandwidth_gigabytes_per_second']:.1f} GB/s"],
+        *([f"share of it, {name}", _share(value)] for name, value in share.items()),
+        *([f"peak memory, {name}", f"{_megabytes(value)} MB"] for name, value in report["peak_memory_bytes"].items()),
+        ["weights of the draft", f"{_megabytes(report['draft_weight_bytes'])} MB"],
+    ]
+    tables = [
+        ReportTable(
+            "SIMULATED acceptance: the weights are random, and so are the tokens; only times are real",
+            ("", "median (quartiles)"),
+            rows,
+        ),
+        _round_table({"simulated": report["round"]["round_milliseconds"]}),
+    ]
+    if report["verification"]:
+        tables.append(
+            ReportTable(
+                "Verification of a tree",
+                ("nodes", "ms", "in steps of `generate`"),
+                [
+                    [str(row["nodes"]), f"{row['milliseconds']:.2f}", f"{row['steps']:.2f}"]
+                    for row in report["verification"]
+                ],
+            )
+        )
+    return tables
+
+
+def _round_table(milliseconds: Mapping[str, Mapping[str, float]]) -> ReportTable:
+    totals = {name: sum(parts.values()) for name, parts in milliseconds.items()}
+    rows = [
+        [part, *(f"{parts[part]:.2f} ({parts[part] / totals[name]:.0%})" for name, parts in milliseconds.items())]
+        for part in PARTS.values()
+    ]
+    rows.append(["round", *(f"{total:.2f}" for total in totals.values())])
+    return ReportTable("Where the time of a round goes, in ms (share)", ("part", *milliseconds), rows)
+
+
+def _spread(values: Mapping[str, float]) -> str:
+    return (
+        f"{_number(values['median'])} ({_number(values['lower_quartile'])}-{_number(values['upper_quartile'])})"
+        if not math.isnan(values["median"])
+        else "-"
+    )
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def _megabytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 1e6:,.0f}"
+
+
+def _depth(rows: Sequence[Mapping[str, float]], number: int) -> str:
+    return f"{rows[number]['share']:.2f} ({rows[number]['given_parent']:.2f})" if number < len(rows) else ""
+
+
+__all__ = ["ReportTable", "report_tables"]

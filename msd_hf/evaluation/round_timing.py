@@ -1,0 +1,66 @@
+"""Where the time of a decoding round goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+
+# What reports call the phases of the decoding loop (`msd_hf.phases`).
+PARTS = {
+    "target forward": "target forward",
+    "draft forward": "draft layers",
+    "draft head": "draft head",
+    "tree": "tree building",
+    "verification": "verification",
+    "cache": "cache",
+    "decode": "the rest",
+}
+# The modules of the two models; the head that the draft uses is the target's.
+_MODEL_PHASES = ("target forward", "draft forward", "draft head")
+
+
+@dataclass(frozen=True)
+class RoundTiming:
+    """
+    Time of the decoding loop.
+
+    Args:
+        num_rounds (`int`): rounds of drafting, verification and acceptance.
+        seconds (`Mapping[str, float]`): of all rounds, by part of a round.
+    """
+
+    num_rounds: int
+    seconds: Mapping[str, float]
+
+    @classmethod
+    def from_phases(cls, phases: Mapping[str, float], num_rounds: int) -> RoundTiming:
+        """From what `PhaseTimer.inside("decode")` gives."""
+        return cls(num_rounds, {part: phases.get(name, 0.0) for name, part in PARTS.items()})
+
+    @classmethod
+    def total(cls, timings: Iterable[RoundTiming]) -> RoundTiming:
+        """Several loops together."""
+        timings = list(timings)
+        seconds = {part: sum(timing.seconds[part] for timing in timings) for part in PARTS.values()}
+        return cls(sum(timing.num_rounds for timing in timings), seconds)
+
+    @property
+    def loop_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the loop that is spent inside the modules of target and draft; `nan` without a loop."""
+        inside = sum(self.seconds[PARTS[name]] for name in _MODEL_PHASES)
+        return inside / self.loop_seconds if self.loop_seconds else float("nan")
+
+    @property
+    def milliseconds_per_round(self) -> dict[str, float]:
+        """By part of a round; empty without rounds."""
+        if not self.num_rounds:
+            return {}
+        return {part: 1e3 * seconds / self.num_rounds for part, seconds in self.seconds.items()}
+
+
+__all__ = ["PARTS", "RoundTiming"]

@@ -1,0 +1,145 @@
+"""The cost of a round at the sizes of a published model, against one step of `generate`."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..modeling_msd import MSDDraftModel
+from ..phases import PhaseTimer
+from ..tree import TreeSettings
+from .memory import PeakMemory
+from .metrics import spread
+from .round_timing import RoundTiming
+from .simulation import check_assumed_length, lengths_of_mean, simulated_rounds
+from .summary import summarize_rounds
+from .timed_run import timed_generate
+from .verification_cost import verification_seconds
+
+
+def bench_shape(
+    target: PreTrainedModel,
+    draft: MSDDraftModel,
+    inputs: Mapping[str, Any],
+    assumed_tau: float,
+    nodes: Sequence[int] = (),
+    num_rounds: int = 16,
+    repeats: int = 5,
+) -> dict[str, Any]:
+    """
+    Measures steps of `generate`, simulated rounds and verifications in turns.
+
+    Args:
+        target, draft: see [`build_pair`].
+        inputs (`Mapping`): inputs of `generate` for one prompt.
+        assumed_tau (`float`): tokens that a round is taken to emit, in the mean.
+        nodes (`Sequence[int]`): sizes of trees whose verification is timed.
+        num_rounds (`int`): rounds, and steps of `generate`, of each measurement.
+        repeats (`int`): pairs of measurements.
+
+    Returns:
+        `dict`: figures, ready for JSON; what rests on the assumed acceptance has "simulated" in its name.
+
+    Raises:
+        MSDError: when the tree cannot have that tau.
+    """
+    settings = TreeSettings.from_generation_config(draft.generation_config)
+    check_assumed_length(assumed_tau, settings)
+    lengths = lengths_of_mean(assumed_tau, num_rounds)
+    steps: list[float] = []
+    rounds: list[float] = []
+    verifications: dict[int, list[float]] = {number: [] for number in nodes}
+    arguments: dict[str, Any] = {"max_new_tokens": num_rounds + 1, "do_sample": False}
+    timed_generate(target, inputs, **arguments)
+    simulated_rounds(target, draft, inputs, lengths[:2])
+    emitted: list[int] = []
+    for _ in tqdm(range(repeats), desc="rounds", leave=False):
+        steps.append(timed_generate(target, inputs, **arguments).decode_seconds / num_rounds)
+        simulated = simulated_rounds(target, draft, inputs, lengths)
+        rounds.append(simulated.seconds_per_round)
+        emitted += simulated.lengths
+        if nodes:
+            for number, seconds in verification_seconds(target, draft, inputs, nodes, repeats=3).items():
+                verifications[number].append(statistics.median(seconds))
+    with PeakMemory(target.device) as vanilla_memory:
+        timed_generate(target, inputs, **arguments)
+    with PeakMemory(target.device) as memory, PhaseTimer(target.device) as timer:
+        simulated_rounds(target, draft, inputs, lengths, on_start=timer.seconds.clear)
+
+    timing = RoundTiming.from_phases(timer.inside("decode"), num_rounds)
+    costs = [round_ / step for round_, step in zip(rounds, steps, strict=True)]
+    tau = sum(emitted) / len(emitted)
+    context = inputs["input_ids"].shape[1]
+    bandwidth = memory_bandwidth(target.device)
+    floor = bytes_read_per_step(target, context) / bandwidth
+    return {
+        "tree": asdict(settings),
+        "context": context,
+        "step_milliseconds": asdict(spread(1e3 * step for step in steps)),
+        "simulated_round_milliseconds": asdict(spread(1e3 * seconds for seconds in rounds)),
+        "cost_of_a_round_in_steps": asdict(spread(costs)),
+        "tokens_per_second": 1 / statistics.median(steps),
+        "simulated_tau": tau,
+        "simulated_tokens_per_second": tau / statistics.median(rounds),
+        "simulated_decode_speedup": asdict(spread(tau / cost for cost in costs)),
+        "round": summarize_rounds(timing),
+        "verification": [
+            {
+                "nodes": number,
+                "milliseconds": 1e3 * statistics.median(seconds),
+                "steps": statistics.median(s / step for s, step in zip(seconds, steps, strict=True)),
+            }
+            for number, seconds in verifications.items()
+        ],
+        "bandwidth_gigabytes_per_second": bandwidth / 1e9,
+        "share_of_bandwidth": {
+            "step": floor / statistics.median(steps),
+            "target forward of a round": floor / (timing.seconds["target forward"] / num_rounds),
+        },
+        "peak_memory_bytes": {"vanilla": vanilla_memory.num_bytes, "with the draft": memory.num_bytes},
+    }
+
+
+def bytes_read_per_step(target: PreTrainedModel, context: int) -> int:
+    """Bytes that a forward of one token cannot do without: weights of decoder and head, keys and values."""
+    decoder = target.get_decoder()
+    embedding = target.get_input_embeddings()
+    head = target.get_output_embeddings()
+    weights = {parameter for module in (decoder, head) for parameter in module.parameters()}
+    if head.weight is not embedding.weight:
+        weights -= set(embedding.parameters())
+    config = target.config.get_text_config(decoder=True)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    slots = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * context
+    return sum(weight.numel() * weight.element_size() for weight in weights) + slots * target.dtype.itemsize
+
+
+def memory_bandwidth(device: torch.device, num_bytes: int | None = None) -> float:
+    """Bytes per second that a copy of a large tensor reads and writes."""
+    if num_bytes is None:
+        num_bytes = 2**30 if device.type == "cuda" else 2**27
+    source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(6):
+        _wait(device)
+        started = time.perf_counter()
+        target.copy_(source)
+        _wait(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * num_bytes / min(seconds)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+__all__ = ["bench_shape", "bytes_read_per_step", "memory_bandwidth"]

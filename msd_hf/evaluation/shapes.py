@@ -1,0 +1,184 @@
+"""Published architectures with random weights: what a round costs at real sizes, where no weights can be had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2VLConfig,
+)
+
+from ..errors import MSDError
+from ..modeling_msd import MSDDraftModel
+
+
+# Of logits that are spread like this the largest has a probability of about 0.6 at a vocabulary of 32,000.
+LOGIT_STD = 8.0
+
+
+def _llava(hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int) -> LlavaConfig:
+    """LLaVA-1.5 as published: CLIP ViT-L/14 at 336 pixels, a Llama decoder, a vocabulary padded to 32,064."""
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
+    text = LlamaConfig(
+        vocab_size=32064,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=32000,
+        image_seq_length=576,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+
+
+def _llava_7b() -> LlavaConfig:
+    return _llava(4096, 11008, 32, 32)
+
+
+def _llava_13b() -> LlavaConfig:
+    return _llava(5120, 13824, 40, 40)
+
+
+def _qwen2_vl_7b() -> Qwen2VLConfig:
+    """Qwen2-VL-7B-Instruct as published."""
+    text = {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    }
+    vision = {
+        "depth": 32,
+        "embed_dim": 1280,
+        "hidden_size": 3584,
+        "num_heads": 16,
+        "mlp_ratio": 4,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    return Qwen2VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=151655,
+        video_token_id=151656,
+        vision_start_token_id=151652,
+        vision_end_token_id=151653,
+        tie_word_embeddings=False,
+    )
+
+
+def _small() -> LlavaConfig:
+    """No published model: a decoder that a CPU runs in reasonable time, behind a vision tower of one layer."""
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        image_size=28,
+        patch_size=14,
+    )
+    text = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        max_position_embeddings=4096,
+    )
+    return LlavaConfig(vision_config=vision, text_config=text, image_token_id=31999, image_seq_length=4)
+
+
+SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llava-1.5-7b": _llava_7b,
+    "llava-1.5-13b": _llava_13b,
+    "qwen2-vl-7b": _qwen2_vl_7b,
+    "small": _small,
+}
+
+
+def shape_config(name: str) -> PreTrainedConfig:
+    """
+    The configuration of a shape.
+
+    Raises:
+        MSDError: when there is no shape of that name.
+    """
+    if name not in SHAPES:
+        raise MSDError(f"Unknown shape {name!r}: choose from {', '.join(SHAPES)}.")
+    return SHAPES[name]()
+
+
+def build_pair(
+    config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> tuple[PreTrainedModel, MSDDraftModel]:
+    """
+    A target of a configuration and a draft for it, with random weights that are made on the device. The target never
+    ends an answer. Its head is scaled so that the draft prefers few tokens clearly, as trained ones do: of a draft
+    that is sure of nothing the trees would be wide and flat.
+
+    Args:
+        config (`PreTrainedConfig`): of the target.
+        dtype (`torch.dtype`): of both.
+        device (`torch.device`): of both.
+        seed (`int`): of the weights.
+    """
+    torch.manual_seed(seed)
+    with device:
+        target = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+        draft = MSDDraftModel.from_target(target).eval()
+    if device.type != "meta":
+        _scale_head(target, draft)
+    target.generation_config.eos_token_id = None
+    target.generation_config.pad_token_id = 0
+    return target, draft
+
+
+@torch.no_grad()
+def _scale_head(target: PreTrainedModel, draft: MSDDraftModel) -> None:
+    # States like the draft's own, which stand in for the target's below the first level.
+    shape = (1, 64, draft.config.hidden_size)
+    states = torch.randn(shape, device=draft.device).to(draft.dtype)
+    for _ in range(2):
+        states = draft(torch.zeros_like(states), states).last_hidden_state
+    head = target.get_output_embeddings()
+    head.weight.mul_(LOGIT_STD / head(states).float().std().item())
+
+
+def random_prompt(target: PreTrainedModel, context: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Inputs of `generate`: `context` random text tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    # The ends of a vocabulary hold the special tokens, those of images among them.
+    vocab_size = target.config.get_text_config(decoder=True).vocab_size
+    input_ids = torch.randint(100, vocab_size * 9 // 10, (1, context), generator=generator).to(target.device)
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+
+__all__ = ["SHAPES", "build_pair", "random_prompt", "shape_config"]

@@ -1,0 +1,125 @@
+"""Rounds of the decoding loop with an acceptance that is assumed.
+
+A draft with random weights has no candidate accepted, so it cannot show what a good one would bring. Here the loop
+runs as it is, but the logits of each verification are changed so that the target "chooses" a path of the tree that
+has the assumed length. The tokens mean nothing; only the time does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedModel
+
+from ..errors import MSDError
+from ..modeling_msd import MSDDraftModel
+from ..tree import CandidateTree, TreeSettings
+from .intercepted_loop import LoopEnd, run_intercepted
+from .timed_run import synchronize
+
+
+@dataclass(frozen=True)
+class SimulatedRounds:
+    """
+    Rounds that were run.
+
+    Args:
+        seconds (`float`): of all of them.
+        lengths (`Sequence[int]`): tokens that each emitted: what was asked for, as far as the tree had such a path.
+    """
+
+    seconds: float
+    lengths: Sequence[int]
+
+    @property
+    def tau(self) -> float:
+        return sum(self.lengths) / len(self.lengths)
+
+    @property
+    def seconds_per_round(self) -> float:
+        return self.seconds / len(self.lengths)
+
+
+def lengths_of_mean(mean: float, num_rounds: int) -> list[int]:
+    """Whole numbers next to `mean`, in an order that keeps their mean near it at all times."""
+    totals = [math.floor(mean * number + 0.5) for number in range(num_rounds + 1)]
+    return [after - before for before, after in itertools.pairwise(totals)]
+
+
+def check_assumed_length(mean: float, settings: TreeSettings) -> None:
+    """
+    Refuses an acceptance that no tree of these settings can have.
+
+    Raises:
+        MSDError: says what is possible.
+    """
+    most = min(settings.num_nodes, settings.depth + 2)
+    if not 1 <= mean <= most:
+        raise MSDError(f"--assume-tau {mean} is not possible: with this tree tau lies between 1 and {most}.")
+
+
+def simulated_rounds(
+    target: PreTrainedModel,
+    draft: MSDDraftModel,
+    inputs: Mapping[str, Any],
+    lengths: Sequence[int],
+    on_start: Callable[[], None] = lambda: None,
+) -> SimulatedRounds:
+    """
+    Runs one round for each of `lengths`, from one verification to the next.
+
+    Args:
+        target (`PreTrainedModel`): must not end an answer by itself.
+        draft (`MSDDraftModel`): its `generation_config` sets the size of the tree.
+        inputs (`Mapping`): inputs of `generate` for one prompt.
+        lengths (`Sequence[int]`): tokens that each round shall emit.
+        on_start (`Callable`): called when the prefill and the first drafting are done and the clock starts.
+    """
+    num_slots: list[int] = []
+    clock: list[float] = []
+
+    def on_verify(verify: Callable[[CandidateTree], Any], tree: CandidateTree, cache: Cache) -> Any:
+        number = len(num_slots)
+        num_slots.append(cache.get_seq_length())
+        if number in (0, len(lengths)):
+            synchronize(target)
+            clock.append(time.perf_counter())
+            if number:
+                raise LoopEnd
+            on_start()
+        result = verify(tree)
+        steer(result[0], tree, lengths[number])
+        return result
+
+    room = sum(lengths) + 2 * TreeSettings.from_generation_config(draft.generation_config).depth + 4
+    run_intercepted(target, draft, inputs, on_verify, room)
+    return SimulatedRounds(clock[1] - clock[0], [after - before for before, after in itertools.pairwise(num_slots)])
+
+
+def steer(logits: torch.Tensor, tree: CandidateTree, length: int) -> None:
+    """
+    Changes logits in place so that the argmax follows a path of the tree and leaves it after `length` nodes, the root
+    included, or at the end of the deepest path. Reads nothing back from the device.
+
+    Args:
+        logits (`torch.Tensor` of shape `[1, N, V]`): of the nodes.
+        tree (`CandidateTree`): a batch of one tree.
+        length (`int`): tokens to be emitted.
+    """
+    depths = tree.depths[0].clamp(max=length - 1)
+    # The first node of the deepest level that is wanted; the path is that node and all above it.
+    end = (depths * depths.shape[0] - torch.arange(depths.shape[0], device=depths.device)).argmax()
+    on_path = tree.ancestors[0].index_select(0, end.unsqueeze(0))[0]
+    tokens, parents = tree.tokens[0], tree.parents[0]
+    # A child on the path is preferred to everything, one beside it is out of the question.
+    values = torch.where(on_path, 1e4, -1e4)
+    logits[0, parents[1:], tokens[1:]] = values[1:].to(logits.dtype)
+
+
+__all__ = ["SimulatedRounds", "check_assumed_length", "lengths_of_mean", "simulated_rounds", "steer"]

@@ -1,0 +1,89 @@
+"""Named phases of the decoding loop, and a timer for them that costs nothing while nobody measures."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+_active: PhaseTimer | None = None
+_NOT_TIMED: AbstractContextManager[None] = nullcontext()
+
+
+def phase(name: str) -> AbstractContextManager[None]:
+    """Marks the block under it as a phase. Does nothing unless a [`PhaseTimer`] is active."""
+    return _NOT_TIMED if _active is None else _Section(_active, name)
+
+
+class PhaseTimer:
+    """
+    Accumulates the seconds of each phase while it is active (`with PhaseTimer() as timer:`). One at a time, in one
+    thread.
+
+    Time counts for the innermost phase alone. Phases are kept by their path from the outermost one, so that a draft
+    forward of the prefill and one of the decoding loop are not mixed.
+
+    Args:
+        device (`torch.device`, *optional*): is waited for at both ends of a phase if it is a GPU, since work on it
+            runs behind the host. That makes the whole slower than it is without a timer.
+    """
+
+    def __init__(self, device: torch.device | None = None):
+        self.seconds: dict[tuple[str, ...], float] = defaultdict(float)
+        self._device = device if device is not None and device.type == "cuda" else None
+        self._path: list[str] = []
+        self._since = 0.0
+
+    def inside(self, outer: str) -> dict[str, float]:
+        """Seconds of the phases inside the outermost phase `outer`, by name; what none of them took is under `outer`
+        itself."""
+        result: dict[str, float] = defaultdict(float)
+        for path, seconds in self.seconds.items():
+            if path[0] == outer:
+                result[path[-1]] += seconds
+        return dict(result)
+
+    def __enter__(self) -> PhaseTimer:
+        global _active
+        if _active is not None:
+            raise RuntimeError("Another `PhaseTimer` is active.")
+        _active = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        global _active
+        _active = None
+        self._path.clear()
+
+    def _enter(self, name: str) -> None:
+        self._count()
+        self._path.append(name)
+
+    def _leave(self) -> None:
+        self._count()
+        self._path.pop()
+
+    def _count(self) -> None:
+        if self._device is not None:
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        if self._path:
+            self.seconds[tuple(self._path)] += now - self._since
+        self._since = now
+
+
+class _Section(AbstractContextManager[None]):
+    def __init__(self, timer: PhaseTimer, name: str):
+        self.timer, self.name = timer, name
+
+    def __enter__(self) -> None:
+        self.timer._enter(self.name)
+
+    def __exit__(self, *error: object) -> None:
+        self.timer._leave()
+
+
+__all__ = ["PhaseTimer", "phase"]
