@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 # Numbers of nodes of which the cost is kept; between two of them it is interpolated.
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+SIZES = (1, 4, 8, 16, 32, 64, 128)
 # Each is tried this often before the trees are chosen by what they bring: the first time also pays for warming up.
 _TRIALS = 2
 # Contexts of up to so many slots cost about the same; from there on ranges double.
@@ -48,6 +48,7 @@ class Experience:
     def __init__(self, max_nodes: int):
         self.sizes = [size for size in SIZES if size < max_nodes] + [max_nodes]
         self._costs: dict[int, dict[int, list[float]]] = {}  # range of context -> nodes -> last costs
+        self._trials: dict[int, dict[int, int]] = {}  # range of context -> nodes -> how often tried
         self._range = 0
         self._level = _Mean()
         self._rest = _Mean()  # of a round, besides drafting and verification
@@ -67,10 +68,12 @@ class Experience:
         self._range = max(0, math.ceil(math.log2(max(num_slots, 1) / _FIRST_RANGE)))
 
     def next_to_explore(self) -> int | None:
-        """Nodes of which the cost in this range of context is not known yet; `None` if all are."""
-        costs = self._costs.setdefault(self._range, {})
-        missing = [size for size in reversed(self.sizes) if len(costs.get(size, ())) < _TRIALS]
-        return missing[0] if missing else None
+        """Nodes of a tree that shall be tried in this range of context; `None` if all sizes have been."""
+        trials = self._trials.setdefault(self._range, dict.fromkeys(reversed(self.sizes), 0))
+        size = next((size for size, count in trials.items() if count < _TRIALS), None)
+        if size is not None:  # counted here: a tree may turn out smaller, at the end of a sequence
+            trials[size] += 1
+        return size
 
     def seconds_of(self, num_nodes: int) -> float:
         """What the verification of so many nodes and the end of the round cost."""

@@ -94,6 +94,8 @@ class AdaptiveTreePolicy(TreePolicy):
 
     def goes_deeper(self, growth: TreeGrowth) -> bool:
         self._num_levels += 1
+        if self._explored is not None:
+            return growth.num_nodes < self._explored
         if self.reads_scores:
             scores = growth.frontier_scores.tolist()
             reach = sum(min(1.0, sum(map(self.experience.acceptance, row))) for row in scores) / len(scores)

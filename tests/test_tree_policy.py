@@ -1,0 +1,169 @@
+"""Trees as large as pays: what is learnt, what is decided, and that the output stays what it is."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import tiny
+import torch
+
+from msd_hf import MSDDraftModel
+from msd_hf.experience import Experience
+from msd_hf.tree import AUTO_NUM_ASSISTANT_TOKENS, AUTO_TREE_DEPTH, TreeGrowth, TreeSettings
+from msd_hf.tree_policy import AdaptiveTreePolicy
+
+
+def auto(draft: MSDDraftModel, **settings) -> MSDDraftModel:
+    draft = copy.deepcopy(draft)
+    draft.generation_config.num_assistant_tokens = "auto"
+    draft.generation_config.tree_depth, draft.generation_config.tree_top_k = None, 4
+    draft.generation_config.update(**settings)
+    return draft
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("number", range(0, tiny.NUM_PAIRS, 2))
+def test_output_is_that_of_the_target_alone(number, do_sample):
+    pair = tiny.pair(number)
+    pair.set_attention("sdpa")
+    draft = auto(pair.draft)
+    for seed in range(6):
+        inputs = tiny.make_prompt(seed, 7, (2,) if seed % 2 else ())
+        outputs = []
+        for assistant in (None, draft):
+            torch.manual_seed(seed)
+            outputs.append(
+                pair.target.generate(**inputs, max_new_tokens=40, do_sample=do_sample, assistant_model=assistant)
+            )
+        assert torch.equal(*outputs), seed
+
+
+def test_batches_too():
+    pair = tiny.pair(1)
+    draft = auto(pair.draft)
+    inputs = tiny.left_padded([tiny.make_prompt(seed, 4 + seed, (1,) if seed else ()) for seed in range(4)])
+    options = {"max_new_tokens": 40, "eos_token_id": [11, 23], "pad_token_id": 0}
+    for _ in range(3):
+        assert torch.equal(
+            pair.target.generate(**inputs, **options, assistant_model=draft), pair.target.generate(**inputs, **options)
+        )
+
+
+def test_settings():
+    settings = TreeSettings.from_generation_config(auto(tiny.pair(0).draft).generation_config)
+    assert settings == TreeSettings(AUTO_NUM_ASSISTANT_TOKENS, AUTO_TREE_DEPTH, 4, is_auto=True)
+    assert settings.limited_to(3) == TreeSettings(AUTO_NUM_ASSISTANT_TOKENS, 1, 4, is_auto=True)
+
+
+def taught(costs: dict[int, float], tokens_a_round: float = 3.0, level: float = 0.1) -> Experience:
+    """An experience of so many seconds for a verification of so many nodes."""
+    experience = Experience(64)
+    experience.enter_context(100)
+    while (size := experience.next_to_explore()) is not None:
+        experience.add_verification(size, costs[size])
+    for _ in range(10):
+        experience.add_drafting(2, 2 * level)
+        experience.add_round(True, tokens_a_round, 2 * level + costs[16], 0.0)
+        experience.add_round(False, 1.0, costs[1], 0.0)
+    return experience
+
+
+FLAT = dict.fromkeys((1, 4, 8, 16, 32, 64), 1.0)
+STEEP = {size: 1.0 + 0.25 * (size - 1) for size in FLAT}
+
+
+def test_costs_are_interpolated_between_sizes():
+    experience = taught(STEEP)
+    for size in (1, 2, 5, 8, 12, 40, 64):
+        assert experience.seconds_of(size) == pytest.approx(1.0 + 0.25 * (size - 1))
+    assert experience.affordable_nodes() == 1 and taught(FLAT).affordable_nodes() == 64
+    experience.enter_context(4000)  # another range is another matter
+    assert experience.next_to_explore() == 64
+
+
+def test_acceptance_is_the_drafts_own_probability_until_it_is_known_better():
+    experience = Experience(64)
+    assert experience.acceptance(math.log(0.4)) == pytest.approx(0.4)
+    for number in range(400):
+        experience.add_node(math.log(0.4), number % 10 == 0)
+    assert experience.acceptance(math.log(0.4)) == pytest.approx(0.12, abs=0.05)
+    assert experience.acceptance(math.log(0.9)) == pytest.approx(0.9)
+
+
+def grow(probabilities: list[float], policy: AdaptiveTreePolicy) -> tuple[int, int]:
+    """Levels and nodes of a tree whose levels have these conditional probabilities."""
+    settings = policy.begin_round(None, 100)
+    growth = TreeGrowth(torch.zeros(1, dtype=torch.long), settings)
+    width = 1
+    for level, probability in enumerate(probabilities):
+        if level and not policy.goes_deeper(growth):
+            break
+        rest = (1 - probability) / 3
+        log_probs = torch.tensor([probability, rest, rest, rest]).log().expand(1, width, 4)
+        growth.expand(log_probs, torch.arange(4).expand(1, width, 4))
+        width = 4
+    return growth.num_levels, policy.num_nodes(growth)
+
+
+def test_sure_drafts_get_deep_trees_and_unsure_ones_shallow_ones():
+    settings = TreeSettings(64, 15, 4, is_auto=True)
+    sure, _ = grow([0.99] * 10, AdaptiveTreePolicy(settings, taught(FLAT), reads_scores=True))
+    unsure, _ = grow([0.3] * 10, AdaptiveTreePolicy(settings, taught(FLAT, level=0.3), reads_scores=True))
+    assert sure == 10 and unsure <= 3
+
+
+def test_nodes_are_kept_where_they_cost_little():
+    settings = TreeSettings(64, 15, 4, is_auto=True)
+    cheap = grow([0.6] * 4, AdaptiveTreePolicy(settings, taught(FLAT), reads_scores=True))[1]
+    dear = grow([0.6] * 4, AdaptiveTreePolicy(settings, taught(STEEP), reads_scores=True))[1]
+    assert dear < 8 < 30 < cheap
+
+
+def test_without_reading_scores_depth_follows_from_what_was_accepted():
+    settings = TreeSettings(64, 15, 4, is_auto=True)
+    experience = taught(FLAT)
+    for _ in range(50):
+        experience.add_lengths(10, [4])  # three drafted tokens, never a fourth
+    levels, nodes = grow([0.99] * 10, AdaptiveTreePolicy(settings, experience, reads_scores=False))
+    assert levels == 4 and nodes == 53
+
+
+def test_drafting_pauses_where_it_does_not_pay_and_is_tried_again():
+    experience = taught(FLAT, tokens_a_round=1.05)
+    drafted = []
+    for _ in range(400):
+        drafts = experience.drafting_pays()
+        drafted.append(drafts)
+        experience.add_round(drafts, 1.05 if drafts else 1.0, 1.3 if drafts else 1.0, 0.0)
+    assert 0 < sum(drafted) < 12 and not any(drafted[-100:-80])
+    experience = taught(FLAT, tokens_a_round=3.0)
+    assert all(experience.drafting_pays() for _ in range(50))
+
+
+def test_drafting_comes_back_when_it_pays_again():
+    experience = taught(FLAT, tokens_a_round=1.0)
+    drafted = []
+    for number in range(300):
+        drafts = experience.drafting_pays()
+        drafted.append(drafts)
+        tokens = 1.0 if number < 100 else 4.0
+        experience.add_round(drafts, tokens if drafts else 1.0, 1.3 if drafts else 1.0, 0.0)
+    assert sum(drafted[:100]) < 12 and all(drafted[-50:])
+
+
+def test_a_useless_draft_is_hardly_run():
+    """Random weights: after the first calls nearly every round is plain decoding, and tokens wait to be fed."""
+    pair = tiny.pair(8)  # its draft was not fitted
+    draft = auto(pair.draft)
+    calls = []
+    draft.fc.register_forward_hook(lambda *_: calls.append(1))
+    inputs = tiny.make_prompt(1, 6)
+    counts = []
+    for _ in range(4):
+        calls.clear()
+        output = pair.target.generate(**inputs, max_new_tokens=200, assistant_model=draft)
+        counts.append(len(calls))
+    assert torch.equal(output, pair.target.generate(**inputs, max_new_tokens=200))
+    assert counts[-1] < 60 < 200
