@@ -79,14 +79,15 @@ class MSDCandidateGenerator:
         self._context = ContextSlots([num_held] * batch_size)
         # Behind what is held already, a mask of ones for the new rows alone would not do.
         mask = self._chain_mask(length) if num_held else prompt_mask
-        states = self.draft(
-            inputs_embeds=self._to_draft(inputs_embeds),
-            hidden_states=self._to_draft(hidden_states),
-            visual_mask=visual_mask.to(device),
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=self.cache,
-        ).last_hidden_state
+        with phase("draft forward"):
+            states = self.draft(
+                inputs_embeds=self._to_draft(inputs_embeds),
+                hidden_states=self._to_draft(hidden_states),
+                visual_mask=visual_mask.to(device),
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=self.cache,
+            ).last_hidden_state
         self._last_position = prefill.num_slots
         self._context = ContextSlots([num_held + length] * batch_size, prompt_mask)
         self._last_state = states[:, -1:]

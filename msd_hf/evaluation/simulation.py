@@ -94,7 +94,7 @@ def simulated_rounds(
                 raise LoopEnd
             on_start()
         result = verify(tree)
-        steer(result[0], tree, lengths[number])
+        steer(result.logits, tree, lengths[number])
         return result
 
     room = sum(lengths) + 2 * TreeSettings.from_generation_config(draft.generation_config).depth + 4
