@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_msd import MSDDraftConfig
@@ -88,7 +90,7 @@ def check_target(target: PreTrainedModel) -> None:
 def _check_adapters(target: PreTrainedModel, name: str, advice: str) -> None:
     # peft lends its model's method to the target for the time of a call.
     owner = getattr(target.prepare_inputs_for_generation, "__self__", target)
-    adapter = getattr(owner, "active_peft_config", None)
+    adapter: Any = getattr(owner, "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):
         raise MSDUnsupportedError(
             f"{name} has an adapter of kind {adapter.peft_type.value}, which puts virtual tokens before the prompt "

@@ -244,7 +244,14 @@ def compiled(target: LlavaForConditionalGeneration, how: str) -> Any:
 
 @pytest.mark.parametrize(
     "how, is_used_before",
-    [("model", False), ("in place", False), ("in place", True), ("forward", True), ("decoder", False)],
+    [
+        ("in place", False),
+        ("forward", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("model", False), ("in place", True), ("decoder", True)]
+        ),
+    ],
 )
 def test_compiled_targets(how, is_used_before):
     """A compiled forward does not notice hooks that come after its compilation, and must not stay without them."""
