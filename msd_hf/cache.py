@@ -144,7 +144,9 @@ def _in_place(layer: DynamicLayer, max_slots: int) -> InPlaceLayer:
     return made
 
 
-def keep_paths(cache: Cache, context: ContextSlots, paths: torch.Tensor, counts: Sequence[int]) -> None:
+def keep_paths(
+    cache: Cache, context: ContextSlots, paths: torch.Tensor, counts: Sequence[int], in_place: bool = False
+) -> None:
     """
     Keeps, of the slots behind the context, those of accepted nodes.
 
@@ -153,12 +155,16 @@ def keep_paths(cache: Cache, context: ContextSlots, paths: torch.Tensor, counts:
         context (`ContextSlots`): is extended by them.
         paths (`torch.LongTensor` of shape `[B, A]`): slots behind the context, in order; anything behind a row's own.
         counts (`Sequence[int]`): how many of them are each row's own.
+        in_place (`bool`): whether they are the first ones in every row, so that none has to move.
     """
     start = context.num_slots
     if not context.is_ragged and min(counts) == max(counts):
-        for layer in cache.layers:
-            layer.keep_slots(start, paths.to(layer.device))
         context.grow(counts)
+        for layer in cache.layers:
+            if in_place:
+                layer.truncate(context.num_slots)
+            else:
+                layer.keep_slots(start, paths.to(layer.device))
         return
     places = context.row_lengths(paths.device).unsqueeze(1) + torch.arange(paths.shape[1], device=paths.device)
     context.grow(counts)

@@ -123,7 +123,7 @@ class MSDCandidateGenerator:
         self._last_position += length
         states = self._step(tokens, hidden_states, self._next_position + steps, mask, self._last_position)
         with phase("cache"):
-            keep_paths(self.cache, self._context, steps.expand(tokens.shape[0], -1), counts)
+            keep_paths(self.cache, self._context, steps.expand(tokens.shape[0], -1), counts, in_place=True)
         if min(counts) == length:
             self._next_position = self._next_position + length
             self._last_state, self.last_hidden_state = states[:, -1:], hidden_states[:, -1:]

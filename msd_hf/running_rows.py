@@ -46,7 +46,8 @@ class RunningRows:
 
     def accept(self, verified: Verification, paths: torch.Tensor) -> None:
         """Keeps the slots of accepted nodes (`paths`, `[B, A]`), and moves on."""
-        keep_paths(self.cache, self.context, paths, verified.counts)
+        in_place = all(path[-1] == len(path) - 1 for path in verified.paths)
+        keep_paths(self.cache, self.context, paths, verified.counts, in_place)
         counts = torch.tensor(verified.counts, device=self.next_position.device)
         self.next_position = self.next_position + counts.unsqueeze(1)
         self.tokens = [tokens[-1] for tokens in verified.tokens]
