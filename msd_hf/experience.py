@@ -9,8 +9,10 @@ from collections.abc import Sequence
 
 # Numbers of nodes of which the cost is kept; between two of them it is interpolated.
 SIZES = (1, 4, 8, 16, 32, 64, 128)
-# Each is tried this often before the trees are chosen by what they bring: the first time also pays for warming up.
-_TRIALS = 2
+# Each is tried this often, in one round of so many: the first time also pays for warming up.
+_TRIALS, _ROUNDS_A_TRIAL = 2, 3
+# What a node is taken to add to a verification, until it is known.
+_PRIOR_SLOPE = 0.01
 # Contexts of up to so many slots cost about the same; from there on ranges double.
 _FIRST_RANGE = 512
 
@@ -50,6 +52,7 @@ class Experience:
         self._costs: dict[int, dict[int, list[float]]] = {}  # range of context -> nodes -> last costs
         self._trials: dict[int, dict[int, int]] = {}  # range of context -> nodes -> how often tried
         self._range = 0
+        self._num_rounds = 0
         self._level = _Mean()
         self._rest = _Mean()  # of a round, besides drafting and verification
         self._drafted_tokens, self._drafted_seconds = _Mean(), _Mean()
@@ -68,11 +71,18 @@ class Experience:
         self._range = max(0, math.ceil(math.log2(max(num_slots, 1) / _FIRST_RANGE)))
 
     def next_to_explore(self) -> int | None:
-        """Nodes of a tree that shall be tried in this range of context; `None` if all sizes have been."""
-        trials = self._trials.setdefault(self._range, dict.fromkeys(reversed(self.sizes), 0))
-        size = next((size for size, count in trials.items() if count < _TRIALS), None)
-        if size is not None:  # counted here: a tree may turn out smaller, at the end of a sequence
-            trials[size] += 1
+        """Nodes that a round's tree shall have, to learn what they cost in this range of context; `None`: as many as
+        pay."""
+        if self._range not in self._trials:
+            # From the middle to both ends: few are enough to interpolate.
+            order = sorted(self.sizes, key=lambda size: -abs(math.log2(size / 16)))
+            self._trials[self._range] = dict.fromkeys(([16] if 16 in order else []) + order, 0)
+        self._num_rounds += 1
+        trials = self._trials[self._range]
+        size = min(trials, key=lambda size: trials[size])
+        if trials[size] >= _TRIALS or self._num_rounds % _ROUNDS_A_TRIAL != 1:
+            return None
+        trials[size] += 1  # counted here: a tree may turn out smaller, at the end of a sequence
         return size
 
     def seconds_of(self, num_nodes: int) -> float:
@@ -80,11 +90,12 @@ class Experience:
         costs = self._costs.get(self._range, {})
         known = [size for size in self.sizes if size in costs]
         if not known:
-            return 1.0
+            return 1.0 + _PRIOR_SLOPE * num_nodes
         place = bisect_left(known, num_nodes)
         rest = self._rest.value or 0.0
         if place == 0 or place == len(known):
-            return rest + self._cost(known[min(place, len(known) - 1)])
+            nearest = known[min(place, len(known) - 1)]
+            return rest + self._cost(nearest) * (1 + _PRIOR_SLOPE * num_nodes) / (1 + _PRIOR_SLOPE * nearest)
         low, high = known[place - 1], known[place]
         share = (num_nodes - low) / (high - low)
         return rest + (1 - share) * self._cost(low) + share * self._cost(high)
