@@ -53,7 +53,8 @@ class InPlaceLayer(DynamicLayer):
         key_buffer[:, :, start:end] = key_states
         value_buffer[:, :, start:end] = value_states
         self.keys, self.values = key_buffer[:, :, :end], value_buffer[:, :, :end]
-        return self.keys, self.values
+        # A whole prompt is attended to as it came: not every attention kernel likes gaps between heads.
+        return (self.keys, self.values) if start else (key_states, value_states)
 
     def keep_slots(self, start: int, slots: torch.Tensor) -> None:
         """Keeps the slots before `start` and, of those from `start` on, only `slots` (`[B, A]`, counted from

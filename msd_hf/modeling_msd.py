@@ -186,15 +186,27 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
 
     @torch.no_grad()
     def _copy_last_layer(self, target: PreTrainedModel) -> None:
-        source = target.get_decoder().layers[-1].state_dict()
-        own = self.layers[0].state_dict()
+        layer: Any = target.get_decoder().layers[-1]
+        source, own = layer.state_dict(), self.layers[0].state_dict()
         unfit = [name for name in own if name not in source or source[name].shape != own[name].shape]
         if unfit:
             raise MSDError(
                 f"The last layer of `{type(target).__name__}` has no weight for {', '.join(unfit)} of the "
                 "draft's layer, or one of another shape. Do without `init_from_last_layer`."
             )
-        self.layers[0].load_state_dict({name: source[name] for name in own})
+        more = sorted(source.keys() - own.keys())
+        if more:
+            raise MSDError(
+                f"The last layer of `{type(target).__name__}` has {', '.join(more)}, of which the draft's layer knows "
+                "nothing. Do without `init_from_last_layer`."
+            )
+        self.layers[0].load_state_dict(source)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            # Some norms multiply by 1 + weight; what comes out of ones is the factor.
+            ours, theirs = getattr(self.layers[0], name), getattr(layer, name)
+            factor = theirs(torch.ones_like(theirs.weight))
+            if not torch.allclose(factor, theirs.weight, atol=1e-3):
+                ours.weight.copy_(factor)
         self.fc.weight[:, : self.config.hidden_size].add_(torch.eye(self.config.hidden_size))
 
     @classmethod

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from families import FAMILIES
 from tiny import build_draft, build_target, make_prompt
 
 from msd_hf import MSDDraftModel
 from msd_hf.errors import MSDError, MSDPairingError
 from msd_hf.targets import TargetAdapter
+from msd_hf.training import MSDTrainingArguments
+from msd_hf.training.trainer import new_draft
 
 
 def test_adapter_gives_the_outputs_of_the_layers_and_the_last_state():
@@ -82,3 +85,29 @@ def test_init_from_a_layer_that_does_not_fit():
     target = build_target(seed=1)
     with pytest.raises(MSDError, match=r"no weight for .*mlp\.up_proj\.weight.* Do without `init_from_last_layer`"):
         MSDDraftModel.from_target(target, init_from_last_layer=True, intermediate_size=48)
+
+
+@pytest.mark.parametrize("name", ["paligemma", "qwen2", "mistral"])
+def test_norms_of_other_kinds_are_copied_by_what_they_do(name):
+    """Gemma multiplies by 1 + weight."""
+    target = FAMILIES[name].build(0, "sdpa")
+    layer = target.get_decoder().layers[-1]
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        torch.nn.init.normal_(norm.weight, std=0.1)
+    draft = MSDDraftModel.from_target(target, init_from_last_layer=True)
+    states = torch.randn(2, 3, 32, dtype=torch.float64)
+    for part in ("input_layernorm", "post_attention_layernorm"):
+        expected = getattr(layer, part)(states)
+        torch.testing.assert_close(getattr(draft.layers[0], part)(states), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
+def test_a_last_layer_with_more_in_it_is_refused_or_done_without(name, tmp_path):
+    target = FAMILIES[name].build(0, FAMILIES[name].attentions[0])
+    with pytest.raises(MSDError, match=r"norm\.weight, of which the draft's layer knows nothing"):
+        MSDDraftModel.from_target(target, init_from_last_layer=True)
+    given = MSDTrainingArguments(str(tmp_path), recipe="recommended", init_from_last_layer=True, use_cpu=True)
+    with pytest.raises(MSDError):
+        new_draft(target, given)
+    draft = new_draft(target, MSDTrainingArguments(str(tmp_path), recipe="recommended", use_cpu=True))
+    assert not draft.config.input_layernorm

@@ -125,6 +125,7 @@ class MSDTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
             raise MSDError(f"Unknown recipe {self.recipe!r}: choose one of {', '.join(RECIPES)}.")
+        self.start_is_given = self.init_from_last_layer is not None
         for name in _RECIPE_FIELDS:
             if getattr(self, name) is None:
                 setattr(self, name, getattr(RECIPES[self.recipe], name))

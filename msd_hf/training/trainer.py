@@ -316,15 +316,22 @@ def _public_name(target: PreTrainedModel) -> str:
 
 def new_draft(target: PreTrainedModel, args: MSDTrainingArguments) -> MSDDraftModel:
     """A draft with fresh weights for a target, as the arguments describe it. It is float32: small steps would be lost
-    in the rounding of a shorter dtype."""
+    in the rounding of a shorter dtype. Where the recipe, not the user, lets it start from the target's last layer, and
+    that is of another kind, it starts from random weights."""
+    overrides: dict[str, Any] = {
+        "decouple_visual_tokens": args.decouple_visual_tokens,
+        "target_layers": args.layers_of(len(target.get_decoder().layers)),
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
-        draft = MSDDraftModel.from_target(
-            target,
-            init_from_last_layer=bool(args.init_from_last_layer),
-            decouple_visual_tokens=args.decouple_visual_tokens,
-            target_layers=args.layers_of(len(target.get_decoder().layers)),
-        )
+        try:
+            draft = MSDDraftModel.from_target(target, bool(args.init_from_last_layer), **overrides)
+        except MSDError as error:
+            if not args.init_from_last_layer or args.start_is_given:
+                raise
+            logger.warning("The draft starts from random weights: %s", error)
+            torch.manual_seed(args.seed)
+            draft = MSDDraftModel.from_target(target, **overrides)
     return draft.float()
 
 
