@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 from transformers import Cache
 
-from .modeling_msd import MSDDraftModel
+from .modeling_msd import MSDDraftDecoderLayer, MSDDraftModel
 
 
 # Of these the tables of sines depend on the length of the sequence.
@@ -29,7 +29,11 @@ class DraftingStep:
     def __init__(self, draft: MSDDraftModel):
         self.draft = draft
         self.is_plain = (
-            draft.config._attn_implementation == "sdpa" and draft.rotary_emb.rope_type not in _LENGTH_DEPENDENT_ROPE
+            draft.config._attn_implementation == "sdpa"
+            and draft.rotary_emb.rope_type not in _LENGTH_DEPENDENT_ROPE
+            and all(type(layer) is MSDDraftDecoderLayer for layer in draft.layers)
+            # With hooks of accelerate, weights are elsewhere.
+            and not any(hasattr(module, "_hf_hook") for module in draft.modules())
         )
         self._cos = self._sin = torch.empty(0)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import peft
 import pytest
 import readme_refusals
 import tiny
@@ -70,6 +71,18 @@ def recurrent(target, draft):
     return target, draft, {}
 
 
+def with_virtual_tokens(target, draft):
+    config = peft.PromptTuningConfig(
+        num_virtual_tokens=4, task_type="CAUSAL_LM", token_dim=32, num_layers=2, num_attention_heads=4
+    )
+    return peft.get_peft_model(target, config), draft, {}
+
+
+def with_an_adapter_for_each_row(target, draft):
+    model = peft.get_peft_model(target, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    return model.eval(), draft, {"adapter_names": ["default"]}
+
+
 def unknown_target(target, draft):
     """A target of a kind that is not known, which does not verify a tree as it decodes."""
     target = copy.deepcopy(tiny.pair(0).target)
@@ -93,6 +106,8 @@ CASES = {
     "a target without decoder or head": without_head,
     "layers that are neither full nor sliding attention": linear_attention,
     "a recurrent target": recurrent,
+    "a target with a prompt-learning adapter": with_virtual_tokens,
+    "an adapter for each row, or from some position on (`adapter_names`, aLoRA)": with_an_adapter_for_each_row,
     "a target of unknown kind that fails the check at its first call": unknown_target,
     "a draft of another width": lambda target, draft: (
         target,
