@@ -172,7 +172,7 @@ def test_command_writes_a_draft_that_changes_no_output(run, toy_processor, raw_s
         ({"--draft": "other"}, "hidden size 32 does not match the target's 128"),
     ],
 )
-def test_command_refuses_before_it_counts(options, message, run, tmp_path, monkeypatch):
+def test_command_refuses_before_it_counts(options, message, run, tmp_path, monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise AssertionError("tokens were counted")
 
@@ -181,6 +181,7 @@ def test_command_refuses_before_it_counts(options, message, run, tmp_path, monke
     (tmp_path / "data.json").write_text(json.dumps([talk("Count.", "1 2")]))
     if "other" in options.values():
         tiny.pair(0).draft.save_pretrained("other")
+        capsys.readouterr()  # without the progress bar of the saving
     arguments = {"--target": TARGET_DIR, "--draft": DRAFT_DIR, "--data": "data.json", "--output": "new", **options}
     code, _, err = run("draft-vocab", *(part for option in arguments.items() for part in option))
     assert code == 1 and err.startswith("Error: ") and err.count("\n") == 1 and message in err
