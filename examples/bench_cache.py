@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache, HfArgumentParser
 
-from msd_hf.cache import keep_slots, make_in_place, truncate
+from msd_hf.attention_mask import ContextSlots
+from msd_hf.cache import keep_paths, make_in_place, truncate
 
 
 @dataclass
@@ -46,12 +47,13 @@ def round_milliseconds(args: BenchArguments, context: int, in_place: bool) -> fl
     path = torch.linspace(0, args.nodes - 1, args.accepted, device=device).long().unsqueeze(0)
     seconds = []
     for _ in range(args.repeats + 2):
+        slots = ContextSlots([context])
         wait(device)
         started = time.perf_counter()
         for layer in range(args.layers):
             cache.update(nodes, nodes, layer)
         if in_place:
-            keep_slots(cache, context, path)
+            keep_paths(cache, slots, path, [args.accepted])
         else:
             cache.crop(args.accepted - args.nodes)  # a chain: the accepted slots are the first already
         wait(device)

@@ -1,28 +1,37 @@
 """
-Drafting one tree: milliseconds of the draft's layers, of the head and of everything else, and their ratio to the same
-layer forwards and full head calls timed bare in the same run.
+Drafting one tree: milliseconds of the draft's layers, of the head and of everything else, with the target's head and
+with that of a draft vocabulary, and the ratio to the same layer forwards and full head calls timed bare in the same
+run, all in turns.
 
-    python examples/bench_draft.py --threads 1
+    python examples/bench_draft.py --threads 1 --draft-vocab 8000
 
 Drafting is what a round does besides verifying: the accepted tokens are fed with the target's hidden states, then the
 tree grows level by level. That is `depth + 1` forwards of the layers and as many calls of the head.
 """
 
+import copy
 import statistics
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import Cache, HfArgumentParser
+from transformers.utils import ModelOutput
 
+from msd_hf.attention_mask import ContextSlots, tree_attention_mask
 from msd_hf.cache import InPlaceLayer, truncate
 from msd_hf.candidate_generator import MSDCandidateGenerator
+from msd_hf.drafting_step import DraftingStep
 from msd_hf.evaluation.shapes import build_pair, shape_config
 from msd_hf.phases import PhaseTimer, phase
 from msd_hf.targets import TargetAdapter, TargetPrefill
-from msd_hf.tree import TreeSettings, tree_attention_mask
+from msd_hf.tree import TreeSettings
+
+
+WARM_UP = 2
 
 
 @dataclass
@@ -31,12 +40,13 @@ class BenchArguments:
     heads: int = field(default=16, metadata={"help": "Attention heads."})
     intermediate: int = field(default=2816, metadata={"help": "Width of the MLP."})
     vocabulary: int = field(default=32000, metadata={"help": "Vocabulary."})
+    draft_vocab: int = field(default=8000, metadata={"help": "Tokens of the draft's own vocabulary; 0 for none."})
     context: int = field(default=700, metadata={"help": "Tokens before the tree."})
     nodes: int = field(default=59, metadata={"help": "Nodes of the tree, the root included."})
     depth: int = field(default=5, metadata={"help": "Expansions after the first."})
     top_k: int = field(default=10, metadata={"help": "Candidates a node, and nodes expanded a level."})
     accepted: int = field(default=4, metadata={"help": "Tokens that the round before emitted."})
-    repeats: int = field(default=20, metadata={"help": "Trees, of which medians count."})
+    repeats: int = field(default=20, metadata={"help": "Trees of each kind, in turns."})
     threads: int = field(default=1, metadata={"help": "Threads."})
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device."})
@@ -46,8 +56,11 @@ class BareForwards:
     """The same forwards of the draft and calls of the full head, with everything else prepared beforehand."""
 
     def __init__(self, args: BenchArguments, adapter: TargetAdapter, draft):
-        self.adapter, self.draft, self.context = adapter, draft, args.context
+        self.adapter, self.context = adapter, args.context
+        self.step = DraftingStep(draft)
         self.cache = Cache(layers=[InPlaceLayer() for _ in draft.layers])
+        draft(random_states(draft, args.context), random_states(draft, args.context), past_key_values=self.cache)
+        slots = ContextSlots([args.context])
         self.calls = []
         past = args.context
         for rows in [args.accepted] + [args.top_k] * args.depth:
@@ -56,17 +69,17 @@ class BareForwards:
                 {
                     "inputs_embeds": random_states(draft, rows),
                     "hidden_states": random_states(draft, rows),
-                    "attention_mask": tree_attention_mask(visible, args.context, draft.dtype),
+                    "attention_mask": tree_attention_mask(visible, slots, draft.dtype),
                     "position_ids": torch.full((1, rows), past, device=draft.device),
+                    "last_position": past,
                 }
             )
             past += rows
         self.head_inputs = [random_states(draft, rows) for rows in [1] + [args.top_k] * args.depth]
-        draft(random_states(draft, args.context), random_states(draft, args.context), past_key_values=self.cache)
 
     def layers(self) -> None:
         for call in self.calls:
-            self.draft(**call, past_key_values=self.cache)
+            self.step(**call, cache=self.cache)
 
     def head(self) -> None:
         for states in self.head_inputs:
@@ -74,6 +87,43 @@ class BareForwards:
 
     def reset(self) -> None:
         truncate(self.cache, self.context)
+
+
+class Drafting:
+    """Rounds of drafting, as the decoding loop makes them."""
+
+    def __init__(self, args: BenchArguments, adapter: TargetAdapter, draft):
+        self.generator = MSDCandidateGenerator(draft, adapter)
+        self.settings = TreeSettings(args.nodes, args.depth, args.top_k)
+        self.tokens = torch.randint(args.vocabulary, (1, args.accepted), device=draft.device)
+        self.hidden_states = random_states(draft, args.accepted)
+        # Each tree adds accepted tokens: the context is right in the middle of the run.
+        length = max(1, args.context - args.accepted * (args.repeats + WARM_UP))
+        prefill = TargetPrefill(
+            logits=torch.empty(0),
+            inputs_embeds=random_states(draft, length),
+            hidden_states=random_states(draft, length),
+            visual_mask=torch.zeros(1, length, dtype=torch.bool, device=draft.device),
+            prompt_mask=None,
+            next_position=torch.tensor([[length]], device=draft.device),
+            num_slots=length,
+            outputs=ModelOutput(),
+        )
+        self.generator.prefill(prefill, torch.tensor([1], device=draft.device))
+
+    def __call__(self) -> None:
+        with phase("decode"):
+            self.generator.accept(self.tokens, self.hidden_states, [self.tokens.shape[1]])
+            self.generator.propose(self.tokens[:, -1], self.settings)
+
+    def measure(self, device: torch.device) -> dict[str, float]:
+        """Milliseconds of a tree as it is, and of the phases of another one."""
+        all_of_it = timed(self, device)
+        with PhaseTimer(device) as timer:
+            self()
+        phases = {name: 1e3 * seconds for name, seconds in timer.inside("decode").items()}
+        layers, head = phases.pop("draft forward"), phases.pop("draft head")
+        return {"layers": layers, "head": head, "the rest": sum(phases.values()), "all": all_of_it}
 
 
 def random_states(draft, rows: int) -> torch.Tensor:
@@ -103,60 +153,43 @@ def main() -> None:
     text.head_dim = args.hidden // args.heads
     target, draft = build_pair(config, getattr(torch, args.dtype), device)
     adapter = TargetAdapter(target)
-    settings = TreeSettings(args.nodes, args.depth, args.top_k)
-
-    generator = MSDCandidateGenerator(draft, adapter)
-    # Each tree adds accepted tokens: the context is right in the middle of the run.
-    length = max(1, args.context - args.accepted * args.repeats // 2)
-    generator.prefill(
-        TargetPrefill(
-            logits=torch.empty(0),
-            inputs_embeds=random_states(draft, length),
-            hidden_states=random_states(draft, length),
-            visual_mask=torch.zeros(1, length, dtype=torch.bool, device=device),
-            prompt_mask=None,
-            next_position=torch.tensor([[length]], device=device),
-        ),
-        torch.tensor([1], device=device),
-    )
+    drafting = {"full head": Drafting(args, adapter, draft)}
+    if args.draft_vocab:
+        short = copy.deepcopy(draft)
+        short.set_draft_vocab(torch.randperm(args.vocabulary)[: args.draft_vocab])
+        drafting[f"head of {args.draft_vocab:,}"] = Drafting(args, adapter, short)
     bare = BareForwards(args, adapter, draft)
 
-    def draft_tree() -> None:
-        with phase("decode"):
-            generator.accept(tokens, random_hidden_states)
-            generator.propose(tokens[:, -1], settings)
-
-    tokens = torch.randint(args.vocabulary, (1, args.accepted), device=device)
-    random_hidden_states = random_states(draft, args.accepted)
-    rows: list[dict[str, float]] = []
-    for repeat in range(args.repeats + 2):
-        row = {"tree": timed(draft_tree, device)}
-        with PhaseTimer(device) as timer:
-            draft_tree()
-        phases = {name: 1e3 * seconds for name, seconds in timer.inside("decode").items()}
-        row["layers"], row["head"] = phases.pop("draft forward"), phases.pop("draft head")
-        row["rest"] = sum(phases.values())
-        row["bare layers"] = timed(bare.layers, device)
-        row["bare head"] = timed(bare.head, device)
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in (*drafting, "bare")}
+    for _ in range(args.repeats + WARM_UP):
+        for name, draft_tree in drafting.items():
+            rows[name].append(draft_tree.measure(device))
+        layers, head = timed(bare.layers, device), timed(bare.head, device)
+        rows["bare"].append({"layers": layers, "head": head, "the rest": 0.0, "all": layers + head})
         bare.reset()
-        if repeat >= 2:
-            rows.append(row)
+    rows = {name: measured[WARM_UP:] for name, measured in rows.items()}
 
-    median = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-    ratio = statistics.median(row["tree"] / (row["bare layers"] + row["bare head"]) for row in rows)
     console = Console(width=100)
     console.print(
         f"Drafting a tree: hidden {args.hidden}, vocabulary {args.vocabulary:,}, context {args.context}, "
         f"{args.nodes} nodes, depth {args.depth}, top-k {args.top_k}, {args.dtype}, {args.threads} threads"
     )
-    table = Table()
-    for name in ("ms", "layers", "head", "the rest", "all"):
-        table.add_column(name, justify="left" if name == "ms" else "right")
-    table.add_row("drafting", *(f"{median[name]:.1f}" for name in ("layers", "head", "rest", "tree")))
-    bare_total = median["bare layers"] + median["bare head"]
-    table.add_row("bare", f"{median['bare layers']:.1f}", f"{median['bare head']:.1f}", "", f"{bare_total:.1f}")
+    table = Table(title=f"ms: median (least) of {args.repeats}")
+    columns = ("layers", "head", "the rest", "all")
+    for name in ("", *columns, "to bare"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, measured in rows.items():
+        cells = [f"{summary(row[column] for row in measured)}" for column in columns]
+        ratios = [row["all"] / base["all"] for row, base in zip(measured, rows["bare"], strict=True)]
+        least = min(row["all"] for row in measured) / min(row["all"] for row in rows["bare"])
+        table.add_row(name, *cells, f"{statistics.median(ratios):.2f} ({least:.2f})")
     console.print(table)
-    console.print(f"ratio of drafting to the bare layers and full head: {ratio:.2f} (median of {len(rows)} pairs)")
+    console.print("to bare: median of the ratios in a turn, and the ratio of the least times")
+
+
+def summary(values: Iterable[float]) -> str:
+    values = list(values)
+    return f"{statistics.median(values):.1f} ({min(values):.1f})"
 
 
 if __name__ == "__main__":

@@ -37,8 +37,7 @@ class DraftHead:
             logits = self._logits(states)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
-        values, tokens = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
-        log_probs = values - logits.logsumexp(-1, keepdim=True)
+        log_probs, tokens = logits.log_softmax(-1).topk(min(top_k, logits.shape[-1]), dim=-1)
         if self._rows is not None:
             assert self._tokens is not None
             tokens = self._tokens[tokens.to(self._tokens.device)]

@@ -189,6 +189,7 @@ class TreeGrowth:
         self._frontier = root.new_full((root.shape[0], 1), -1)
         self._frontier_scores: torch.Tensor | None = None
         self._ancestors: torch.Tensor | None = None
+        self._constants: _Constants | None = None
 
     @property
     def frontier_ancestors(self) -> torch.Tensor:
@@ -230,16 +231,19 @@ class TreeGrowth:
             The tokens of the next frontier (`[B, K]`), and for each the frontier node above it (`[B, K]`).
         """
         batch_size, _, top_k = log_probs.shape
+        if self._constants is None:
+            self._constants = _Constants(log_probs, top_k)
+        constants = self._constants
         # A half-precision draft may overflow; the target decides anyway, but NaN would break the order.
-        scores = log_probs.nan_to_num(nan=MIN_LOG_PROB).clamp(min=MIN_LOG_PROB)
+        scores = torch.fmax(log_probs, constants.lowest)
         if self._frontier_scores is not None:
             above = self._frontier_scores.unsqueeze(2)  # [B, F, 1]
             # A log-probability of exactly 0 would tie a node with its parent, and top-k could keep the child alone.
-            scores = torch.minimum(scores + above, torch.nextafter(above, above.new_tensor(-math.inf)))
+            scores = torch.minimum(scores + above, torch.nextafter(above, constants.minus_infinity))
         flat_scores, flat_tokens = scores.flatten(1), tokens.flatten(1)  # [B, F * K]
         self._tokens.append(flat_tokens)
         self._scores.append(flat_scores)
-        self._parents.append(self._frontier.repeat_interleave(top_k, dim=1))
+        self._parents.append(self._frontier.unsqueeze(2).expand(-1, -1, top_k).flatten(1))
 
         if self._frontier_scores is None:
             picked = torch.arange(top_k, device=tokens.device).expand(batch_size, -1)
@@ -251,7 +255,7 @@ class TreeGrowth:
         self._num_candidates += flat_scores.shape[1]
         self._ranking = None
 
-        own = torch.eye(top_k, dtype=torch.bool, device=tokens.device).expand(batch_size, -1, -1)
+        own = constants.eye.expand(batch_size, -1, -1)
         if self._ancestors is not None:
             inherited = self._ancestors.gather(1, above_index.unsqueeze(2).expand(-1, -1, self._ancestors.shape[2]))
             own = torch.cat([inherited, own], dim=2)
@@ -282,6 +286,15 @@ class TreeGrowth:
         if self._ranking is None or self._ranking[0].shape[1] < count:
             self._ranking = tuple(torch.cat(self._scores, dim=1).topk(count, dim=1))
         return self._ranking[0][:, :count], self._ranking[1][:, :count]
+
+
+class _Constants:
+    """What every level needs, made once for a tree."""
+
+    def __init__(self, log_probs: torch.Tensor, top_k: int):
+        self.lowest = log_probs.new_full((), MIN_LOG_PROB)
+        self.minus_infinity = log_probs.new_full((), -math.inf)
+        self.eye = torch.eye(top_k, dtype=torch.bool, device=log_probs.device)
 
 
 __all__ = ["CandidateTree", "TreeGrowth", "TreeSettings"]

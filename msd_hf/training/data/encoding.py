@@ -63,6 +63,22 @@ class ConversationEncoder:
         except MSDDataError as error:
             raise MSDDataError(error.reason, error.detail, conversation.id) from error.__cause__
 
+    def answer_tokens(self, conversation: Conversation) -> torch.Tensor:
+        """
+        The assistant's tokens alone (long, `[A]`), each answer's with the token that ends it. No image is opened, and
+        nothing is cut, since how long the whole is depends on the images.
+
+        Raises:
+            MSDDataError: when it cannot be encoded, see `REASONS`.
+        """
+        try:
+            _, chat = self._render(conversation)
+            recorder = TokenizerRecorder(self.tokenizer)
+            recorder([chat.text], add_special_tokens=self._adds_special_tokens(chat.text))
+            return recorder.ids[self._mask(chat, recorder, [Stretch(0, 0, len(chat.text))])]
+        except MSDDataError as error:
+            raise MSDDataError(error.reason, error.detail, conversation.id) from error.__cause__
+
     @property
     def fingerprint(self) -> str:
         """sha256 of everything that the result depends on: tokenizer, processor, chat template, `max_length`."""
@@ -73,7 +89,8 @@ class ConversationEncoder:
         content = [state, self.tokenizer.special_tokens_map, settings, self.processor.chat_template, self.max_length]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
-    def _encode(self, conversation: Conversation) -> dict[str, torch.Tensor]:
+    def _render(self, conversation: Conversation) -> tuple[Conversation, RenderedChat]:
+        """The conversation up to its last answer, and its text."""
         messages = conversation.messages
         while messages and messages[-1]["role"] != "assistant":  # nothing to learn there
             messages = messages[:-1]
@@ -83,7 +100,11 @@ class ConversationEncoder:
         if num_images and not self.renderer.image_tokens:
             raise MSDDataError("image for a text-only target", "has an image, but the target's chat takes none.")
         chat = self.renderer(messages, conversation.complete)
-        images = Conversation(conversation.id, messages, conversation.images[:num_images]).open_images()
+        return Conversation(conversation.id, messages, conversation.images[:num_images]), chat
+
+    def _encode(self, conversation: Conversation) -> dict[str, torch.Tensor]:
+        conversation, chat = self._render(conversation)
+        images = conversation.open_images()
 
         recorder = TokenizerRecorder(self.tokenizer)
         data = self._process(recorder, chat.text, images)
@@ -100,10 +121,8 @@ class ConversationEncoder:
         return self._cut(result, recorder.offsets, stretches) if length > self.max_length else result
 
     def _process(self, recorder: TokenizerRecorder, text: str, images: list[Any]) -> dict[str, torch.Tensor]:
-        # As `msd_hf.prompts` does: a template may write the start token itself.
-        bos_token = self.tokenizer.bos_token
         arguments: dict[str, Any] = {"return_tensors": "pt", "padding": False}
-        arguments["add_special_tokens"] = not (bos_token and text.startswith(bos_token))
+        arguments["add_special_tokens"] = self._adds_special_tokens(text)
         if self.processor is self.tokenizer:
             return dict(recorder([text], **arguments))
         processor = copy.copy(self.processor)  # the user's own keeps its tokenizer
@@ -114,6 +133,11 @@ class ConversationEncoder:
             return dict(processor(text=[text], **arguments))
         except (ValueError, ArithmeticError) as error:  # of an image that is too small or too narrow, for example
             raise MSDDataError("refused by processor", f"the processor refuses it: {error}") from error
+
+    def _adds_special_tokens(self, text: str) -> bool:
+        # As `msd_hf.prompts` does: a template may write the start token itself.
+        bos_token = self.tokenizer.bos_token
+        return not (bos_token and text.startswith(bos_token))
 
     def _mask(self, chat: RenderedChat, recorder: TokenizerRecorder, stretches: list[Stretch]) -> torch.Tensor:
         text, (starts, ends) = recorder.text, recorder.offsets.unbind(1)
