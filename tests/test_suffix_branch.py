@@ -123,15 +123,14 @@ def test_trees_with_a_branch_are_well_formed(settings):
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
-@pytest.mark.parametrize("num_nodes", [8, "auto"])
-@pytest.mark.parametrize("number", [0, 1, 5, 8])
+@pytest.mark.parametrize("number, num_nodes", [(0, 8), (1, 8), (1, "auto")])
 def test_output_is_that_of_the_target_alone(number, num_nodes, do_sample):
     pair = tiny.pair(number)
     pair.set_attention("sdpa")
     draft = with_suffix(pair.draft, 5, num_nodes)
-    for seed in range(4):
+    for seed in range(3):
         inputs = repeating_prompt(seed, (2,) if seed % 2 else ())
-        options = {"max_new_tokens": 30, "do_sample": do_sample, "temperature": 0.4 if do_sample else None}
+        options = {"max_new_tokens": 24, "do_sample": do_sample, "temperature": 0.4 if do_sample else None}
         outputs = []
         for assistant in (None, draft):
             torch.manual_seed(seed)
@@ -145,7 +144,7 @@ def test_batches_too():
     draft = with_suffix(pair.draft, 5)
     inputs = tiny.left_padded([repeating_prompt(1), tiny.make_prompt(2, 9, (1,)), repeating_prompt(3, (2,))])
     for options in ({"eos_token_id": [11, 23]}, {"eos_token_id": [11, 23], "no_repeat_ngram_size": 9}, {}):
-        arguments = {**inputs, **options, "max_new_tokens": 30, "pad_token_id": 0}
+        arguments = {**inputs, **options, "max_new_tokens": 20, "pad_token_id": 0}
         assert torch.equal(
             pair.target.generate(**arguments, assistant_model=draft), pair.target.generate(**arguments)
         ), options
@@ -172,7 +171,7 @@ def test_a_loop_takes_fewer_rounds():
     assert max(lengths) >= 7
 
 
-@pytest.mark.parametrize("max_new_tokens", range(1, 14))
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 5, 6, 7, 12])
 def test_no_node_lies_beyond_the_length_limit(max_new_tokens, monkeypatch):
     pair = tiny.pair(0)
     deepest = []
