@@ -37,8 +37,6 @@ class SuffixIndex:
             holds = self._match is not None and self.tokens[self._match] == token
             self.tokens.append(token)
             key = tuple(self.tokens[-self.ngram :])
-            if len(key) < self.ngram:
-                continue
             self._match = self._match + 1 if holds else self._places.get(key)  # type: ignore[operator]
             self._places[key] = len(self.tokens)
 
