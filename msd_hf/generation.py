@@ -20,6 +20,7 @@ from .modeling_msd import MSDDraftModel
 from .phases import phase
 from .running_rows import RunningRows
 from .self_check import check_tree_verification
+from .suffix_branch import SuffixBranches
 from .target_support import layer_windows
 from .targets import TargetAdapter
 from .tree import TreeSettings
@@ -74,10 +75,12 @@ def msd_decoding(
     )
     flags = {name: True for name in ("output_hidden_states", "output_attentions") if model_kwargs.get(name)}
     policy = make_tree_policy(settings, draft, adapter, selector.batch_size)
+    branches = SuffixBranches(input_ids, adapter.visual_mask(input_ids), selector)
     extras = DecoderOutputs(selector.batch_size, layer_windows(adapter.text_config), flags)
     num_slots = _slots_after_prompt(cache, input_ids, generation_config, model_kwargs)
     conversation = Conversation(cache, draft, input_ids, num_slots) if selector.batch_size == 1 else None
-    max_slots = num_slots + max(generation_config.max_length - input_ids.shape[1], 0) + settings.num_nodes
+    max_slots = num_slots + max(generation_config.max_length - input_ids.shape[1], 0)
+    max_slots += settings.num_nodes + settings.suffix_nodes
     make_in_place(cache, max_slots)
 
     with phase("prefill"):
@@ -100,6 +103,7 @@ def msd_decoding(
             roots = torch.tensor(running.tokens, device=draft.device)
             with phase("tree"):
                 tree = generator.propose(roots, limits, policy.goes_deeper, policy.num_nodes)
+                tree = branches.added_to(tree, limits.suffix_nodes)
             tree = tree.to(running.next_position.device)
             if selector.padded_rows:
                 tree = tree.with_chain(selector.padded_rows, selector.pad_token_id)

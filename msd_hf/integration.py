@@ -130,6 +130,7 @@ REFUSED_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_assistant_tokens": ((None,), "set `draft.generation_config.num_assistant_tokens`"),
     "tree_depth": ((None,), "set `draft.generation_config.tree_depth`"),
     "tree_top_k": ((None,), "set `draft.generation_config.tree_top_k`"),
+    "suffix_nodes": ((None,), "set `draft.generation_config.suffix_nodes`"),
     "num_assistant_tokens_schedule": (
         (None, "constant"),
         "every tree has the size that `draft.generation_config` sets",
@@ -142,7 +143,7 @@ REFUSED_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "is_assistant": ((None, False), "it is for models that draft; the draft of this call is `assistant_model`"),
 }
 
-_TREE_SETTINGS = ("num_assistant_tokens", "tree_depth", "tree_top_k")
+_TREE_SETTINGS = ("num_assistant_tokens", "tree_depth", "tree_top_k", "suffix_nodes")
 # A draft's generation config may name these, as every model's does; they are the target's.
 _SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 

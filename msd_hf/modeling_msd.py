@@ -71,7 +71,8 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
 
     It owns `fc` and `layers` only. The token embedding and the language-model head are the target's, used by
     reference, never copied or saved here. Settings of the candidate tree are in `generation_config`:
-    `num_assistant_tokens` (nodes of the tree with the root, 59), `tree_depth` (5), `tree_top_k` (10).
+    `num_assistant_tokens` (nodes of the tree with the root, 59), `tree_depth` (5), `tree_top_k` (10),
+    `suffix_nodes` (added where the text goes on as it did before, 0).
 
     Example:
 

@@ -1,7 +1,7 @@
 """The candidate tree: settings, growth and re-ranking as pure tensor operations (paper section 3.2; EAGLE-2).
 
-Nodes are numbered in *flat order*: the root is node 0, then level by level. So a parent always has a smaller number
-than its children, and the accepted path is an increasing list of nodes.
+Nodes are numbered in *flat order*: the root is node 0, then level by level, then a branch from its top to its end. So
+a parent always has a smaller number than its children, and the accepted path is an increasing list of nodes.
 """
 
 from __future__ import annotations
@@ -41,18 +41,21 @@ class TreeSettings:
         depth (`int`): expansions after the first; nodes reach at most `depth + 1` levels below the root.
         top_k (`int`): candidates per expanded node, and nodes expanded per level. 1 makes the tree a chain.
         is_auto (`bool`): whether these are bounds, within which each tree gets the size that pays.
+        suffix_nodes (`int`): nodes that are added where the text goes on as it did before. 0: none.
     """
 
     num_nodes: int = DEFAULT_NUM_ASSISTANT_TOKENS
     depth: int = DEFAULT_TREE_DEPTH
     top_k: int = DEFAULT_TREE_TOP_K
     is_auto: bool = False
+    suffix_nodes: int = 0
 
     def __post_init__(self) -> None:
         for name, value, minimum in (
             ("num_assistant_tokens", self.num_nodes, 1),
             ("tree_depth", self.depth, 0),
             ("tree_top_k", self.top_k, 1),
+            ("suffix_nodes", self.suffix_nodes, 0),
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
                 raise MSDError(
@@ -61,8 +64,8 @@ class TreeSettings:
 
     @classmethod
     def from_generation_config(cls, generation_config: GenerationConfig) -> TreeSettings:
-        """Reads `num_assistant_tokens` (which may be `"auto"`), `tree_depth` and `tree_top_k` of a draft's generation
-        config.
+        """Reads `num_assistant_tokens` (which may be `"auto"`), `tree_depth`, `tree_top_k` and `suffix_nodes` of a
+        draft's generation config.
 
         Raises:
             MSDError: when one of them is not an integer in its range.
@@ -79,6 +82,7 @@ class TreeSettings:
             depth=read("tree_depth", AUTO_TREE_DEPTH if is_auto else DEFAULT_TREE_DEPTH),
             top_k=read("tree_top_k", DEFAULT_TREE_TOP_K),
             is_auto=is_auto,
+            suffix_nodes=read("suffix_nodes", 0),
         )
 
     @property
@@ -93,8 +97,9 @@ class TreeSettings:
             return self
         num_levels = tokens_left - 1  # the bonus token is the last one
         if num_levels <= 0:
-            return replace(self, num_nodes=1, depth=0)
-        return self if num_levels > self.depth else replace(self, depth=num_levels - 1)
+            return replace(self, num_nodes=1, depth=0, suffix_nodes=0)
+        depth = min(self.depth, num_levels - 1)
+        return replace(self, depth=depth, suffix_nodes=min(self.suffix_nodes, num_levels - depth - 1))
 
 
 @dataclass
@@ -107,7 +112,8 @@ class CandidateTree:
         depths (`torch.LongTensor` of shape `[B, N]`): levels below the root.
         ancestors (`torch.BoolTensor` of shape `[B, N, N]`): `[b, i, j]` is true if node j is node i or above it.
         max_depth (`int`): an upper bound of `depths`, known without reading them back from the device.
-        scores (`torch.Tensor` of shape `[B, N]`, *optional*): the draft's cumulative log-probability of each node.
+        scores (`torch.Tensor` of shape `[B, D]`, *optional*): the draft's cumulative log-probability of each node that
+            it proposed. These come first.
     """
 
     tokens: torch.Tensor
@@ -154,6 +160,43 @@ class CandidateTree:
         )
         tokens[:, 0] = self.tokens[:, 0]
         return CandidateTree(tokens, parents, depths, ancestors, max(self.max_depth, num_nodes - 1))
+
+    def with_branch(self, tokens: torch.Tensor, num_nodes: int) -> CandidateTree:
+        """
+        The same trees with more nodes, so that each has a path of tokens as far down as these reach.
+
+        Args:
+            tokens (`torch.LongTensor` of shape `[B, P]`): below the root; P is at least `max_depth + num_nodes`.
+            num_nodes (`int`): nodes that are added behind those that carry the path already.
+        """
+        num_held = self.tokens.shape[1]
+        carries = self.tokens == tokens.gather(1, (self.depths - 1).clamp(min=0))
+        held = self.path(carries)  # [B, N]
+        depth = held.sum(1, keepdim=True) - 1  # [B, 1]
+        numbers = torch.arange(num_held + num_nodes, device=self.tokens.device)
+        # Flat order makes the last node of a path the one with the largest number.
+        last = torch.where(held, numbers[:num_held], 0).amax(1, keepdim=True)
+        below = depth + numbers[:num_nodes]  # [B, M]: their places in `tokens`
+        above = self.ancestors.gather(1, last.unsqueeze(2).expand(-1, -1, num_held)).expand(-1, num_nodes, -1)
+        own = torch.ones_like(self.ancestors[:, :1, :1]).expand(-1, num_nodes, num_nodes).tril()
+        ancestors = torch.cat(
+            [torch.nn.functional.pad(self.ancestors, (0, num_nodes)), torch.cat([above, own], dim=2)], dim=1
+        )
+        return CandidateTree(
+            torch.cat([self.tokens, tokens.gather(1, below)], dim=1),
+            torch.cat([self.parents, last, numbers[num_held:-1].expand(len(last), -1)], dim=1),
+            torch.cat([self.depths, below + 1], dim=1),
+            ancestors,
+            self.max_depth + num_nodes,
+            self.scores,
+        )
+
+    def path(self, matches: torch.Tensor) -> torch.Tensor:
+        """Of nodes that match (`[B, N]`, at most one of any siblings), those that are connected to the root by such
+        nodes, and the root: one path, `[B, N]`."""
+        matches = matches.clone()
+        matches[:, 0] = True
+        return (matches.unsqueeze(1) | ~self.ancestors).all(-1)
 
     def to(self, device: torch.device) -> CandidateTree:
         """The tree on another device."""

@@ -137,7 +137,10 @@ class AdaptiveTreePolicy(TreePolicy):
             if self._drafts:
                 experience.add_drafting(self._num_levels, self._drafted - self._began)
         if self._drafts and tree.scores is not None:
-            experience.add_lengths(tree.max_depth, [len(path) for path in paths])
+            # What a branch brought says nothing of the draft.
+            num_drafted = tree.scores.shape[1]
+            depth = tree.max_depth - (num_nodes - num_drafted)
+            experience.add_lengths(depth, [sum(node < num_drafted for node in path) for path in paths])
             if self.reads_scores:
                 for scores, path in zip(tree.scores[:, 1:].tolist(), paths, strict=True):
                     accepted = set(path)

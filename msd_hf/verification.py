@@ -60,10 +60,8 @@ def match_argmax(tree: CandidateTree, choices: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.BoolTensor` of shape `[B, N]`: true at the root and at accepted nodes.
     """
-    matches = tree.tokens == choices.gather(1, tree.parents)
-    matches[:, 0] = True
-    # A node is accepted if it and all nodes above it match; siblings differ in their tokens, so this is one path.
-    return (matches.unsqueeze(1) | ~tree.ancestors).all(-1)
+    # Siblings differ in their tokens.
+    return tree.path(tree.tokens == choices.gather(1, tree.parents))
 
 
 def _verify_argmax(tree: CandidateTree, logits: torch.Tensor, selector: BatchSelector) -> Verification:
