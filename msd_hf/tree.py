@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional
 
 from .errors import MSDError
 
@@ -154,6 +155,16 @@ class CandidateTree:
         )
         tokens[:, 0] = self.tokens[:, 0]
         return CandidateTree(tokens, parents, depths, ancestors, max(self.max_depth, num_nodes - 1))
+
+    def padded(self, num_nodes: int) -> CandidateTree:
+        """The same trees with nodes added that are of no use: they see themselves alone, and nobody sees them."""
+        count = num_nodes - self.tokens.shape[1]
+        tokens, parents, depths = (
+            functional.pad(part, (0, count)) for part in (self.tokens, self.parents, self.depths)
+        )
+        ancestors = functional.pad(self.ancestors, (0, count, 0, count))
+        ancestors.diagonal(dim1=1, dim2=2)[:, num_nodes - count :] = True
+        return CandidateTree(tokens, parents, depths, ancestors, self.max_depth)
 
     def to(self, device: torch.device) -> CandidateTree:
         """The tree on another device."""

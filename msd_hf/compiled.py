@@ -1,0 +1,103 @@
+"""Forwards of fixed shapes under `torch.compile`: with CUDA graphs on a GPU, as larger kernels on a CPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from .errors import MSDUnsupportedError
+
+
+BACKEND = "inductor"
+
+# Shapes and models of one function. Dynamo's own limit of 8 is soon reached: each range of context is a shape.
+_RECOMPILE_LIMIT = 256
+
+
+def is_compiled(generation_config: Any) -> bool:
+    """Whether a draft's generation config asks for compiled forwards.
+
+    Raises:
+        MSDUnsupportedError: when `compile` is not a boolean.
+    """
+    value = getattr(generation_config, "compile", None)
+    if value not in (None, False, True):
+        raise MSDUnsupportedError(f"`draft.generation_config.compile` must be True or False, got {value!r}.")
+    return bool(value)
+
+
+def run_compiled(function: Callable[..., Any], device: torch.device, *args: Any) -> Any:
+    """
+    Calls a function of the module level, compiled for the shapes of its arguments.
+
+    On a GPU what it returns lies in the memory of a CUDA graph, where the next compiled call overwrites it: copy what
+    is needed longer.
+    """
+    mode = None
+    if device.type == "cuda" and BACKEND == "inductor":
+        mode = "reduce-overhead"  # CUDA graphs
+        torch.compiler.cudagraph_mark_step_begin()
+    with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
+        return _compile(function, BACKEND, mode)(*args)
+
+
+@functools.cache
+def _compile(function: Callable[..., Any], backend: str, mode: str | None) -> Callable[..., Any]:
+    return torch.compile(function, backend=backend, mode=mode, dynamic=False)
+
+
+@contextmanager
+def compiled_decoder(decoder: torch.nn.Module) -> Iterator[None]:
+    """Compiles the forward of a decoder as long as this is open. Hooks on the decoder itself run around it."""
+
+    def forward(**kwargs: Any) -> Any:
+        return run_compiled(_decoder_forward, next(decoder.parameters()).device, decoder, kwargs)
+
+    decoder.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del decoder.forward
+
+
+def _decoder_forward(decoder: torch.nn.Module, kwargs: dict[str, Any]) -> Any:
+    return type(decoder).forward(decoder, **kwargs)
+
+
+def widen_mask(mask: torch.Tensor, num_queries: int, num_slots: int) -> torch.Tensor:
+    """An additive mask `[B, 1, T, S]` with queries that see everything and slots that nobody sees added, up to
+    `[B, 1, num_queries, num_slots]`."""
+    lowest = torch.finfo(mask.dtype).min
+    mask = functional.pad(mask, (0, num_slots - mask.shape[3]), value=lowest)
+    return functional.pad(mask, (0, 0, 0, num_queries - mask.shape[2]))
+
+
+def check_compilable(target: PreTrainedModel, draft: Any) -> None:
+    """
+    Refuses what cannot be compiled.
+
+    Raises:
+        MSDUnsupportedError: says what and what to do.
+    """
+    reason = None
+    if draft.generation_config.num_assistant_tokens == "auto":
+        reason = '`num_assistant_tokens="auto"` chooses another shape for each tree: set a number of nodes'
+    elif draft.config.target_layers:
+        reason = "the draft's `target_layers` are read by hooks within the target's decoder, which compiled code skips"
+    elif any(hasattr(module, "_hf_hook") for module in (*target.modules(), *draft.modules())):
+        reason = "accelerate moves the inputs or weights of single modules (`device_map`): load both on one device"
+    elif "forward" in vars(target.get_decoder()):
+        reason = "the forward of the target's decoder was replaced, or compiled already: leave one of the two out"
+    elif target.device != draft.device:
+        reason = f"the target is on {target.device} and the draft on {draft.device}: put both on one device"
+    if reason is not None:
+        raise MSDUnsupportedError(f"`draft.generation_config.compile=True` cannot be used here: {reason}.")
+
+
+__all__ = ["check_compilable", "compiled_decoder", "is_compiled", "run_compiled", "widen_mask"]
