@@ -46,6 +46,8 @@ class MSDCandidateGenerator:
         self._head = DraftHead(draft, target)
         self._drafting_step = DraftingStep(draft, static_lengths)
         self.cache = Cache(layers=[InPlaceLayer(max_slots) for _ in draft.layers])
+        if static_lengths:
+            make_static(self.cache, draft, len(draft.layers))
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._context: ContextSlots  # accepted rows; drafted ones come behind
         self._next_position: torch.Tensor  # [B, 1]
@@ -70,8 +72,8 @@ class MSDCandidateGenerator:
         num_held = 0
         if past is not None and past.draft_cache is not None:
             self.cache, num_held = past.draft_cache, len(past.rows)
-        if self._drafting_step.static_lengths:
-            make_static(self.cache, self.draft, len(self.draft.layers))
+            if self._drafting_step.static_lengths:
+                make_static(self.cache, self.draft, len(self.draft.layers))
         if past is not None and past.hidden_state is not None:
             hidden_states = torch.cat([past.hidden_state.to(hidden_states), hidden_states], dim=1)
         else:

@@ -12,6 +12,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from .errors import MSDUnsupportedError
+from .modeling_msd import MSDDraftModel
+from .tree import TreeSettings
 
 
 BACKEND = "inductor"
@@ -78,26 +80,36 @@ def widen_mask(mask: torch.Tensor, num_queries: int, num_slots: int) -> torch.Te
     return functional.pad(mask, (0, 0, 0, num_queries - mask.shape[2]))
 
 
-def check_compilable(target: PreTrainedModel, draft: Any) -> None:
+def has_compiled_part(target: PreTrainedModel) -> bool:
+    """Whether somebody has compiled a target, or modules of it, before."""
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None
+        or isinstance(module, torch._dynamo.OptimizedModule)
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in target.modules()
+    )
+
+
+def check_compilable(target: PreTrainedModel, draft: MSDDraftModel) -> None:
     """
-    Refuses what cannot be compiled.
+    Refuses pairs that cannot be compiled.
 
     Raises:
-        MSDUnsupportedError: says what and what to do.
+        MSDUnsupportedError: says why and what to do.
     """
     reason = None
-    if draft.generation_config.num_assistant_tokens == "auto":
-        reason = '`num_assistant_tokens="auto"` chooses another shape for each tree: set a number of nodes'
+    if TreeSettings.from_generation_config(draft.generation_config).is_auto:
+        reason = '`num_assistant_tokens="auto"` gives each tree another shape: set a number of nodes'
     elif draft.config.target_layers:
-        reason = "the draft's `target_layers` are read by hooks within the target's decoder, which compiled code skips"
+        reason = "the draft reads `target_layers` by hooks in the target's decoder, which compiled code passes over"
     elif any(hasattr(module, "_hf_hook") for module in (*target.modules(), *draft.modules())):
-        reason = "accelerate moves the inputs or weights of single modules (`device_map`): load both on one device"
-    elif "forward" in vars(target.get_decoder()):
-        reason = "the forward of the target's decoder was replaced, or compiled already: leave one of the two out"
+        reason = "accelerate moves weights or inputs of single modules: load target and draft whole on one device"
+    elif has_compiled_part(target):
+        reason = "the target is compiled already: use it as it was loaded"
     elif target.device != draft.device:
-        reason = f"the target is on {target.device} and the draft on {draft.device}: put both on one device"
+        reason = f"the target is on {target.device}, the draft on {draft.device}: put both on one device"
     if reason is not None:
         raise MSDUnsupportedError(f"`draft.generation_config.compile=True` cannot be used here: {reason}.")
 
 
-__all__ = ["check_compilable", "compiled_decoder", "is_compiled", "run_compiled", "widen_mask"]
+__all__ = ["check_compilable", "compiled_decoder", "has_compiled_part", "is_compiled", "run_compiled", "widen_mask"]

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from .cache import MIN_CAPACITY, InPlaceLayer, truncate
+from .cache import MIN_CAPACITY, InPlaceLayer
 
 
 Buffers = tuple[torch.Tensor, torch.Tensor]
@@ -44,8 +44,10 @@ class StaticSlotsLayer(InPlaceLayer):
 
     @property
     def buffers(self) -> Buffers | None:
-        """What the layer holds its slots in, if it does so still."""
-        return self._buffers if self._buffers is not None and self._shows_buffers() else None
+        """What the layer holds its slots in, or was given to do so; `None` if something else took their place."""
+        if self._buffers is None:
+            return self._spare
+        return self._buffers if self._shows_buffers() else None
 
     def _reserve(self, key_states: torch.Tensor, value_states: torch.Tensor, held: int, needed: int) -> Buffers:
         num_slots = max(1 << (needed - 1).bit_length(), MIN_CAPACITY)
@@ -62,7 +64,9 @@ class StaticSlotsLayer(InPlaceLayer):
 
 def _zeros(states: torch.Tensor, num_slots: int, spare: torch.Tensor | None) -> torch.Tensor:
     shape = (*states.shape[:-2], num_slots, states.shape[-1])
-    if spare is not None and (spare.shape, spare.dtype, spare.device) == (shape, states.dtype, states.device):
+    is_inference = torch.is_inference_mode_enabled()
+    wanted = (shape, states.dtype, states.device, is_inference)
+    if spare is not None and (spare.shape, spare.dtype, spare.device, spare.is_inference()) == wanted:
         return spare.zero_()
     buffer = states.new_zeros(shape)
     torch._dynamo.mark_static_address(buffer)
@@ -136,7 +140,6 @@ def leave_buffers(cache: Cache, model: nn.Module) -> None:
     buffers = [layer.buffers for layer in cache.layers]
     if all(pair is not None for pair in buffers):
         _spare_buffers[model] = buffers
-    truncate(cache, 0)
 
 
 def _static(layer: DynamicLayer | None, spare: Buffers | None) -> StaticSlotsLayer:

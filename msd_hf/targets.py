@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput, logging
 
 from .attention_mask import ContextSlots, tree_attention_mask
 from .cache import CACHE_NAME
-from .compiled import compiled_decoder, widen_mask
+from .compiled import compiled_decoder, has_compiled_part, widen_mask
 from .errors import MSDPairingError
 from .phases import phase
 from .static_cache import capacity, close_slots, open_slots
@@ -130,7 +130,7 @@ class TargetAdapter:
         self.text_config = target.config.get_text_config(decoder=True)
         self.logit_cap: float | None = getattr(self.text_config, "final_logit_softcapping", None)
         self.windows = attention_windows(self.text_config)
-        self._is_compiled = _has_compiled_part(target)
+        self._is_compiled = has_compiled_part(target)
         self._dtype = target.dtype
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -339,15 +339,6 @@ def _device_of(module: torch.nn.Module) -> torch.device:
     hook = getattr(module, "_hf_hook", None)
     device: Any = getattr(hook, "execution_device", None)
     return torch.device(module.weight.device if device is None else device)  # type: ignore[arg-type]
-
-
-def _has_compiled_part(target: PreTrainedModel) -> bool:
-    return any(
-        getattr(module, "_compiled_call_impl", None) is not None
-        or isinstance(module, torch._dynamo.OptimizedModule)
-        or hasattr(module.forward, "_torchdynamo_orig_callable")
-        for module in target.modules()
-    )
 
 
 __all__ = ["TargetAdapter", "TargetFeatures", "TargetPrefill", "TargetVerification"]
