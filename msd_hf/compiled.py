@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import functools
+import types
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -18,8 +20,9 @@ from .tree import TreeSettings
 
 BACKEND = "inductor"
 
-# Shapes and models of one function. Dynamo's own limit of 8 is soon reached: each range of context is a shape.
-_RECOMPILE_LIMIT = 256
+# Of models, the compiled functions by shape: Dynamo would go through all compilations of one function at each call,
+# and not compile any more after the eighth.
+_compiled: weakref.WeakKeyDictionary[nn.Module, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
 
 
 def is_compiled(generation_config: Any) -> bool:
@@ -34,32 +37,46 @@ def is_compiled(generation_config: Any) -> bool:
     return bool(value)
 
 
-def run_compiled(function: Callable[..., Any], device: torch.device, *args: Any) -> Any:
+def run_compiled(
+    function: Callable[..., Any], shape: tuple[int, ...], device: torch.device, model: nn.Module, *args: Any
+) -> Any:
     """
     Calls a function of the module level, compiled for the shapes of its arguments.
 
     On a GPU what it returns lies in the memory of a CUDA graph, where the next compiled call overwrites it: copy what
     is needed longer.
+
+    Args:
+        function (`Callable`): is compiled.
+        shape (`tuple[int, ...]`): all that differs from call to call in the shapes of its arguments.
+        device (`torch.device`): of them.
+        model (`nn.Module`): its first argument.
+        args: the others.
     """
     mode = None
     if device.type == "cuda" and BACKEND == "inductor":
         mode = "reduce-overhead"  # CUDA graphs
         torch.compiler.cudagraph_mark_step_begin()
-    with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
-        return _compile(function, BACKEND, mode)(*args)
+    of_model = _compiled.setdefault(model, {})
+    key = (function, shape, BACKEND, mode)
+    if key not in of_model:
+        of_model[key] = _compile(function, mode)
+    return of_model[key](model, *args)
 
 
-@functools.cache
-def _compile(function: Callable[..., Any], backend: str, mode: str | None) -> Callable[..., Any]:
-    return torch.compile(function, backend=backend, mode=mode, dynamic=False)
+def _compile(function: Callable[..., Any], mode: str | None) -> Callable[..., Any]:
+    # Dynamo keeps its compilations with the code object.
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return torch.compile(own, backend=BACKEND, mode=mode, dynamic=False)
 
 
 @contextmanager
-def compiled_decoder(decoder: torch.nn.Module) -> Iterator[None]:
-    """Compiles the forward of a decoder as long as this is open. Hooks on the decoder itself run around it."""
+def compiled_decoder(decoder: nn.Module, shape: tuple[int, ...]) -> Iterator[None]:
+    """Compiles the forward of a decoder as long as this is open, see [`run_compiled`]. Hooks on the decoder itself run
+    around it."""
 
     def forward(**kwargs: Any) -> Any:
-        return run_compiled(_decoder_forward, next(decoder.parameters()).device, decoder, kwargs)
+        return run_compiled(_decoder_forward, shape, kwargs["position_ids"].device, decoder, kwargs)
 
     decoder.forward = forward  # type: ignore[method-assign]
     try:
@@ -68,7 +85,7 @@ def compiled_decoder(decoder: torch.nn.Module) -> Iterator[None]:
         del decoder.forward
 
 
-def _decoder_forward(decoder: torch.nn.Module, kwargs: dict[str, Any]) -> Any:
+def _decoder_forward(decoder: nn.Module, kwargs: dict[str, Any]) -> Any:
     return type(decoder).forward(decoder, **kwargs)
 
 
@@ -77,7 +94,8 @@ def widen_mask(mask: torch.Tensor, num_queries: int, num_slots: int) -> torch.Te
     `[B, 1, num_queries, num_slots]`."""
     lowest = torch.finfo(mask.dtype).min
     mask = functional.pad(mask, (0, num_slots - mask.shape[3]), value=lowest)
-    return functional.pad(mask, (0, 0, 0, num_queries - mask.shape[2]))
+    padding = num_queries - mask.shape[2]
+    return functional.pad(mask, (0, 0, 0, padding)) if padding else mask
 
 
 def has_compiled_part(target: PreTrainedModel) -> bool:

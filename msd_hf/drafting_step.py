@@ -88,14 +88,15 @@ class DraftingStep:
         if attention_mask is None:
             attention_mask = inputs_embeds.new_zeros(batch_size, 1, length, num_slots)
         padding = static_length - length
-        inputs_embeds = functional.pad(inputs_embeds, (0, 0, 0, padding))
-        hidden_states = functional.pad(hidden_states, (0, 0, 0, padding))
-        cos, sin = self._rotation(functional.pad(position_ids, (0, padding)))
+        inputs_embeds, hidden_states = _padded(inputs_embeds, padding), _padded(hidden_states, padding)
+        if padding:
+            position_ids = functional.pad(position_ids, (0, padding))
+        cos, sin = self._rotation(position_ids)
         whole = open_slots(cache, static_length)
         attention_mask = widen_mask(attention_mask, static_length, capacity(whole))
-        states = run_compiled(
-            _forward, inputs_embeds.device, self.draft, inputs_embeds, hidden_states, cos, sin, attention_mask, whole
-        )
+        shape = (batch_size, static_length, capacity(whole))
+        inputs = (inputs_embeds, hidden_states, cos, sin, attention_mask, whole)
+        states = run_compiled(_forward, shape, attention_mask.device, self.draft, *inputs)
         close_slots(cache, num_slots)
         return states[:, :length].clone()  # outlives the next compiled call
 
@@ -107,6 +108,13 @@ class DraftingStep:
         positions = torch.arange(max(num_positions, _MIN_POSITIONS), device=like.device)
         cos, sin = self.draft.rotary_emb(like, positions.unsqueeze(0))
         self._cos, self._sin = cos[0], sin[0]
+
+
+def _padded(states: torch.Tensor, padding: int) -> torch.Tensor:
+    """States `[B, T + padding, H]`, contiguous in any case: other strides would be compiled anew."""
+    if padding:
+        return functional.pad(states, (0, 0, 0, padding)).contiguous()
+    return states.clone(memory_format=torch.contiguous_format)
 
 
 def _forward(

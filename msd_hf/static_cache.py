@@ -34,7 +34,7 @@ class StaticSlotsLayer(InPlaceLayer):
         held = self.get_seq_length()
         if self._buffers is None or not self._shows_buffers() or held + count > self._buffers[0].shape[-2]:
             self._buffers = self._reserve(self.keys, self.values, held, held + count)
-        self.show(held)
+            self.show(held)
         return self._buffers
 
     def show(self, length: int) -> None:

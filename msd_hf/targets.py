@@ -239,7 +239,8 @@ class TargetAdapter:
                 tree = tree.padded(static_nodes)
                 replaced[CACHE_NAME] = open_slots(cache, static_nodes)
                 stack.callback(close_slots, cache, context.num_slots + num_nodes)
-                stack.enter_context(compiled_decoder(self.decoder))
+                shape = (*tree.tokens.shape, capacity(replaced[CACHE_NAME]))
+                stack.enter_context(compiled_decoder(self.decoder, shape))
             verification = self._forward_tree(tree, cache, context, next_position, replaced, output_flags)
         if not replaced:
             return verification
