@@ -52,8 +52,7 @@ def num_graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def test_tokens_rounds_and_caches_are_those_without_compilation(monkeypatch):
-    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+def test_tokens_rounds_and_caches_are_those_without_compilation():
     target, draft = build_pair()
     for inputs in (
         tiny.make_prompt(0, 8, (2,)),
@@ -246,8 +245,9 @@ def test_slots_are_kept_within_the_buffers(monkeypatch):
 
 
 @pytest.mark.slow
-def test_inductor(monkeypatch):
-    monkeypatch.setattr(compiled, "BACKEND", "inductor")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_other_backends(backend, monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", backend)
     target, draft = build_pair()
     for seed in range(3):
         inputs = tiny.make_prompt(seed, 8, (2,))
