@@ -14,6 +14,7 @@ from .draft_head import DraftHead
 from .drafting_step import DraftingStep
 from .modeling_msd import MSDDraftModel
 from .phases import phase
+from .static_cache import make_static
 from .targets import TargetAdapter, TargetPrefill
 from .tree import CandidateTree, TreeGrowth, TreeSettings
 
@@ -30,14 +31,23 @@ class MSDCandidateGenerator:
         draft (`MSDDraftModel`): the draft.
         target (`TargetAdapter`): lends its embedding and head.
         max_slots (`int`, *optional*): bound of what is allocated ahead, see [`InPlaceLayer`].
+        static_lengths (`Sequence[int]`): compile the draft, see [`DraftingStep`].
     """
 
-    def __init__(self, draft: MSDDraftModel, target: TargetAdapter, max_slots: int | None = None):
+    def __init__(
+        self,
+        draft: MSDDraftModel,
+        target: TargetAdapter,
+        max_slots: int | None = None,
+        static_lengths: Sequence[int] = (),
+    ):
         self.draft = draft
         self.target = target
         self._head = DraftHead(draft, target)
-        self._drafting_step = DraftingStep(draft)
+        self._drafting_step = DraftingStep(draft, static_lengths)
         self.cache = Cache(layers=[InPlaceLayer(max_slots) for _ in draft.layers])
+        if static_lengths:
+            make_static(self.cache, draft, len(draft.layers))
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._context: ContextSlots  # accepted rows; drafted ones come behind
         self._next_position: torch.Tensor  # [B, 1]
@@ -62,6 +72,8 @@ class MSDCandidateGenerator:
         num_held = 0
         if past is not None and past.draft_cache is not None:
             self.cache, num_held = past.draft_cache, len(past.rows)
+            if self._drafting_step.static_lengths:
+                make_static(self.cache, self.draft, len(self.draft.layers))
         if past is not None and past.hidden_state is not None:
             hidden_states = torch.cat([past.hidden_state.to(hidden_states), hidden_states], dim=1)
         else:

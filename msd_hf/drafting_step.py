@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional
 from transformers import Cache
 
+from .compiled import run_compiled, widen_mask
 from .modeling_msd import MSDDraftDecoderLayer, MSDDraftModel
+from .static_cache import capacity, close_slots, open_slots
 
 
 # Of these the tables of sines depend on the length of the sequence.
@@ -24,10 +27,13 @@ class DraftingStep:
 
     Args:
         draft (`MSDDraftModel`): the draft.
+        static_lengths (`Sequence[int]`): compile it for these numbers of nodes; fewer ones are padded. The cache is
+            one of `StaticSlotsLayer`s then. A draft that is not plain (not with sdpa) is not compiled.
     """
 
-    def __init__(self, draft: MSDDraftModel):
+    def __init__(self, draft: MSDDraftModel, static_lengths: Sequence[int] = ()):
         self.draft = draft
+        self.static_lengths = sorted(static_lengths)
         self.is_plain = (
             draft.config._attn_implementation == "sdpa"
             and draft.rotary_emb.rope_type not in _LENGTH_DEPENDENT_ROPE
@@ -65,16 +71,69 @@ class DraftingStep:
             ).last_hidden_state
         if last_position >= len(self._cos):
             self._make_tables(2 * last_position, inputs_embeds)
-        cos, sin = self._cos[position_ids].unsqueeze(1), self._sin[position_ids].unsqueeze(1)  # [B, 1, T, head_dim]
-        states = self.draft.fuse(inputs_embeds, hidden_states)
-        for layer in self.draft.layers:
-            states = _layer(layer, states, cos, sin, attention_mask, cache)
-        return states
+        length = position_ids.shape[1]
+        static_length = next((number for number in self.static_lengths if number >= length), None)
+        if static_length is not None:
+            return self._run_static(static_length, inputs_embeds, hidden_states, position_ids, attention_mask, cache)
+        cos, sin = self._rotation(position_ids)
+        return _forward(self.draft, inputs_embeds, hidden_states, cos, sin, attention_mask, cache)
+
+    def _run_static(
+        self,
+        static_length: int,
+        inputs_embeds: torch.Tensor,
+        hidden_states: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: Cache,
+    ) -> torch.Tensor:
+        batch_size, length = position_ids.shape
+        num_slots = cache.get_seq_length() + length
+        if attention_mask is None:
+            attention_mask = inputs_embeds.new_zeros(batch_size, 1, length, num_slots)
+        padding = static_length - length
+        inputs_embeds, hidden_states = _padded(inputs_embeds, padding), _padded(hidden_states, padding)
+        if padding:
+            position_ids = functional.pad(position_ids, (0, padding))
+        cos, sin = self._rotation(position_ids)
+        whole = open_slots(cache, static_length)
+        attention_mask = widen_mask(attention_mask, static_length, capacity(whole))
+        shape = (batch_size, static_length, capacity(whole))
+        inputs = (inputs_embeds, hidden_states, cos, sin, attention_mask, whole)
+        states = run_compiled(_forward, shape, attention_mask.device, self.draft, *inputs)
+        close_slots(cache, num_slots)
+        return states[:, :length].clone()  # outlives the next compiled call
+
+    def _rotation(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines `[B, 1, T, head_dim]`."""
+        return self._cos[position_ids].unsqueeze(1), self._sin[position_ids].unsqueeze(1)
 
     def _make_tables(self, num_positions: int, like: torch.Tensor) -> None:
         positions = torch.arange(max(num_positions, _MIN_POSITIONS), device=like.device)
         cos, sin = self.draft.rotary_emb(like, positions.unsqueeze(0))
         self._cos, self._sin = cos[0], sin[0]
+
+
+def _padded(states: torch.Tensor, padding: int) -> torch.Tensor:
+    """States `[B, T + padding, H]`, contiguous in any case: other strides would be compiled anew."""
+    if padding:
+        return functional.pad(states, (0, 0, 0, padding)).contiguous()
+    return states.clone(memory_format=torch.contiguous_format)
+
+
+def _forward(
+    draft: MSDDraftModel,
+    inputs_embeds: torch.Tensor,
+    hidden_states: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Cache,
+) -> torch.Tensor:
+    states = draft.fuse(inputs_embeds, hidden_states)
+    for layer in draft.layers:
+        states = _layer(layer, states, cos, sin, attention_mask, cache)
+    return states
 
 
 def _layer(

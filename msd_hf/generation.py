@@ -14,12 +14,14 @@ from transformers.generation.streamers import BaseStreamer
 from .batch_selection import BatchSelector
 from .cache import CACHE_NAME, make_in_place
 from .candidate_generator import MSDCandidateGenerator
+from .compiled import is_compiled
 from .conversation import Conversation
 from .decoder_outputs import DecoderOutputs
 from .modeling_msd import MSDDraftModel
 from .phases import phase
 from .running_rows import RunningRows
 from .self_check import check_tree_verification
+from .static_cache import leave_buffers, make_static
 from .suffix_branch import SuffixBranches
 from .target_support import layer_windows
 from .targets import TargetAdapter
@@ -82,6 +84,12 @@ def msd_decoding(
     max_slots = num_slots + max(generation_config.max_length - input_ids.shape[1], 0)
     max_slots += settings.num_nodes + settings.suffix_nodes
     make_in_place(cache, max_slots)
+    static_nodes: int | None = None
+    static_lengths: tuple[int, ...] = ()
+    if is_compiled(draft.generation_config):
+        static_nodes = settings.num_nodes + settings.suffix_nodes
+        static_lengths = (settings.top_k, settings.depth + 2)
+        make_static(cache, adapter.decoder, adapter.text_config.num_hidden_layers)
 
     with phase("prefill"):
         prefill = adapter.prefill(input_ids, generation_config, model_kwargs)
@@ -89,7 +97,7 @@ def msd_decoding(
     tokens = selector.select(prefill.logits)
     running = RunningRows(cache, prefill.prompt_mask, prefill.next_position, tokens)
     check_tree_verification(adapter, running, input_ids, model_kwargs)
-    generator = MSDCandidateGenerator(draft, adapter, max_slots + settings.num_candidates)
+    generator = MSDCandidateGenerator(draft, adapter, max_slots + settings.num_candidates, static_lengths)
     if keeps_cache or not selector.finished:
         with phase("prefill"):
             generator.prefill(prefill, torch.tensor(tokens), conversation)
@@ -110,7 +118,7 @@ def msd_decoding(
 
             context_lengths = running.context.lengths
             policy.begin_verification()
-            verification = adapter.verify(tree, cache, running.context, running.next_position, **flags)
+            verification = adapter.verify(tree, cache, running.context, running.next_position, static_nodes, **flags)
             policy.end_verification()
             with phase("verification"):
                 verified = verify(tree, verification.logits, selector)
@@ -137,6 +145,9 @@ def msd_decoding(
         if conversation is not None and not has_padding:
             generator.feed_pending()
             conversation.remember(cache, generator.cache, selector.row_tokens(0), generator.last_hidden_state)
+    elif static_nodes is not None:
+        leave_buffers(cache, adapter.decoder)
+        leave_buffers(generator.cache, draft)
     if not generation_config.return_dict_in_generate:
         return selector.sequences
     return MSDGenerateOutput(

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import logging
 
 from .cache import CACHE_NAME
+from .compiled import check_compilable, is_compiled
 from .configuration_msd import MSDDraftConfig
 from .errors import MSDUnsupportedError
 from .generation import msd_decoding
@@ -82,6 +83,8 @@ def _wrap_validate_generation_mode(original):
         check_target(self)
         check_pair(self.config, draft.config)
         check_draft_settings(draft.generation_config)
+        if is_compiled(draft.generation_config):
+            check_compilable(self, draft)
         # The original compares vocabularies and asks for tokenizers; embedding and head are the target's here.
         # It also refuses several sequences a prompt in assisted generation, which are no different here.
         others = {key: value for key, value in generation_mode_kwargs.items() if key != "assistant_model"}
@@ -143,7 +146,7 @@ REFUSED_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "is_assistant": ((None, False), "it is for models that draft; the draft of this call is `assistant_model`"),
 }
 
-_TREE_SETTINGS = ("num_assistant_tokens", "tree_depth", "tree_top_k", "suffix_nodes")
+_DRAFT_SETTINGS = ("num_assistant_tokens", "tree_depth", "tree_top_k", "suffix_nodes", "compile")
 # A draft's generation config may name these, as every model's does; they are the target's.
 _SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 
@@ -217,12 +220,12 @@ def check_draft_settings(generation_config: GenerationConfig) -> None:
     defaults = GenerationConfig._get_default_generation_params()
     del defaults["assistant_confidence_threshold"]  # nobody fills it in here
     for name, value in vars(generation_config).items():
-        if name.startswith("_") or name in (*_TREE_SETTINGS, *_SPECIAL_TOKENS, "transformers_version"):
+        if name.startswith("_") or name in (*_DRAFT_SETTINGS, *_SPECIAL_TOKENS, "transformers_version"):
             continue
         if value not in (None, False, defaults.get(name)):
             raise MSDUnsupportedError(
                 f"`draft.generation_config.{name}={value!r}` has no effect: of a draft's settings only "
-                f"{', '.join(f'`{setting}`' for setting in _TREE_SETTINGS)} are read. Set it to None; what shall "
+                f"{', '.join(f'`{setting}`' for setting in _DRAFT_SETTINGS)} are read. Set it to None; what shall "
                 "change the output is an argument of `generate`."
             )
 

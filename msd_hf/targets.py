@@ -6,7 +6,7 @@ in and comes out, and put the tree's attention mask and positions in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +17,10 @@ from transformers.utils import ModelOutput, logging
 
 from .attention_mask import ContextSlots, tree_attention_mask
 from .cache import CACHE_NAME
+from .compiled import compiled_decoder, has_compiled_part, widen_mask
 from .errors import MSDPairingError
 from .phases import phase
+from .static_cache import capacity, close_slots, open_slots
 from .target_support import TREE_ATTENTION, attention_windows
 from .tree import CandidateTree
 
@@ -128,7 +130,7 @@ class TargetAdapter:
         self.text_config = target.config.get_text_config(decoder=True)
         self.logit_cap: float | None = getattr(self.text_config, "final_logit_softcapping", None)
         self.windows = attention_windows(self.text_config)
-        self._is_compiled = _has_compiled_part(target)
+        self._is_compiled = has_compiled_part(target)
         self._dtype = target.dtype
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -214,6 +216,7 @@ class TargetAdapter:
         cache: Cache,
         context: ContextSlots,
         next_position: torch.Tensor,
+        static_nodes: int | None = None,
         **output_flags: bool,
     ) -> TargetVerification:
         """
@@ -225,16 +228,46 @@ class TargetAdapter:
             cache (`Cache`): the target's, holding everything before the root.
             context (`ContextSlots`): what the cache holds.
             next_position (`torch.LongTensor` of shape `[..., B, 1]`): position of the root.
-            output_flags: `output_hidden_states`, `output_attentions`.
+            static_nodes (`int`, *optional*): compile the decoder, for trees that are padded to so many nodes. The
+                cache is one of `StaticSlotsLayer`s then.
+            output_flags: `output_hidden_states`, `output_attentions`; with one of them nothing is compiled.
         """
+        num_nodes = tree.tokens.shape[1]
+        with ExitStack() as stack:
+            replaced: dict[str, Any] = {}
+            if static_nodes is not None and not output_flags:
+                tree = tree.padded(static_nodes)
+                replaced[CACHE_NAME] = open_slots(cache, static_nodes)
+                stack.callback(close_slots, cache, context.num_slots + num_nodes)
+                shape = (*tree.tokens.shape, capacity(replaced[CACHE_NAME]))
+                stack.enter_context(compiled_decoder(self.decoder, shape))
+            verification = self._forward_tree(tree, cache, context, next_position, replaced, output_flags)
+        if not replaced:
+            return verification
+        # Copies: they outlive the next compiled call.
+        hidden_states = verification.hidden_states[:, :num_nodes].clone()
+        return TargetVerification(verification.logits[:, :num_nodes], hidden_states, verification.outputs)
+
+    def _forward_tree(
+        self,
+        tree: CandidateTree,
+        cache: Cache,
+        context: ContextSlots,
+        next_position: torch.Tensor,
+        replaced: dict[str, Any],
+        output_flags: dict[str, bool],
+    ) -> TargetVerification:
         masks = {
             kind: tree_attention_mask(tree.ancestors, context, self._dtype, window, tree.depths)
             for kind, window in self.windows.items()
         }
+        if replaced:
+            num_slots = capacity(replaced[CACHE_NAME])
+            masks = {kind: widen_mask(mask, mask.shape[2], num_slots) for kind, mask in masks.items()}
         mask = masks if len(masks) > 1 else next(iter(masks.values()))
         position_ids = next_position + tree.depths
         with (
-            self._observe(attention_mask=mask, position_ids=position_ids) as seen,
+            self._observe(attention_mask=mask, position_ids=position_ids, **replaced) as seen,
             self._attention_with_tree_mask(),
             phase("target forward"),
         ):
@@ -272,7 +305,7 @@ class TargetAdapter:
             config._attn_implementation = implementation
 
     @contextmanager
-    def _observe(self, **replaced_inputs: torch.Tensor | Mapping[str, torch.Tensor]) -> Iterator[_Observation]:
+    def _observe(self, **replaced_inputs: Any) -> Iterator[_Observation]:
         seen = _Observation()
 
         def before(module, args, kwargs):
@@ -307,15 +340,6 @@ def _device_of(module: torch.nn.Module) -> torch.device:
     hook = getattr(module, "_hf_hook", None)
     device: Any = getattr(hook, "execution_device", None)
     return torch.device(module.weight.device if device is None else device)  # type: ignore[arg-type]
-
-
-def _has_compiled_part(target: PreTrainedModel) -> bool:
-    return any(
-        getattr(module, "_compiled_call_impl", None) is not None
-        or isinstance(module, torch._dynamo.OptimizedModule)
-        or hasattr(module.forward, "_torchdynamo_orig_callable")
-        for module in target.modules()
-    )
 
 
 __all__ = ["TargetAdapter", "TargetFeatures", "TargetPrefill", "TargetVerification"]

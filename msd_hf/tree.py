@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional
 
 from .errors import MSDError
 
@@ -179,9 +180,7 @@ class CandidateTree:
         below = depth + numbers[:num_nodes]  # [B, M]: their places in `tokens`
         above = self.ancestors.gather(1, last.unsqueeze(2).expand(-1, -1, num_held)).expand(-1, num_nodes, -1)
         own = torch.ones_like(self.ancestors[:, :1, :1]).expand(-1, num_nodes, num_nodes).tril()
-        ancestors = torch.cat(
-            [torch.nn.functional.pad(self.ancestors, (0, num_nodes)), torch.cat([above, own], dim=2)], dim=1
-        )
+        ancestors = torch.cat([functional.pad(self.ancestors, (0, num_nodes)), torch.cat([above, own], dim=2)], dim=1)
         return CandidateTree(
             torch.cat([self.tokens, tokens.gather(1, below)], dim=1),
             torch.cat([self.parents, last, numbers[num_held:-1].expand(len(last), -1)], dim=1),
@@ -197,6 +196,16 @@ class CandidateTree:
         matches = matches.clone()
         matches[:, 0] = True
         return (matches.unsqueeze(1) | ~self.ancestors).all(-1)
+
+    def padded(self, num_nodes: int) -> CandidateTree:
+        """The same trees with nodes added that are of no use: they see themselves alone, and nobody sees them."""
+        count = num_nodes - self.tokens.shape[1]
+        tokens, parents, depths = (
+            functional.pad(part, (0, count)) for part in (self.tokens, self.parents, self.depths)
+        )
+        ancestors = functional.pad(self.ancestors, (0, count, 0, count))
+        ancestors.diagonal(dim1=1, dim2=2)[:, num_nodes - count :] = True
+        return CandidateTree(tokens, parents, depths, ancestors, self.max_depth)
 
     def to(self, device: torch.device) -> CandidateTree:
         """The tree on another device."""

@@ -34,7 +34,7 @@ from msd_hf.targets import TargetAdapter
 
 
 # Where refusals are raised, each by a `raise` of its own.
-MODULES = ("integration", "target_support", "targets", "self_check", "tree")
+MODULES = ("integration", "target_support", "targets", "self_check", "tree", "compiled")
 # What no call of `generate` can bring about.
 INTERNAL = "The root has not been expanded yet."
 
@@ -98,6 +98,12 @@ def unknown_target(target, draft):
     return target, build_draft(target_model_type=None), {"verify": verify}
 
 
+def compiled_with_layers(target, draft):
+    draft = build_draft(target_layers=[0])
+    draft.generation_config.compile = True
+    return target, draft, {}
+
+
 CASES = {
     "`custom_generate`": lambda target, draft: (target, draft, {"custom_generate": lambda **_: None}),
     "`assistant_tokenizer`": lambda target, draft: (target, draft, {"assistant_tokenizer": tiny.tokenizer()}),
@@ -115,6 +121,7 @@ CASES = {
         {},
     ),
     "a draft for another kind of target": lambda target, draft: (target, build_draft(target_model_type="x"), {}),
+    "`draft.generation_config.compile=True`, with a draft that reads layers of the target": compiled_with_layers,
     "a draft that reads layers the target does not have": lambda target, draft: (
         target,
         build_draft(target_layers=[7]),

@@ -1,0 +1,133 @@
+"""Forwards of fixed shapes under `torch.compile`: with CUDA graphs on a GPU, as larger kernels on a CPU."""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from .errors import MSDUnsupportedError
+from .modeling_msd import MSDDraftModel
+from .tree import TreeSettings
+
+
+BACKEND = "inductor"
+
+# Of models, the compiled functions by shape: Dynamo would go through all compilations of one function at each call,
+# and not compile any more after the eighth.
+_compiled: weakref.WeakKeyDictionary[nn.Module, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
+
+
+def is_compiled(generation_config: Any) -> bool:
+    """Whether a draft's generation config asks for compiled forwards.
+
+    Raises:
+        MSDUnsupportedError: when `compile` is not a boolean.
+    """
+    value = getattr(generation_config, "compile", None)
+    if value not in (None, False, True):
+        raise MSDUnsupportedError(f"`draft.generation_config.compile` must be True or False, got {value!r}.")
+    return bool(value)
+
+
+def run_compiled(
+    function: Callable[..., Any], shape: tuple[int, ...], device: torch.device, model: nn.Module, *args: Any
+) -> Any:
+    """
+    Calls a function of the module level, compiled for the shapes of its arguments.
+
+    On a GPU what it returns lies in the memory of a CUDA graph, where the next compiled call overwrites it: copy what
+    is needed longer.
+
+    Args:
+        function (`Callable`): is compiled.
+        shape (`tuple[int, ...]`): all that differs from call to call in the shapes of its arguments.
+        device (`torch.device`): of them.
+        model (`nn.Module`): its first argument.
+        args: the others.
+    """
+    mode = None
+    if device.type == "cuda" and BACKEND == "inductor":
+        mode = "reduce-overhead"  # CUDA graphs
+        torch.compiler.cudagraph_mark_step_begin()
+    of_model = _compiled.setdefault(model, {})
+    key = (function, shape, BACKEND, mode)
+    if key not in of_model:
+        of_model[key] = _compile(function, mode)
+    return of_model[key](model, *args)
+
+
+def _compile(function: Callable[..., Any], mode: str | None) -> Callable[..., Any]:
+    # Dynamo keeps its compilations with the code object.
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return torch.compile(own, backend=BACKEND, mode=mode, dynamic=False)
+
+
+@contextmanager
+def compiled_decoder(decoder: nn.Module, shape: tuple[int, ...]) -> Iterator[None]:
+    """Compiles the forward of a decoder as long as this is open, see [`run_compiled`]. Hooks on the decoder itself run
+    around it."""
+
+    def forward(**kwargs: Any) -> Any:
+        return run_compiled(_decoder_forward, shape, kwargs["position_ids"].device, decoder, kwargs)
+
+    decoder.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del decoder.forward
+
+
+def _decoder_forward(decoder: nn.Module, kwargs: dict[str, Any]) -> Any:
+    return type(decoder).forward(decoder, **kwargs)
+
+
+def widen_mask(mask: torch.Tensor, num_queries: int, num_slots: int) -> torch.Tensor:
+    """An additive mask `[B, 1, T, S]` with queries that see everything and slots that nobody sees added, up to
+    `[B, 1, num_queries, num_slots]`."""
+    lowest = torch.finfo(mask.dtype).min
+    mask = functional.pad(mask, (0, num_slots - mask.shape[3]), value=lowest)
+    padding = num_queries - mask.shape[2]
+    return functional.pad(mask, (0, 0, 0, padding)) if padding else mask
+
+
+def has_compiled_part(target: PreTrainedModel) -> bool:
+    """Whether somebody has compiled a target, or modules of it, before."""
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None
+        or isinstance(module, torch._dynamo.OptimizedModule)
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in target.modules()
+    )
+
+
+def check_compilable(target: PreTrainedModel, draft: MSDDraftModel) -> None:
+    """
+    Refuses pairs that cannot be compiled.
+
+    Raises:
+        MSDUnsupportedError: says why and what to do.
+    """
+    reason = None
+    if TreeSettings.from_generation_config(draft.generation_config).is_auto:
+        reason = '`num_assistant_tokens="auto"` gives each tree another shape: set a number of nodes'
+    elif draft.config.target_layers:
+        reason = "the draft reads `target_layers` by hooks in the target's decoder, which compiled code passes over"
+    elif any(hasattr(module, "_hf_hook") for module in (*target.modules(), *draft.modules())):
+        reason = "accelerate moves weights or inputs of single modules: load target and draft whole on one device"
+    elif has_compiled_part(target):
+        reason = "the target is compiled already: use it as it was loaded"
+    elif target.device != draft.device:
+        reason = f"the target is on {target.device}, the draft on {draft.device}: put both on one device"
+    if reason is not None:
+        raise MSDUnsupportedError(f"`draft.generation_config.compile=True` cannot be used here: {reason}.")
+
+
+__all__ = ["check_compilable", "compiled_decoder", "has_compiled_part", "is_compiled", "run_compiled", "widen_mask"]

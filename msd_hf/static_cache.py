@@ -1,0 +1,153 @@
+"""A KV cache whose tensors keep their shapes and addresses from round to round, as compiled code needs them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from .cache import MIN_CAPACITY, InPlaceLayer
+
+
+Buffers = tuple[torch.Tensor, torch.Tensor]
+
+
+class StaticSlotsLayer(InPlaceLayer):
+    """An `InPlaceLayer` of which compiled code may use the whole buffers. Their number of slots is a power of two, so
+    that few shapes are compiled; they hold no NaN, since what a mask hides is still multiplied by 0.
+
+    Args:
+        spare (`tuple[torch.Tensor, torch.Tensor]`, *optional*): buffers of an earlier call, used again where they
+            have the right shape: a CUDA graph is recorded for one address.
+    """
+
+    def __init__(self, spare: Buffers | None = None):
+        super().__init__()
+        self._spare = spare
+
+    def reserve(self, count: int) -> Buffers:
+        """The buffers, with room for `count` more slots."""
+        held = self.get_seq_length()
+        if self._buffers is None or not self._shows_buffers() or held + count > self._buffers[0].shape[-2]:
+            self._buffers = self._reserve(self.keys, self.values, held, held + count)
+            self.show(held)
+        return self._buffers
+
+    def show(self, length: int) -> None:
+        """Makes the first `length` slots of the buffers what the layer holds."""
+        assert self._buffers is not None
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
+    @property
+    def buffers(self) -> Buffers | None:
+        """What the layer holds its slots in, or was given to do so; `None` if something else took their place."""
+        if self._buffers is None:
+            return self._spare
+        return self._buffers if self._shows_buffers() else None
+
+    def _reserve(self, key_states: torch.Tensor, value_states: torch.Tensor, held: int, needed: int) -> Buffers:
+        num_slots = max(1 << (needed - 1).bit_length(), MIN_CAPACITY)
+        spare = self._spare or (None, None)
+        self._spare = None
+        key_buffer, value_buffer = (
+            _zeros(states, num_slots, old) for states, old in zip((key_states, value_states), spare, strict=True)
+        )
+        if held:
+            key_buffer[:, :, :held] = self.keys
+            value_buffer[:, :, :held] = self.values
+        return key_buffer, value_buffer
+
+
+def _zeros(states: torch.Tensor, num_slots: int, spare: torch.Tensor | None) -> torch.Tensor:
+    shape = (*states.shape[:-2], num_slots, states.shape[-1])
+    is_inference = torch.is_inference_mode_enabled()
+    wanted = (shape, states.dtype, states.device, is_inference)
+    if spare is not None and (spare.shape, spare.dtype, spare.device, spare.is_inference()) == wanted:
+        return spare.zero_()
+    buffer = states.new_zeros(shape)
+    torch._dynamo.mark_static_address(buffer)
+    return buffer
+
+
+class _WholeBuffers(DynamicLayer):
+    """A layer as compiled code sees it: new slots go to given places, and attention gets all slots there are."""
+
+    def __init__(self, buffers: Buffers, places: torch.Tensor):
+        super().__init__()
+        self.keys, self.values = buffers
+        self.places = places
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> Buffers:
+        self.keys.index_copy_(2, self.places, key_states)
+        self.values.index_copy_(2, self.places, value_states)
+        return self.keys, self.values
+
+
+def open_slots(cache: Cache, count: int) -> Cache:
+    """
+    The cache for one compiled forward, which fills `count` slots behind what is held. What it fills is part of the
+    cache itself once `close_slots` is called.
+
+    Args:
+        cache (`Cache`): of `StaticSlotsLayer`s on one device.
+        count (`int`): new slots.
+    """
+    start = cache.get_seq_length()
+    buffers = [layer.reserve(count) for layer in cache.layers]
+    places = torch.arange(start, start + count, device=buffers[0][0].device)
+    return Cache(layers=[_WholeBuffers(pair, places) for pair in buffers])
+
+
+def close_slots(cache: Cache, length: int) -> None:
+    """Makes the first `length` slots what the cache holds."""
+    for layer in cache.layers:
+        layer.show(length)
+
+
+def capacity(cache: Cache) -> int:
+    """Slots of the buffers of a cache that `open_slots` gave."""
+    return cache.layers[0].keys.shape[-2]
+
+
+# Of models, the buffers that their last call used. Whoever uses them takes them out.
+_spare_buffers: weakref.WeakKeyDictionary[nn.Module, list[Buffers]] = weakref.WeakKeyDictionary()
+
+
+def make_static(cache: Cache, model: nn.Module, num_layers: int) -> None:
+    """
+    Turns the layers of a cache into `StaticSlotsLayer`s, without replacing the cache object itself.
+
+    Args:
+        cache (`Cache`): of `DynamicLayer`s, or empty.
+        model (`nn.Module`): whose cache it is; buffers that it left are used again.
+        num_layers (`int`): layers of the model.
+    """
+    spares: Sequence[Buffers | None] = _spare_buffers.pop(model, [])
+    old: list[DynamicLayer | None] = [*cache.layers, *[None] * (num_layers - len(cache.layers))]
+    if len(spares) != len(old):
+        spares = [None] * len(old)
+    cache.layers = [_static(layer, spare) for layer, spare in zip(old, spares, strict=True)]
+    cache.layer_class_to_replicate = None
+
+
+def leave_buffers(cache: Cache, model: nn.Module) -> None:
+    """Keeps the buffers of a cache that nobody needs any more for the model's next call."""
+    buffers = [layer.buffers for layer in cache.layers]
+    if all(pair is not None for pair in buffers):
+        _spare_buffers[model] = buffers
+
+
+def _static(layer: DynamicLayer | None, spare: Buffers | None) -> StaticSlotsLayer:
+    made = StaticSlotsLayer(spare)
+    if layer is not None and layer.get_seq_length():
+        made.lazy_initialization(layer.keys, layer.values)
+        made.keys, made.values = layer.keys, layer.values
+    return made
+
+
+__all__ = ["StaticSlotsLayer", "capacity", "close_slots", "leave_buffers", "make_static", "open_slots"]

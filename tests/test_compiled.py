@@ -1,0 +1,254 @@
+"""`compile=True`: the same tokens and caches as without, few compilations, and a target that is as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny
+import torch
+from torch._dynamo.utils import counters
+from transformers import DynamicCache
+
+from msd_hf import MSDUnsupportedError, compiled, static_cache
+from msd_hf.attention_mask import ContextSlots
+from msd_hf.cache import CACHE_NAME, keep_paths
+from msd_hf.static_cache import StaticSlotsLayer, close_slots, make_static, open_slots
+
+
+PAIR = 3  # the draft has two layers
+TREE = (12, 3, 4)
+# The verification, the draft's levels, and the draft's pass over accepted tokens.
+NUM_GRAPHS = 3
+
+
+@pytest.fixture(autouse=True)
+def backend(monkeypatch):
+    """Dynamo alone: what there is to go wrong is in what is traced and in what it is given."""
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+
+
+def build_pair():
+    pair = tiny.pair(PAIR)
+    draft = copy.copy(pair.with_tree(*TREE))
+    draft.generation_config = copy.deepcopy(draft.generation_config)
+    return pair.target, draft
+
+
+def generate(target, draft, inputs, compile: bool = True, **options):
+    draft.generation_config.compile = compile
+    options = {"max_new_tokens": 30, "return_dict_in_generate": True, **options}
+    return target.generate(**inputs, **options, assistant_model=draft)
+
+
+def warm_up(target, draft) -> None:
+    """Calls in which all shapes occur: five tokens are the most that a round emits, and four have another shape."""
+    prompts = [tiny.make_prompt(seed, 8) for seed in range(4)]
+    outputs = [generate(target, draft, inputs, max_new_tokens=20) for inputs in prompts]
+    assert {1, 5} <= {length for output in outputs for length in output.acceptance_lengths[0]}
+
+
+def num_graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def test_tokens_rounds_and_caches_are_those_without_compilation():
+    target, draft = build_pair()
+    for inputs in (
+        tiny.make_prompt(0, 8, (2,)),
+        tiny.make_prompt(1, 5),
+        tiny.make_prompt(2, 14, (0, 7), padding=3),
+    ):
+        got = generate(target, draft, inputs)
+        expected = generate(target, draft, inputs, compile=False)
+        assert torch.equal(got.sequences, target.generate(**inputs, max_new_tokens=30))
+        assert got.acceptance_lengths == expected.acceptance_lengths
+        for layer, reference in zip(got[CACHE_NAME].layers, expected[CACHE_NAME].layers, strict=True):
+            torch.testing.assert_close(layer.keys, reference.keys)
+            torch.testing.assert_close(layer.values, reference.values)
+
+
+def test_eager_attention_and_sampling():
+    target, draft = build_pair()
+    inputs = tiny.make_prompt(3, 7, (1,))
+    options = {"do_sample": True, "temperature": 0.7}
+    tiny.pair(PAIR).set_attention("eager", "sdpa")
+    try:
+        torch.manual_seed(5)
+        got = generate(target, draft, inputs, **options).sequences
+        torch.manual_seed(5)
+        assert torch.equal(got, target.generate(**inputs, max_new_tokens=30, **options))
+    finally:
+        tiny.pair(PAIR).set_attention("sdpa")
+
+
+def test_batch_whose_rows_end_at_different_times():
+    target, draft = build_pair()
+    inputs = tiny.left_padded([tiny.make_prompt(seed, 4 + 3 * seed, (1,)) for seed in range(2)])
+    plain = target.generate(**inputs, max_new_tokens=30)
+    length = inputs["input_ids"].shape[1]
+    eos = int(plain[0, length + 6])
+    expected = target.generate(**inputs, max_new_tokens=30, eos_token_id=eos)
+    assert torch.equal(generate(target, draft, inputs, eos_token_id=eos).sequences, expected)
+
+
+def test_compiles_once_for_a_range_of_context_and_for_all_ends(monkeypatch):
+    monkeypatch.setattr(static_cache, "MIN_CAPACITY", 64)
+    target, draft = build_pair()
+    warm_up(target, draft)
+    before = num_graphs()
+    for seed, num_text in ((1, 3), (2, 15), (3, 9)):
+        for count in (1, 2, 3, 4, 7, 20):
+            inputs = tiny.make_prompt(seed, num_text, (1,))
+            got = generate(target, draft, inputs, max_new_tokens=count).sequences
+            assert torch.equal(got, target.generate(**inputs, max_new_tokens=count))
+    assert num_graphs() == before
+    inputs = tiny.make_prompt(0, 8)
+    got = generate(target, draft, inputs, max_new_tokens=70).sequences
+    assert torch.equal(got, target.generate(**inputs, max_new_tokens=70))
+    assert before < num_graphs() <= before + NUM_GRAPHS
+    assert not counters["graph_break"]
+
+
+def test_conversation_with_compiled_turns_and_others():
+    target, draft = build_pair()
+    for turns in ((True, True, True), (True, False, True), (False, True, False)):
+        caches = {name: DynamicCache(config=target.config.get_text_config()) for name in ("ours", "theirs")}
+        ids = tiny.make_prompt(4, 6)["input_ids"]
+        for turn, is_compiled in enumerate(turns):
+            inputs = {"input_ids": ids, CACHE_NAME: caches["ours"]}
+            got = generate(target, draft, inputs, is_compiled, max_new_tokens=12).sequences
+            expected = target.generate(ids, max_new_tokens=12, **{CACHE_NAME: caches["theirs"]})
+            assert torch.equal(got, expected)
+            ids = torch.cat([got, tiny.make_prompt(10 + turn, 5)["input_ids"]], dim=1)
+
+
+def test_returned_caches_are_not_used_again():
+    target, draft = build_pair()
+    inputs = tiny.make_prompt(0, 8)
+    first = generate(target, draft, inputs)
+    keys = [layer.keys.clone() for layer in first[CACHE_NAME].layers]
+    generate(target, draft, tiny.make_prompt(1, 9), return_dict_in_generate=False)
+    generate(target, draft, tiny.make_prompt(2, 9))
+    assert all(torch.equal(layer.keys, old) for layer, old in zip(first[CACHE_NAME].layers, keys, strict=True))
+
+
+def test_other_caches_keep_their_addresses_and_nothing_else(monkeypatch):
+    """CUDA graphs are recorded for addresses."""
+    target, draft = build_pair()
+    inputs = tiny.make_prompt(0, 8)
+    expected = generate(target, draft, inputs, return_dict_in_generate=False)
+    for model in (target.get_decoder(), draft):
+        spare = static_cache._spare_buffers[model]
+        addresses = [buffer.data_ptr() for pair in spare for buffer in pair]
+        for buffer in (buffer for pair in spare for buffer in pair):
+            buffer.fill_(float("nan"))
+        assert torch.equal(generate(target, draft, inputs, return_dict_in_generate=False), expected)
+        spare = static_cache._spare_buffers[model]
+        assert [buffer.data_ptr() for pair in spare for buffer in pair] == addresses
+
+
+def test_calls_in_and_out_of_inference_mode():
+    target, draft = build_pair()
+    inputs = tiny.make_prompt(0, 8)
+    for is_inference in (True, False):
+        with torch.inference_mode(is_inference):
+            got = generate(target, draft, inputs, return_dict_in_generate=False)
+        assert torch.equal(got, target.generate(**inputs, max_new_tokens=30))
+
+
+def test_hidden_states_are_returned():
+    target, draft = build_pair()
+    inputs = tiny.make_prompt(0, 8)
+    got = generate(target, draft, inputs, output_hidden_states=True).hidden_states
+    expected = generate(target, draft, inputs, compile=False, output_hidden_states=True).hidden_states
+    for step, reference in zip(got, expected, strict=True):
+        for states, wanted in zip(step, reference, strict=True):
+            torch.testing.assert_close(states, wanted)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_target_is_left_as_it_was(fails, monkeypatch):
+    target, draft = build_pair()
+    decoder = target.get_decoder()
+    generate(target, draft, tiny.make_prompt(0, 8))  # transformers leaves things of its own
+    attributes, hooks = set(vars(decoder)), len(decoder._forward_pre_hooks)
+    if fails:
+
+        def fail(*args):
+            assert "forward" in vars(decoder)
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(compiled, "_decoder_forward", fail)
+        monkeypatch.setattr(compiled, "_compile", lambda function, mode: function)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            generate(target, draft, tiny.make_prompt(0, 8))
+    else:
+        generate(target, draft, tiny.make_prompt(0, 8))
+    assert set(vars(decoder)) == attributes and len(decoder._forward_pre_hooks) == hooks
+
+
+def auto(target, draft):
+    draft.generation_config.num_assistant_tokens = "auto"
+
+
+def offloaded(target, draft):
+    target.get_decoder().layers[1]._hf_hook = object()
+
+
+def compiled_before(target, draft):
+    target.get_decoder().compile(backend="eager")
+
+
+def elsewhere(target, draft):
+    draft.to("meta")
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (auto, "another shape"),
+        (offloaded, "accelerate"),
+        (compiled_before, "compiled already"),
+        (elsewhere, "on meta"),
+    ],
+)
+def test_refusals(change, sentence):
+    target, draft = copy.deepcopy(build_pair())
+    change(target, draft)
+    with pytest.raises(MSDUnsupportedError, match=sentence):
+        generate(target, draft, tiny.make_prompt(0, 8))
+
+
+def test_slots_are_kept_within_the_buffers(monkeypatch):
+    """Behind any number of rounds, what the layers hold is what was accepted, in place."""
+    monkeypatch.setattr(static_cache, "MIN_CAPACITY", 8)
+    torch.manual_seed(0)
+    cache, model = DynamicCache(), torch.nn.Identity()
+    make_static(cache, model, 2)
+    assert all(isinstance(layer, StaticSlotsLayer) for layer in cache.layers)
+    prompt = torch.randn(1, 2, 5, 4)
+    for layer in range(2):
+        cache.update(prompt, prompt, layer)
+    expected, context = prompt, ContextSlots([5])
+    for number in range(6):
+        nodes = torch.randn(1, 2, 4, 4)
+        whole = open_slots(cache, 4)
+        slots = [whole.update(nodes, nodes, layer)[0].shape[2] for layer in range(2)]
+        assert slots == 2 * [max(8, 1 << (expected.shape[2] + 3).bit_length())]
+        close_slots(cache, expected.shape[2] + 3)
+        path = [0, 2] if number % 2 else [0, 1, 2]
+        keep_paths(cache, context, torch.tensor([path]), [len(path)])
+        expected = torch.cat([expected, nodes[:, :, path]], dim=2)
+        for layer in cache.layers:
+            assert torch.equal(layer.keys, expected) and torch.equal(layer.values, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_other_backends(backend, monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", backend)
+    target, draft = build_pair()
+    for seed in range(3):
+        inputs = tiny.make_prompt(seed, 8, (2,))
+        assert torch.equal(generate(target, draft, inputs).sequences, target.generate(**inputs, max_new_tokens=30))
