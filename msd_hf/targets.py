@@ -171,6 +171,8 @@ class TargetAdapter:
         self._dtype = inputs_embeds.dtype
         attention_mask = model_kwargs.get("attention_mask")
         prompt_mask = None if attention_mask is None else attention_mask.to(inputs_embeds.device).bool()
+        if prompt_mask is not None and bool(prompt_mask.all()):
+            prompt_mask = None  # older releases hand on a mask that hides nothing
         num_slots = model_kwargs[CACHE_NAME].get_seq_length()
         position_ids = seen.inputs.get("position_ids")
         if position_ids is not None:
