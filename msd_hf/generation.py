@@ -176,8 +176,7 @@ def _outlives_the_call(cache: Cache, generation_config: GenerationConfig) -> boo
     """Whether someone may look at the cache afterwards."""
     if generation_config.return_dict_in_generate:
         return True
-    # `generate` marks a cache that it was given, from the release on that renamed it.
-    return getattr(cache, "_is_user_defined", CACHE_NAME != "cache")
+    return getattr(cache, "_is_user_defined", False)
 
 
 def _slots_after_prompt(

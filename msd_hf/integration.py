@@ -171,6 +171,7 @@ def check_call(custom_generate: Any, kwargs: dict[str, Any]) -> None:
         _check_argument(name, kwargs.get(name))
     if kwargs.get(CACHE_NAME) is not None:
         check_inputs(kwargs)
+        kwargs[CACHE_NAME]._is_user_defined = True  # as `generate` itself marks it from 5.24 on
 
 
 def _check_argument(name: str, value: Any, default: Any = None) -> None:
