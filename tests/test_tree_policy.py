@@ -168,4 +168,4 @@ def test_a_useless_draft_is_hardly_run():
         output = pair.target.generate(**inputs, max_new_tokens=200, assistant_model=draft)
         counts.append(len(calls))
     assert torch.equal(output, pair.target.generate(**inputs, max_new_tokens=200))
-    assert min(counts[1:]) < 60 < 200  # a busy machine may delay one call
+    assert counts[-1] < 60 < 200
