@@ -74,7 +74,7 @@ def test_ten_turns_are_those_without_the_draft(number, do_sample, new_tokens_onl
     answers, lengths, _ = hold(pair, pair.with_tree(24, 5, 4), number, new_tokens_only, do_sample)
     assert answers == expected
     accepted = [length for turn in lengths[1:] for length in turn]
-    assert sum(accepted) / len(accepted) > 1.1  # the draft kept up
+    assert sum(accepted) / len(accepted) > 1.3  # the draft kept up
 
 
 def test_the_second_prefill_reads_new_tokens_only_and_the_draft_knows_the_rest():
