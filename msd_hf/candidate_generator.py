@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from transformers import Cache
@@ -17,6 +17,7 @@ from .phases import phase
 from .static_cache import make_static
 from .targets import TargetAdapter, TargetPrefill
 from .tree import CandidateTree, TreeGrowth, TreeSettings
+from .tree_policy import TreePolicy
 
 
 class MSDCandidateGenerator:
@@ -151,39 +152,40 @@ class MSDCandidateGenerator:
         self._next_position = self._next_position[list(places)]
         self._last_state = self._last_state[list(places)]
 
-    def propose(
-        self,
-        roots: torch.Tensor,
-        settings: TreeSettings,
-        goes_deeper: Callable[[TreeGrowth], bool] = lambda growth: True,
-        num_nodes: Callable[[TreeGrowth], int] = lambda growth: growth.num_nodes,
-    ) -> CandidateTree:
+    def propose(self, roots: torch.Tensor, settings: TreeSettings, policy: TreePolicy | None = None) -> CandidateTree:
         """
         Grows trees.
 
         Args:
             roots (`torch.LongTensor` of shape `[B]`): the last emitted tokens.
             settings (`TreeSettings`): bounds of the trees.
-            goes_deeper (`Callable`): whether they get another level.
-            num_nodes (`Callable`): how many nodes are kept in the end.
+            policy (`TreePolicy`, *optional*): chooses how wide and deep they become within these, and how many nodes
+                are kept in the end.
         """
+        policy = policy or TreePolicy(settings)
         growth = TreeGrowth(roots, settings)
         if settings.num_nodes == 1:
             return growth.finish()
         self.feed_pending()
-        log_probs, candidates = self._head.top_k(self._last_state, settings.top_k)
-        tokens, _ = growth.expand(log_probs, candidates)
-        parent_states = self._last_state.expand(-1, tokens.shape[1], -1)  # [B, K, H]
+        batch_size, dtype = roots.shape[0], self.draft.dtype
+        states = self._last_state
+        growth.expand(*self._head.top_k(states, settings.top_k))
+        # Which slots each node of the frontier sees, [B, F, S + nodes that were expanded before]: its parent's and its
+        # own.
+        own = _diagonal_mask(settings.top_k, dtype, states.device).expand(batch_size, -1, -1)
+        nothing = torch.ones(batch_size, 1, 0, dtype=torch.bool, device=states.device)
+        mask = tree_attention_mask(nothing, self._context, dtype)[:, 0]
         for level in range(settings.depth):
-            if not goes_deeper(growth):
+            width = policy.width(growth)
+            if width == 0:
                 break
-            mask = tree_attention_mask(growth.frontier_ancestors, self._context, self.draft.dtype)
-            positions = (self._next_position + level).expand(-1, tokens.shape[1])
-            states = self._step(tokens, parent_states, positions, mask, self._last_position + level + 1)
-            log_probs, candidates = self._head.top_k(states, settings.top_k)
-            tokens, above = growth.expand(log_probs, candidates)
-            parent_states = states.gather(1, above.unsqueeze(2).expand(-1, -1, states.shape[2]))
-        return growth.finish(num_nodes(growth))
+            tokens, above = growth.descend(width)
+            mask = torch.cat([_rows(mask, above, width), own[:, :width, :width]], dim=2)
+            positions = (self._next_position + level).expand(-1, width)
+            last_position = self._last_position + level + 1
+            states = self._step(tokens, _rows(states, above, width), positions, mask.unsqueeze(1), last_position)
+            growth.expand(*self._head.top_k(states, settings.top_k))
+        return growth.finish(policy.num_nodes(growth))
 
     def _chain_mask(self, length: int) -> torch.Tensor:
         """The mask of `length` rows that follow each other behind the context."""
@@ -205,6 +207,20 @@ class MSDCandidateGenerator:
 
     def _to_draft(self, states: torch.Tensor) -> torch.Tensor:
         return states.to(device=self.draft.device, dtype=self.draft.dtype)
+
+
+def _rows(states: torch.Tensor, index: torch.Tensor | None, count: int) -> torch.Tensor:
+    """Of `[B, T, N]`, among all B * T rows, those of `index` `[B * count]`: `[B, count, N]`. Without one T is 1."""
+    if index is None:
+        return states.expand(-1, count, -1)
+    batch_size, _, size = states.shape
+    return states.flatten(0, 1).index_select(0, index).view(batch_size, count, size)
+
+
+def _diagonal_mask(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An additive mask `[size, size]` with which each sees itself alone."""
+    mask = torch.full((size, size), torch.finfo(dtype).min, dtype=dtype, device=device)
+    return mask.fill_diagonal_(0.0)
 
 
 __all__ = ["MSDCandidateGenerator"]

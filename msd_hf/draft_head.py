@@ -40,7 +40,7 @@ class DraftHead:
         log_probs, tokens = logits.log_softmax(-1).topk(min(top_k, logits.shape[-1]), dim=-1)
         if self._rows is not None:
             assert self._tokens is not None
-            tokens = self._tokens[tokens.to(self._tokens.device)]
+            tokens = self._tokens.take(tokens.to(self._tokens.device))
         return log_probs.to(self.draft.device), tokens.to(self.draft.device)
 
 

@@ -41,7 +41,7 @@ class DraftingStep:
             # With hooks of accelerate, weights are elsewhere.
             and not any(hasattr(module, "_hf_hook") for module in draft.modules())
         )
-        self._cos = self._sin = torch.empty(0)
+        self._rotations = torch.empty(0)  # cosines and sines of each position, [P, 2, head_dim]
 
     @torch.no_grad()
     def __call__(
@@ -69,7 +69,7 @@ class DraftingStep:
                 position_ids=position_ids,
                 past_key_values=cache,
             ).last_hidden_state
-        if last_position >= len(self._cos):
+        if last_position >= len(self._rotations):
             self._make_tables(2 * last_position, inputs_embeds)
         length = position_ids.shape[1]
         static_length = next((number for number in self.static_lengths if number >= length), None)
@@ -106,12 +106,13 @@ class DraftingStep:
 
     def _rotation(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines `[B, 1, T, head_dim]`."""
-        return self._cos[position_ids].unsqueeze(1), self._sin[position_ids].unsqueeze(1)
+        cos, sin = self._rotations[position_ids.unsqueeze(1)].unbind(3)
+        return cos, sin
 
     def _make_tables(self, num_positions: int, like: torch.Tensor) -> None:
         positions = torch.arange(max(num_positions, _MIN_POSITIONS), device=like.device)
         cos, sin = self.draft.rotary_emb(like, positions.unsqueeze(0))
-        self._cos, self._sin = cos[0], sin[0]
+        self._rotations = torch.stack([cos[0], sin[0]], dim=1)
 
 
 def _padded(states: torch.Tensor, padding: int) -> torch.Tensor:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from collections import deque
 from collections.abc import Sequence
+from itertools import pairwise
+from statistics import median
 
 
 # Numbers of nodes of which the cost is kept; between two of them it is interpolated.
 SIZES = (1, 4, 8, 16, 32, 64, 128)
 # Each is tried this often, in one round of so many: the first time also pays for warming up.
 _TRIALS, _ROUNDS_A_TRIAL = 2, 3
+# Larger trees are not tried before a draft has shown some use.
+_LARGEST_ON_TRUST = 16
 # What a node is taken to add to a verification, until it is known.
 _PRIOR_SLOPE = 0.01
+_LEVELS_KEPT = 15
 # Contexts of up to so many slots cost about the same; from there on ranges double.
 _FIRST_RANGE = 512
 
@@ -22,6 +27,11 @@ _FORGETTING = 0.97  # of old rounds, by each new one
 # Rounds without drafting after it did not pay; doubled each time that a trial does not pay either.
 _PAUSE, _LONGEST_PAUSE = 16, 512
 _ROUNDS_TO_JUDGE, _ROUNDS_OF_A_TRIAL = 4, 2
+
+
+def level_widths(widest: int) -> list[int]:
+    """Numbers of nodes of which one level of drafting is made, at most `widest`."""
+    return [1 << power for power in range((widest - 1).bit_length())] + [widest]
 
 
 class _Mean:
@@ -53,7 +63,8 @@ class Experience:
         self._trials: dict[int, dict[int, int]] = {}  # range of context -> nodes -> how often tried
         self._range = 0
         self._num_rounds = 0
-        self._level = _Mean()
+        self._levels: dict[int, deque[float]] = {}  # number of nodes -> last costs of a level
+        self._level_trials: dict[int, int] = {}
         self._rest = _Mean()  # of a round, besides drafting and verification
         self._drafted_tokens, self._drafted_seconds = _Mean(), _Mean()
         self._plain_seconds = _Mean()
@@ -79,7 +90,8 @@ class Experience:
             self._trials[self._range] = dict.fromkeys(([16] if 16 in order else []) + order, 0)
         self._num_rounds += 1
         trials = self._trials[self._range]
-        size = min(trials, key=lambda size: trials[size])
+        is_of_use = (self._drafted_tokens.value or 1.0) > 1.0
+        size = min((size for size in trials if is_of_use or size <= _LARGEST_ON_TRUST), key=trials.__getitem__)
         if trials[size] >= _TRIALS or self._num_rounds % _ROUNDS_A_TRIAL != 1:
             return None
         trials[size] += 1  # counted here: a tree may turn out smaller, at the end of a sequence
@@ -87,18 +99,25 @@ class Experience:
 
     def seconds_of(self, num_nodes: int) -> float:
         """What the verification of so many nodes and the end of the round cost."""
-        costs = self._costs.get(self._range, {})
-        known = [size for size in self.sizes if size in costs]
+        return self.seconds_up_to(num_nodes)[-1]
+
+    def seconds_up_to(self, num_nodes: int) -> list[float]:
+        """The same for 1, 2, ... nodes."""
+        known = [(size, min(costs)) for size, costs in sorted(self._costs.get(self._range, {}).items())]
         if not known:
-            return 1.0 + _PRIOR_SLOPE * num_nodes
-        place = bisect_left(known, num_nodes)
+            return [1.0 + _PRIOR_SLOPE * nodes for nodes in range(1, num_nodes + 1)]
+        # Beyond the sizes that are known.
+        (least, low), (most, high) = known[0], known[-1]
+        known.insert(0, (0, low / (1 + _PRIOR_SLOPE * least)))
+        known.append(
+            (2 * most + num_nodes, high * (1 + _PRIOR_SLOPE * (2 * most + num_nodes)) / (1 + _PRIOR_SLOPE * most))
+        )
         rest = self._rest.value or 0.0
-        if place == 0 or place == len(known):
-            nearest = known[min(place, len(known) - 1)]
-            return rest + self._cost(nearest) * (1 + _PRIOR_SLOPE * num_nodes) / (1 + _PRIOR_SLOPE * nearest)
-        low, high = known[place - 1], known[place]
-        share = (num_nodes - low) / (high - low)
-        return rest + (1 - share) * self._cost(low) + share * self._cost(high)
+        costs = []
+        for (size, low), (next_size, high) in pairwise(known):
+            slope = (high - low) / (next_size - size)
+            costs += [rest + low + slope * count for count in range(1, min(next_size, num_nodes) - size + 1)]
+        return costs
 
     def affordable_nodes(self) -> int:
         """The most nodes whose verification costs little more than that of one."""
@@ -115,12 +134,20 @@ class Experience:
         mean = self._reached.get(num_levels)
         return 0.8**num_levels if mean is None or mean.value is None else mean.value
 
-    def price_of_level(self) -> float | None:
+    def width_to_explore(self, widest: int) -> int:
+        """Nodes of a level, of those whose cost is known least."""
+        width = min(level_widths(widest), key=lambda width: self._level_trials.get(width, 0))
+        self._level_trials[width] = self._level_trials.get(width, 0) + 1
+        return width
+
+    def price_of_level(self, width: int) -> float | None:
         """Tokens that are emitted in the time that another level of drafting takes."""
-        level, tokens, seconds = self._level.value, self._drafted_tokens.value, self._drafted_seconds.value
-        if level is None or tokens is None or seconds is None:
+        tokens, seconds = self._drafted_tokens.value, self._drafted_seconds.value
+        if not self._levels or tokens is None or seconds is None:
             return None
-        return level * tokens / seconds
+        nearest = min(self._levels, key=lambda known: abs(known - width))
+        # Not the mean: the first time also pays for warming up, and others take the processor away now and then.
+        return median(self._levels[nearest]) * tokens / seconds
 
     def drafting_pays(self) -> bool:
         """Whether this round should draft: after it did not pay, only every now and then, to see whether it would."""
@@ -149,10 +176,9 @@ class Experience:
             self._costs.setdefault(self._range, {}).setdefault(size, []).append(seconds)
             del self._costs[self._range][size][:-8]
 
-    def add_drafting(self, num_levels: int, seconds: float) -> None:
-        """Takes note of what drafting so many levels cost."""
-        if num_levels:
-            self._level.add(seconds / num_levels)
+    def add_level(self, width: int, seconds: float) -> None:
+        """Takes note of what drafting a level of so many nodes cost."""
+        self._levels.setdefault(width, deque(maxlen=_LEVELS_KEPT)).append(seconds)
 
     def add_lengths(self, max_depth: int, lengths: Sequence[int]) -> None:
         """Takes note of how many tokens trees of a depth emitted."""
@@ -175,9 +201,6 @@ class Experience:
         self._trial_rounds = max(0, self._trial_rounds - 1)
         self._drafted_tokens.add(num_tokens)
         self._drafted_seconds.add(seconds)
-
-    def _cost(self, size: int) -> float:
-        return min(self._costs[self._range][size])
 
 
 def _bin(log_prob: float) -> int:

@@ -110,7 +110,7 @@ def msd_decoding(
             limits = policy.begin_round(selector.tokens_left, running.context.num_slots)
             roots = torch.tensor(running.tokens, device=draft.device)
             with phase("tree"):
-                tree = generator.propose(roots, limits, policy.goes_deeper, policy.num_nodes)
+                tree = generator.propose(roots, limits, policy)
                 tree = branches.added_to(tree, limits.suffix_nodes)
             tree = tree.to(running.next_position.device)
             if selector.padded_rows:

@@ -6,7 +6,6 @@ a parent always has a smaller number than its children, and the accepted path is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -27,10 +26,9 @@ DEFAULT_TREE_TOP_K = 10
 # `num_assistant_tokens="auto"`, and the bounds that it sets.
 AUTO = "auto"
 AUTO_NUM_ASSISTANT_TOKENS = 64
-AUTO_TREE_DEPTH = 15
+AUTO_TREE_DEPTH = 24
 
-# Log-probabilities are clamped here so that sums stay finite: `-inf` would tie with its own children.
-MIN_LOG_PROB = -1e4
+_LOWEST_LOG_PROB = -1e30
 
 
 @dataclass(frozen=True)
@@ -129,13 +127,12 @@ class CandidateTree:
         cls, tokens: torch.Tensor, parents: torch.Tensor, max_depth: int, scores: torch.Tensor | None = None
     ) -> CandidateTree:
         """Completes a tree of which tokens and parents are known (both `[B, N]`, root first, in flat order)."""
-        num_nodes = tokens.shape[1]
-        steps = torch.eye(num_nodes, dtype=torch.float32, device=tokens.device).expand(tokens.shape[0], -1, -1).clone()
-        steps.scatter_(2, parents.unsqueeze(2), 1.0)
-        # [B, N, N]; squaring a reachability matrix doubles the number of levels that it spans.
-        for _ in range(math.ceil(math.log2(max(max_depth, 1)))):
-            steps = (steps @ steps).clamp_(max=1.0)
-        ancestors = steps > 0.5
+        batch_size, num_nodes = tokens.shape
+        lines = [torch.arange(num_nodes, device=tokens.device).expand_as(parents)]
+        for _ in range(max_depth):
+            lines.append(parents if len(lines) == 1 else parents.gather(1, lines[-1]))
+        ancestors = torch.zeros(batch_size, num_nodes, num_nodes, dtype=torch.bool, device=tokens.device)
+        ancestors.scatter_(2, torch.stack(lines, dim=2), True)
         return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, max_depth, scores)
 
     @classmethod
@@ -220,8 +217,8 @@ class CandidateTree:
 
 
 class TreeGrowth:
-    """Grows a tree level by level: each of the `top_k` frontier nodes proposes `top_k` tokens, the `top_k` best of
-    these by cumulative log-probability are the next frontier, and in the end the best of all are kept.
+    """Grows a tree level by level: each node of the frontier proposes `top_k` tokens, the `top_k` best of these by
+    cumulative log-probability are the next frontier, and in the end the best of all are kept.
 
     Args:
         root (`torch.LongTensor` of shape `[B]`): the last emitted token.
@@ -231,88 +228,71 @@ class TreeGrowth:
     def __init__(self, root: torch.Tensor, settings: TreeSettings):
         self.root = root
         self.settings = settings
-        self._tokens: list[torch.Tensor] = []
-        self._scores: list[torch.Tensor] = []
-        self._parents: list[torch.Tensor] = []
-        self._num_candidates = 0
-        self._ranking: tuple[torch.Tensor, ...] | None = None  # scores and numbers of the best candidates
-        # Of the frontier: index among all candidates, cumulative log-probability, both [B, K]; ancestor mask among
-        # the nodes that were expanded so far, [B, K, expanded].
-        self._frontier = root.new_full((root.shape[0], 1), -1)
-        self._frontier_scores: torch.Tensor | None = None
-        self._ancestors: torch.Tensor | None = None
-        self._constants: _Constants | None = None
-
-    @property
-    def frontier_ancestors(self) -> torch.Tensor:
-        """`[B, K, expanded]`: of the nodes expanded so far, each frontier node's ancestors and itself."""
-        if self._ancestors is None:
-            raise MSDError("The root has not been expanded yet.")
-        return self._ancestors
+        self._levels: list[_Level] = []
+        self._ranking: tuple[torch.Tensor, torch.Tensor] | None = None  # scores and numbers of all, best first
+        # Of the frontier, both [B, F]: place among the candidates of the level above, and score.
+        self._frontier = root.new_zeros(root.shape[0], 1)
+        self._scores: torch.Tensor | None = None
 
     @property
     def frontier_scores(self) -> torch.Tensor:
-        """Cumulative log-probabilities of the frontier, `[B, K]`."""
-        if self._frontier_scores is None:
+        """Cumulative log-probabilities of the frontier, `[B, K]`, best first."""
+        if self._scores is None:
             raise MSDError("The root has not been expanded yet.")
-        return self._frontier_scores
+        return _finite(self._scores)
 
     @property
     def num_levels(self) -> int:
         """Levels below the root so far."""
-        return len(self._tokens)
+        return len(self._levels)
 
     @property
     def num_nodes(self) -> int:
         """Nodes that there would be now, the root included."""
-        return 1 + min(self.settings.num_nodes - 1, self._num_candidates)
+        return 1 + min(self.settings.num_nodes - 1, sum(level.tokens.shape[1] for level in self._levels))
 
     def best_scores(self, count: int) -> torch.Tensor:
         """The cumulative log-probabilities of the best candidates of all levels, `[B, count]`, best first."""
-        return self._best(count)[0]
+        return self._ranked()[0][:, :count]
 
-    def expand(self, log_probs: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds the candidates of one level and picks the next frontier.
+    def expand(self, log_probs: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Adds the candidates of one level.
 
         Args:
-            log_probs (`torch.Tensor` of shape `[B, F, K]`): the K best log-probabilities at each of the F frontier
-                nodes (F is 1 at the root, K after it).
+            log_probs (`torch.Tensor` of shape `[B, F, K]`): the K best log-probabilities, best first, at each of the F
+                nodes of the frontier (F is 1 at the root, after it what `descend` was told).
             tokens (`torch.LongTensor` of shape `[B, F, K]`): their tokens.
+        """
+        scores = log_probs if self._scores is None else log_probs + self._scores.unsqueeze(2)
+        level = _Level(self._frontier, tokens.flatten(1), scores.flatten(1))
+        self._levels.append(level)
+        self._ranking = None
+        batch_size, width, top_k = log_probs.shape
+        if width == 1:
+            self._frontier = torch.arange(top_k, device=tokens.device).expand(batch_size, -1)
+            self._scores = level.scores
+        else:
+            self._scores, self._frontier = level.scores.topk(top_k, dim=1)
+
+    def descend(self, width: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Moves the frontier to the `width` best candidates of the last level.
 
         Returns:
-            The tokens of the next frontier (`[B, K]`), and for each the frontier node above it (`[B, K]`).
+            Their tokens (`[B, width]`), and for each the row of the node above it among the B * F rows of the frontier
+            before (`[B * width]`); `None` if that was one node.
         """
-        batch_size, _, top_k = log_probs.shape
-        if self._constants is None:
-            self._constants = _Constants(log_probs, top_k)
-        constants = self._constants
-        # A half-precision draft may overflow; the target decides anyway, but NaN would break the order.
-        scores = torch.fmax(log_probs, constants.lowest)
-        if self._frontier_scores is not None:
-            above = self._frontier_scores.unsqueeze(2)  # [B, F, 1]
-            # A log-probability of exactly 0 would tie a node with its parent, and top-k could keep the child alone.
-            scores = torch.minimum(scores + above, torch.nextafter(above, constants.minus_infinity))
-        flat_scores, flat_tokens = scores.flatten(1), tokens.flatten(1)  # [B, F * K]
-        self._tokens.append(flat_tokens)
-        self._scores.append(flat_scores)
-        self._parents.append(self._frontier.unsqueeze(2).expand(-1, -1, top_k).flatten(1))
-
-        if self._frontier_scores is None:
-            picked = torch.arange(top_k, device=tokens.device).expand(batch_size, -1)
-            self._frontier_scores = flat_scores
-        else:
-            self._frontier_scores, picked = flat_scores.topk(top_k, dim=1)
-        above_index = picked // top_k  # [B, K]
-        self._frontier = picked + self._num_candidates
-        self._num_candidates += flat_scores.shape[1]
-        self._ranking = None
-
-        own = constants.eye.expand(batch_size, -1, -1)
-        if self._ancestors is not None:
-            inherited = self._ancestors.gather(1, above_index.unsqueeze(2).expand(-1, -1, self._ancestors.shape[2]))
-            own = torch.cat([inherited, own], dim=2)
-        self._ancestors = own
-        return flat_tokens.gather(1, picked), above_index
+        level = self._levels[-1]
+        assert self._scores is not None
+        if width < self._frontier.shape[1]:
+            self._frontier, self._scores = self._frontier[:, :width], self._scores[:, :width]
+        tokens = level.tokens.gather(1, self._frontier)
+        if level.width == 1:
+            return tokens, None
+        above = self._frontier // (level.tokens.shape[1] // level.width)
+        batch_size = above.shape[0]
+        if batch_size > 1:
+            above = above + level.width * torch.arange(batch_size, device=above.device).unsqueeze(1)
+        return tokens, above.flatten()
 
     def finish(self, num_nodes: int | None = None) -> CandidateTree:
         """Keeps the best candidates of all levels, in flat order: as many as set, or fewer (`num_nodes`)."""
@@ -320,33 +300,57 @@ class TreeGrowth:
         num_kept = (self.num_nodes if num_nodes is None else min(num_nodes, self.num_nodes)) - 1
         if num_kept == 0:
             return CandidateTree.from_parents(root, torch.zeros_like(root), max_depth=0)
-        tokens, parents = (torch.cat(part, dim=1) for part in (self._tokens, self._parents))
-        kept, order = self._best(num_kept)[1].sort(dim=1)  # [B, N - 1]
-        scores = self._best(num_kept)[0].gather(1, order)
-        kept_parents = parents.gather(1, kept)
+        scores, numbers = (part[:, :num_kept] for part in self._ranked())
+        kept, order = numbers.sort(dim=1)  # [B, N - 1]
+        scores, kept_parents = scores.gather(1, order), self._parents().gather(1, kept)
         # The parent of a kept candidate is kept too, so its place among the kept is its node number less one; the
         # root (-1) sorts before all of them.
         parent_nodes = torch.where(kept_parents < 0, 0, torch.searchsorted(kept, kept_parents) + 1)
+        tokens = torch.cat([level.tokens for level in self._levels], dim=1).gather(1, kept)
         return CandidateTree.from_parents(
-            torch.cat([root, tokens.gather(1, kept)], dim=1),
-            torch.cat([torch.zeros_like(root), parent_nodes], dim=1),
-            max_depth=len(self._tokens),
-            scores=torch.cat([torch.zeros_like(scores[:, :1]), scores], dim=1),
+            torch.cat([root, tokens], dim=1),
+            functional.pad(parent_nodes, (1, 0)),
+            max_depth=len(self._levels),
+            scores=functional.pad(scores, (1, 0)),
         )
 
-    def _best(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._ranking is None or self._ranking[0].shape[1] < count:
-            self._ranking = tuple(torch.cat(self._scores, dim=1).topk(count, dim=1))
-        return self._ranking[0][:, :count], self._ranking[1][:, :count]
+    def _ranked(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._ranking is None:
+            scores = _finite(torch.cat([level.scores for level in self._levels], dim=1))
+            # A log-probability of exactly 0 ties a node with its parent. Stable, since the parent comes first.
+            self._ranking = torch.sort(scores, dim=1, descending=True, stable=True)
+        return self._ranking
+
+    def _parents(self) -> torch.Tensor:
+        """Of all candidates the number of the candidate above, -1 for the root: `[B, C]`."""
+        firsts, number = [-1], 0  # of each level's parents: the number of the first candidate beside them
+        for level in self._levels[:-1]:
+            firsts.append(number)
+            number += level.tokens.shape[1]
+        offsets = [first for first, level in zip(firsts, self._levels, strict=True) for _ in range(level.width)]
+        parents = torch.cat([level.parents for level in self._levels], dim=1)
+        parents = parents + torch.tensor(offsets, device=parents.device)
+        top_k = self._levels[0].tokens.shape[1]
+        return parents.unsqueeze(2).expand(-1, -1, top_k).flatten(1)
 
 
-class _Constants:
-    """What every level needs, made once for a tree."""
+@dataclass(frozen=True)
+class _Level:
+    """Candidates of one level: their parents' places among those of the level above `[B, F]`, their tokens and their
+    cumulative log-probabilities, both `[B, F * K]`."""
 
-    def __init__(self, log_probs: torch.Tensor, top_k: int):
-        self.lowest = log_probs.new_full((), MIN_LOG_PROB)
-        self.minus_infinity = log_probs.new_full((), -math.inf)
-        self.eye = torch.eye(top_k, dtype=torch.bool, device=log_probs.device)
+    parents: torch.Tensor
+    tokens: torch.Tensor
+    scores: torch.Tensor
+
+    @property
+    def width(self) -> int:
+        return self.parents.shape[1]
+
+
+def _finite(scores: torch.Tensor) -> torch.Tensor:
+    """A half-precision draft may overflow. The target decides anyway, but NaN would break the order."""
+    return scores.nan_to_num(nan=_LOWEST_LOG_PROB, neginf=_LOWEST_LOG_PROB)
 
 
 __all__ = ["CandidateTree", "TreeGrowth", "TreeSettings"]

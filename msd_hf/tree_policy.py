@@ -9,7 +9,7 @@ from itertools import accumulate
 
 import torch
 
-from .experience import Experience
+from .experience import Experience, level_widths
 from .modeling_msd import MSDDraftModel
 from .targets import TargetAdapter
 from .tree import CandidateTree, TreeGrowth, TreeSettings
@@ -40,9 +40,9 @@ class TreePolicy:
         """
         return self.settings.limited_to(tokens_left)
 
-    def goes_deeper(self, growth: TreeGrowth) -> bool:
-        """Whether the tree gets another level; asked before each expansion but the first."""
-        return True
+    def width(self, growth: TreeGrowth) -> int:
+        """How many nodes of the last level are expanded, 0 for none; asked before each expansion but the first."""
+        return growth.frontier_scores.shape[1]
 
     def num_nodes(self, growth: TreeGrowth) -> int:
         """Nodes that the full-grown tree keeps, the root included."""
@@ -81,47 +81,77 @@ class AdaptiveTreePolicy(TreePolicy):
         self._num_levels = 0
         self._explored: int | None = None  # nodes that this round is to have, to learn what they cost
         self._reach: float | None = None
+        self._level: tuple[int, float] | None = None  # width of the level being drafted, and when it began
 
     def begin_round(self, tokens_left: int | None, num_slots: int) -> TreeSettings:
         self.experience.enter_context(num_slots)
         self._began = self._clock()
-        self._num_levels, self._reach = 0, None
+        self._num_levels, self._reach, self._level = 0, None, None
+        self._prices = {width: self._price(width) for width in level_widths(self.settings.top_k)}
         self._explored = self.experience.next_to_explore()
         self._drafts = self.experience.drafting_pays() if self._explored is None else self._explored > 1
         if not self._drafts:
             return TreeSettings(1, 0, self.settings.top_k)
         return self.settings.limited_to(tokens_left)
 
-    def goes_deeper(self, growth: TreeGrowth) -> bool:
+    def width(self, growth: TreeGrowth) -> int:
+        self._end_level()
         self._num_levels += 1
+        width = self._choose_width(growth)
+        if self.reads_scores and width:
+            self._level = (width, self._clock())
+        return width
+
+    def _choose_width(self, growth: TreeGrowth) -> int:
+        widest = growth.settings.top_k
         if self._explored is not None:
-            return growth.num_nodes < self._explored
-        if self.reads_scores:
-            scores = growth.frontier_scores.tolist()
-            reach = sum(min(1.0, sum(map(self.experience.acceptance, row))) for row in scores) / len(scores)
-        else:
+            if growth.num_nodes >= self._explored:
+                return 0
+            return self.experience.width_to_explore(widest) if self.reads_scores else widest
+        if not self.reads_scores:
             reach = self.experience.reach(self._num_levels)
-        # How much less than its parents' a level is reached; the next one is taken to be reached as much less again.
+            return widest if reach * self._step(reach) > self._prices[widest] else 0
+        chances = self._chances(growth.frontier_scores)
+        step = self._step(min(1.0, sum(chances)))
+        gains = {width: min(1.0, sum(chances[:width])) * step - price for width, price in self._prices.items()}
+        best = max(gains, key=gains.__getitem__)
+        return best if gains[best] > 0.0 else 0
+
+    def _step(self, reach: float) -> float:
+        """How much less than its parents' a level is reached; the next one is taken to be as much less again."""
         step = 1.0 if not self._reach else min(1.0, reach / self._reach)
         self._reach = reach
-        gain, price = reach * step, self.experience.price_of_level()
-        return gain > (_INITIAL_REACH if price is None else price)
+        return step
+
+    def _chances(self, scores: torch.Tensor) -> list[float]:
+        """How likely nodes of such scores (`[B, N]`) are accepted, in the mean over a batch."""
+        acceptance = self.experience.acceptance
+        rows = [[acceptance(score) for score in row] for row in scores.tolist()]
+        return rows[0] if len(rows) == 1 else [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+
+    def _price(self, width: int) -> float:
+        price = self.experience.price_of_level(width)
+        return _INITIAL_REACH if price is None else price
+
+    def _end_level(self) -> None:
+        if self._level is not None:
+            width, began = self._level
+            self.experience.add_level(width, self._clock() - began)
+            self._level = None
 
     def num_nodes(self, growth: TreeGrowth) -> int:
+        self._end_level()
         most = growth.num_nodes
         self._num_levels = growth.num_levels
         if self._explored is not None:
             return min(most, self._explored)
         if not self.reads_scores:
             return min(most, self.experience.affordable_nodes())
-        rows = [[self.experience.acceptance(score) for score in row] for row in growth.best_scores(most - 1).tolist()]
-        gains = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+        chances = self._chances(growth.best_scores(most - 1))
         spent = self._clock() - self._began
-        rates = [
-            tokens / (spent + self.experience.seconds_of(nodes))
-            for nodes, tokens in enumerate(accumulate(gains, initial=1.0), start=1)
-        ]
-        return max(range(1, len(rates) + 1), key=lambda nodes: rates[nodes - 1])
+        costs = self.experience.seconds_up_to(most)
+        rates = [tokens / (spent + cost) for tokens, cost in zip(accumulate(chances, initial=1.0), costs, strict=True)]
+        return 1 + max(range(most), key=rates.__getitem__)
 
     def begin_verification(self) -> None:
         self._drafted = self._clock()
@@ -134,8 +164,8 @@ class AdaptiveTreePolicy(TreePolicy):
         emitted = sum(len(path) for path in paths) / len(paths)
         if self._explored is not None or self.reads_scores:
             experience.add_verification(num_nodes, self._verified - self._drafted)
-            if self._drafts:
-                experience.add_drafting(self._num_levels, self._drafted - self._began)
+        if self._explored is not None and self._drafts and not self.reads_scores:
+            experience.add_level(self.settings.top_k, (self._drafted - self._began) / self._num_levels)
         if self._drafts and tree.scores is not None:
             # What a branch brought says nothing of the draft.
             num_drafted = tree.scores.shape[1]
@@ -170,6 +200,7 @@ def make_tree_policy(settings: TreeSettings, draft: MSDDraftModel, adapter: Targ
         adapter.target.dtype,
         batch_size,
         adapter.target.config._attn_implementation,
+        settings,
     )
     experience = kinds.setdefault(key, Experience(settings.num_nodes))
     return AdaptiveTreePolicy(settings, experience, reads_scores=draft.device.type == "cpu")

@@ -62,25 +62,29 @@ def test_trees_of_three_rounds_reproduce_the_original(name, dtype, tmp_path):
             assert torch.equal(tree.ancestors[0], values[f"r{number}.tree_mask"].bool())
 
 
-def random_growth(settings: TreeSettings, batch_size: int, vocab_size: int = 30, sharpness: float = 1.0):
+def random_growth(settings: TreeSettings, batch_size: int, sharpness: float = 1.0, widths=(10,), vocab_size: int = 30):
     growth = TreeGrowth(torch.arange(batch_size), settings)
     frontier = 1
-    for _ in range(settings.depth + 1):
+    for level in range(settings.depth + 1):
+        if level:
+            frontier = min(settings.top_k, widths[level % len(widths)])
+            growth.descend(frontier)
         logits = sharpness * torch.randn(batch_size, frontier, vocab_size)
-        log_probs, tokens = logits.log_softmax(-1).topk(settings.top_k)
-        growth.expand(log_probs, tokens)
-        frontier = settings.top_k
+        growth.expand(*logits.log_softmax(-1).topk(settings.top_k))
     return growth.finish()
 
 
+@pytest.mark.parametrize("widths", [(10,), (1,), (2, 1, 3)])
 @pytest.mark.parametrize("sharpness", [0.0, 1.0, 1e4])
 @pytest.mark.parametrize("settings", [(1, 5, 10), (2, 0, 3), (59, 5, 10), (8, 7, 1), (500, 2, 3), (16, 0, 10)])
-def test_every_tree_is_well_formed(settings, sharpness):
-    """Also when log-probabilities are exactly 0 (sharpness 1e4), so that a child ties with its parent."""
+def test_every_tree_is_well_formed(settings, sharpness, widths):
+    """Also when log-probabilities are exactly 0 (sharpness 1e4), so that a child ties with its parent, and when levels
+    differ in width."""
     torch.manual_seed(0)
     settings = TreeSettings(*settings)
-    tree = random_growth(settings, batch_size=3, sharpness=sharpness)
-    available = 1 + settings.top_k + settings.depth * settings.top_k**2
+    tree = random_growth(settings, batch_size=3, sharpness=sharpness, widths=widths)
+    expanded = [1] + [min(settings.top_k, widths[level % len(widths)]) for level in range(1, settings.depth + 1)]
+    available = 1 + settings.top_k * sum(expanded)
     assert tree.tokens.shape == (3, min(settings.num_nodes, available))
     for row in range(3):
         parents, tokens, depths = tree.parents[row].tolist(), tree.tokens[row].tolist(), tree.depths[row].tolist()
@@ -104,6 +108,8 @@ def test_a_sure_draft_gives_a_chain_down_to_the_last_level():
     settings = TreeSettings(num_nodes=7, depth=5, top_k=4)
     growth = TreeGrowth(torch.tensor([9]), settings)
     for level in range(6):
+        if level:
+            growth.descend(4)
         log_probs = torch.full((1, 1 if level == 0 else 4, 4), -torch.inf)
         log_probs[..., 0] = 0.0
         growth.expand(log_probs, torch.arange(4).expand_as(log_probs).contiguous())

@@ -61,12 +61,14 @@ def taught(costs: dict[int, float], tokens_a_round: float = 3.0, level: float = 
     """An experience of so many seconds for a verification of so many nodes."""
     experience = Experience(64)
     experience.enter_context(100)
+    experience.add_round(True, tokens_a_round, 2 * level + costs[16], 0.0)
     for _ in range(100):
         size = experience.next_to_explore()
         if size is not None:
             experience.add_verification(size, costs[size])
     for _ in range(10):
-        experience.add_drafting(2, 2 * level)
+        experience.add_level(4, level)
+        experience.add_level(1, level)
         experience.add_round(True, tokens_a_round, 2 * level + costs[16], 0.0)
         experience.add_round(False, 1.0, costs[1], 0.0)
     return experience
@@ -85,6 +87,32 @@ def test_costs_are_interpolated_between_sizes():
     assert {experience.next_to_explore() for _ in range(40)} == {None, 1, 4, 8, 16, 32, 64}
 
 
+def test_large_trees_are_not_tried_before_a_draft_is_of_use():
+    experience = Experience(64)
+    experience.enter_context(100)
+    experience.add_round(True, 1.0, 1.0, 0.0)
+    assert {experience.next_to_explore() for _ in range(60)} == {None, 1, 4, 8, 16}
+    experience.add_round(True, 1.5, 1.0, 0.0)
+    assert {experience.next_to_explore() for _ in range(60)} == {None, 32, 64}
+
+
+def test_levels_become_as_wide_as_pays():
+    """Two candidates of which either may be right: both are expanded where that costs little more than one."""
+    settings = TreeSettings(64, 15, 4, is_auto=True)
+    widths = []
+    for dear in (1.1, 3.0):
+        experience = taught(FLAT, level=0.2)
+        for _ in range(20):
+            experience.add_level(1, 0.2)
+            for width in (2, 4):
+                experience.add_level(width, 0.2 * dear * width / 2)
+        policy = AdaptiveTreePolicy(settings, experience, reads_scores=True)
+        growth = TreeGrowth(torch.zeros(1, dtype=torch.long), policy.begin_round(None, 100))
+        growth.expand(torch.tensor([[[0.5, 0.45, 0.04, 0.01]]]).log(), torch.arange(4).view(1, 1, 4))
+        widths.append(policy.width(growth))
+    assert widths == [2, 1]
+
+
 def test_acceptance_is_the_drafts_own_probability_until_it_is_known_better():
     experience = Experience(64)
     assert experience.acceptance(math.log(0.4)) == pytest.approx(0.4)
@@ -100,12 +128,14 @@ def grow(probabilities: list[float], policy: AdaptiveTreePolicy) -> tuple[int, i
     growth = TreeGrowth(torch.zeros(1, dtype=torch.long), settings)
     width = 1
     for level, probability in enumerate(probabilities):
-        if level and not policy.goes_deeper(growth):
-            break
+        if level:
+            width = policy.width(growth)
+            if width == 0:
+                break
+            growth.descend(width)
         rest = (1 - probability) / 3
         log_probs = torch.tensor([probability, rest, rest, rest]).log().expand(1, width, 4)
         growth.expand(log_probs, torch.arange(4).expand(1, width, 4))
-        width = 4
     return growth.num_levels, policy.num_nodes(growth)
 
 
