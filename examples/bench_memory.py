@@ -56,8 +56,8 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> tuple[int, 
         result = function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before, result
-    # The resident set also holds what the system's allocator keeps, which differs from run to run. The profiler is told
-    # of every allocation of a tensor, also of those within an operation.
+    # The resident set also holds what the system's allocator keeps, which differs from run to run. The profiler is
+    # told of every allocation of a tensor, also of those within an operation.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
     held = peak = 0
@@ -119,9 +119,9 @@ def main() -> None:
 
     console = Console(width=100)
     console.print(
-        f"Peak memory: hidden {args.hidden}, {args.layers} layers, vocabulary {args.vocabulary:,}, context "
-        f"{args.context:,}, {args.new_tokens} new tokens of at most {args.limit or args.new_tokens}, {args.nodes} nodes, "
-        f"depth {args.depth}, top-k {args.top_k}, {args.dtype}, {device.type}"
+        f"Peak memory: hidden {args.hidden}, {args.layers} layers, vocabulary {args.vocabulary:,}, "
+        f"context {args.context:,}, {args.new_tokens} new tokens of at most {arguments['max_new_tokens']}, "
+        f"{args.nodes} nodes, depth {args.depth}, top-k {args.top_k}, {args.dtype}, {device.type}"
     )
     table = Table("", "MB", title="the target's weights left out")
     table.columns[1].justify = "right"
