@@ -25,7 +25,7 @@ from .static_cache import leave_buffers, make_static
 from .suffix_branch import SuffixBranches
 from .target_support import layer_windows
 from .targets import TargetAdapter
-from .tree import TreeSettings
+from .tree import CandidateTree, TreeSettings
 from .tree_policy import make_tree_policy
 from .verification import verify
 
@@ -110,7 +110,10 @@ def msd_decoding(
             limits = policy.begin_round(selector.tokens_left, running.context.num_slots)
             roots = torch.tensor(running.tokens, device=draft.device)
             with phase("tree"):
-                tree = generator.propose(roots, limits, policy.goes_deeper, policy.num_nodes)
+                if limits.num_nodes == 1:
+                    tree = _bare(roots)
+                else:
+                    tree = generator.propose(roots, limits, policy.goes_deeper, policy.num_nodes)
                 tree = branches.added_to(tree, limits.suffix_nodes)
             tree = tree.to(running.next_position.device)
             if selector.padded_rows:
@@ -161,6 +164,13 @@ def msd_decoding(
         acceptance_lengths=selector.acceptance_lengths,
         **{CACHE_NAME: cache},
     )
+
+
+def _bare(roots: torch.Tensor) -> CandidateTree:
+    """Trees of a root (`[B]`) alone, for rounds without drafting, which should cost what a step of `generate` does."""
+    tokens = roots.unsqueeze(1)
+    zeros = torch.zeros_like(tokens)
+    return CandidateTree(tokens, zeros, zeros, torch.ones_like(tokens, dtype=torch.bool).unsqueeze(2), max_depth=0)
 
 
 def _drop_ended(

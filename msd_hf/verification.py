@@ -78,7 +78,7 @@ def _verify_argmax(tree: CandidateTree, logits: torch.Tensor, selector: BatchSel
     for group, (place,), _ in selector.groups():
         nodes = [node for node in accepted_lists[place] if node >= 0]
         tokens = [choice_lists[place][node] for node in nodes]
-        count = group.extend(tokens, logits[place, nodes])
+        count = group.extend(tokens, logits[place], nodes)
         result.paths.append(nodes[:count])
         result.tokens.append(tokens[:count])
         result.num_draft_tokens.append(min(len(nodes) - 1, count))
