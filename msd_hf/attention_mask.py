@@ -36,6 +36,11 @@ class ContextSlots:
         """Whether some rows use fewer slots than others."""
         return min(self.lengths) != max(self.lengths)
 
+    @property
+    def hides_slots(self) -> bool:
+        """Whether there are slots that some row may not see."""
+        return self.prompt_mask is not None or self.is_ragged
+
     def grow(self, counts: Sequence[int]) -> None:
         """Adds to each row's slots."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]

@@ -17,16 +17,19 @@ from .attention_mask import ContextSlots
 # `cache`, before it was `past_key_values`.
 CACHE_NAME: str = ALL_CACHE_NAMES[0]
 
-MIN_CAPACITY = 256
+# A full buffer is replaced by one with room for so many slots more, or for this part of those that it needs. Twice the
+# size would hold a whole second context that may never come: answers end before their length limit.
+MIN_ROOM = 64
+ROOM = 1 / 8
 
 
 class InPlaceLayer(DynamicLayer):
     """A `DynamicLayer` whose `keys` and `values` (`[B, heads, slots, head_dim]`) are views of preallocated buffers.
 
     `DynamicLayer.update` concatenates, which copies the whole layer at every step. Here new slots are written behind
-    the old ones, and a buffer that is full is replaced by one of twice the size. Everything else that `generate` does
-    with a layer (crop, reorder, repeat) is inherited: it may replace `keys` by another tensor, which the next update
-    takes over.
+    the old ones, and a buffer that is full is replaced by one with more room. One that a whole prompt fills has none:
+    a forward over a prompt is where most memory is needed. Everything else that `generate` does with a layer (crop,
+    reorder, repeat) is inherited: it may replace `keys` by another tensor, which the next update takes over.
 
     Args:
         max_slots (`int`, *optional*): no more than this many slots are allocated ahead of need.
@@ -39,6 +42,7 @@ class InPlaceLayer(DynamicLayer):
         super().__init__()
         self.max_slots = max_slots
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._views: tuple[torch.Tensor, torch.Tensor] | None = None  # of the buffers, as the last update left them
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -52,7 +56,7 @@ class InPlaceLayer(DynamicLayer):
         key_buffer, value_buffer = self._buffers
         key_buffer[:, :, start:end] = key_states
         value_buffer[:, :, start:end] = value_states
-        self.keys, self.values = key_buffer[:, :, :end], value_buffer[:, :, :end]
+        self.keys, self.values = self._views = key_buffer[:, :, :end], value_buffer[:, :, :end]
         # A whole prompt is attended to as it came: not every attention kernel likes gaps between heads.
         return (self.keys, self.values) if start else (key_states, value_states)
 
@@ -87,16 +91,18 @@ class InPlaceLayer(DynamicLayer):
 
     def truncate(self, length: int) -> None:
         """Drops the slots from `length` on. Copies nothing."""
-        if self.is_initialized:
+        if self.is_initialized and length < self.get_seq_length():
             self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
 
     def reset(self) -> None:
         super().reset()
-        self._buffers = None
+        self._buffers = self._views = None
 
     def _shows_buffers(self) -> bool:
         """Whether `keys` and `values` still are views of the buffers, and not tensors that someone put there."""
         assert self._buffers is not None
+        if self._views is not None and self.keys is self._views[0] and self.values is self._views[1]:
+            return True  # the same is found below, in more time
         return all(
             view.shape[:-2] == buffer.shape[:-2] and view.data_ptr() == buffer.data_ptr()
             for view, buffer in zip((self.keys, self.values), self._buffers, strict=True)
@@ -105,7 +111,7 @@ class InPlaceLayer(DynamicLayer):
     def _reserve(
         self, key_states: torch.Tensor, value_states: torch.Tensor, held: int, needed: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        slots = max(2 * needed, MIN_CAPACITY)
+        slots = needed + max(int(ROOM * needed), MIN_ROOM) if held else needed
         if self.max_slots is not None:
             slots = max(min(slots, self.max_slots), needed)
         # Values may have another head size than keys.

@@ -162,10 +162,10 @@ class MSDCandidateGenerator:
             policy (`TreePolicy`, *optional*): chooses how wide and deep they become within these, and how many nodes
                 are kept in the end.
         """
+        if settings.num_nodes == 1:
+            return CandidateTree.bare(roots)
         policy = policy or TreePolicy(settings)
         growth = TreeGrowth(roots, settings)
-        if settings.num_nodes == 1:
-            return growth.finish()
         self.feed_pending()
         batch_size, dtype = roots.shape[0], self.draft.dtype
         states = self._last_state

@@ -106,6 +106,9 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each method, in turns.")] = 3,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on behind the end of an answer, to the length limit.")
+    ] = False,
     seed: Seed = 0,
     shape: Annotated[
         str | None, typer.Option(help="Random weights in a published shape: llava-1.5-7b, llava-1.5-13b, ...")
@@ -156,7 +159,16 @@ def bench(
         model, _ = _load_target(target, dtype, device)
         draft_model = draft_model.to(device=model.device, dtype=model.dtype)
         report = report_pair(
-            model, draft_model, prompts, methods, repeats, max_new_tokens, min_answer_tokens, temperature, seed
+            model,
+            draft_model,
+            prompts,
+            methods,
+            repeats,
+            max_new_tokens,
+            min_answer_tokens,
+            temperature,
+            seed,
+            ignore_eos,
         )
     print_report(report, console)
     if output is not None:

@@ -129,13 +129,15 @@ def msd_decoding(
                 running.accept(verified, paths)
             selector.end_round(verified.counts, verified.num_draft_tokens)
             if keeps_cache or not selector.finished:
-                states = verification.hidden_states  # [B, N, W]
-                index = paths.to(states.device).unsqueeze(2).expand(-1, -1, states.shape[2])
-                emitted, states = _padded(verified.tokens, draft.device), states.gather(1, index)
+                emitted, states = _padded(verified.tokens, draft.device), verification.hidden_states  # [B, N, W]
+                if tree.tokens.shape[1] > 1:
+                    index = paths.to(states.device).unsqueeze(2).expand(-1, -1, states.shape[2])
+                    states = states.gather(1, index)
                 if limits.num_nodes == 1:
                     generator.wait(emitted, states)
                 else:
                     generator.accept(emitted, states, verified.counts)
+            del verification  # its logits are not to be held beside those of the next round
             policy.end_round(tree, verified.paths)
 
     if streamer is not None:

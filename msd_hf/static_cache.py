@@ -10,8 +10,10 @@ from torch import nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from .cache import MIN_CAPACITY, InPlaceLayer
+from .cache import InPlaceLayer
 
+
+MIN_CAPACITY = 256
 
 Buffers = tuple[torch.Tensor, torch.Tensor]
 

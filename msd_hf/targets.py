@@ -259,14 +259,12 @@ class TargetAdapter:
         replaced: dict[str, Any],
         output_flags: dict[str, bool],
     ) -> TargetVerification:
-        masks = {
-            kind: tree_attention_mask(tree.ancestors, context, self._dtype, window, tree.depths)
-            for kind, window in self.windows.items()
-        }
-        if replaced:
-            num_slots = capacity(replaced[CACHE_NAME])
-            masks = {kind: widen_mask(mask, mask.shape[2], num_slots) for kind, mask in masks.items()}
-        mask = masks if len(masks) > 1 else next(iter(masks.values()))
+        sees_all = tree.tokens.shape[1] == 1 and not context.hides_slots and not any(self.windows.values())
+        if sees_all and not replaced:
+            # As in a step of `generate`: attention is faster without a mask.
+            mask: Any = None
+        else:
+            mask = self._tree_masks(tree, context, replaced)
         position_ids = next_position + tree.depths
         with (
             self._observe(attention_mask=mask, position_ids=position_ids, **replaced) as seen,
@@ -284,6 +282,16 @@ class TargetAdapter:
                 **output_flags,
             )
         return TargetVerification(outputs.logits, seen.hidden_states, outputs)
+
+    def _tree_masks(self, tree: CandidateTree, context: ContextSlots, replaced: dict[str, Any]) -> Any:
+        masks = {
+            kind: tree_attention_mask(tree.ancestors, context, self._dtype, window, tree.depths)
+            for kind, window in self.windows.items()
+        }
+        if replaced:
+            num_slots = capacity(replaced[CACHE_NAME])
+            masks = {kind: widen_mask(mask, mask.shape[2], num_slots) for kind, mask in masks.items()}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
 
     @contextmanager
     def _attention_with_tree_mask(self) -> Iterator[None]:

@@ -108,20 +108,21 @@ class TokenSelector:
         self._emit(tokens, raw, scores)
         return tokens
 
-    def extend(self, tokens: list[int], logits: torch.Tensor) -> int:
+    def extend(self, tokens: list[int], logits: torch.Tensor, nodes: Sequence[int]) -> int:
         """
         Emits tokens of a single row that were already chosen by argmax, up to the one that ends the sequence.
 
         Args:
             tokens (`list[int]`): n tokens.
-            logits (`torch.Tensor` of shape `[n, V]`): the target's, for each of them; read only if they are kept.
+            logits (`torch.Tensor` of shape `[N, V]`): the target's at the nodes of a tree; read only if they are kept.
+            nodes (`Sequence[int]`): the n nodes at which the tokens were chosen.
 
         Returns:
             How many tokens were emitted.
         """
         keep = self.scores is not None or self.logits is not None
-        for count, token in enumerate(tokens, start=1):
-            row = logits[count - 1 : count].to(copy=True, dtype=torch.float32) if keep else None
+        for count, (token, node) in enumerate(zip(tokens, nodes, strict=True), start=1):
+            row = logits[node : node + 1].to(copy=True, dtype=torch.float32) if keep else None
             self._emit([token], row, row)
             if self.finished:
                 return count

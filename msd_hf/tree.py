@@ -136,6 +136,13 @@ class CandidateTree:
         return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, max_depth, scores)
 
     @classmethod
+    def bare(cls, roots: torch.Tensor) -> CandidateTree:
+        """Trees of a root (`[B]`) alone."""
+        tokens = roots.unsqueeze(1)
+        zeros = torch.zeros_like(tokens)
+        return cls(tokens, zeros, zeros, torch.ones_like(tokens, dtype=torch.bool).unsqueeze(2), max_depth=0)
+
+    @classmethod
     def chain(cls, tokens: torch.Tensor) -> CandidateTree:
         """A chain of `tokens` (`[B, N]`) in each row."""
         num_nodes = tokens.shape[1]
@@ -296,10 +303,9 @@ class TreeGrowth:
 
     def finish(self, num_nodes: int | None = None) -> CandidateTree:
         """Keeps the best candidates of all levels, in flat order: as many as set, or fewer (`num_nodes`)."""
-        root = self.root.unsqueeze(1)
         num_kept = (self.num_nodes if num_nodes is None else min(num_nodes, self.num_nodes)) - 1
         if num_kept == 0:
-            return CandidateTree.from_parents(root, torch.zeros_like(root), max_depth=0)
+            return CandidateTree.bare(self.root)
         scores, numbers = (part[:, :num_kept] for part in self._ranked())
         kept, order = numbers.sort(dim=1)  # [B, N - 1]
         scores, kept_parents = scores.gather(1, order), self._parents().gather(1, kept)
@@ -308,7 +314,7 @@ class TreeGrowth:
         parent_nodes = torch.where(kept_parents < 0, 0, torch.searchsorted(kept, kept_parents) + 1)
         tokens = torch.cat([level.tokens for level in self._levels], dim=1).gather(1, kept)
         return CandidateTree.from_parents(
-            torch.cat([root, tokens], dim=1),
+            torch.cat([self.root.unsqueeze(1), tokens], dim=1),
             functional.pad(parent_nodes, (1, 0)),
             max_depth=len(self._levels),
             scores=functional.pad(scores, (1, 0)),

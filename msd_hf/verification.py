@@ -65,17 +65,20 @@ def match_argmax(tree: CandidateTree, choices: torch.Tensor) -> torch.Tensor:
 
 
 def _verify_argmax(tree: CandidateTree, logits: torch.Tensor, selector: BatchSelector) -> Verification:
-    # float32 as `generate` does: a tie that arises there is resolved there.
-    choices = logits.float().argmax(-1)
-    accepted = match_argmax(tree, choices)
-    numbers = torch.arange(accepted.shape[1], device=accepted.device)
-    # One read-back a round. Flat order makes an increasing list of nodes a path.
-    accepted_lists, choice_lists = torch.stack([torch.where(accepted, numbers, -1), choices]).tolist()
+    # float32 as `generate` does: a tie that arises there is resolved there. None arises from fewer bits.
+    choices = (logits.float() if logits.dtype == torch.float64 else logits).argmax(-1)
+    if choices.shape[1] == 1:
+        accepted_lists, choice_lists = [[0]] * len(choices), choices.tolist()
+    else:
+        accepted = match_argmax(tree, choices)
+        numbers = torch.arange(accepted.shape[1], device=accepted.device)
+        # One read-back a round. Flat order makes an increasing list of nodes a path.
+        accepted_lists, choice_lists = torch.stack([torch.where(accepted, numbers, -1), choices]).tolist()
     result = Verification([], [], [])
     for group, (place,), _ in selector.groups():
         nodes = [node for node in accepted_lists[place] if node >= 0]
         tokens = [choice_lists[place][node] for node in nodes]
-        count = group.extend(tokens, logits[place, nodes])
+        count = group.extend(tokens, logits[place], nodes)
         result.paths.append(nodes[:count])
         result.tokens.append(tokens[:count])
         result.num_draft_tokens.append(min(len(nodes) - 1, count))

@@ -13,7 +13,18 @@ from msd_hf.errors import MSDDataError, MSDError
 from msd_hf.evaluation import comparison as comparison_module
 from msd_hf.evaluation.bench import run_bench
 from msd_hf.evaluation.bench_prompts import BenchPrompt, first_questions
-from msd_hf.evaluation.methods import AUTO, CHAIN, METHODS, PROMPT_LOOKUP, TREE, VANILLA, Method, choose_methods
+from msd_hf.evaluation.make_report import report_pair
+from msd_hf.evaluation.methods import (
+    AUTO,
+    CHAIN,
+    METHODS,
+    PROMPT_LOOKUP,
+    TREE,
+    USELESS_DRAFT,
+    VANILLA,
+    Method,
+    choose_methods,
+)
 from msd_hf.evaluation.summary import find_warnings, summarize
 from msd_hf.evaluation.timed_run import TimedRun, timed_generate
 from msd_hf.toy import make_scene, render
@@ -108,6 +119,39 @@ def test_a_method_changes_the_draft_only_while_it_runs():
     assert draft.generation_config is before and before.tree_top_k == 3 and before.num_assistant_tokens == 12
     with pytest.raises(MSDError, match="'tree' needs a draft"), TREE.prepared(target, None):
         pass
+
+
+def test_a_useless_draft_is_the_same_one_in_all_runs():
+    """What was learnt about it, that it does not pay, is kept with it."""
+    target = build_target()
+    state = torch.get_rng_state()
+    with USELESS_DRAFT.prepared(target, None) as arguments:
+        draft = arguments["assistant_model"]
+        assert draft.generation_config.num_assistant_tokens == "auto" and draft.generation_config.tree_depth is None
+    with USELESS_DRAFT.prepared(target, pair(0).draft) as arguments:
+        assert arguments["assistant_model"] is draft
+    assert torch.equal(torch.get_rng_state(), state)  # sampling is not disturbed
+    with USELESS_DRAFT.prepared(build_target(), None) as arguments:
+        other = arguments["assistant_model"]
+        assert other is not draft and torch.equal(other.fc.weight, draft.fc.weight)
+
+
+def test_answers_go_on_behind_their_end():
+    target, draft = pair(0).target, pair(0).with_tree(12, 3, 3)
+    answer = timed_generate(target, prompt(*TEXT), **ARGUMENTS).tokens
+    own, target.generation_config.eos_token_id = target.generation_config.eos_token_id, answer[3]
+    try:
+        methods, numbers = [VANILLA, TREE, USELESS_DRAFT], {"repeats": 1, "max_new_tokens": 16}
+        short, long = (
+            report_pair(target, draft, prompts(TEXT), methods, **numbers, ignore_eos=ignore_eos)
+            for ignore_eos in (False, True)
+        )
+    finally:
+        target.generation_config.eos_token_id = own
+    assert short["prompts"][0]["new_tokens"] <= 4 and "ignore_eos" not in short["settings"]
+    assert long["prompts"][0]["new_tokens"] == 16 and long["settings"]["ignore_eos"] is True
+    assert {figures["agreement"]["share"] for figures in long["methods"].values()} == {1.0}
+    assert long["methods"]["useless-draft"]["tau"] < 1.5 < long["methods"]["tree"]["tau"]
 
 
 def test_vanilla_and_the_tree_are_always_there():

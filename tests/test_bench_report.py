@@ -159,13 +159,14 @@ def test_the_command_compares_on_conversations(tmp_path, run):
     turns = [{"from": "human", "value": "<image>\nDescribe the picture."}, {"from": "gpt", "value": "Red."}]
     (tmp_path / "data.json").write_text(json.dumps([{"id": "red", "image": "red.png", "conversations": turns}]))
     pair = ("--target", TARGET_DIR, "--draft", DRAFT_DIR)
-    fast = ("--repeats", 1, "--max-new-tokens", 8, "--baseline", "vanilla", "--output", tmp_path / "out")
-    code, out, err = run("bench", *pair, "--data", tmp_path / "data.json", *fast)
+    fast = ("--repeats", 1, "--max-new-tokens", 8, "--ignore-eos", "--baseline", "vanilla")
+    code, out, err = run("bench", *pair, "--data", tmp_path / "data.json", *fast, "--output", tmp_path / "out")
     assert code == 0, err
     assert "Speed on 1 prompts" in out and "1/1 (100.0%)" in out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert list(report["methods"]) == ["vanilla", "tree"]
     assert report["methods"]["tree"]["agreement"]["share"] == 1.0
+    assert report["settings"]["ignore_eos"] is True
     assert report["prompts"][0]["name"] == "red" and report["prompts"][0]["group"] == "visual"
     assert report["environment"]["command"].startswith("msd-hf bench --target")
 

@@ -15,6 +15,12 @@ def states(length: int, batch_size: int = 2, heads: int = 3) -> tuple[torch.Tens
     return torch.randn(batch_size, heads, length, 4), torch.randn(batch_size, heads, length, 6)
 
 
+def capacity_of(layer: InPlaceLayer) -> int:
+    buffer = layer.keys._base
+    assert buffer is not None
+    return buffer.shape[-2]
+
+
 @pytest.mark.parametrize("max_slots", [None, 8, 1000])
 def test_behaves_like_a_dynamic_layer_under_everything_generate_does(max_slots):
     torch.manual_seed(0)
@@ -49,14 +55,38 @@ def test_behaves_like_a_dynamic_layer_under_everything_generate_does(max_slots):
 
 
 def test_grows_without_copying_what_it_holds():
-    layer = InPlaceLayer(max_slots=500)
-    layer.update(*states(260))
+    layer = InPlaceLayer(max_slots=320)
+    layer.update(*states(200))
+    assert capacity_of(layer) == 200  # nothing ahead of need beside the forward over a whole prompt
+    layer.update(*states(6))
     start = layer.keys.data_ptr()
-    for _ in range(40):
-        layer.update(*states(6))
-    assert layer.keys.data_ptr() == start and layer.get_seq_length() == 500
-    layer.update(*states(1))  # over the bound: it still works, in a new buffer
-    assert layer.keys.data_ptr() != start and layer.get_seq_length() == 501
+    assert capacity_of(layer) == 206 + 64
+    for _ in range(64):
+        layer.update(*states(1))
+    assert layer.keys.data_ptr() == start and layer.get_seq_length() == 270
+    layer.update(*states(1))
+    assert capacity_of(layer) == 320 and layer.get_seq_length() == 271  # not beyond the bound
+    layer.update(*states(60))  # over the bound: it still works
+    assert capacity_of(layer) == layer.get_seq_length() == 331
+
+
+def test_a_long_context_gets_more_room_at_a_time():
+    """Or every so many tokens all of it would be copied."""
+    layer = InPlaceLayer()
+    layer.update(*states(4000))
+    layer.update(*states(8))
+    assert capacity_of(layer) == 4008 + 501
+
+
+def test_dropping_nothing_leaves_the_views():
+    layer = InPlaceLayer()
+    layer.update(*states(5))
+    layer.update(*states(1))
+    keys = layer.keys
+    layer.truncate(6)
+    assert layer.keys is keys
+    layer.truncate(4)
+    assert layer.get_seq_length() == 4
 
 
 def test_keeps_accepted_slots_in_place():

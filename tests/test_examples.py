@@ -1,4 +1,4 @@
-"""The scripts of `examples/` as README shows them, with the bundled pair."""
+"""The scripts of `examples/` as README shows them, with the bundled pair; and the one that measures memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForImageTextToText
 
 from msd_hf.prompts import build_inputs, read_image
@@ -69,3 +70,38 @@ def test_chat(run, answers):
     assert printed[0].strip() == answers[PICTURE] and len(printed) == 2
     assert run("chat.py", "--image", str(DEMO_IMAGE), typed="\n".join(asked)).splitlines() == printed
     assert run("chat.py", "--say", COUNT).strip() == answers[COUNT]
+
+
+MEMORY_SHAPE = "--hidden 128 --heads 4 --intermediate 352 --layers 8 --vocabulary 1000 --context 600"
+
+
+@pytest.mark.parametrize("limit", [0, 300])
+def test_draft_and_tree_take_no_more_memory_than_allowed(run, limit):
+    """Also where the answer ends long before its limit."""
+    printed = run("bench_memory.py", *MEMORY_SHAPE.split(), "--new-tokens", "12", "--limit", str(limit))
+    figures = {
+        name: float(value)
+        for line in printed.splitlines()
+        if line.startswith("│")
+        for name, value in [(cell.strip() for cell in line.strip("│").split("│"))]
+    }
+    assert figures["its keys and values"] == pytest.approx(2 * 128 * 4 * 612 / 1e6, abs=0.01)
+    assert figures["64 slots of the target"] == pytest.approx(2 * 8 * 128 * 4 * 64 / 1e6, abs=0.01)
+    added = figures["with the draft and its weights"] - figures["`generate` alone"]
+    assert figures["added"] == pytest.approx(added, abs=0.011) and added > figures["the draft's weights"]
+    assert added < 1.1 * figures["allowed"]
+    assert "same tokens       yes" in printed
+
+
+def test_peak_memory_counts_what_is_held_at_a_time():
+    example = runpy.run_path(str(EXAMPLES / "bench_memory.py"))
+    before = torch.ones(1000)
+
+    def function():
+        for _ in range(3):
+            held = torch.ones(1000)
+        del held
+        return (before + 1) * 2
+
+    peak, result = example["peak_bytes"](function, torch.device("cpu"))
+    assert peak == pytest.approx(8000, abs=200) and result[0] == 4

@@ -51,14 +51,15 @@ def decode_trees(target: PreTrainedModel, input_ids: torch.Tensor, *args: Any, r
     tokens = [[random_token(rng)] for _ in rows]
     logits: list[list[torch.Tensor]] = [[] for _ in rows]
     running = RunningRows(cache, prefill.prompt_mask, prefill.next_position, [row[-1] for row in tokens])
-    for _ in range(NUM_ROUNDS):
+    for number in range(NUM_ROUNDS):
+        num_nodes = 1 if number % 3 == 2 else NUM_NODES  # a root alone may need no mask
         tree = CandidateTree.from_parents(
-            torch.tensor([[row[-1], *[random_token(rng) for _ in range(NUM_NODES - 1)]] for row in tokens]),
-            torch.tensor([[0, *[rng.randrange(node) for node in range(1, NUM_NODES)]] for _ in rows]),
-            max_depth=NUM_NODES - 1,
+            torch.tensor([[row[-1], *[random_token(rng) for _ in range(num_nodes - 1)]] for row in tokens]),
+            torch.tensor([[0, *[rng.randrange(node) for node in range(1, num_nodes)]] for _ in rows]),
+            max_depth=num_nodes - 1,
         )
         verified = adapter.verify(tree, cache, running.context, running.next_position).logits
-        paths = [tree.ancestors[row, rng.randrange(NUM_NODES)].nonzero()[:, 0].tolist() for row in rows]
+        paths = [tree.ancestors[row, rng.randrange(num_nodes)].nonzero()[:, 0].tolist() for row in rows]
         emitted = []
         for row, path in enumerate(paths):
             logits[row] += verified[row, path]

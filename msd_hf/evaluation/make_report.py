@@ -29,12 +29,14 @@ def report_pair(
     min_answer_tokens: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
+    ignore_eos: bool = False,
 ) -> dict[str, Any]:
     """
     The report of a target and its draft on prompts, see [`run_bench`] and [`summarize`].
 
     Args:
         temperature (`float`): 0 for greedy decoding, above for sampling, each run with the same seed.
+        ignore_eos (`bool`): whether answers go on behind their end, up to `max_new_tokens`.
 
     Raises:
         MSDError: when no answer is long enough.
@@ -42,6 +44,8 @@ def report_pair(
     arguments: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         arguments |= {"temperature": temperature, "seed": seed}
+    if ignore_eos:
+        arguments["eos_token_id"] = None
     result = run_bench(target, draft, prompts, methods, repeats, min_answer_tokens, **arguments)
     settings = {
         "max_new_tokens": max_new_tokens,
@@ -49,6 +53,7 @@ def report_pair(
         "temperature": temperature,
         "repeats": repeats,
         "seed": seed,
+        **({"ignore_eos": True} if ignore_eos else {}),
         "tree": _describe_tree(draft),
     }
     return {

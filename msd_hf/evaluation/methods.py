@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import MSDError
@@ -27,6 +29,7 @@ class Method:
         tree (`Mapping`): fields of the draft's generation config that differ from its own.
         copies_prompt (`bool`): whether candidates are tokens of the prompt. Visual positions must not be among them,
             since the target would look for the images that belong to them: their tokens are suppressed.
+        make_draft (`Callable`, *optional*): gives the draft for a target, in place of the user's.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Method:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     tree: Mapping[str, Any] = field(default_factory=dict)
     copies_prompt: bool = False
+    make_draft: Callable[[PreTrainedModel], MSDDraftModel] | None = None
 
     @contextmanager
     def prepared(self, target: PreTrainedModel, draft: MSDDraftModel | None) -> Iterator[dict[str, Any]]:
@@ -47,6 +51,8 @@ class Method:
             suppressed = visual_token_ids(target.config) if self.copies_prompt else []
             yield {**self.arguments, **({"suppress_tokens": suppressed} if suppressed else {})}
             return
+        if self.make_draft is not None:
+            draft = self.make_draft(target)
         if draft is None:
             raise MSDError(f"The method {self.name!r} needs a draft.")
         own = draft.generation_config
@@ -76,7 +82,27 @@ AUTO = Method(
     tree={"num_assistant_tokens": "auto"},
 )
 
-METHODS = {method.name: method for method in (VANILLA, PROMPT_LOOKUP, CHAIN, TREE, AUTO)}
+_random_drafts: weakref.WeakKeyDictionary[PreTrainedModel, MSDDraftModel] = weakref.WeakKeyDictionary()
+
+
+def random_draft(target: PreTrainedModel) -> MSDDraftModel:
+    """A draft with random weights, the same object at each call: what was learnt about it must not be lost."""
+    if target not in _random_drafts:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            _random_drafts[target] = MSDDraftModel.from_target(target).eval()
+    return _random_drafts[target]
+
+
+USELESS_DRAFT = Method(
+    "useless-draft",
+    'a draft with random weights and `num_assistant_tokens="auto"`: what it costs to find out that none is accepted',
+    drafted=True,
+    tree={"num_assistant_tokens": "auto", "tree_depth": None},
+    make_draft=random_draft,
+)
+
+METHODS = {method.name: method for method in (VANILLA, PROMPT_LOOKUP, CHAIN, TREE, AUTO, USELESS_DRAFT)}
 DEFAULT_BASELINES = ("prompt-lookup", "chain")
 
 
@@ -107,6 +133,7 @@ __all__ = [
     "METHODS",
     "PROMPT_LOOKUP",
     "TREE",
+    "USELESS_DRAFT",
     "VANILLA",
     "Method",
     "choose_methods",

@@ -1,0 +1,137 @@
+"""
+What draft and tree add to the peak memory of `generate` alone, against what is allowed: the draft's weights, its keys
+and values, and 64 slots of the target's, and a tenth more.
+
+    python examples/bench_memory.py --context 1000 --new-tokens 128
+
+Weights are random: hardly any candidate is accepted, so that there are as many rounds as new tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+from transformers import HfArgumentParser
+
+from msd_hf.errors import MSDError
+from msd_hf.evaluation.shapes import build_pair, random_prompt, shape_config
+
+
+TARGET_SLOTS = 64
+TOLERANCE = 0.1
+
+
+@dataclass
+class BenchArguments:
+    hidden: int = field(default=1024, metadata={"help": "Hidden size."})
+    heads: int = field(default=16, metadata={"help": "Attention heads."})
+    intermediate: int = field(default=2816, metadata={"help": "Width of the MLP."})
+    layers: int = field(default=16, metadata={"help": "Decoder layers of the target."})
+    vocabulary: int = field(default=32000, metadata={"help": "Vocabulary."})
+    context: int = field(default=1000, metadata={"help": "Tokens of the prompt."})
+    new_tokens: int = field(default=128, metadata={"help": "Tokens of the answer."})
+    limit: int = field(default=0, metadata={"help": "`max_new_tokens`, if answers end before it; 0: they do not."})
+    nodes: int = field(default=59, metadata={"help": "Nodes of the tree, the root included."})
+    depth: int = field(default=5, metadata={"help": "Expansions after the first."})
+    top_k: int = field(default=10, metadata={"help": "Candidates a node, and nodes expanded a level."})
+    threads: int = field(default=1, metadata={"help": "Threads."})
+    dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device."})
+
+    def __post_init__(self) -> None:
+        if self.limit and self.limit < self.new_tokens:
+            raise MSDError(f"--limit {self.limit} is below --new-tokens {self.new_tokens}.")
+
+
+def peak_bytes(function: Callable[[], Any], device: torch.device) -> tuple[int, Any]:
+    """The most bytes that tensors made by `function` held at a time, and what it gave."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before, result
+    # The resident set also holds what the system's allocator keeps, which differs from run to run. The profiler is
+    # told of every allocation of a tensor, also of those within an operation.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak, result
+
+
+def slot_bytes(config: Any, element_size: int) -> int:
+    """Keys and values of one token."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * element_size
+
+
+def ends_at(length: int) -> Callable[..., torch.Tensor]:
+    def has_ended(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= length, device=input_ids.device)
+
+    return has_ended
+
+
+@torch.no_grad()
+def main() -> None:
+    (args,) = HfArgumentParser(BenchArguments).parse_args_into_dataclasses()
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    config = shape_config("small")
+    text = config.text_config
+    text.hidden_size, text.intermediate_size, text.vocab_size = args.hidden, args.intermediate, args.vocabulary
+    text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads = args.layers, args.heads, args.heads
+    text.head_dim = args.hidden // args.heads
+    config.image_token_id = args.vocabulary - 1
+    target, draft = build_pair(config, getattr(torch, args.dtype), device)
+    draft.generation_config.update(num_assistant_tokens=args.nodes, tree_depth=args.depth, tree_top_k=args.top_k)
+    inputs = random_prompt(target, args.context)
+    arguments: dict[str, Any] = {"max_new_tokens": args.limit or args.new_tokens, "do_sample": False}
+    if args.limit:
+        arguments["stopping_criteria"] = [ends_at(args.context + args.new_tokens)]
+
+    def generate(**more: Any) -> Callable[[], torch.Tensor]:
+        return lambda: target.generate(**inputs, **arguments, **more)
+
+    for more in ({}, {"assistant_model": draft}):  # what is made once for a process is no part of a call
+        target.generate(**inputs, max_new_tokens=2, do_sample=False, **more)
+    alone, expected = peak_bytes(generate(), device)
+    drafted, tokens = peak_bytes(generate(assistant_model=draft), device)
+
+    size = target.dtype.itemsize
+    weights = sum(weight.numel() * weight.element_size() for weight in draft.parameters())
+    allowed = {
+        "the draft's weights": weights,
+        "its keys and values": (args.context + args.new_tokens) * slot_bytes(draft.config, size),
+        f"{TARGET_SLOTS} slots of the target": TARGET_SLOTS * slot_bytes(text, size),
+    }
+    # The weights were there before.
+    added, total = weights + drafted - alone, sum(allowed.values())
+
+    console = Console(width=100)
+    console.print(
+        f"Peak memory: hidden {args.hidden}, {args.layers} layers, vocabulary {args.vocabulary:,}, "
+        f"context {args.context:,}, {args.new_tokens} new tokens of at most {arguments['max_new_tokens']}, "
+        f"{args.nodes} nodes, depth {args.depth}, top-k {args.top_k}, {args.dtype}, {device.type}"
+    )
+    table = Table("", "MB", title="the target's weights left out")
+    table.columns[1].justify = "right"
+    rows = {"`generate` alone": alone, "with the draft and its weights": weights + drafted, "added": added}
+    for name, num_bytes in {**rows, **allowed, "allowed": total}.items():
+        table.add_row(name, f"{num_bytes / 1e6:.2f}", end_section=name in ("added", list(allowed)[-1]))
+    console.print(table)
+    console.print(f"added to allowed  {added / total:.3f} (at most {1 + TOLERANCE:.2f})")
+    console.print(f"same tokens       {'yes' if torch.equal(tokens, expected) else 'no'}")
+
+
+if __name__ == "__main__":
+    main()
