@@ -66,10 +66,13 @@ class InPlaceLayer(DynamicLayer):
         if not self.is_initialized:
             return
         end = start + slots.shape[1]
-        index = slots[:, None, :, None]  # [B, 1, A, 1]
+        slots = slots + start
         for states in (self.keys, self.values):
-            tail = states[:, :, start:]
-            states[:, :, start:end] = tail.gather(2, index.expand(-1, tail.shape[1], -1, tail.shape[3]))
+            if len(slots) == 1:  # half the time of a gather
+                kept = states.index_select(2, slots[0])
+            else:
+                kept = states.gather(2, slots[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+            states[:, :, start:end] = kept
         self.truncate(end)
 
     def move_slots(self, start: int, slots: torch.Tensor, places: torch.Tensor, length: int) -> None:
