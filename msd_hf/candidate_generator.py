@@ -180,6 +180,7 @@ class MSDCandidateGenerator:
             if width == 0:
                 break
             tokens, above = growth.descend(width)
+            width = tokens.shape[1]  # a small vocabulary has fewer candidates
             mask = torch.cat([_rows(mask, above, width), own[:, :width, :width]], dim=2)
             positions = (self._next_position + level).expand(-1, width)
             last_position = self._last_position + level + 1

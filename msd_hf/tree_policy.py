@@ -82,6 +82,7 @@ class AdaptiveTreePolicy(TreePolicy):
         self._explored: int | None = None  # nodes that this round is to have, to learn what they cost
         self._reach: float | None = None
         self._level: tuple[int, float] | None = None  # width of the level being drafted, and when it began
+        self._prices: dict[int, float] = {}  # of levels by width, in tokens
 
     def begin_round(self, tokens_left: int | None, num_slots: int) -> TreeSettings:
         self.experience.enter_context(num_slots)
