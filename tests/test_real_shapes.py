@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from msd_hf import MSDDraftModel
+from msd_hf.evaluation.shapes import shape_config
 
 
 HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_HEADS = 4096, 11008, 32
@@ -30,33 +31,9 @@ def fill(model: torch.nn.Module, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def target() -> LlavaForConditionalGeneration:
-    text = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=INTERMEDIATE_SIZE,
-        num_hidden_layers=2,
-        num_attention_heads=NUM_HEADS,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-        pad_token_id=32001,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=IMAGE_TOKEN_ID,
-        image_seq_length=NUM_IMAGE_TOKENS,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-    )
+    config = shape_config("llava-1.5-7b")
+    text = config.text_config
+    text.num_hidden_layers, text.pad_token_id = 2, 32001
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     model = model.to_empty(device="cpu").eval()
