@@ -151,7 +151,7 @@ def test_unknown_name_in_a_yaml_file(tmp_path, monkeypatch, capsys):
 
 
 def test_killed_in_stage_two_and_resumed_is_the_same_to_the_bit(folder, tmp_path):
-    command = [sys.executable, "-m", "msd_hf.cli", "train"]
+    command = [sys.executable, "-m", "msd_hf", "train"]
     more = {"save-steps": 2, "max-steps": 20, "dataloader-num-workers": 1}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     subprocess.run([*command, *arguments(folder, whole, **more)], check=True, env=environment(), capture_output=True)
@@ -193,7 +193,7 @@ def test_two_processes_follow_one(unroll_passes, folder, tmp_path):
     for num_processes in (1, 2):
         output = tmp_path / str(num_processes)
         fields = {**more, "per-device-train-batch-size": 4 // num_processes}
-        command = [sys.executable, "-m", "msd_hf.cli", "train"]
+        command = [sys.executable, "-m", "msd_hf", "train"]
         if num_processes > 1:
             command[1:1] = launch
             fields["ddp-backend"] = "gloo"

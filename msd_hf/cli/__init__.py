@@ -1,0 +1,47 @@
+"""The `msd-hf` command: one thin command for each thing that the package does."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from . import answer, bench, checkpoints, train, training_data
+
+
+app = typer.Typer(
+    name="msd-hf",
+    help="Multimodal speculative decoding (MSD) for Hugging Face transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(answer.demo)
+app.command()(answer.generate)
+app.command()(bench.bench)
+app.command()(checkpoints.convert)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(
+    train.train
+)
+app.command()(training_data.extract)
+app.command(name="regenerate")(training_data.regenerate_answers)
+app.command()(checkpoints.draft_vocab)
+
+data_app = typer.Typer(help="Look at training data.", no_args_is_help=True)
+data_app.command()(training_data.check)
+app.add_typer(data_app, name="data")
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend become one line and exit status 1."""
+    try:
+        app()
+    except (OSError, ValueError) as error:  # every error of ours is a ValueError; a missing repository is an OSError
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            f"[bold red]Error:[/bold red] {' '.join(str(error).split())}"
+        )
+        sys.exit(1)
+
+
+__all__ = ["app", "main"]

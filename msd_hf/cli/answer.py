@@ -1,0 +1,117 @@
+"""`msd-hf demo` and `msd-hf generate`: one answer, with and without the draft."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.utils import logging
+
+from ..errors import MSDError
+from ..evaluation import Comparison, compare, mean_acceptance_length
+from ..modeling_msd import MSDDraftModel
+from ..prompts import build_inputs, read_image
+from ..streaming import AcceptanceStreamer
+from ..target_support import check_pair
+from .options import Device, Dtype, MaxNewTokens, Repeats, Seed, Temperature, console, parse_device, parse_dtype
+
+
+DEMO_PROMPT = "Describe the picture."
+
+
+def demo(
+    prompt: Annotated[str, typer.Option(help="The question about the picture.")] = DEMO_PROMPT,
+    image: Annotated[Path | None, typer.Option(help="A picture of your own instead of the bundled one.")] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    repeats: Repeats = 5,
+) -> None:
+    """Answer a question about a bundled picture with the bundled pair, with and without the draft."""
+    from ..toy import DEMO_IMAGE, DRAFT_DIR, TARGET_DIR
+
+    logging.disable_progress_bar()
+    path = image or DEMO_IMAGE
+    console.print(f"picture  {path.name}\nprompt   {prompt}\n")
+    _run(str(TARGET_DIR), str(DRAFT_DIR), prompt, path, max_new_tokens, temperature, seed, "auto", "cpu", repeats)
+
+
+def generate(
+    target: Annotated[str, typer.Option(help="Folder or Hub id of the target.")],
+    draft: Annotated[str, typer.Option(help="Folder or Hub id of its draft, ours or of the original repository.")],
+    prompt: Annotated[str, typer.Option(help="The question.")],
+    image: Annotated[Path | None, typer.Option(help="The picture that the question is about.")] = None,
+    text_only: Annotated[bool, typer.Option("--text-only", help="Ask without a picture.")] = False,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    repeats: Repeats = 1,
+) -> None:
+    """The same for a target, a draft and a picture of your own."""
+    if (image is None) != text_only:
+        raise MSDError("Give a picture with --image, or ask without one with --text-only (one of the two).")
+    _run(target, draft, prompt, image, max_new_tokens, temperature, seed, dtype, device, repeats)
+
+
+def _run(
+    target_name: str,
+    draft_name: str,
+    prompt: str,
+    image_path: Path | None,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    dtype: str,
+    device: str,
+    repeats: int,
+) -> None:
+    # What can be wrong is found before the target's weights are loaded.
+    image = None if image_path is None else read_image(image_path)
+    resolved_dtype = parse_dtype(dtype)
+    resolved_device = parse_device(device)
+    target_config = AutoConfig.from_pretrained(target_name)
+    draft = MSDDraftModel.from_pretrained(draft_name)
+    check_pair(target_config, draft.config)
+    processor = AutoProcessor.from_pretrained(target_name)
+    inputs = build_inputs(processor, prompt, image)
+    target = AutoModelForImageTextToText.from_pretrained(target_name, dtype=resolved_dtype).to(resolved_device)
+    draft = draft.to(device=resolved_device, dtype=target.dtype)
+    inputs = inputs.to(resolved_device, dtype=target.dtype)
+    arguments: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        arguments["temperature"] = temperature
+
+    # The first call of anything is slower; the stream warms both up.
+    streamer = AcceptanceStreamer(processor.tokenizer, console)
+    torch.manual_seed(seed)
+    target.generate(**inputs, **arguments, assistant_model=draft, streamer=streamer)
+    torch.manual_seed(seed)
+    target.generate(**inputs, **{**arguments, "max_new_tokens": min(max_new_tokens, 4)})
+    _print_comparison(compare(target, draft, inputs, repeats, seed, **arguments), target)
+
+
+def _print_comparison(comparison: Comparison, target: PreTrainedModel) -> None:
+    table = Table(title=None, show_edge=False, pad_edge=False)
+    for name in ("", "tokens", "seconds", "tokens/s"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, runs in (("target alone", comparison.vanilla), ("with the draft", comparison.runs["tree"])):
+        seconds = sorted(run.seconds for run in runs)[len(runs) // 2]
+        tokens = len(runs[0].tokens)
+        table.add_row(name, str(tokens), f"{seconds:.3f}", f"{tokens / seconds:.1f}")
+    console.print()
+    console.print(table)
+    tau = mean_acceptance_length([comparison.runs["tree"][0].acceptance_lengths])
+    console.print(f"\nspeedup    {comparison.speedup():.2f}")
+    console.print(f"tau        {tau:.2f} tokens per verification, the bonus token included")
+    if comparison.identical():
+        console.print("identical  yes")
+    else:
+        console.print(
+            f"identical  no: the {target.dtype} logits of a verification round differently from those of a single step"
+        )

@@ -1,0 +1,135 @@
+"""`msd-hf bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import AutoConfig, AutoProcessor
+from transformers.utils import logging
+
+from ..errors import MSDError
+from ..evaluation import METHODS
+from ..modeling_msd import MSDDraftModel
+from ..target_support import check_pair
+from .options import (
+    Device,
+    Dtype,
+    ImageFolder,
+    MaxNewTokens,
+    Seed,
+    Temperature,
+    console,
+    load_target,
+    parse_device,
+    parse_dtype,
+)
+
+
+def bench(
+    target: Annotated[str | None, typer.Option(help="Folder or Hub id of the target.")] = None,
+    draft: Annotated[str | None, typer.Option(help="Folder or Hub id of its draft.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Conversations, .json or .jsonl, whose first questions are asked.")
+    ] = None,
+    image_folder: ImageFolder = None,
+    toy: Annotated[bool, typer.Option("--toy", help="The toy world's held-out questions and its pair.")] = False,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Questions.")] = 65,
+    min_answer_tokens: Annotated[int, typer.Option(min=1, help="Leave out questions with shorter answers.")] = 1,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Besides vanilla and tree: {', '.join(METHODS)}; again for more than one."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each method, in turns.")] = 3,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on behind the end of an answer, to the length limit.")
+    ] = False,
+    seed: Seed = 0,
+    shape: Annotated[
+        str | None, typer.Option(help="Random weights in a published shape: llava-1.5-7b, llava-1.5-13b, ...")
+    ] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt, with --shape.")] = 1000,
+    assume_tau: Annotated[float, typer.Option(help="Simulated acceptance, with --shape.")] = 3.8,
+    nodes: Annotated[str, typer.Option(help="Sizes of trees whose verification is timed, with --shape.")] = (
+        "1,4,8,16,32,64"
+    ),
+    output: Annotated[Path | None, typer.Option(help="Folder for report.json and report.md.")] = None,
+    plots: Annotated[bool, typer.Option("--plots", help="Also draw plots there. Needs matplotlib.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Compare decoding with a draft with other ways, on prompts; or time its rounds at the sizes of a large model."""
+    from ..evaluation.plots import check_matplotlib
+    from ..evaluation.report import print_report, write_report
+
+    if sum((shape is not None, toy, data is not None)) != 1:
+        raise MSDError("Give one of --data, --toy and --shape.")
+    if plots:
+        if output is None:
+            raise MSDError("--plots needs a folder: add --output.")
+        check_matplotlib()
+    logging.disable_progress_bar()
+    if shape is not None:
+        report = _bench_shape(shape, context, assume_tau, nodes, repeats, dtype, device)
+    else:
+        from ..evaluation.bench_prompts import first_questions
+        from ..evaluation.make_report import report_pair
+        from ..evaluation.methods import DEFAULT_BASELINES, choose_methods
+        from ..toy import DRAFT_DIR, TARGET_DIR
+        from ..toy.evaluate import toy_prompts
+        from ..training.data.conversations import load_conversations
+
+        methods = choose_methods(DEFAULT_BASELINES if baseline is None else baseline)
+        target = target or (str(TARGET_DIR) if toy else None)
+        draft = draft or (str(DRAFT_DIR) if toy else None)
+        if target is None or draft is None:
+            raise MSDError("--data needs a --target and its --draft.")
+        draft_model = MSDDraftModel.from_pretrained(draft)
+        check_pair(AutoConfig.from_pretrained(target), draft_model.config)
+        processor = AutoProcessor.from_pretrained(target)
+        if data is None:
+            prompts = toy_prompts(processor, num_prompts, seed)
+        else:
+            prompts = first_questions(load_conversations(data, image_folder), processor, num_prompts)
+        model, _ = load_target(target, dtype, device)
+        draft_model = draft_model.to(device=model.device, dtype=model.dtype)
+        report = report_pair(
+            model,
+            draft_model,
+            prompts,
+            methods,
+            repeats,
+            max_new_tokens,
+            min_answer_tokens,
+            temperature,
+            seed,
+            ignore_eos,
+        )
+    print_report(report, console)
+    if output is not None:
+        for path in write_report(report, output, plots):
+            console.print(f"Wrote {path}", soft_wrap=True)
+
+
+def _bench_shape(
+    shape: str, context: int, assume_tau: float, nodes: str, repeats: int, dtype: str, device: str
+) -> dict[str, Any]:
+    from ..evaluation.make_report import report_shape
+    from ..evaluation.shapes import build_pair, shape_config
+
+    try:
+        sizes = [int(number) for number in nodes.split(",") if number.strip()]
+    except ValueError:
+        sizes = [0]
+    if any(size < 1 for size in sizes):
+        raise MSDError(f"--nodes {nodes!r} is not a list of numbers like 1,4,8.")
+    config = shape_config(shape)
+    resolved_dtype, resolved_device = parse_dtype(dtype), parse_device(device)
+    if isinstance(resolved_dtype, str):
+        resolved_dtype = torch.float32 if resolved_device.type == "cpu" else torch.bfloat16
+    target, draft = build_pair(config, resolved_dtype, resolved_device)
+    return report_shape(shape, target, draft, context, assume_tau, sizes, repeats)

@@ -1,0 +1,89 @@
+"""`msd-hf convert` and `msd-hf draft-vocab`: a draft is read, changed and written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from transformers import AutoConfig, AutoProcessor
+from transformers.utils import logging
+
+from ..errors import MSDError
+from ..modeling_msd import MSDDraftModel
+from ..saving import replaced_folder
+from ..target_support import check_pair
+from .options import ImageFolder, Strict, console, print_skipped
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder or Hub id of a draft of the original MSD repository.")],
+    destination: Annotated[Path, typer.Argument(help="Folder that is made.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it is there.")] = False,
+) -> None:
+    """Write a draft of the original repository in this package's format."""
+    if destination.exists() and not overwrite:
+        raise MSDError(f"{str(destination)!r} exists: choose another name, or add --overwrite.")
+    model = MSDDraftModel.from_pretrained(source)
+    with replaced_folder(destination) as temporary:
+        model.save_pretrained(temporary)
+    console.print(f"Wrote {destination} ({model.num_parameters():,} parameters, {model.dtype}).")
+
+
+def draft_vocab(
+    target: Annotated[str, typer.Option(help="Folder or Hub id of the target.")],
+    draft: Annotated[str, typer.Option(help="Folder or Hub id of its draft.")],
+    data: Annotated[list[Path], typer.Option(help="Conversations, .json or .jsonl; again for more than one file.")],
+    output: Annotated[Path, typer.Option(help="Folder that is made: the draft with the vocabulary.")],
+    image_folder: ImageFolder = None,
+    size: Annotated[
+        str, typer.Option(help="Tokens; auto: as few as cover 99.5% of the data, at most a quarter of all.")
+    ] = "auto",
+    strict: Strict = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it is there.")] = False,
+) -> None:
+    """Give a draft a vocabulary of its own, the tokens that are frequent in answers: its candidates cost less."""
+    from ..training.data.conversations import load_conversations
+    from ..training.draft_vocab import (
+        LARGEST_PAYING_SHARE,
+        check_size,
+        count_answer_tokens,
+        coverage,
+        frequent_tokens,
+    )
+
+    if size != "auto" and not size.lstrip("-").isdecimal():
+        raise MSDError(f"--size {size!r} is neither a number nor auto.")
+    number = None if size == "auto" else int(size)
+    target_config = AutoConfig.from_pretrained(target)
+    vocab_size = target_config.get_text_config(decoder=True).vocab_size
+    if number is not None:
+        check_size(number, vocab_size)
+    if output.exists() and not overwrite:
+        raise MSDError(f"{str(output)!r} exists: choose another name, or add --overwrite.")
+    conversations = [load_conversations(path, image_folder) for path in data]
+    logging.disable_progress_bar()
+    model = MSDDraftModel.from_pretrained(draft)
+    check_pair(target_config, model.config)
+
+    counts = count_answer_tokens(conversations, AutoProcessor.from_pretrained(target), vocab_size, strict)
+    seen = counts.counted + counts.held_out
+    console.print(
+        f"{int(seen.sum()):,} answer tokens in {counts.num_samples:,} conversations, "
+        f"{int((seen > 0).sum()):,} different ones"
+    )
+    print_skipped(counts.skipped)
+    tokens = frequent_tokens(counts.counted, number)
+    share = len(tokens) / vocab_size
+    console.print(f"The draft's vocabulary has {len(tokens):,} of the target's {vocab_size:,} tokens ({share:.1%}).")
+    console.print(f"covered       {coverage(counts.counted, tokens):.2%} of the tokens that they were ranked by")
+    if int(counts.held_out.sum()):
+        console.print(f"              {coverage(counts.held_out, tokens):.2%} of those of held-out conversations")
+    if share > LARGEST_PAYING_SHARE:
+        console.print(
+            "Warning: more than half of the vocabulary saves little time and may cost acceptance.", soft_wrap=True
+        )
+    model.set_draft_vocab(tokens)
+    with replaced_folder(output) as temporary:
+        model.save_pretrained(temporary)
+    console.print(f"Wrote {output}", soft_wrap=True)

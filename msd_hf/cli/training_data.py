@@ -1,0 +1,131 @@
+"""`msd-hf extract`, `msd-hf regenerate` and `msd-hf data check`: conversations before training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import AutoProcessor
+
+from .options import (
+    BatchSize,
+    Device,
+    Dtype,
+    ImageFolder,
+    MaxLength,
+    MaxNewTokens,
+    Seed,
+    Strict,
+    Temperature,
+    console,
+    load_target,
+    print_skipped,
+)
+
+
+def extract(
+    target: Annotated[str, typer.Option(help="Folder or Hub id of the target.")],
+    data: Annotated[Path, typer.Option(help="Conversations, .json or .jsonl.")],
+    output: Annotated[Path, typer.Option(help="Folder for the features; a run that was killed goes on there.")],
+    image_folder: ImageFolder = None,
+    max_length: MaxLength = 2048,
+    storage: Annotated[
+        str, typer.Option(help="auto (the target's dtype), float32, bfloat16, float16 or int8.")
+    ] = "auto",
+    target_layers: Annotated[
+        str, typer.Option(help="As in `msd-hf train`: numbers with commas, auto or none.")
+    ] = "none",
+    all_hidden_states: Annotated[
+        bool, typer.Option("--all-hidden-states", help="Also those that only a draft without decoupling reads.")
+    ] = False,
+    batch_size: BatchSize = 8,
+    num_workers: Annotated[int, typer.Option(min=0, help="Processes that prepare samples.")] = 0,
+    strict: Strict = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Run the target over conversations once and keep its features on disk for `msd-hf train`."""
+    from ..training import MSDTrainingArguments, extract_features, load_conversations
+    from ..training.features.disk_estimate import estimate_disk
+    from ..training.features.storage import resolve_storage
+
+    # What can be wrong is found before the target's weights are loaded.
+    resolve_storage(storage, torch.float32)
+    arguments = MSDTrainingArguments(target_layers=target_layers, use_cpu=True)
+    conversations = load_conversations(data, image_folder)
+    model, processor = load_target(target, dtype, device)
+    layers = arguments.layers_of(len(model.get_decoder().layers))
+    shape: dict[str, Any] = {"feature_layers": layers, "all_hidden_states": all_hidden_states}
+    shape |= {"max_length": max_length, "storage": storage}
+    estimate = estimate_disk(model, processor, conversations, **shape)
+    console.print(f"This will take {estimate}.")
+    report = extract_features(
+        model,
+        processor,
+        conversations,
+        output,
+        batch_size=batch_size,
+        strict=strict,
+        num_workers=num_workers,
+        **shape,
+    )
+    console.print(
+        f"{report.num_samples:,} samples, {report.num_tokens:,} tokens, {report.num_bytes / 1e6:,.1f} MB in {output}."
+    )
+    print_skipped(report.skipped)
+
+
+def regenerate_answers(
+    target: Annotated[str, typer.Option(help="Folder or Hub id of the target.")],
+    data: Annotated[Path, typer.Option(help="Conversations, .json or .jsonl, whose answers are replaced.")],
+    output: Annotated[Path, typer.Option(help="The .jsonl file; a run that was killed goes on there.")],
+    image_folder: ImageFolder = None,
+    max_new_tokens: MaxNewTokens = 512,
+    batch_size: BatchSize = 8,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    strict: Strict = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Let the target answer the prompts of a data set itself: a draft then learns what the target really says."""
+    from ..training import load_conversations, regenerate
+    from ..training.regeneration.regenerate import check_output
+
+    check_output(output)
+    conversations = load_conversations(data, image_folder)
+    model, processor = load_target(target, dtype, device)
+    report = regenerate(
+        model,
+        processor,
+        conversations,
+        output,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        temperature=temperature,
+        seed=seed,
+        strict=strict,
+    )
+    console.print(
+        f"{report.num_samples:,} conversations in {output}, {report.num_cut:,} cut at the limit.", soft_wrap=True
+    )
+    print_skipped(report.skipped)
+
+
+def check(
+    data: Annotated[Path, typer.Option(help="Conversations, .json or .jsonl.")],
+    target: Annotated[str, typer.Option(help="Folder or Hub id of the target, for its processor.")],
+    image_folder: ImageFolder = None,
+    max_length: MaxLength = 2048,
+    show: Annotated[int, typer.Option(min=0, help="Samples to show, with the trained tokens coloured.")] = 3,
+    strict: Strict = False,
+) -> None:
+    """Encode every sample as training would; count what is broken, by reason; show a few."""
+    from ..training.data.check import check_conversations, render_report
+    from ..training.data.conversations import load_conversations
+
+    conversations = load_conversations(data, image_folder)
+    processor = AutoProcessor.from_pretrained(target)
+    render_report(check_conversations(conversations, processor, max_length, show, strict), console)
