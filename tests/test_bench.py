@@ -1,5 +1,6 @@
 """The benchmark of a pair: every method on the same prompts."""
 
+import functools
 import json
 import random
 from functools import partial
@@ -87,6 +88,7 @@ def test_the_chain_is_a_chain(monkeypatch):
     widths = []
     forward = type(target).forward
 
+    @functools.wraps(forward)  # `generate` reads its signature
     def look(self, *args, **kwargs):
         widths.append(kwargs["input_ids"].shape[1])
         return forward(self, *args, **kwargs)
