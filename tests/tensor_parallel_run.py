@@ -17,10 +17,11 @@ if __name__ == "__main__":
     target = LlavaForConditionalGeneration.from_pretrained(folder / "target", dtype=torch.float64, tp_plan="auto")
     draft = MSDDraftModel.from_pretrained(folder / "draft", dtype=torch.float64)
     inputs = torch.load(folder / "inputs.pt")
-    is_split = all(
-        isinstance(module.weight, DTensor)
-        for module in (target.get_input_embeddings(), target.get_output_embeddings())
-    )
+    # Older releases hold this process's part as an ordinary parameter.
+    sizes = {
+        name: (weight.to_local() if isinstance(weight, DTensor) else weight).numel()
+        for name, weight in target.named_parameters()
+    }
     outputs = []
     for do_sample in (False, True):
         torch.manual_seed(0)
@@ -34,7 +35,8 @@ if __name__ == "__main__":
             )
         )
     report = {
-        "is_split": is_split,
+        "plan": list(target.tp_plan),
+        "sizes": sizes,
         "tokens": [output.sequences[0].tolist() for output in outputs],
         "acceptance_lengths": [output.acceptance_lengths[0] for output in outputs],
     }

@@ -1,16 +1,18 @@
 """The benchmark of a pair: every method on the same prompts."""
 
+import functools
 import json
 import random
 from functools import partial
 
 import pytest
 import torch
-from tiny import build_draft, build_target, make_prompt, pair
+from tiny import VOCAB_SIZE, build_draft, build_target, make_prompt, pair
 from transformers import BatchFeature
 
 from msd_hf.errors import MSDDataError, MSDError
 from msd_hf.evaluation import comparison as comparison_module
+from msd_hf.evaluation import methods as methods_module
 from msd_hf.evaluation.bench import run_bench
 from msd_hf.evaluation.bench_prompts import BenchPrompt, first_questions
 from msd_hf.evaluation.make_report import report_pair
@@ -31,7 +33,8 @@ from msd_hf.toy import make_scene, render
 from msd_hf.training import load_conversations
 
 
-ARGUMENTS = {"max_new_tokens": 16, "do_sample": False}
+# With an EOS token that never comes: prompt lookup needs one before transformers 5.13.
+ARGUMENTS = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": VOCAB_SIZE}
 
 
 # Prompts that the target does not answer with an image token: prompt lookup must suppress it.
@@ -98,6 +101,7 @@ def test_the_chain_is_a_chain(monkeypatch):
     widths = []
     forward = type(target).forward
 
+    @functools.wraps(forward)  # `generate` reads its signature
     def look(self, *args, **kwargs):
         widths.append(kwargs["input_ids"].shape[1])
         return forward(self, *args, **kwargs)
@@ -170,6 +174,18 @@ def test_prompt_lookup_does_not_copy_images():
         target.generate(**inputs, **PROMPT_LOOKUP.arguments, **ARGUMENTS)
     run = timed_generate(target, inputs, None, PROMPT_LOOKUP, **ARGUMENTS)
     assert run.tokens == timed_generate(target, inputs, **ARGUMENTS).tokens
+
+
+def test_prompt_lookup_needs_an_eos_token_in_older_releases(monkeypatch):
+    target, arguments = pair(0).target, {**ARGUMENTS, "eos_token_id": None}
+    methods = [VANILLA, PROMPT_LOOKUP]
+    if not methods_module.PROMPT_LOOKUP_NEEDS_EOS:
+        (found,) = run_bench(target, None, prompts(TEXT), methods, repeats=1, **arguments).prompts
+        assert found.differences == {}
+    monkeypatch.setattr(methods_module, "PROMPT_LOOKUP_NEEDS_EOS", True)
+    monkeypatch.setattr(type(target), "forward", None)  # before the first one
+    with pytest.raises(MSDError, match="'prompt-lookup' needs a target with an EOS token in transformers"):
+        run_bench(target, None, prompts(TEXT), methods, repeats=1, **arguments)
 
 
 def test_methods_take_turns_in_going_first(monkeypatch):

@@ -127,7 +127,7 @@ def test_a_filled_sliding_window_becomes_a_full_layer(missing):
     """What has left the window is zeros; what is in it stays."""
     window = 7
     cache = DynamicCache()
-    cache.layers = [DynamicSlidingWindowLayer(window), DynamicLayer()]
+    cache.layers = [DynamicSlidingWindowLayer(sliding_window=window), DynamicLayer()]
     keys, values = states(window - 1 + missing)
     for layer_idx in range(2):
         cache.update(keys, values, layer_idx)

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import warnings
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +303,8 @@ def test_an_attention_function_that_takes_no_mask(warned):
 
 @pytest.mark.slow  # imports the compiler, and scores are computed by vmap
 def test_flex_attention(warned, monkeypatch):
-    """Without its compilation, which takes minutes on a CPU. It has no float64."""
+    """Without its compilation, which takes minutes on a CPU, and is wrong there for heads of this width in torch 2.13
+    (a key length 8 above a multiple of 16). It has no float64."""
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda self: flex_attention.flex_attention)
     target = copy_of_target(torch.float32)
@@ -312,8 +314,11 @@ def test_flex_attention(warned, monkeypatch):
 
 
 def test_tensor_parallel(tmp_path):
-    """Weights, vocabulary and head in halves on two processes: both write what one process writes."""
-    copy_of_target().save_pretrained(tmp_path / "target")
+    """Weights in halves on two processes: both write what one process writes. Vocabulary and head are halved too
+    where the plan of the installed release names them."""
+    target = copy_of_target()
+    sizes = {name: weight.numel() for name, weight in target.named_parameters()}
+    target.save_pretrained(tmp_path / "target")
     draft().save_pretrained(tmp_path / "draft")
     inputs = tiny.make_prompt(2, 8, (2,))
     torch.save(inputs, tmp_path / "inputs.pt")
@@ -329,8 +334,11 @@ def test_tensor_parallel(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     for do_sample in (False, True):
         torch.manual_seed(0)
-        expected = copy_of_target().generate(**inputs, max_new_tokens=12, do_sample=do_sample)
+        expected = target.generate(**inputs, max_new_tokens=12, do_sample=do_sample)
         for rank in range(2):
             report = json.loads((tmp_path / f"{rank}.json").read_text())
-            assert report["is_split"] and report["tokens"][do_sample] == expected[0].tolist()
+            planned = {name for name in sizes for part in report["plan"] if fnmatch(name, f"{part}.weight")}
+            assert any("q_proj" in name for name in planned)
+            assert report["sizes"] == {name: size // 2 if name in planned else size for name, size in sizes.items()}
+            assert report["tokens"][do_sample] == expected[0].tolist()
             assert do_sample or max(report["acceptance_lengths"][do_sample]) > 2

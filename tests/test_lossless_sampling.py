@@ -19,6 +19,7 @@ from transformers import (
     MaxLengthCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
+    WatermarkingConfig,
 )
 
 from msd_hf.batch_selection import BatchSelector
@@ -79,7 +80,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     "minimum": {"min_new_tokens": 9, "eos_token_id": [5, 8, 13, 21, 34, 55]},
     "forced and suppressed": {"suppress_tokens": [4, 5], "begin_suppress_tokens": [6], "forced_eos_token_id": 10},
     "length decay": {"exponential_decay_length_penalty": (5, 1.2), "eos_token_id": 12},
-    "watermark": {"watermarking_config": {"bias": 2.5, "greenlist_ratio": 0.3}, "temperature": 0.7},
+    "watermark": {"watermarking_config": WatermarkingConfig(0.3, bias=2.5), "temperature": 0.7},
     "prefix_allowed_tokens_fn": {"prefix_allowed_tokens_fn": allow_by_prefix, "temperature": 0.6},
     "counting": {"logits_processor": CountingProcessor, "temperature": 0.6},
     "whole prefix": {"logits_processor": WholePrefixProcessor, "repetition_penalty": 1.2},
@@ -175,15 +176,18 @@ def test_the_cases_show_something():
 
 @pytest.mark.parametrize("name", GREEDY_PROCESSORS)
 def test_greedy_with_processors(name):
-    rng, changed = random.Random(name), 0
-    for number in (0, 1):
-        pair, inputs = tiny.pair(number), tiny.random_prompt(rng)
+    """Random weights are not the same in all releases: where nothing came of the processor, another case is tried."""
+    rng, changed = random.Random(name), False
+    for number in range(20):
+        pair, inputs = tiny.pair(number % 2), tiny.random_prompt(rng)
         case = generate_both(pair, inputs, name, rng.choice(TREES[:4]), 0, max_new_tokens=24)
         assert torch.equal(case.output.sequences, case.expected), case.description
         assert case.rng_states_equal
         plain = pair.target.generate(**inputs, max_new_tokens=24)
-        changed += plain.tolist() != case.expected.tolist()
-    assert changed or name == "forced and suppressed"
+        changed = changed or plain.tolist() != case.expected.tolist()
+        if changed and number >= 1:
+            break
+    assert changed
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
@@ -225,10 +229,32 @@ TEMPERATURE = 0.6
 
 @functools.cache
 def small_pair() -> tiny.Pair:
-    target = tiny.build_target(3, vocab_size=SMALL_VOCAB, initializer_range=0.3, hidden_size=16)
-    # Flat enough that the temperature, or its absence, shows.
-    target.get_output_embeddings().weight.data.mul_(0.5)
-    return tiny.Pair(target, tiny.build_draft(target, 3), fitted=False)
+    """The first one whose walks end at the root in 15% to 85% of cases, by the exact probabilities: random weights
+    are not the same in all releases."""
+    for seed in range(3, 50):
+        target = tiny.build_target(seed, vocab_size=SMALL_VOCAB, initializer_range=0.3, hidden_size=16)
+        # Flat enough that the temperature, or its absence, shows.
+        target.get_output_embeddings().weight.data.mul_(0.5)
+        pair = tiny.Pair(target, tiny.build_draft(target, seed), fitted=False)
+        if 0.15 < probability_of_leaving(pair) < 0.85:
+            return pair
+    raise AssertionError("no pair with walks of several lengths")
+
+
+@torch.no_grad()
+def likeliest_first(target) -> int:
+    return int(target(**small_prompt()).logits[0, -1].argmax())
+
+
+@torch.no_grad()
+def probability_of_leaving(pair: tiny.Pair) -> float:
+    """That the target chooses a token that the tree does not hold behind the likeliest first one."""
+    first = likeliest_first(pair.target)
+    tree = propose_tree(pair, TargetAdapter(pair.target), first)
+    held = [path[1] for path in paths_of(tree) if len(path) == 2]
+    ids = torch.tensor([[*small_prompt()["input_ids"][0].tolist(), first]])
+    probs = (pair.target(input_ids=ids).logits[0, -1] / TEMPERATURE).softmax(-1)
+    return 1 - probs[held].sum().item()
 
 
 def small_prompt() -> dict[str, torch.Tensor]:
@@ -303,7 +329,7 @@ def test_distribution_of_many_walks():
     criteria = StoppingCriteriaList([MaxLengthCriteria(prompt.shape[1] + 3)])
     adapter = TargetAdapter(pair.target)
     probabilities = exact_probabilities(3)
-    first = max(range(SMALL_VOCAB), key=lambda token: sum(p for t, p in probabilities.items() if t[0] == token))
+    first = likeliest_first(pair.target)
     conditional = {tokens: p for tokens, p in probabilities.items() if tokens[0] == first}
     conditional = {tokens: p / sum(conditional.values()) for tokens, p in conditional.items()}
 

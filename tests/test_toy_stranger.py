@@ -12,7 +12,8 @@ from msd_hf import MSDDraftModel
 from msd_hf.prompts import build_chat_inputs
 from msd_hf.target_support import check_target
 from msd_hf.toy import TARGET_DIR, make_prompts, make_samples
-from msd_hf.toy.stranger import IMAGE_TOKEN, build_stranger, build_stranger_processor, make_encoder
+from msd_hf.toy.stranger import IMAGE_TOKEN, build_stranger, build_stranger_processor
+from msd_hf.toy.target import encode_sample
 from msd_hf.training.data.conversations import load_conversations
 from msd_hf.training.data.encoding import ConversationEncoder
 
@@ -83,9 +84,9 @@ def test_an_image_is_seen(target, processor):
 
 
 def test_it_learns_answers_and_their_ends_alone(processor):
-    encode = make_encoder(processor)
+    encoder = ConversationEncoder(processor)
     for sample in (*make_samples("train", 1, 0, "visual"), *make_samples("train", 1, 0, "text")):
-        features = encode(processor, sample)
+        features = encode_sample(encoder, sample)
         labels = features["labels"]
         answers = [turn["value"] for turn in sample["conversations"] if turn["from"] == "gpt"]
         assert processor.tokenizer.decode(labels[labels >= 0]) == "".join(f"{answer}<|im_end|>" for answer in answers)

@@ -33,6 +33,7 @@ from msd_hf.toy.text_questions import number_name
 from msd_hf.toy.training import Budget
 from msd_hf.toy.vision import cell_labels
 from msd_hf.toy.world import GRID, PLACES, SPLITS, split_of
+from msd_hf.training.data.encoding import ConversationEncoder
 
 
 FIXED_SCENE_KEY = "gray|0:large:pink:circle|1:small:pink:square|2:small:yellow:star|3:small:brown:triangle"
@@ -204,19 +205,21 @@ def test_template_takes_plain_strings(processor):
 
 
 def test_labels_are_the_answers_and_nothing_else(processor):
-    (sample,) = make_samples("train", 1, 2, "visual")
-    features = encode_sample(processor, sample)
-    ids, labels = features["input_ids"], features["labels"]
-    answers = [turn["value"] for turn in sample["conversations"] if turn["from"] == "gpt"]
-    assert processor.tokenizer.decode(labels[labels >= 0]) == "".join(f" {answer}</s>" for answer in answers)
-    assert torch.equal(ids[labels >= 0], labels[labels >= 0])
-    prompt_text = processor.apply_chat_template(
-        [{"role": "user", "content": sample["conversations"][0]["value"]}], add_generation_prompt=True
-    )
-    prompt = processor(text=prompt_text, images=render(sample["scene"]), return_tensors="pt")["input_ids"][0]
-    # What training sees before the first answer is what generation starts from.
-    first = int((labels >= 0).nonzero()[0])
-    assert torch.equal(ids[:first], prompt)
+    encoder = ConversationEncoder(processor)
+    for sample in (*make_samples("train", 1, 2, "visual"), *make_samples("train", 12, 4, "text")):
+        features = encode_sample(encoder, sample)
+        ids, labels = features["input_ids"], features["labels"]
+        answers = [turn["value"] for turn in sample["conversations"] if turn["from"] == "gpt"]
+        assert processor.tokenizer.decode(labels[labels >= 0]) == "".join(f" {answer}</s>" for answer in answers)
+        assert torch.equal(ids[labels >= 0], labels[labels >= 0])
+        prompt_text = processor.apply_chat_template(
+            [{"role": "user", "content": sample["conversations"][0]["value"]}], add_generation_prompt=True
+        )
+        images = {"images": render(sample["scene"])} if "scene" in sample else {}
+        prompt = processor(text=prompt_text, **images, return_tensors="pt")["input_ids"][0]
+        # What training sees before the first answer is what generation starts from.
+        first = int((labels >= 0).nonzero()[0])
+        assert torch.equal(ids[:first], prompt)
 
 
 def test_batches_group_similar_lengths(processor):

@@ -14,7 +14,7 @@ from ..modeling_msd import MSDDraftModel
 from .bench_prompts import BenchPrompt
 from .comparison import Comparison, compare
 from .differences import Difference, describe_difference, first_difference
-from .methods import Method
+from .methods import Method, check_methods
 from .observation import Observation, observe
 from .timed_run import timed_generate
 
@@ -82,8 +82,9 @@ def run_bench(
         generate_arguments: arguments of `generate`; `max_new_tokens` is needed.
 
     Raises:
-        MSDError: when no answer is long enough.
+        MSDError: when no answer is long enough; see also [`check_methods`].
     """
+    check_methods(methods, target, generate_arguments)
     result = BenchResult(methods)
     with tqdm(total=len(prompts) * len(methods), desc="benchmark", unit="run", leave=False) as progress:
         for number, prompt in enumerate(prompts):

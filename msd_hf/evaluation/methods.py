@@ -10,10 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
+from packaging import version
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import MSDError
 from ..modeling_msd import MSDDraftModel
+
+
+# Releases before that compare candidates with an EOS token that may be missing.
+PROMPT_LOOKUP_NEEDS_EOS = version.parse(transformers.__version__) < version.parse("5.13")
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,26 @@ def choose_methods(baselines: Sequence[str]) -> list[Method]:
     return [method for name, method in METHODS.items() if name in chosen]
 
 
+def check_methods(methods: Sequence[Method], target: PreTrainedModel, generate_arguments: Mapping[str, Any]) -> None:
+    """
+    Refuses what the installed transformers cannot do with this target.
+
+    Args:
+        generate_arguments: arguments of `generate` that all methods are given.
+
+    Raises:
+        MSDError: names the method and what to do.
+    """
+    if generate_arguments.get("eos_token_id", target.generation_config.eos_token_id) is not None:
+        return
+    for method in methods:
+        if method.copies_prompt and PROMPT_LOOKUP_NEEDS_EOS:
+            raise MSDError(
+                f"{method.name!r} needs a target with an EOS token in transformers {transformers.__version__}: choose "
+                "other baselines, or transformers 5.13 or later."
+            )
+
+
 __all__ = [
     "AUTO",
     "CHAIN",
@@ -136,5 +162,6 @@ __all__ = [
     "USELESS_DRAFT",
     "VANILLA",
     "Method",
+    "check_methods",
     "choose_methods",
 ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -29,11 +29,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..training.data.conversations import Conversation
-from ..training.data.encoding import ConversationEncoder
 from .accuracy import accuracy_table, generate_answers, make_evaluation_prompts, score_answers
 from .dataset import IMAGE_TAG, iterate_samples
-from .target import IGNORED, EncodeSample, build_untrained, save_target, scale_projector, to_messages, train_target
+from .target import build_untrained, save_target, scale_projector, train_target
 from .training import Budget
 from .training_data import write_training_data
 from .vision import pretrain_vision_tower
@@ -91,7 +89,7 @@ def build_stranger(
     console.print("vision tower:", {name: f"{value:.1%}" for name, value in probes.items()})
     scale_projector(model, processor, seed)
     budget = Budget(steps, None if steps else seconds)
-    train_target(model, processor, budget, seed, batch_size, encode=make_encoder(processor))
+    train_target(model, processor, budget, seed, batch_size)
     save_target(model, processor, output / "target")
     prompts = make_evaluation_prompts(prompts_per_kind, seed)
     answers = generate_answers(LlavaForConditionalGeneration.from_pretrained(output / "target"), processor, prompts)
@@ -186,21 +184,6 @@ def build_stranger_config(processor: LlavaProcessor) -> LlavaConfig:
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     )
-
-
-def make_encoder(processor: LlavaProcessor) -> EncodeSample:
-    """What `encode_sample` does, for a chat template without generation marks."""
-    encoder = ConversationEncoder(processor)
-
-    def encode(_: LlavaProcessor, sample: dict[str, Any]) -> dict[str, torch.Tensor]:
-        messages = to_messages(sample)
-        images = tuple(part.pop("image") for message in messages for part in message["content"] if "image" in part)
-        features = encoder(Conversation(sample["id"], messages, images))
-        ids, mask = features["input_ids"], features["assistant_mask"]
-        encoded = {"input_ids": ids, "labels": ids.masked_fill(~mask, IGNORED)}
-        return encoded | {name: features[name][0] for name in ("pixel_values",) if name in features}
-
-    return encode
 
 
 if __name__ == "__main__":

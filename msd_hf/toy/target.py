@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from transformers import (
 )
 
 from ..saving import replaced_folder
+from ..training.data.conversations import Conversation
+from ..training.data.encoding import ConversationEncoder
 from .dataset import IMAGE_TAG, iterate_samples, make_samples
 from .processor import IMAGE_SIDE, PATCH_SIZE
 from .training import Budget, train
@@ -32,8 +34,6 @@ NUM_SEED_LAYERS = 5  # of the shallow model that learns first
 NUM_VISION_LAYERS = 3
 IGNORED = -100
 _POOL = 24  # batches that are grouped by length together
-
-EncodeSample = Callable[[LlavaProcessor, dict[str, Any]], dict[str, torch.Tensor]]
 
 
 def build_target_config(processor: LlavaProcessor, num_layers: int = NUM_LAYERS) -> LlavaConfig:
@@ -145,16 +145,19 @@ def to_messages(sample: dict[str, Any]) -> list[dict[str, Any]]:
     return messages
 
 
-def encode_sample(processor: LlavaProcessor, sample: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Ids and labels `[length]` (loss on the assistant's tokens only), pixels `[3, 72, 72]` for a visual sample."""
-    encoded: Any = processor.apply_chat_template(
-        to_messages(sample), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    ids = torch.tensor(encoded["input_ids"][0])
-    mask = torch.tensor(encoded["assistant_masks"][0], dtype=torch.bool)
-    features = {"input_ids": ids, "labels": ids.masked_fill(~mask, IGNORED)}
+def encode_sample(encoder: ConversationEncoder, sample: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Ids and labels `[length]` (loss on the assistant's tokens only), pixels `[3, side, side]` for a visual sample.
+
+    The labels are those that drafts are trained on: the assistant masks of `apply_chat_template` are not the same on
+    all releases of transformers, and need generation marks in the chat template.
+    """
+    messages = to_messages(sample)
+    images = tuple(part.pop("image") for message in messages for part in message["content"] if "image" in part)
+    encoded = encoder(Conversation(sample["id"], messages, images))
+    ids = encoded["input_ids"]
+    features = {"input_ids": ids, "labels": ids.masked_fill(~encoded["assistant_mask"], IGNORED)}
     if "pixel_values" in encoded:
-        features["pixel_values"] = torch.as_tensor(encoded["pixel_values"][0])
+        features["pixel_values"] = encoded["pixel_values"][0]
     return features
 
 
@@ -175,14 +178,13 @@ def collate_samples(features: list[dict[str, torch.Tensor]], pad_token_id: int) 
     return batch
 
 
-def stream_encoded(
-    processor: LlavaProcessor, seed: int, batch_size: int, encode: EncodeSample = encode_sample
-) -> Iterator[dict[str, torch.Tensor]]:
+def stream_encoded(processor: LlavaProcessor, seed: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
     """Endless encoded training samples in which every `batch_size` consecutive ones have similar lengths."""
+    encoder = ConversationEncoder(processor)
     samples = iterate_samples("train", seed)
     rng = random.Random(f"batches/{seed}")
     while True:
-        pool = [encode(processor, sample) for sample in islice(samples, batch_size * _POOL)]
+        pool = [encode_sample(encoder, sample) for sample in islice(samples, batch_size * _POOL)]
         pool.sort(key=lambda item: len(item["input_ids"]))
         batches = [pool[start : start + batch_size] for start in range(0, len(pool), batch_size)]
         rng.shuffle(batches)
@@ -197,20 +199,18 @@ def train_target(
     seed: int = 0,
     batch_size: int = 16,
     rate: float = 1.0,
-    encode: EncodeSample = encode_sample,
 ) -> float:
     """
     Trains projector and language model in place on fresh conversations; returns the mean training loss. The vision
     tower keeps what it has learnt: an untrained language model would only make it forget.
 
-    `rate` is relative to the learning rates of `build_optimizer`; `encode` does what `encode_sample` does, for a
-    processor whose chat template has no generation marks.
+    `rate` is relative to the learning rates of `build_optimizer`.
     """
     model.model.vision_tower.requires_grad_(False)
     pad_token_id = processor.tokenizer.pad_token_id
     return train(
         model,
-        lambda: stream_encoded(processor, seed, batch_size, encode),
+        lambda: stream_encoded(processor, seed, batch_size),
         lambda features: collate_samples(features, pad_token_id),
         budget,
         batch_size,
