@@ -72,7 +72,7 @@ class InPlaceLayer(DynamicLayer):
                 kept = states.index_select(2, slots[0])
             else:
                 kept = states.gather(2, slots[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
-            states[:, :, start:end] = kept
+            states.narrow(2, start, kept.shape[2]).copy_(kept)
         self.truncate(end)
 
     def move_slots(self, start: int, slots: torch.Tensor, places: torch.Tensor, length: int) -> None:

@@ -6,7 +6,6 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise
-from statistics import median
 
 
 # Numbers of nodes of which the cost is kept; between two of them it is interpolated.
@@ -22,6 +21,7 @@ _LEVELS_KEPT = 15
 _FIRST_RANGE = 512
 
 _BINS_PER_OCTAVE, _NUM_BINS = 2, 40
+_LEAST_LOG_PROB = -1e3
 _PRIOR_WEIGHT = 8.0  # observations that the draft's own probability counts for
 _FORGETTING = 0.97  # of old rounds, by each new one
 # Rounds without drafting after it did not pay; doubled each time that a trial does not pay either.
@@ -71,6 +71,7 @@ class Experience:
         self._accepted = [0.0] * _NUM_BINS
         self._seen = [0.0] * _NUM_BINS
         self._reached: dict[int, _Mean] = {}
+        self._steps = _Mean()
         self._pause = _PAUSE
         self._paused_rounds = 0
         self._trial_rounds = _ROUNDS_TO_JUDGE
@@ -126,6 +127,8 @@ class Experience:
 
     def acceptance(self, log_prob: float) -> float:
         """How likely a node of such a cumulative log-probability is accepted."""
+        if not log_prob > _LEAST_LOG_PROB:  # or not a number
+            return 0.0
         place = _bin(log_prob)
         return (self._accepted[place] + _PRIOR_WEIGHT * math.exp(log_prob)) / (self._seen[place] + _PRIOR_WEIGHT)
 
@@ -133,6 +136,11 @@ class Experience:
         """How often verifications have accepted as deep a node."""
         mean = self._reached.get(num_levels)
         return 0.8**num_levels if mean is None or mean.value is None else mean.value
+
+    @property
+    def step(self) -> float:
+        """How likely, where a level was reached, the next one is too."""
+        return 1.0 if self._steps.value is None else self._steps.value
 
     def width_to_explore(self, widest: int) -> int:
         """Nodes of a level, of those whose cost is known least."""
@@ -146,8 +154,10 @@ class Experience:
         if not self._levels or tokens is None or seconds is None:
             return None
         nearest = min(self._levels, key=lambda known: abs(known - width))
-        # Not the mean: the first time also pays for warming up, and others take the processor away now and then.
-        return median(self._levels[nearest]) * tokens / seconds
+        costs = sorted(self._levels[nearest])
+        # Not the mean: the first time also pays for warming up, and others take the processor away now and then. What
+        # was once dear would not be tried again.
+        return costs[len(costs) // 4] * tokens / seconds
 
     def drafting_pays(self) -> bool:
         """Whether this round should draft: after it did not pay, only every now and then, to see whether it would."""
@@ -180,6 +190,10 @@ class Experience:
         """Takes note of what drafting a level of so many nodes cost."""
         self._levels.setdefault(width, deque(maxlen=_LEVELS_KEPT)).append(seconds)
 
+    def add_step(self, share: float) -> None:
+        """Takes note of how much less than its parents' level one was likely to be reached."""
+        self._steps.add(share)
+
     def add_lengths(self, max_depth: int, lengths: Sequence[int]) -> None:
         """Takes note of how many tokens trees of a depth emitted."""
         for level in range(1, max_depth + 1):
@@ -188,6 +202,8 @@ class Experience:
 
     def add_node(self, log_prob: float, is_accepted: bool) -> None:
         """Takes note of a node's fate."""
+        if not log_prob > _LEAST_LOG_PROB:
+            return
         place = _bin(log_prob)
         self._accepted[place] = 0.99 * self._accepted[place] + is_accepted
         self._seen[place] = 0.99 * self._seen[place] + 1.0

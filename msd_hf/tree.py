@@ -240,13 +240,14 @@ class TreeGrowth:
         # Of the frontier, both [B, F]: place among the candidates of the level above, and score.
         self._frontier = root.new_zeros(root.shape[0], 1)
         self._scores: torch.Tensor | None = None
+        self._in_order: torch.Tensor | None = None
 
     @property
     def frontier_scores(self) -> torch.Tensor:
-        """Cumulative log-probabilities of the frontier, `[B, K]`, best first."""
+        """Cumulative log-probabilities of the frontier, `[B, K]`, best first; NaN where the draft overflowed."""
         if self._scores is None:
             raise MSDError("The root has not been expanded yet.")
-        return _finite(self._scores)
+        return self._scores
 
     @property
     def num_levels(self) -> int:
@@ -276,8 +277,9 @@ class TreeGrowth:
         self._ranking = None
         batch_size, width, top_k = log_probs.shape
         if width == 1:
-            self._frontier = torch.arange(top_k, device=tokens.device).expand(batch_size, -1)
-            self._scores = level.scores
+            if self._in_order is None:
+                self._in_order = torch.arange(top_k, device=tokens.device).expand(batch_size, -1)
+            self._frontier, self._scores = self._in_order, level.scores
         else:
             self._scores, self._frontier = level.scores.topk(top_k, dim=1)
 
@@ -292,9 +294,9 @@ class TreeGrowth:
         assert self._scores is not None
         if width < self._frontier.shape[1]:
             self._frontier, self._scores = self._frontier[:, :width], self._scores[:, :width]
+        if level.width == 1:  # its candidates are in order
+            return level.tokens[:, :width], None
         tokens = level.tokens.gather(1, self._frontier)
-        if level.width == 1:
-            return tokens, None
         above = self._frontier // (level.tokens.shape[1] // level.width)
         batch_size = above.shape[0]
         if batch_size > 1:
@@ -322,7 +324,9 @@ class TreeGrowth:
 
     def _ranked(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self._ranking is None:
-            scores = _finite(torch.cat([level.scores for level in self._levels], dim=1))
+            scores = torch.cat([level.scores for level in self._levels], dim=1)
+            # A half-precision draft may overflow. The target decides anyway, but NaN would break the order.
+            scores = scores.nan_to_num(nan=_LOWEST_LOG_PROB, neginf=_LOWEST_LOG_PROB)
             # A log-probability of exactly 0 ties a node with its parent. Stable, since the parent comes first.
             self._ranking = torch.sort(scores, dim=1, descending=True, stable=True)
         return self._ranking
@@ -352,11 +356,6 @@ class _Level:
     @property
     def width(self) -> int:
         return self.parents.shape[1]
-
-
-def _finite(scores: torch.Tensor) -> torch.Tensor:
-    """A half-precision draft may overflow. The target decides anyway, but NaN would break the order."""
-    return scores.nan_to_num(nan=_LOWEST_LOG_PROB, neginf=_LOWEST_LOG_PROB)
 
 
 __all__ = ["CandidateTree", "TreeGrowth", "TreeSettings"]

@@ -119,10 +119,12 @@ class AdaptiveTreePolicy(TreePolicy):
         return best if gains[best] > 0.0 else 0
 
     def _step(self, reach: float) -> float:
-        """How much less than its parents' a level is reached; the next one is taken to be as much less again."""
-        step = 1.0 if not self._reach else min(1.0, reach / self._reach)
+        """How much less than a level the next one is reached. Not by what this tree's last levels did: behind a token
+        that the draft is unsure of it is as sure as ever."""
+        if self._reach:
+            self.experience.add_step(min(1.0, reach / self._reach))
         self._reach = reach
-        return step
+        return self.experience.step
 
     def _chances(self, scores: torch.Tensor) -> list[float]:
         """How likely nodes of such scores (`[B, N]`) are accepted, in the mean over a batch."""

@@ -113,6 +113,29 @@ def test_levels_become_as_wide_as_pays():
     assert widths == [2, 1]
 
 
+def test_a_draft_that_overflows_still_gives_a_tree():
+    settings = TreeSettings(16, 15, 4, is_auto=True)
+    policy = AdaptiveTreePolicy(settings, taught(FLAT), reads_scores=True)
+    growth = TreeGrowth(torch.zeros(1, dtype=torch.long), policy.begin_round(None, 100))
+    growth.expand(torch.tensor([[[0.0, -1.0, -torch.inf, -torch.inf]]]), torch.arange(4).view(1, 1, 4))
+    growth.descend(2)
+    growth.expand(torch.full((1, 2, 4), torch.nan), torch.arange(4).expand(1, 2, 4))
+    assert policy.width(growth) == 0
+    tree = growth.finish(policy.num_nodes(growth))
+    assert all(parent < node for node, parent in enumerate(tree.parents[0].tolist()) if node)
+    assert tree.tokens[0].tolist()[:3] == [0, 0, 1] and not tree.scores.isnan().any()
+
+
+def test_behind_an_unsure_token_a_tree_may_go_on():
+    """What the last level did says little of the next: a draft that is sure in the mean is sure again."""
+    settings = TreeSettings(64, 15, 4, is_auto=True)
+    experience = taught(FLAT, level=0.1)
+    for _ in range(50):
+        experience.add_step(0.95)
+    levels, _ = grow([0.99, 0.99, 0.4, 0.99, 0.99], AdaptiveTreePolicy(settings, experience, reads_scores=True))
+    assert levels == 5
+
+
 def test_acceptance_is_the_drafts_own_probability_until_it_is_known_better():
     experience = Experience(64)
     assert experience.acceptance(math.log(0.4)) == pytest.approx(0.4)
