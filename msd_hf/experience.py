@@ -16,7 +16,7 @@ _TRIALS, _ROUNDS_A_TRIAL = 2, 3
 _LARGEST_ON_TRUST = 16
 # What a node is taken to add to a verification, until it is known.
 _PRIOR_SLOPE = 0.01
-_LEVELS_KEPT = 15
+_COSTS_KEPT = 15
 # Contexts of up to so many slots cost about the same; from there on ranges double.
 _FIRST_RANGE = 512
 
@@ -59,13 +59,12 @@ class Experience:
 
     def __init__(self, max_nodes: int):
         self.sizes = [size for size in SIZES if size < max_nodes] + [max_nodes]
-        self._costs: dict[int, dict[int, list[float]]] = {}  # range of context -> nodes -> last costs
+        self._costs: dict[int, dict[int, deque[float]]] = {}  # range of context -> nodes -> last costs
         self._trials: dict[int, dict[int, int]] = {}  # range of context -> nodes -> how often tried
         self._range = 0
         self._num_rounds = 0
         self._levels: dict[int, deque[float]] = {}  # number of nodes -> last costs of a level
         self._level_trials: dict[int, int] = {}
-        self._rest = _Mean()  # of a round, besides drafting and verification
         self._drafted_tokens, self._drafted_seconds = _Mean(), _Mean()
         self._plain_seconds = _Mean()
         self._accepted = [0.0] * _NUM_BINS
@@ -99,12 +98,12 @@ class Experience:
         return size
 
     def seconds_of(self, num_nodes: int) -> float:
-        """What the verification of so many nodes and the end of the round cost."""
+        """What a round of so many nodes costs besides drafting them."""
         return self.seconds_up_to(num_nodes)[-1]
 
     def seconds_up_to(self, num_nodes: int) -> list[float]:
         """The same for 1, 2, ... nodes."""
-        known = [(size, min(costs)) for size, costs in sorted(self._costs.get(self._range, {}).items())]
+        known = [(size, _usual(costs)) for size, costs in sorted(self._costs.get(self._range, {}).items())]
         if not known:
             return [1.0 + _PRIOR_SLOPE * nodes for nodes in range(1, num_nodes + 1)]
         # Beyond the sizes that are known.
@@ -113,11 +112,10 @@ class Experience:
         known.append(
             (2 * most + num_nodes, high * (1 + _PRIOR_SLOPE * (2 * most + num_nodes)) / (1 + _PRIOR_SLOPE * most))
         )
-        rest = self._rest.value or 0.0
         costs = []
         for (size, low), (next_size, high) in pairwise(known):
             slope = (high - low) / (next_size - size)
-            costs += [rest + low + slope * count for count in range(1, min(next_size, num_nodes) - size + 1)]
+            costs += [low + slope * count for count in range(1, min(next_size, num_nodes) - size + 1)]
         return costs
 
     def affordable_nodes(self) -> int:
@@ -154,10 +152,7 @@ class Experience:
         if not self._levels or tokens is None or seconds is None:
             return None
         nearest = min(self._levels, key=lambda known: abs(known - width))
-        costs = sorted(self._levels[nearest])
-        # Not the mean: the first time also pays for warming up, and others take the processor away now and then. What
-        # was once dear would not be tried again.
-        return costs[len(costs) // 4] * tokens / seconds
+        return _usual(self._levels[nearest]) * tokens / seconds
 
     def drafting_pays(self) -> bool:
         """Whether this round should draft: after it did not pay, only every now and then, to see whether it would."""
@@ -180,15 +175,15 @@ class Experience:
     # ---- what is learnt ----
 
     def add_verification(self, num_nodes: int, seconds: float) -> None:
-        """Takes note of what a verification cost."""
+        """Takes note of what a round of so many nodes cost besides drafting."""
         size = min(self.sizes, key=lambda size: abs(size - num_nodes))
         if abs(size - num_nodes) <= size // 8:
-            self._costs.setdefault(self._range, {}).setdefault(size, []).append(seconds)
-            del self._costs[self._range][size][:-8]
+            costs = self._costs.setdefault(self._range, {})
+            costs.setdefault(size, deque(maxlen=_COSTS_KEPT)).append(seconds)
 
     def add_level(self, width: int, seconds: float) -> None:
         """Takes note of what drafting a level of so many nodes cost."""
-        self._levels.setdefault(width, deque(maxlen=_LEVELS_KEPT)).append(seconds)
+        self._levels.setdefault(width, deque(maxlen=_COSTS_KEPT)).append(seconds)
 
     def add_step(self, share: float) -> None:
         """Takes note of how much less than its parents' level one was likely to be reached."""
@@ -208,15 +203,20 @@ class Experience:
         self._accepted[place] = 0.99 * self._accepted[place] + is_accepted
         self._seen[place] = 0.99 * self._seen[place] + 1.0
 
-    def add_round(self, is_drafted: bool, num_tokens: float, seconds: float, rest: float) -> None:
-        """Takes note of a whole round, and what of its time (`rest`) was neither drafting nor verification."""
+    def add_round(self, is_drafted: bool, num_tokens: float, seconds: float) -> None:
+        """Takes note of a whole round."""
         if not is_drafted:
             self._plain_seconds.add(seconds)
             return
-        self._rest.add(rest)
         self._trial_rounds = max(0, self._trial_rounds - 1)
         self._drafted_tokens.add(num_tokens)
         self._drafted_seconds.add(seconds)
+
+
+def _usual(costs: Sequence[float]) -> float:
+    """Their lower quartile. Not the mean: the first time also pays for warming up, and others take the processor away
+    now and then; what was once dear would not be tried again."""
+    return sorted(costs)[len(costs) // 4]
 
 
 def _bin(log_prob: float) -> int:

@@ -119,7 +119,6 @@ def msd_decoding(
             context_lengths = running.context.lengths
             policy.begin_verification()
             verification = adapter.verify(tree, cache, running.context, running.next_position, static_nodes, **flags)
-            policy.end_verification()
             with phase("verification"):
                 verified = verify(tree, verification.logits, selector)
             extras.add(verification.outputs, selector.running, verified.paths, context_lengths)

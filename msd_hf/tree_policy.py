@@ -49,10 +49,7 @@ class TreePolicy:
         return growth.settings.num_nodes
 
     def begin_verification(self) -> None:
-        """Is told when the target's forward begins,"""
-
-    def end_verification(self) -> None:
-        """and when it has ended."""
+        """Is told that the tree is drafted."""
 
     def end_round(self, tree: CandidateTree, paths: Sequence[Sequence[int]]) -> None:
         """Is told which nodes of the tree were accepted in each row."""
@@ -77,7 +74,7 @@ class AdaptiveTreePolicy(TreePolicy):
         self.experience = experience
         self.reads_scores = reads_scores
         self._drafts = True
-        self._began = self._drafted = self._verified = 0.0
+        self._began = self._drafted = 0.0
         self._num_levels = 0
         self._explored: int | None = None  # nodes that this round is to have, to learn what they cost
         self._reach: float | None = None
@@ -159,14 +156,13 @@ class AdaptiveTreePolicy(TreePolicy):
     def begin_verification(self) -> None:
         self._drafted = self._clock()
 
-    def end_verification(self) -> None:
-        self._verified = self._clock()
-
     def end_round(self, tree: CandidateTree, paths: Sequence[Sequence[int]]) -> None:
         experience, num_nodes = self.experience, tree.tokens.shape[1]
         emitted = sum(len(path) for path in paths) / len(paths)
+        ended = self._clock()
+        experience.add_round(self._drafts, emitted, ended - self._began)
         if self._explored is not None or self.reads_scores:
-            experience.add_verification(num_nodes, self._verified - self._drafted)
+            experience.add_verification(num_nodes, ended - self._drafted)
         if self._explored is not None and self._drafts and not self.reads_scores:
             experience.add_level(self.settings.top_k, (self._drafted - self._began) / self._num_levels)
         if self._drafts and tree.scores is not None:
@@ -179,8 +175,6 @@ class AdaptiveTreePolicy(TreePolicy):
                     accepted = set(path)
                     for node, score in enumerate(scores, start=1):
                         experience.add_node(score, node in accepted)
-        ended = self._clock()
-        experience.add_round(self._drafts, emitted, ended - self._began, (ended - self._verified))
 
     def _clock(self) -> float:
         if not self.reads_scores and self._explored is not None and torch.cuda.is_available():

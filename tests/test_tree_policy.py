@@ -61,7 +61,7 @@ def taught(costs: dict[int, float], tokens_a_round: float = 3.0, level: float = 
     """An experience of so many seconds for a verification of so many nodes."""
     experience = Experience(64)
     experience.enter_context(100)
-    experience.add_round(True, tokens_a_round, 2 * level + costs[16], 0.0)
+    experience.add_round(True, tokens_a_round, 2 * level + costs[16])
     for _ in range(100):
         size = experience.next_to_explore()
         if size is not None:
@@ -69,8 +69,8 @@ def taught(costs: dict[int, float], tokens_a_round: float = 3.0, level: float = 
     for _ in range(10):
         experience.add_level(4, level)
         experience.add_level(1, level)
-        experience.add_round(True, tokens_a_round, 2 * level + costs[16], 0.0)
-        experience.add_round(False, 1.0, costs[1], 0.0)
+        experience.add_round(True, tokens_a_round, 2 * level + costs[16])
+        experience.add_round(False, 1.0, costs[1])
     return experience
 
 
@@ -90,9 +90,9 @@ def test_costs_are_interpolated_between_sizes():
 def test_large_trees_are_not_tried_before_a_draft_is_of_use():
     experience = Experience(64)
     experience.enter_context(100)
-    experience.add_round(True, 1.0, 1.0, 0.0)
+    experience.add_round(True, 1.0, 1.0)
     assert {experience.next_to_explore() for _ in range(60)} == {None, 1, 4, 8, 16}
-    experience.add_round(True, 1.5, 1.0, 0.0)
+    experience.add_round(True, 1.5, 1.0)
     assert {experience.next_to_explore() for _ in range(60)} == {None, 32, 64}
 
 
@@ -191,7 +191,7 @@ def test_drafting_pauses_where_it_does_not_pay_and_is_tried_again():
     for _ in range(400):
         drafts = experience.drafting_pays()
         drafted.append(drafts)
-        experience.add_round(drafts, 1.05 if drafts else 1.0, 1.3 if drafts else 1.0, 0.0)
+        experience.add_round(drafts, 1.05 if drafts else 1.0, 1.3 if drafts else 1.0)
     assert 0 < sum(drafted) < 12 and not any(drafted[-100:-80])
     experience = taught(FLAT, tokens_a_round=3.0)
     assert all(experience.drafting_pays() for _ in range(50))
@@ -204,7 +204,7 @@ def test_drafting_comes_back_when_it_pays_again():
         drafts = experience.drafting_pays()
         drafted.append(drafts)
         tokens = 1.0 if number < 100 else 4.0
-        experience.add_round(drafts, tokens if drafts else 1.0, 1.3 if drafts else 1.0, 0.0)
+        experience.add_round(drafts, tokens if drafts else 1.0, 1.3 if drafts else 1.0)
     assert sum(drafted[:100]) < 12 and all(drafted[-50:])
 
 
