@@ -135,7 +135,6 @@ def test_a_simulation_says_so(shape_report):
 
 @pytest.mark.parametrize("kind, names", [("pair", ["speedup", "acceptance", "round"]), ("shape", ["round"])])
 def test_plots_are_drawn(kind, names, report, shape_report, tmp_path):
-    pytest.importorskip("matplotlib")
     chosen = report if kind == "pair" else shape_report
     files = write_report(chosen, tmp_path, plots=True)
     assert [path.stem for path in files[2:]] == names

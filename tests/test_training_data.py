@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -611,7 +612,6 @@ def test_chat_messages_with_images_in_memory(folder):
 
 
 def test_datasets_are_read_without_decoding_images(monkeypatch):
-    datasets = pytest.importorskip("datasets")
     rows = [
         {"messages": [turn("user", None, "a"), turn("assistant", "b")], "images": [RED]},
         {"messages": [turn("user", "c"), turn("assistant", "d")], "images": []},
