@@ -228,3 +228,21 @@ def test_rows_that_have_ended_cost_nothing_more():
     finally:
         handle.remove()
     assert sizes[0] == 8 and sizes == sorted(sizes, reverse=True) and len(set(sizes)) >= 3
+
+
+def test_rows_of_a_batch_are_drafted_as_they_are_alone():
+    """A row whose tree were grown from another row's states would still be verified, and accepted less."""
+    pair = tiny.pair(0)
+    tree = pair.with_tree(12, 4, 3)
+    prompts = [tiny.make_prompt(seed, 6) for seed in range(4)]
+    options = {"max_new_tokens": 30, "assistant_model": tree, "return_dict_in_generate": True}
+    batch = pair.target.generate(**tiny.left_padded(prompts), **options).acceptance_lengths
+    alone = [pair.target.generate(**prompt, **options).acceptance_lengths[0] for prompt in prompts]
+
+    def with_full_trees(lengths):
+        """The rounds with 6 tokens left or more: near the limit trees are cut, in a batch by the slowest row's."""
+        return [length for number, length in enumerate(lengths) if sum(lengths[:number]) <= 30 - 1 - 6]
+
+    assert [with_full_trees(lengths) for lengths in batch] == [with_full_trees(lengths) for lengths in alone]
+    assert all(sum(with_full_trees(lengths)) > 20 for lengths in alone)
+    assert max(max(lengths) for lengths in alone) > 2

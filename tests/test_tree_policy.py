@@ -132,8 +132,15 @@ def test_behind_an_unsure_token_a_tree_may_go_on():
     experience = taught(FLAT, level=0.1)
     for _ in range(50):
         experience.add_step(0.95)
-    levels, _ = grow([0.99, 0.99, 0.4, 0.99, 0.99], AdaptiveTreePolicy(settings, experience, reads_scores=True))
-    assert levels == 5
+    policy = AdaptiveTreePolicy(settings, experience, reads_scores=True)
+    growth = TreeGrowth(torch.zeros(1, dtype=torch.long), policy.begin_round(None, 100))
+    for level, probability in enumerate([0.99, 0.4]):
+        if level:
+            assert policy.width(growth) > 0
+            growth.descend(1)
+        # Most of what is left is among tokens that are no candidates.
+        growth.expand(torch.tensor([[[probability, 1e-3, 1e-3, 1e-3]]]).log(), torch.arange(4).view(1, 1, 4))
+    assert policy.width(growth) > 0
 
 
 def test_acceptance_is_the_drafts_own_probability_until_it_is_known_better():
