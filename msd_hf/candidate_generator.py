@@ -171,20 +171,26 @@ class MSDCandidateGenerator:
         states = self._last_state
         growth.expand(*self._head.top_k(states, settings.top_k))
         # Which slots each node of the frontier sees, [B, F, S + nodes that were expanded before]: its parent's and its
-        # own.
+        # own. A path sees all.
         own = _diagonal_mask(settings.top_k, dtype, states.device).expand(batch_size, -1, -1)
-        nothing = torch.ones(batch_size, 1, 0, dtype=torch.bool, device=states.device)
-        mask = tree_attention_mask(nothing, self._context, dtype)[:, 0]
+        mask = None
+        if self._context.hides_slots:
+            nothing = torch.ones(batch_size, 1, 0, dtype=torch.bool, device=states.device)
+            mask = tree_attention_mask(nothing, self._context, dtype)[:, 0]
         for level in range(settings.depth):
             width = policy.width(growth)
             if width == 0:
                 break
             tokens, above = growth.descend(width)
             width = tokens.shape[1]  # a small vocabulary has fewer candidates
-            mask = torch.cat([_rows(mask, above, width), own[:, :width, :width]], dim=2)
+            if mask is None and width > 1:
+                mask = states.new_zeros(batch_size, 1, self._context.num_slots + level)
+            if mask is not None:
+                mask = torch.cat([_rows(mask, above, width), own[:, :width, :width]], dim=2)
             positions = (self._next_position + level).expand(-1, width)
             last_position = self._last_position + level + 1
-            states = self._step(tokens, _rows(states, above, width), positions, mask.unsqueeze(1), last_position)
+            seen = None if mask is None else mask.unsqueeze(1)
+            states = self._step(tokens, _rows(states, above, width), positions, seen, last_position)
             growth.expand(*self._head.top_k(states, settings.top_k))
         return growth.finish(policy.num_nodes(growth))
 

@@ -146,13 +146,19 @@ class Experience:
         self._level_trials[width] = self._level_trials.get(width, 0) + 1
         return width
 
+    @property
+    def tokens_per_second(self) -> float | None:
+        """What rounds with drafting emit, in the mean."""
+        tokens, seconds = self._drafted_tokens.value, self._drafted_seconds.value
+        return None if tokens is None or seconds is None else tokens / seconds
+
     def price_of_level(self, width: int) -> float | None:
         """Tokens that are emitted in the time that another level of drafting takes."""
-        tokens, seconds = self._drafted_tokens.value, self._drafted_seconds.value
-        if not self._levels or tokens is None or seconds is None:
+        rate = self.tokens_per_second
+        if not self._levels or rate is None:
             return None
         nearest = min(self._levels, key=lambda known: abs(known - width))
-        return _usual(self._levels[nearest]) * tokens / seconds
+        return rate * _usual(self._levels[nearest])
 
     def drafting_pays(self) -> bool:
         """Whether this round should draft: after it did not pay, only every now and then, to see whether it would."""
@@ -164,9 +170,8 @@ class Experience:
             return False
         if self._trial_rounds > 0:
             return True
-        tokens, seconds = self._drafted_tokens.value, self._drafted_seconds.value
-        plain = self._plain_seconds.value
-        if tokens is None or seconds is None or plain is None or tokens / seconds >= 1.0 / plain:
+        rate, plain = self.tokens_per_second, self._plain_seconds.value
+        if rate is None or plain is None or rate >= 1.0 / plain:
             self._pause = _PAUSE
             return True
         self._paused_rounds, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)

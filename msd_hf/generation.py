@@ -111,6 +111,8 @@ def msd_decoding(
             roots = torch.tensor(running.tokens, device=draft.device)
             with phase("tree"):
                 tree = generator.propose(roots, limits, policy)
+                if limits.top_k > 1 and tree.max_depth:
+                    tree = tree.with_best_path_first()
                 tree = branches.added_to(tree, limits.suffix_nodes)
             tree = tree.to(running.next_position.device)
             if selector.padded_rows:

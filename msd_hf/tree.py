@@ -1,7 +1,8 @@
 """The candidate tree: settings, growth and re-ranking as pure tensor operations (paper section 3.2; EAGLE-2).
 
-Nodes are numbered in *flat order*: the root is node 0, then level by level, then a branch from its top to its end. So
-a parent always has a smaller number than its children, and the accepted path is an increasing list of nodes.
+Nodes are numbered in *flat order*: the root is node 0, then level by level, then a branch from its top to its end; or
+with the path that the draft believes in most before all others. So a parent always has a smaller number than its
+children, and the accepted path is an increasing list of nodes.
 """
 
 from __future__ import annotations
@@ -192,6 +193,24 @@ class CandidateTree:
             ancestors,
             self.max_depth + num_nodes,
             self.scores,
+        )
+
+    def with_best_path_first(self) -> CandidateTree:
+        """The same trees, renumbered so that the path to the best of the deepest nodes comes first: where it is
+        accepted, its slots are in place already."""
+        assert self.scores is not None
+        best = (self.depths + self.scores.exp()).argmax(1)  # a probability is at most a level
+        is_last = self.ancestors.gather(1, best[:, None, None].expand(-1, -1, self.ancestors.shape[2])).squeeze(1)
+        order = (~is_last).sort(dim=1, stable=True).indices  # [B, N]: which node each was
+        numbers = order.argsort(dim=1)
+        square = order.unsqueeze(2).expand_as(self.ancestors)
+        return CandidateTree(
+            self.tokens.gather(1, order),
+            numbers.gather(1, self.parents.gather(1, order)),
+            self.depths.gather(1, order),
+            self.ancestors.gather(1, square).gather(2, square.transpose(1, 2)),
+            self.max_depth,
+            self.scores.gather(1, order),
         )
 
     def path(self, matches: torch.Tensor) -> torch.Tensor:

@@ -148,10 +148,14 @@ class AdaptiveTreePolicy(TreePolicy):
         if not self.reads_scores:
             return min(most, self.experience.affordable_nodes())
         chances = self._chances(growth.best_scores(most - 1))
-        spent = self._clock() - self._began
-        costs = self.experience.seconds_up_to(most)
-        rates = [tokens / (spent + cost) for tokens, cost in zip(accumulate(chances, initial=1.0), costs, strict=True)]
-        return 1 + max(range(most), key=rates.__getitem__)
+        costs, rate = self.experience.seconds_up_to(most), self.experience.tokens_per_second
+        tokens = list(accumulate(chances, initial=1.0))
+        if rate is None:
+            spent = self._clock() - self._began
+            gains = [emitted / (spent + cost) for emitted, cost in zip(tokens, costs, strict=True)]
+        else:  # what other rounds would emit in the time is lost
+            gains = [emitted - rate * cost for emitted, cost in zip(tokens, costs, strict=True)]
+        return 1 + max(range(most), key=gains.__getitem__)
 
     def begin_verification(self) -> None:
         self._drafted = self._clock()

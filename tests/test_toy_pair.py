@@ -1,10 +1,12 @@
 """The bundled pair: loads by plain `from_pretrained`, answers, and its draft is right often but not always."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
-from msd_hf import MSDDraftModel
+from msd_hf import MSDDraftModel, running_rows
 from msd_hf.evaluation import mean_acceptance_length
 from msd_hf.prompts import build_inputs
 from msd_hf.toy import DRAFT_DIR, TARGET_DIR
@@ -47,6 +49,22 @@ def test_held_out_answers_are_right_and_identical_with_the_draft(pair):
     assert correct > 0.6 * len(prompts)
     assert mean_acceptance_length(lengths) > 4
     assert any(length == 1 for sequence in lengths for length in sequence)  # not always right
+
+
+def test_slots_of_the_path_that_the_draft_believes_in_need_not_move(pair, monkeypatch):
+    processor, target, draft = pair
+    draft = copy.deepcopy(draft)
+    draft.generation_config.update(num_assistant_tokens=24, tree_depth=6, tree_top_k=4)
+    in_place = []
+    keep_paths = running_rows.keep_paths
+    monkeypatch.setattr(
+        running_rows, "keep_paths", lambda *arguments: (in_place.append(arguments[-1]), keep_paths(*arguments))
+    )
+    for prompt in make_evaluation_prompts(prompts_per_kind=1, seed=3)[:4]:
+        target.generate(
+            **build_inputs(processor, prompt.question, prompt.image), assistant_model=draft, max_new_tokens=60
+        )
+    assert len(in_place) > 8 and sum(in_place) > 0.6 * len(in_place)
 
 
 def test_the_answer_depends_on_the_picture(pair):

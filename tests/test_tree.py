@@ -118,6 +118,32 @@ def test_a_sure_draft_gives_a_chain_down_to_the_last_level():
     assert tree.parents.tolist() == [[0, 0, 1, 2, 3, 4, 5]]
 
 
+def paths_with_scores(tree: CandidateTree, row: int) -> set[tuple]:
+    """Every node as the tokens from the root down to it, and its score."""
+    return {
+        (tuple(tree.tokens[row, tree.ancestors[row, node]].tolist()), tree.scores[row, node].item())
+        for node in range(tree.tokens.shape[1])
+    }
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 3.0, 1e4])
+def test_with_the_best_path_first_a_tree_has_the_same_paths(sharpness):
+    """The best of the deepest nodes and those above it are the first ones, so that their slots need not move."""
+    torch.manual_seed(1)
+    grown = random_growth(TreeSettings(30, 6, 4), batch_size=3, sharpness=sharpness, widths=(4, 1, 2))
+    tree = grown.with_best_path_first()
+    rebuilt = CandidateTree.from_parents(tree.tokens, tree.parents, tree.max_depth)
+    assert torch.equal(tree.ancestors, rebuilt.ancestors) and torch.equal(tree.depths, rebuilt.depths)
+    for row in range(3):
+        assert paths_with_scores(tree, row) == paths_with_scores(grown, row)
+        assert all(parent < node for node, parent in enumerate(tree.parents[row].tolist()) if node)
+        depth = grown.depths[row].max().item()
+        deepest = grown.depths[row] == depth
+        best = torch.where(deepest, grown.scores[row], -torch.inf).argmax()
+        assert tree.tokens[row, : depth + 1].tolist() == grown.tokens[row, grown.ancestors[row, best]].tolist()
+        assert tree.depths[row, : depth + 1].tolist() == list(range(depth + 1))
+
+
 def test_mask_shows_the_context_and_the_ancestors():
     tree = CandidateTree.from_parents(torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 0, 0, 2]]), max_depth=2)
     prompt_mask = torch.tensor([[False, True]])
