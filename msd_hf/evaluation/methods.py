@@ -90,8 +90,8 @@ PROMPT_LOOKUP = Method(
 # Our length counts the nodes of a tree: without it the chain has transformers' own.
 ASSISTED_CHAIN = Method(
     "assisted-chain",
-    "the draft as a chain in transformers' own assisted loop, with its settings: at most 20 tokens, none behind one of "
-    "confidence below 0.4",
+    "the draft as a chain in transformers' own assisted loop, by its default settings: 20 tokens, or until the draft "
+    "is unsure",
     drafted=True,
     assisted=True,
     tree={"num_assistant_tokens": None},
@@ -130,7 +130,9 @@ USELESS_DRAFT = Method(
     make_draft=random_draft,
 )
 
-METHODS = {method.name: method for method in (VANILLA, PROMPT_LOOKUP, ASSISTED_CHAIN, CHAIN, TREE, AUTO, USELESS_DRAFT)}
+METHODS = {
+    method.name: method for method in (VANILLA, PROMPT_LOOKUP, ASSISTED_CHAIN, CHAIN, TREE, AUTO, USELESS_DRAFT)
+}
 DEFAULT_BASELINES = ("prompt-lookup", "chain")
 
 
