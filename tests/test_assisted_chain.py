@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from family_drafts import family_pair
 from tiny import IMAGE_TOKEN_ID, NUM_PAIRS, build_draft, build_target, is_fitted, make_prompt, pair, random_prompt
 from transformers import AutoModelForImageTextToText, GenerationMixin
 
@@ -77,6 +78,18 @@ def test_gives_the_tokens_of_the_bundled_target(toy_processor):
         with forwards_of(target) as widths:
             assert timed_generate(target, inputs, draft, ASSISTED_CHAIN, **arguments).tokens == expected
         assert len(widths) < 0.6 * len(expected)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "gemma2", "gemma3"])
+def test_other_families(name):
+    """Positions in three dimensions, windows, scaled embeddings, token types."""
+    pair, arguments = family_pair(name), {"max_new_tokens": 16, "do_sample": False}
+    for number in range(3):
+        inputs = pair.family.inputs(number, 1 if pair.family.has_images else 0, "middle")
+        expected = pair.target.generate(**inputs, **arguments)
+        with forwards_of(pair.target) as widths, ASSISTED_CHAIN.prepared(pair.target, pair.draft) as assistant:
+            assert pair.target.generate(**inputs, **arguments, **assistant).tolist() == expected.tolist()
+        assert len(widths) < 16
 
 
 @pytest.mark.parametrize("layers", [None, [0, 1]])
