@@ -88,13 +88,22 @@ class TargetVerification:
 
 
 @dataclass
-class _Observation:
+class TargetObservation:
+    """What went into the decoder in the last forward, and what came out.
+
+    Args:
+        inputs (`dict[str, Any]`): the decoder's, by name.
+        last_hidden_state (`torch.Tensor` of shape `[B, T, H]`): after the final norm; `None` before the first forward.
+        layer_states (`dict[int, torch.Tensor]`): the outputs of the feature layers.
+    """
+
     inputs: dict[str, Any] = field(default_factory=dict)
     last_hidden_state: torch.Tensor | None = None
     layer_states: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def hidden_states(self) -> torch.Tensor:
+        """`[B, T, (1 + K) * H]`, as in [`TargetPrefill`]."""
         assert self.last_hidden_state is not None
         if not self.layer_states:
             return self.last_hidden_state
@@ -162,8 +171,15 @@ class TargetAdapter:
     ) -> TargetPrefill:
         """Runs the prompt `[B, L]`, or what of it is not in the cache yet, through the target's own prefill, which
         fills the cache in `model_kwargs`."""
-        with self._observe() as seen:
+        with self.observe() as seen:
             outputs = self.target._prefill(input_ids, generation_config, model_kwargs)
+        return self.read_prefill(seen, outputs, input_ids, model_kwargs)
+
+    def read_prefill(
+        self, seen: TargetObservation, outputs: ModelOutput, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
+    ) -> TargetPrefill:
+        """What a prefill that was observed gave: `outputs` are the target's own, `model_kwargs` those of the prompt
+        (`attention_mask` if any, the cache)."""
         inputs_embeds = seen.inputs.get("inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed(seen.inputs["input_ids"])
@@ -203,7 +219,7 @@ class TargetAdapter:
     @torch.no_grad()
     def features(self, input_ids: torch.Tensor, **inputs: Any) -> TargetFeatures:
         """Runs whole sequences `[B, L]`, with the target's other inputs, through the target without a cache."""
-        with self._observe() as seen:
+        with self.observe() as seen:
             self.target.base_model(input_ids=input_ids, use_cache=False, **inputs)
         inputs_embeds = seen.inputs.get("inputs_embeds")
         return TargetFeatures(
@@ -267,7 +283,7 @@ class TargetAdapter:
             mask = self._tree_masks(tree, context, replaced)
         position_ids = next_position + tree.depths
         with (
-            self._observe(attention_mask=mask, position_ids=position_ids, **replaced) as seen,
+            self.observe(attention_mask=mask, position_ids=position_ids, **replaced) as seen,
             self._attention_with_tree_mask(),
             phase("target forward"),
         ):
@@ -315,8 +331,9 @@ class TargetAdapter:
             config._attn_implementation = implementation
 
     @contextmanager
-    def _observe(self, **replaced_inputs: Any) -> Iterator[_Observation]:
-        seen = _Observation()
+    def observe(self, **replaced_inputs: Any) -> Iterator[TargetObservation]:
+        """Watches the forwards inside the block; the decoder gets `replaced_inputs` in place of its own."""
+        seen = TargetObservation()
 
         def before(module, args, kwargs):
             seen.inputs = kwargs
@@ -352,4 +369,4 @@ def _device_of(module: torch.nn.Module) -> torch.device:
     return torch.device(module.weight.device if device is None else device)  # type: ignore[arg-type]
 
 
-__all__ = ["TargetAdapter", "TargetFeatures", "TargetPrefill", "TargetVerification"]
+__all__ = ["TargetAdapter", "TargetFeatures", "TargetObservation", "TargetPrefill", "TargetVerification"]

@@ -17,6 +17,7 @@ from msd_hf.evaluation.bench import run_bench
 from msd_hf.evaluation.bench_prompts import BenchPrompt, first_questions
 from msd_hf.evaluation.make_report import report_pair
 from msd_hf.evaluation.methods import (
+    ASSISTED_CHAIN,
     AUTO,
     CHAIN,
     METHODS,
@@ -52,7 +53,7 @@ def prompts(*kinds):
 @pytest.fixture(scope="module")
 def result():
     target, draft = pair(0).target, pair(0).with_tree(12, 3, 3)
-    methods = [VANILLA, PROMPT_LOOKUP, CHAIN, TREE]
+    methods = [VANILLA, PROMPT_LOOKUP, ASSISTED_CHAIN, CHAIN, TREE]
     return run_bench(target, draft, prompts(TEXT, IMAGE, TWO_IMAGES), methods, repeats=2, **ARGUMENTS)
 
 
@@ -87,7 +88,9 @@ def test_summary_of_a_pair(result):
     assert methods["tree"]["num_rounds"] == rounds
     assert methods["tree"]["tau"] == pytest.approx(3 * 15 / rounds)
     assert 0 < methods["tree"]["round_efficiency"] < 1
-    assert "round_efficiency" not in methods["prompt-lookup"]
+    assert methods["assisted-chain"]["tau"] > 1 and sum(methods["assisted-chain"]["acceptance_histogram"].values()) > 1
+    for name in ("prompt-lookup", "assisted-chain"):  # transformers' loop
+        assert "round_efficiency" not in methods[name]
     assert [group["num_prompts"] for group in summary["groups"].values()] == [1, 2]
     assert all(
         figures["agreement"] == {"identical": 3, "share": 1.0, "differences": []} for figures in methods.values()

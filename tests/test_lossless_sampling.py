@@ -25,6 +25,7 @@ from transformers import (
 from msd_hf.batch_selection import BatchSelector
 from msd_hf.cache import CACHE_NAME
 from msd_hf.candidate_generator import MSDCandidateGenerator
+from msd_hf.evaluation.methods import ASSISTED_CHAIN, TREE, Method
 from msd_hf.generation import MSDGenerateOutput
 from msd_hf.targets import TargetAdapter
 from msd_hf.tree import TreeSettings
@@ -296,20 +297,26 @@ def chi_square_p_value(counts: Counter, probabilities: dict[tuple[int, ...], flo
     return torch.special.gammaincc(torch.tensor(freedom / 2.0), torch.tensor(statistic / 2.0)).item()
 
 
-def sample_through_generate(num_samples: int) -> Counter:
+def sample_through_generate(num_samples: int, method: Method = TREE) -> Counter:
     pair, inputs, counts = small_pair(), small_prompt(), Counter()
     draft = pair.with_tree(*SMALL_TREE)
     torch.manual_seed(11)
-    for _ in range(num_samples):
-        output = pair.target.generate(
-            **inputs, max_new_tokens=3, do_sample=True, temperature=TEMPERATURE, top_k=0, assistant_model=draft
-        )
-        counts[tuple(output[0, inputs["input_ids"].shape[1] :].tolist())] += 1
+    with method.prepared(pair.target, draft) as arguments:
+        for _ in range(num_samples):
+            output = pair.target.generate(
+                **inputs, max_new_tokens=3, do_sample=True, temperature=TEMPERATURE, top_k=0, **arguments
+            )
+            counts[tuple(output[0, inputs["input_ids"].shape[1] :].tolist())] += 1
     return counts
 
 
 def test_distribution_of_whole_generations():
     counts = sample_through_generate(500)
+    assert chi_square_p_value(counts, exact_probabilities(3)) > 1e-3
+
+
+def test_distribution_in_the_loop_of_transformers():
+    counts = sample_through_generate(300, ASSISTED_CHAIN)
     assert chi_square_p_value(counts, exact_probabilities(3)) > 1e-3
 
 

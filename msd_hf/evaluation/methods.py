@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import MSDError
 from ..modeling_msd import MSDDraftModel
+from .assisted_chain import assisted_chain
 
 
 # Releases before that compare candidates with an EOS token that may be missing.
@@ -31,6 +32,7 @@ class Method:
         name (`str`): what reports call it.
         description (`str`): one line for the reader of a report.
         drafted (`bool`): whether the draft is given to `generate`.
+        assisted (`bool`): whether transformers' own assisted loop drives it, as a chain, and not our loop.
         arguments (`Mapping`): further arguments of `generate`.
         tree (`Mapping`): fields of the draft's generation config that differ from its own.
         copies_prompt (`bool`): whether candidates are tokens of the prompt. Visual positions must not be among them,
@@ -41,10 +43,16 @@ class Method:
     name: str
     description: str
     drafted: bool = False
+    assisted: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
     tree: Mapping[str, Any] = field(default_factory=dict)
     copies_prompt: bool = False
     make_draft: Callable[[PreTrainedModel], MSDDraftModel] | None = None
+
+    @property
+    def has_own_loop(self) -> bool:
+        """Whether our loop decodes, which reports acceptance lengths and phases."""
+        return self.drafted and not self.assisted
 
     @contextmanager
     def prepared(self, target: PreTrainedModel, draft: MSDDraftModel | None) -> Iterator[dict[str, Any]]:
@@ -66,7 +74,8 @@ class Method:
         try:
             for name, value in self.tree.items():
                 setattr(draft.generation_config, name, value)
-            yield {**self.arguments, "assistant_model": draft}
+            with assisted_chain(target, draft) if self.assisted else nullcontext(draft) as assistant:
+                yield {**self.arguments, "assistant_model": assistant}
         finally:
             draft.generation_config = own
 
@@ -78,8 +87,21 @@ PROMPT_LOOKUP = Method(
     arguments={"prompt_lookup_num_tokens": 10},
     copies_prompt=True,
 )
-# Through our own loop: transformers' assisted loop cannot be given our candidate generator.
-CHAIN = Method("chain", "the draft with `tree_top_k=1`: one candidate a level", drafted=True, tree={"tree_top_k": 1})
+# Our length counts the nodes of a tree: without it the chain has transformers' own.
+ASSISTED_CHAIN = Method(
+    "assisted-chain",
+    "the draft as a chain in transformers' own assisted loop, by its default settings: 20 tokens, or until the draft "
+    "is unsure",
+    drafted=True,
+    assisted=True,
+    tree={"num_assistant_tokens": None},
+)
+CHAIN = Method(
+    "chain",
+    "the draft with `tree_top_k=1` in our own loop: one candidate a level",
+    drafted=True,
+    tree={"tree_top_k": 1},
+)
 TREE = Method("tree", "the draft with its own settings", drafted=True)
 AUTO = Method(
     "auto",
@@ -108,7 +130,9 @@ USELESS_DRAFT = Method(
     make_draft=random_draft,
 )
 
-METHODS = {method.name: method for method in (VANILLA, PROMPT_LOOKUP, CHAIN, TREE, AUTO, USELESS_DRAFT)}
+METHODS = {
+    method.name: method for method in (VANILLA, PROMPT_LOOKUP, ASSISTED_CHAIN, CHAIN, TREE, AUTO, USELESS_DRAFT)
+}
 DEFAULT_BASELINES = ("prompt-lookup", "chain")
 
 
@@ -153,6 +177,7 @@ def check_methods(methods: Sequence[Method], target: PreTrainedModel, generate_a
 
 
 __all__ = [
+    "ASSISTED_CHAIN",
     "AUTO",
     "CHAIN",
     "DEFAULT_BASELINES",

@@ -53,7 +53,7 @@ def observe(
         target.generate(**inputs, **{**generate_arguments, **arguments}, streamer=recorder)
     # The first put is the prompt, the second what came of the prefill.
     lengths = recorder.lengths[2:]
-    timing = RoundTiming.from_phases(timer.inside("decode"), len(lengths)) if method.drafted else None
+    timing = RoundTiming.from_phases(timer.inside("decode"), len(lengths)) if method.has_own_loop else None
     return Observation(lengths, timing, memory.num_bytes)
 
 

@@ -23,7 +23,7 @@ class TimedRun:
         tokens (`list[int]`): the new tokens.
         seconds (`float`): wall clock of the whole call, vision tower and prefill included.
         prefill_seconds (`float`): of these, until the target's first forward was done.
-        acceptance_lengths (`list[int]`): tokens emitted by each verification; empty without a draft.
+        acceptance_lengths (`list[int]`): tokens emitted by each verification of our loop; else empty.
     """
 
     tokens: list[int]
@@ -88,7 +88,7 @@ def timed_generate(
         tokens=output.sequences[0, inputs["input_ids"].shape[1] :].tolist(),
         seconds=ended - started,
         prefill_seconds=prefilled_at[0] - started,
-        acceptance_lengths=output.acceptance_lengths[0] if method.drafted else [],
+        acceptance_lengths=output.acceptance_lengths[0] if method.has_own_loop else [],
     )
 
 

@@ -1,0 +1,175 @@
+"""The draft as a chain that transformers' own assisted loop drives: the baseline that needs no loop of ours."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.generation import CandidateGenerator
+
+from ..cache import CACHE_NAME
+from ..candidate_generator import MSDCandidateGenerator
+from ..modeling_msd import MSDDraftModel
+from ..target_support import check_pair, check_target
+from ..targets import TargetAdapter, TargetObservation
+from ..tree import TreeGrowth, TreeSettings
+from ..tree_policy import TreePolicy
+
+
+class ChainAssistant:
+    """
+    Stands for a draft as `assistant_model`. It is no `MSDDraftModel`, so our hook into `generate` leaves the call to
+    transformers.
+
+    Args:
+        config (`PreTrainedConfig`): the target's, with whose vocabulary `generate` compares an assistant's.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        self.config = config
+
+
+@contextmanager
+def assisted_chain(target: PreTrainedModel, draft: MSDDraftModel) -> Iterator[ChainAssistant]:
+    """
+    Gives what `generate(assistant_model=...)` of the target takes inside the block, to decode with transformers' own
+    assisted loop: one prompt a call. Length and confidence are read as for any assistant: from the draft's generation
+    config, or else transformers' defaults (`num_assistant_tokens`, `assistant_confidence_threshold`).
+
+    Raises:
+        MSDUnsupportedError: when the target cannot be used with a draft.
+        MSDPairingError: when the draft was made for another target.
+    """
+    check_target(target)
+    check_pair(target.config, draft.config)
+    adapter = TargetAdapter(target, draft.config.target_layers)
+    assistant = ChainAssistant(target.config)
+    original = GenerationMixin._get_candidate_generator
+
+    def _get_candidate_generator(self, *args, assistant_model=None, **kwargs):
+        if assistant_model is not assistant:
+            return original(self, *args, assistant_model=assistant_model, **kwargs)
+        return ChainCandidateGenerator(draft, adapter, seen, kwargs["generation_config"], kwargs["model_kwargs"])
+
+    with adapter.observe() as seen:
+        GenerationMixin._get_candidate_generator = _get_candidate_generator
+        try:
+            yield assistant
+        finally:
+            GenerationMixin._get_candidate_generator = original
+
+
+class ChainCandidateGenerator(CandidateGenerator):
+    """
+    Proposes the draft's most likely tokens, one after the other. It gives no logits with them: the loop then takes the
+    target's own choice at each position, greedily or sampled, while it is the candidate.
+
+    Args:
+        draft (`MSDDraftModel`): the draft.
+        adapter (`TargetAdapter`): of the target.
+        seen (`TargetObservation`): of the target's forwards, the loop's among them.
+        generation_config (`GenerationConfig`): of the call.
+        model_kwargs (`dict[str, Any]`): the target's, before its first forward.
+    """
+
+    requires_model_outputs = True  # so that the prefill's are handed on
+    model_kwargs_overrides: dict[str, Any] = {}
+
+    def __init__(
+        self,
+        draft: MSDDraftModel,
+        adapter: TargetAdapter,
+        seen: TargetObservation,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+    ):
+        settings = copy.deepcopy(draft.generation_config)
+        settings.update(**settings._get_default_generation_params(), defaults_only=True)
+        self.num_assistant_tokens: int = settings.num_assistant_tokens
+        self.confidence_threshold: float = settings.assistant_confidence_threshold
+        eos_token_ids = getattr(generation_config, "_eos_token_tensor", None)
+        self.eos_token_ids: list[int] = [] if eos_token_ids is None else eos_token_ids.tolist()
+        self.max_length: int = generation_config.max_length
+        self._generator = MSDCandidateGenerator(draft, adapter)
+        self._adapter = adapter
+        self._seen = seen
+        self._device = draft.device
+        # The loop replaces them as it goes on.
+        self._prompt_kwargs = {name: model_kwargs.get(name) for name in ("attention_mask", CACHE_NAME)}
+        self._fed_ids: torch.Tensor | None = None  # [1, S]: what the draft has been told of
+
+    def get_candidates(
+        self, input_ids: torch.Tensor, model_outputs: Any = None, is_first_iteration: bool = False, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `[1, S]`): the tokens so far.
+            model_outputs (`ModelOutput`): of the target's last forward.
+            is_first_iteration (`bool`): whether there was none, so there is nothing to draft from.
+
+        Returns:
+            The tokens with the candidates behind them (`[1, S + C]`), and no logits.
+        """
+        # The last token that may come is the target's.
+        num_tokens = min(self.num_assistant_tokens, self.max_length - input_ids.shape[1] - 1)
+        if is_first_iteration:
+            self._fed_ids = input_ids
+            return input_ids, None
+        if num_tokens < 1:  # nor will there be any later
+            return input_ids, None
+        self._feed(input_ids, model_outputs)
+        settings = TreeSettings(num_nodes=1 + num_tokens, depth=num_tokens - 1, top_k=1)
+        policy = ChainPolicy(settings, self.confidence_threshold, self.eos_token_ids)
+        tree = self._generator.propose(input_ids[:, -1].to(self._device), settings, policy)
+        return torch.cat([input_ids, tree.tokens[:, 1:].to(input_ids.device)], dim=1), None
+
+    def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
+        """Changes nothing: transformers' default schedule is constant. Older releases demand the method."""
+
+    def _feed(self, input_ids: torch.Tensor, model_outputs: Any) -> None:
+        """Tells the draft what was emitted since, with the states of the target's last forward, which began at the
+        token before."""
+        assert self._fed_ids is not None
+        tokens = input_ids[:, self._fed_ids.shape[1] :].to(self._device)
+        if self._prompt_kwargs:
+            prefill = self._adapter.read_prefill(self._seen, model_outputs, self._fed_ids, self._prompt_kwargs)
+            self._generator.prefill(prefill, tokens[:, 0])
+            self._prompt_kwargs = {}
+        else:
+            count = tokens.shape[1]
+            self._generator.accept(tokens, self._seen.hidden_states[:, :count], [count])
+        self._fed_ids = input_ids
+
+
+class ChainPolicy(TreePolicy):
+    """
+    Ends a chain where an assistant's `generate` ends: behind a token that it is less sure of than the threshold, or
+    that ends the answer.
+
+    Args:
+        settings (`TreeSettings`): the longest chain.
+        threshold (`float`): 0 for none.
+        eos_token_ids (`Sequence[int]`): of the target.
+    """
+
+    def __init__(self, settings: TreeSettings, threshold: float, eos_token_ids: Sequence[int]):
+        super().__init__(settings)
+        self.threshold = threshold
+        self.eos_token_ids = eos_token_ids
+        self._score = 0.0
+
+    def width(self, growth: TreeGrowth) -> int:
+        score = growth.frontier_scores.item()
+        confidence, self._score = math.exp(score - self._score), score
+        if confidence < self.threshold:
+            return 0
+        tokens, _ = growth.descend(1)  # of a chain this changes nothing
+        return 0 if tokens.item() in self.eos_token_ids else 1
+
+
+__all__ = ["ChainAssistant", "ChainCandidateGenerator", "ChainPolicy", "assisted_chain"]
