@@ -128,12 +128,12 @@ class CandidateTree:
         cls, tokens: torch.Tensor, parents: torch.Tensor, max_depth: int, scores: torch.Tensor | None = None
     ) -> CandidateTree:
         """Completes a tree of which tokens and parents are known (both `[B, N]`, root first, in flat order)."""
-        batch_size, num_nodes = tokens.shape
-        lines = [torch.arange(num_nodes, device=tokens.device).expand_as(parents)]
-        for _ in range(max_depth):
-            lines.append(parents if len(lines) == 1 else parents.gather(1, lines[-1]))
-        ancestors = torch.zeros(batch_size, num_nodes, num_nodes, dtype=torch.bool, device=tokens.device)
-        ancestors.scatter_(2, torch.stack(lines, dim=2), True)
+        links = torch.zeros(*tokens.shape, tokens.shape[1], dtype=torch.float32, device=tokens.device)
+        links.scatter_(2, parents.unsqueeze(2), 1.0)
+        links.diagonal(dim1=1, dim2=2).fill_(1.0)
+        for _ in range((max_depth - 1).bit_length()):  # the square reaches twice as far up
+            links = torch.bmm(links, links).clamp_(max=1.0)
+        ancestors = links > 0
         return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, max_depth, scores)
 
     @classmethod
