@@ -2,11 +2,11 @@ import os
 import sys
 
 
-# Nothing may be downloaded by a test. The libraries read this when they are imported.
-os.environ["HF_HUB_OFFLINE"] = "1"
+# The libraries read these when they are imported, in the processes that tests start too.
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing may be downloaded by a test
+os.environ["OMP_NUM_THREADS"] = "1"  # the models of the tests are tiny: more threads only cost
 
 import pytest
-import torch
 from training_runs import NUM_SAMPLES, build_small_target
 from transformers import AutoProcessor
 
@@ -14,10 +14,6 @@ from msd_hf import cli
 from msd_hf.toy import TARGET_DIR
 from msd_hf.toy.dataset import ToySamples
 from msd_hf.training import load_conversations
-
-
-# The models of the tests are tiny: more threads only cost.
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -357,11 +357,9 @@ def run_with_hub(code: str, endpoint: str, home: Path) -> subprocess.CompletedPr
 
 LOAD_ALL = """
 import json, sys
-import torch
 from msd_hf import MSDDraftModel
 from transformers import AutoConfig, AutoModel
 
-torch.set_num_threads(1)
 results = {}
 for name, load in {
     "someone/MSD-tiny": lambda name: MSDDraftModel.from_pretrained(name),

@@ -323,7 +323,7 @@ def test_tensor_parallel(tmp_path):
     inputs = tiny.make_prompt(2, 8, (2,))
     torch.save(inputs, tmp_path / "inputs.pt")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run(
         [*command, str(Path(__file__).with_name("tensor_parallel_run.py")), str(tmp_path)],
         capture_output=True,
