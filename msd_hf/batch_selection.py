@@ -123,6 +123,11 @@ class BatchSelector:
         return all(group.is_plain_argmax for group in self._groups)
 
     @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a row."""
+        return self._groups[0].eos_token_ids
+
+    @property
     def tokens_left(self) -> int | None:
         """How many tokens the row that is furthest behind may still emit, if a length limit is set."""
         left = [group.tokens_left for group in self._groups if not group.finished]

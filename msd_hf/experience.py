@@ -157,8 +157,9 @@ class Experience:
         rate = self.tokens_per_second
         if not self._levels or rate is None:
             return None
-        nearest = min(self._levels, key=lambda known: abs(known - width))
-        return rate * _usual(self._levels[nearest])
+        # A level costs no more than a wider one, whatever its first times have cost.
+        known = [_usual(costs) for nodes, costs in self._levels.items() if nodes >= width]
+        return rate * (min(known) if known else _usual(self._levels[max(self._levels)]))
 
     def drafting_pays(self) -> bool:
         """Whether this round should draft: after it did not pay, only every now and then, to see whether it would."""

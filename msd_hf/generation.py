@@ -76,7 +76,7 @@ def msd_decoding(
         input_ids, logits_processor, stopping_criteria, generation_config, streamer, keeps_ended_rows=keeps_cache
     )
     flags = {name: True for name in ("output_hidden_states", "output_attentions") if model_kwargs.get(name)}
-    policy = make_tree_policy(settings, draft, adapter, selector.batch_size)
+    policy = make_tree_policy(settings, draft, adapter, selector.batch_size, selector.eos_token_ids)
     branches = SuffixBranches(input_ids, adapter.visual_mask(input_ids), selector)
     extras = DecoderOutputs(selector.batch_size, layer_windows(adapter.text_config), flags)
     num_slots = _slots_after_prompt(cache, input_ids, generation_config, model_kwargs)

@@ -50,7 +50,7 @@ class TokenSelector:
         self._noise, self._row = noise, row
         self._input_ids = input_ids
         self._num_held = 0  # of the emitted tokens, those that are in `_input_ids`
-        self._max_length, self._eos_token_ids, self._simple_stops = _read_simple_criteria(stopping_criteria)
+        self._max_length, self.eos_token_ids, self._simple_stops = _read_simple_criteria(stopping_criteria)
 
     @property
     def input_ids(self) -> torch.Tensor:
@@ -139,9 +139,9 @@ class TokenSelector:
         if self._simple_stops:
             if self._max_length is not None and self.length >= self._max_length:
                 self.ended = [True] * self.num_rows
-            elif self._eos_token_ids:
+            elif self.eos_token_ids:
                 self.ended = [
-                    ended or token in self._eos_token_ids for ended, token in zip(self.ended, tokens, strict=True)
+                    ended or token in self.eos_token_ids for ended, token in zip(self.ended, tokens, strict=True)
                 ]
             return
         scores_so_far = None if self.scores is None else tuple(self.scores)

@@ -27,7 +27,7 @@ DEFAULT_TREE_TOP_K = 10
 # `num_assistant_tokens="auto"`, and the bounds that it sets.
 AUTO = "auto"
 AUTO_NUM_ASSISTANT_TOKENS = 64
-AUTO_TREE_DEPTH = 24
+AUTO_TREE_DEPTH = 40
 
 _LOWEST_LOG_PROB = -1e30
 
@@ -269,6 +269,15 @@ class TreeGrowth:
         return self._scores
 
     @property
+    def frontier_tokens(self) -> torch.Tensor:
+        """The tokens of the frontier, `[B, K]`."""
+        level = self._levels[-1]
+        # Behind a single node candidates are in order.
+        return (
+            level.tokens[:, : self._frontier.shape[1]] if level.width == 1 else level.tokens.gather(1, self._frontier)
+        )
+
+    @property
     def num_levels(self) -> int:
         """Levels below the root so far."""
         return len(self._levels)
@@ -313,9 +322,9 @@ class TreeGrowth:
         assert self._scores is not None
         if width < self._frontier.shape[1]:
             self._frontier, self._scores = self._frontier[:, :width], self._scores[:, :width]
-        if level.width == 1:  # its candidates are in order
-            return level.tokens[:, :width], None
-        tokens = level.tokens.gather(1, self._frontier)
+        tokens = self.frontier_tokens
+        if level.width == 1:
+            return tokens, None
         above = self._frontier // (level.tokens.shape[1] // level.width)
         batch_size = above.shape[0]
         if batch_size > 1:

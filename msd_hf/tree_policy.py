@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 
 import torch
@@ -67,12 +68,20 @@ class AdaptiveTreePolicy(TreePolicy):
         experience (`Experience`): of earlier rounds and calls.
         reads_scores (`bool`): whether the draft's scores can be read at once: on a CPU. Elsewhere that would make the
             device wait, and depth follows from how deep trees were accepted before.
+        eos_token_ids (`Collection[int]`): tokens behind which nothing is emitted.
     """
 
-    def __init__(self, settings: TreeSettings, experience: Experience, reads_scores: bool):
+    def __init__(
+        self,
+        settings: TreeSettings,
+        experience: Experience,
+        reads_scores: bool,
+        eos_token_ids: Collection[int] = (),
+    ):
         super().__init__(settings)
         self.experience = experience
         self.reads_scores = reads_scores
+        self.eos_token_ids = eos_token_ids
         self._drafts = True
         self._began = self._drafted = 0.0
         self._num_levels = 0
@@ -109,8 +118,17 @@ class AdaptiveTreePolicy(TreePolicy):
         if not self.reads_scores:
             reach = self.experience.reach(self._num_levels)
             return widest if reach * self._step(reach) > self._prices[widest] else 0
-        chances = self._chances(growth.frontier_scores)
-        step = self._step(min(1.0, sum(chances)))
+        scores, tokens = growth.frontier_scores.tolist(), growth.frontier_tokens.tolist()
+        chances = self._chances(
+            [
+                [-math.inf if token in self.eos_token_ids else score for score, token in zip(*row, strict=True)]
+                for row in zip(scores, tokens, strict=True)
+            ]
+        )
+        reach = min(1.0, sum(chances))
+        if reach == 0.0:  # the answer ends here, which says nothing of other levels
+            return 0
+        step = self._step(reach)
         gains = {width: min(1.0, sum(chances[:width])) * step - price for width, price in self._prices.items()}
         best = max(gains, key=gains.__getitem__)
         return best if gains[best] > 0.0 else 0
@@ -123,10 +141,10 @@ class AdaptiveTreePolicy(TreePolicy):
         self._reach = reach
         return self.experience.step
 
-    def _chances(self, scores: torch.Tensor) -> list[float]:
-        """How likely nodes of such scores (`[B, N]`) are accepted, in the mean over a batch."""
+    def _chances(self, scores: list[list[float]]) -> list[float]:
+        """How likely nodes of such scores (B rows) are accepted, in the mean over a batch."""
         acceptance = self.experience.acceptance
-        rows = [[acceptance(score) for score in row] for row in scores.tolist()]
+        rows = [[acceptance(score) for score in row] for row in scores]
         return rows[0] if len(rows) == 1 else [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
     def _price(self, width: int) -> float:
@@ -147,7 +165,7 @@ class AdaptiveTreePolicy(TreePolicy):
             return min(most, self._explored)
         if not self.reads_scores:
             return min(most, self.experience.affordable_nodes())
-        chances = self._chances(growth.best_scores(most - 1))
+        chances = self._chances(growth.best_scores(most - 1).tolist())
         costs, rate = self.experience.seconds_up_to(most), self.experience.tokens_per_second
         tokens = list(accumulate(chances, initial=1.0))
         if rate is None:
@@ -189,7 +207,13 @@ class AdaptiveTreePolicy(TreePolicy):
 _experiences: weakref.WeakKeyDictionary[MSDDraftModel, weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
 
 
-def make_tree_policy(settings: TreeSettings, draft: MSDDraftModel, adapter: TargetAdapter, batch_size: int):
+def make_tree_policy(
+    settings: TreeSettings,
+    draft: MSDDraftModel,
+    adapter: TargetAdapter,
+    batch_size: int,
+    eos_token_ids: Collection[int] = (),
+) -> TreePolicy:
     """The policy that the settings ask for."""
     if not settings.is_auto:
         return TreePolicy(settings)
@@ -204,7 +228,9 @@ def make_tree_policy(settings: TreeSettings, draft: MSDDraftModel, adapter: Targ
         settings,
     )
     experience = kinds.setdefault(key, Experience(settings.num_nodes))
-    return AdaptiveTreePolicy(settings, experience, reads_scores=draft.device.type == "cpu")
+    return AdaptiveTreePolicy(
+        settings, experience, reads_scores=draft.device.type == "cpu", eos_token_ids=eos_token_ids
+    )
 
 
 __all__ = ["AdaptiveTreePolicy", "TreePolicy", "make_tree_policy"]

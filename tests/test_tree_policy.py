@@ -176,6 +176,51 @@ def test_sure_drafts_get_deep_trees_and_unsure_ones_shallow_ones():
     assert sure == 10 and unsure <= 3
 
 
+def test_behind_the_end_of_an_answer_nothing_is_drafted():
+    """Where the draft is sure that the answer ends, however sure it would be of what came behind."""
+    settings = TreeSettings(64, 15, 4, is_auto=True)
+    for eos_token_ids, expected in (((), 10), ((7, 0), 1), ((7,), 10)):  # the best candidate is token 0
+        policy = AdaptiveTreePolicy(settings, taught(FLAT), reads_scores=True, eos_token_ids=eos_token_ids)
+        assert grow([0.999] * 10, policy)[0] == expected
+
+
+def test_another_branch_goes_on_where_one_ends():
+    settings = TreeSettings(64, 15, 4, is_auto=True)
+    policy = AdaptiveTreePolicy(settings, taught(FLAT), reads_scores=True, eos_token_ids=(0,))
+    growth = TreeGrowth(torch.zeros(1, dtype=torch.long), policy.begin_round(None, 100))
+    growth.expand(torch.tensor([[[0.5, 0.45, 0.04, 0.01]]]).log(), torch.arange(4).view(1, 1, 4))
+    assert policy.width(growth) >= 2
+
+
+def test_a_level_costs_no_more_than_a_wider_one():
+    """However dear it was when it was tried, while everything was cold."""
+    experience = taught(FLAT, level=0.2)
+    experience.add_level(2, 5.0)
+    for _ in range(20):
+        experience.add_level(4, 0.3)
+    assert experience.price_of_level(2) == experience.price_of_level(4)
+
+
+def test_nodes_are_weighed_by_what_other_rounds_would_emit():
+    """A round that began badly pays no more for a node than any other."""
+    settings = TreeSettings(64, 15, 4, is_auto=True)
+    kept = []
+    for probabilities in ([0.99] * 6 + [0.5], [0.5]):
+        experience = taught({size: 1.0 + 0.1 * (size - 1) for size in FLAT})
+        for _ in range(200):
+            experience.add_round(True, 3.0, 1.0)  # at 3 tokens a second a node of 0.1 s is worth 0.3 tokens
+        growth = TreeGrowth(torch.zeros(1, dtype=torch.long), settings)
+        policy = AdaptiveTreePolicy(settings, experience, reads_scores=True)
+        policy.begin_round(None, 100)
+        for level, probability in enumerate(probabilities):
+            if level:
+                growth.descend(1)
+            log_probs = torch.tensor([probability, 0.35 if probability < 0.9 else 1e-4, 1e-4, 1e-4]).log()
+            growth.expand(log_probs.view(1, 1, 4), torch.arange(4).view(1, 1, 4))
+        kept.append(policy.num_nodes(growth) - len(probabilities))
+    assert kept == [2, 2]
+
+
 def test_nodes_are_kept_where_they_cost_little():
     settings = TreeSettings(64, 15, 4, is_auto=True)
     cheap = grow([0.6] * 4, AdaptiveTreePolicy(settings, taught(FLAT), reads_scores=True))[1]
