@@ -117,9 +117,10 @@ class InPlaceLayer(DynamicLayer):
         slots = needed + max(int(ROOM * needed), MIN_ROOM) if held else needed
         if self.max_slots is not None:
             slots = max(min(slots, self.max_slots), needed)
-        # Values may have another head size than keys.
-        key_buffer = key_states.new_empty(*key_states.shape[:-2], slots, key_states.shape[-1])
-        value_buffer = value_states.new_empty(*value_states.shape[:-2], slots, value_states.shape[-1])
+        # Values may have another head size than keys. One may be written to outside of inference mode too.
+        with torch.inference_mode(False):
+            key_buffer = key_states.new_empty(*key_states.shape[:-2], slots, key_states.shape[-1])
+            value_buffer = value_states.new_empty(*value_states.shape[:-2], slots, value_states.shape[-1])
         if held:
             key_buffer[:, :, :held] = self.keys
             value_buffer[:, :, :held] = self.values
