@@ -190,3 +190,24 @@ def test_a_batch_of_conversations():
             inputs = {"input_ids": ids, "attention_mask": mask}
         outputs.append(output.sequences)
     assert torch.equal(*outputs)
+
+
+def test_a_turn_in_inference_mode_does_not_bind_the_next_ones_to_it():
+    """Drafting runs in inference mode too: nothing that is kept or returned may be of use there alone."""
+    pair = tiny.pair(1)
+    draft = pair.with_tree(24, 5, 4)
+    options = {"max_new_tokens": 12, "return_dict_in_generate": True, "output_logits": True, "pad_token_id": 0}
+
+    def two_turns(assistant: Any) -> Any:
+        with torch.inference_mode():
+            first = pair.target.generate(**tiny.make_prompt(5, 8, (2,)), assistant_model=assistant, **options)
+        more = torch.cat([first.sequences, torch.tensor([[7, 8, 9]])], dim=1)
+        past = {CACHE_NAME: first[CACHE_NAME]}
+        return pair.target.generate(**ones(more), **past, assistant_model=assistant, **options)
+
+    output = two_turns(draft)
+    assert torch.equal(output.sequences, two_turns(None).sequences)
+    kept = [output.sequences, *output.logits]
+    for cache in (output[CACHE_NAME], output[CACHE_NAME]._msd_draft_memory.cache):
+        kept += [states for layer in cache.layers for states in (layer.keys, layer.values)]
+    assert not any(states.is_inference() for states in kept)
