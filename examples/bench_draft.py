@@ -114,7 +114,7 @@ class Drafting:
     def __call__(self) -> None:
         with phase("decode"):
             self.generator.accept(self.tokens, self.hidden_states, [self.tokens.shape[1]])
-            self.generator.propose(self.tokens[:, -1], self.settings)
+            self.generator.propose(self.tokens[:, -1], self.settings).with_best_path_first()
 
     def measure(self, device: torch.device) -> dict[str, float]:
         """Milliseconds of a tree as it is, and of the phases of another one."""

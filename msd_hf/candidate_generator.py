@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from transformers import Cache
@@ -20,20 +18,6 @@ from .static_cache import make_static
 from .targets import TargetAdapter, TargetPrefill
 from .tree import CandidateTree, TreeGrowth, TreeSettings
 from .tree_policy import TreePolicy
-
-
-def _in_inference_mode(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Small operations take an eighth less time there. Only where nothing but plain modules is at work: others may
-    have to know about versions of tensors."""
-
-    @functools.wraps(method)
-    def run(self: MSDCandidateGenerator, *args: Any, **kwargs: Any) -> Any:
-        if not self._is_plain:
-            return method(self, *args, **kwargs)
-        with torch.inference_mode():
-            return method(self, *args, **kwargs)
-
-    return run
 
 
 class MSDCandidateGenerator:
@@ -62,11 +46,10 @@ class MSDCandidateGenerator:
         self.target = target
         self._head = DraftHead(draft, target)
         self._drafting_step = DraftingStep(draft, static_lengths)
-        lent = (target.embedding, target.head_module)
-        self._is_plain = self._drafting_step.is_plain and not static_lengths and all(map(_is_plain, (draft, *lent)))
         self.cache = Cache(layers=[InPlaceLayer(max_slots) for _ in draft.layers])
         if static_lengths:
             make_static(self.cache, draft, len(draft.layers))
+        self._diagonal = torch.empty(0, 0)
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._context: ContextSlots  # accepted rows; drafted ones come behind
         self._next_position: torch.Tensor  # [B, 1]
@@ -135,7 +118,7 @@ class MSDCandidateGenerator:
             self._pending = []
             self.accept(tokens, hidden_states, [tokens.shape[1]] * tokens.shape[0])
 
-    @_in_inference_mode
+    @torch.inference_mode()  # as for `propose`
     def accept(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> None:
         """
         Replaces the drafted slots by the tokens that were emitted, with the target's true hidden states.
@@ -171,7 +154,7 @@ class MSDCandidateGenerator:
         self._next_position = self._next_position[list(places)]
         self._last_state = self._last_state[list(places)]
 
-    @_in_inference_mode
+    @torch.inference_mode()  # in which many small operations take an eighth less time
     def propose(self, roots: torch.Tensor, settings: TreeSettings, policy: TreePolicy | None = None) -> CandidateTree:
         """
         Grows trees.
@@ -192,7 +175,6 @@ class MSDCandidateGenerator:
         growth.expand(*self._head.top_k(states, settings.top_k))
         # Which slots each node of the frontier sees, [B, F, S + nodes that were expanded before]: its parent's and its
         # own. A path sees all.
-        own = _diagonal_mask(settings.top_k, dtype, states.device).expand(batch_size, -1, -1)
         mask = None
         if self._context.hides_slots:
             nothing = torch.ones(batch_size, 1, 0, dtype=torch.bool, device=states.device)
@@ -206,13 +188,22 @@ class MSDCandidateGenerator:
             if mask is None and width > 1:
                 mask = states.new_zeros(batch_size, 1, self._context.num_slots + level)
             if mask is not None:
-                mask = torch.cat([_rows(mask, above, width), own[:, :width, :width]], dim=2)
+                own = self._diagonal_mask(width).expand(batch_size, -1, -1)
+                mask = torch.cat([_rows(mask, above, width), own], dim=2)
             positions = (self._next_position + level).expand(-1, width)
             last_position = self._last_position + level + 1
             seen = None if mask is None else mask.unsqueeze(1)
             states = self._step(tokens, _rows(states, above, width), positions, seen, last_position)
             growth.expand(*self._head.top_k(states, settings.top_k))
         return growth.finish(policy.num_nodes(growth))
+
+    def _diagonal_mask(self, size: int) -> torch.Tensor:
+        """An additive mask `[size, size]` with which each sees itself alone; kept, since every level needs one."""
+        if len(self._diagonal) < size:
+            lowest, device = torch.finfo(self.draft.dtype).min, self.draft.device
+            self._diagonal = torch.full((size, size), lowest, dtype=self.draft.dtype, device=device)
+            self._diagonal.fill_diagonal_(0.0)
+        return self._diagonal[:size, :size]
 
     def _chain_mask(self, length: int) -> torch.Tensor:
         """The mask of `length` rows that follow each other behind the context."""
@@ -236,25 +227,12 @@ class MSDCandidateGenerator:
         return states.to(device=self.draft.device, dtype=self.draft.dtype)
 
 
-def _is_plain(module: torch.nn.Module) -> bool:
-    """Whether a module has nothing but plain weights, and nobody listens to it."""
-    return all(type(parameter) is torch.nn.Parameter for parameter in module.parameters()) and not any(
-        part._forward_hooks or part._forward_pre_hooks or hasattr(part, "_hf_hook") for part in module.modules()
-    )
-
-
 def _rows(states: torch.Tensor, index: torch.Tensor | None, count: int) -> torch.Tensor:
     """Of `[B, T, N]`, among all B * T rows, those of `index` `[B * count]`: `[B, count, N]`. Without one T is 1."""
     if index is None:
         return states.expand(-1, count, -1)
     batch_size, _, size = states.shape
     return states.flatten(0, 1).index_select(0, index).view(batch_size, count, size)
-
-
-def _diagonal_mask(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An additive mask `[size, size]` with which each sees itself alone."""
-    mask = torch.full((size, size), torch.finfo(dtype).min, dtype=dtype, device=device)
-    return mask.fill_diagonal_(0.0)
 
 
 __all__ = ["MSDCandidateGenerator"]

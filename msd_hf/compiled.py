@@ -100,13 +100,11 @@ def widen_mask(mask: torch.Tensor, num_queries: int, num_slots: int) -> torch.Te
 
 def has_compiled_part(target: PreTrainedModel) -> bool:
     """Whether somebody has compiled a target, or modules of it, before."""
-    modules = list(target.modules())
-    # Hundreds of modules have few different forwards.
-    forwards = {vars(module).get("forward", type(module).forward) for module in modules}
-    return (
-        any(module._compiled_call_impl is not None for module in modules)
-        or any(issubclass(kind, torch._dynamo.OptimizedModule) for kind in set(map(type, modules)))
-        or any(hasattr(forward, "_torchdynamo_orig_callable") for forward in forwards)
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None
+        or isinstance(module, torch._dynamo.OptimizedModule)
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in target.modules()
     )
 
 

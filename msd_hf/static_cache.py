@@ -66,11 +66,11 @@ class StaticSlotsLayer(InPlaceLayer):
 
 def _zeros(states: torch.Tensor, num_slots: int, spare: torch.Tensor | None) -> torch.Tensor:
     shape = (*states.shape[:-2], num_slots, states.shape[-1])
-    is_inference = torch.is_inference_mode_enabled()
-    wanted = (shape, states.dtype, states.device, is_inference)
-    if spare is not None and (spare.shape, spare.dtype, spare.device, spare.is_inference()) == wanted:
+    wanted = (shape, states.dtype, states.device)
+    if spare is not None and (spare.shape, spare.dtype, spare.device) == wanted:
         return spare.zero_()
-    buffer = states.new_zeros(shape)
+    with torch.inference_mode(False):  # as in `InPlaceLayer`
+        buffer = states.new_zeros(shape)
     torch._dynamo.mark_static_address(buffer)
     return buffer
 

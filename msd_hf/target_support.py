@@ -97,8 +97,7 @@ def _check_adapters(target: PreTrainedModel, name: str, advice: str) -> None:
             f"that MSD drafts know nothing of; LoRA and its like change weights, and can be used. {advice}"
         )
     # Each layer gets these from a hook, for the rows and positions of a call without a draft.
-    hooked = (module for module in target.modules() if module._forward_pre_hooks)
-    for hook in (hook for module in hooked for hook in module._forward_pre_hooks.values()):
+    for hook in (hook for module in target.modules() for hook in module._forward_pre_hooks.values()):
         for argument in ("adapter_names", "alora_offsets"):
             if getattr(hook, "keywords", {}).get(argument) is not None:
                 raise MSDUnsupportedError(

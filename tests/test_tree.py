@@ -31,8 +31,7 @@ def test_trees_of_three_rounds_reproduce_the_original(name, dtype, tmp_path):
     draft = golden_sets.load_draft(weights_name, tmp_path, dtype)
     table = golden_sets.load(weights_name)[0]["embed_tokens.weight"].to(dtype)
     head = golden_sets.load("lm_head")[0]["lm_head.weight"].to(dtype) * info["head_scale"]
-    modules = {"embedding": torch.nn.Identity(), "head_module": torch.nn.Identity()}
-    target = SimpleNamespace(embed=lambda tokens: table[tokens], head=lambda states: states @ head.T, **modules)
+    target = SimpleNamespace(embed=lambda tokens: table[tokens], head=lambda states: states @ head.T)
     generator = MSDCandidateGenerator(draft, target)
     settings = TreeSettings(info["total_tokens_arg"], info["depth"], info["top_k"])
 

@@ -168,8 +168,7 @@ class ChainPolicy(TreePolicy):
         confidence, self._score = math.exp(score - self._score), score
         if confidence < self.threshold:
             return 0
-        tokens, _ = growth.descend(1)  # of a chain this changes nothing
-        return 0 if tokens.item() in self.eos_token_ids else 1
+        return 0 if growth.frontier_tokens.item() in self.eos_token_ids else 1
 
 
 __all__ = ["ChainAssistant", "ChainCandidateGenerator", "ChainPolicy", "assisted_chain"]
