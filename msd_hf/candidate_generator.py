@@ -15,8 +15,9 @@ from .drafting_step import DraftingStep
 from .modeling_msd import MSDDraftModel
 from .phases import phase
 from .static_cache import make_static
+from .static_drafting import StaticDrafting
 from .targets import TargetAdapter, TargetPrefill
-from .tree import CandidateTree, TreeGrowth, TreeSettings
+from .tree import CandidateTree, TreeGrowth, TreeSettings, rows_of
 from .tree_policy import TreePolicy
 
 
@@ -32,7 +33,8 @@ class MSDCandidateGenerator:
         draft (`MSDDraftModel`): the draft.
         target (`TargetAdapter`): lends its embedding and head.
         max_slots (`int`, *optional*): bound of what is allocated ahead, see [`InPlaceLayer`].
-        static_lengths (`Sequence[int]`): compile the draft, see [`DraftingStep`].
+        static_settings (`TreeSettings`, *optional*): draft trees of this size with fixed shapes, see
+            [`StaticDrafting`]. A draft that is not plain is not compiled.
     """
 
     def __init__(
@@ -40,17 +42,20 @@ class MSDCandidateGenerator:
         draft: MSDDraftModel,
         target: TargetAdapter,
         max_slots: int | None = None,
-        static_lengths: Sequence[int] = (),
+        static_settings: TreeSettings | None = None,
     ):
         self.draft = draft
         self.target = target
         self._head = DraftHead(draft, target)
-        self._drafting_step = DraftingStep(draft, static_lengths)
+        self._drafting_step = DraftingStep(draft)
+        self._static: StaticDrafting | None = None
+        if static_settings is not None and static_settings.num_nodes > 1 and self._drafting_step.is_plain:
+            self._static = StaticDrafting(self._head, static_settings)
         self.cache = Cache(layers=[InPlaceLayer(max_slots) for _ in draft.layers])
-        if static_lengths:
+        if static_settings is not None:
             make_static(self.cache, draft, len(draft.layers))
         self._diagonal = torch.empty(0, 0)
-        self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._pending: list[tuple[torch.Tensor, torch.Tensor, Sequence[int]]] = []  # what `accept` takes
         self._context: ContextSlots  # accepted rows; drafted ones come behind
         self._next_position: torch.Tensor  # [B, 1]
         self._last_position = 0  # no row is beyond it
@@ -74,7 +79,7 @@ class MSDCandidateGenerator:
         num_held = 0
         if past is not None and past.draft_cache is not None:
             self.cache, num_held = past.draft_cache, len(past.rows)
-            if self._drafting_step.static_lengths:
+            if self._static is not None:
                 make_static(self.cache, self.draft, len(self.draft.layers))
         if past is not None and past.hidden_state is not None:
             hidden_states = torch.cat([past.hidden_state.to(hidden_states), hidden_states], dim=1)
@@ -106,19 +111,27 @@ class MSDCandidateGenerator:
         self._context = ContextSlots([num_held + length] * batch_size, prompt_mask)
         self._last_state = states[:, -1:]
         self.last_hidden_state = hidden_states[:, -1:]
+        if self._static is not None:
+            # The last row again, as the first one that was accepted: the first round is like all others then.
+            self._next_position = self._next_position - 1
+            mask = None if prompt_mask is None else prompt_mask[:, :-1]
+            self._context = ContextSlots([num_held + length - 1] * batch_size, mask)
+            self._pending = [(tokens.unsqueeze(1).to(device), hidden_states[:, -1:], [1] * batch_size)]
+            truncate(self.cache, self._context.num_slots)
 
     def wait(self, tokens: torch.Tensor, hidden_states: torch.Tensor) -> None:
         """Like `accept` for one token a row (`[B, 1]`, `[B, 1, (1 + K) * H]`), which is fed once it is needed."""
-        self._pending.append((tokens, hidden_states))
+        self._pending.append((tokens, hidden_states, [1] * tokens.shape[0]))
 
     def feed_pending(self) -> None:
         """Feeds the tokens that wait."""
-        if self._pending:
-            tokens, hidden_states = (torch.cat(part, dim=1) for part in zip(*self._pending, strict=True))
-            self._pending = []
-            self.accept(tokens, hidden_states, [tokens.shape[1]] * tokens.shape[0])
+        pending, self._pending = self._pending, []
+        if len(pending) > 1 and self._static is None:  # one a row each
+            tokens, hidden_states = (torch.cat(part, dim=1) for part in list(zip(*pending, strict=True))[:2])
+            pending = [(tokens, hidden_states, [tokens.shape[1]] * tokens.shape[0])]
+        for part in pending:
+            self._feed(*part)
 
-    @torch.inference_mode()  # as for `propose`
     def accept(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> None:
         """
         Replaces the drafted slots by the tokens that were emitted, with the target's true hidden states.
@@ -128,6 +141,15 @@ class MSDCandidateGenerator:
             hidden_states (`torch.Tensor` of shape `[B, A, (1 + K) * H]`): the target's, at the position before each.
             counts (`Sequence[int]`): how many tokens each row has.
         """
+        if self._static is None:
+            self._feed(tokens, hidden_states, counts)
+            return
+        self._pending.append((tokens, hidden_states, counts))  # a part of the next drafting
+        if min(counts) == tokens.shape[1]:
+            self.last_hidden_state = hidden_states[:, -1:]
+
+    @torch.inference_mode()  # as for `propose`
+    def _feed(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> None:
         with phase("cache"):
             truncate(self.cache, self._context.num_slots)
         length, device = tokens.shape[1], self._next_position.device
@@ -150,7 +172,10 @@ class MSDCandidateGenerator:
     def keep_rows(self, places: Sequence[int]) -> None:
         """Goes on with some rows of the batch alone."""
         self._context = select_rows(self.cache, self._context, places)
-        self._pending = [(tokens[list(places)], states[list(places)]) for tokens, states in self._pending]
+        self._pending = [
+            (tokens[list(places)], states[list(places)], [counts[place] for place in places])
+            for tokens, states, counts in self._pending
+        ]
         self._next_position = self._next_position[list(places)]
         self._last_state = self._last_state[list(places)]
 
@@ -167,6 +192,8 @@ class MSDCandidateGenerator:
         """
         if settings.num_nodes == 1:
             return CandidateTree.bare(roots)
+        if self._static is not None:
+            return self._propose_static(self._static, roots, settings)
         policy = policy or TreePolicy(settings)
         growth = TreeGrowth(roots, settings)
         self.feed_pending()
@@ -189,13 +216,30 @@ class MSDCandidateGenerator:
                 mask = states.new_zeros(batch_size, 1, self._context.num_slots + level)
             if mask is not None:
                 own = self._diagonal_mask(width).expand(batch_size, -1, -1)
-                mask = torch.cat([_rows(mask, above, width), own], dim=2)
+                mask = torch.cat([rows_of(mask, above, width), own], dim=2)
             positions = (self._next_position + level).expand(-1, width)
             last_position = self._last_position + level + 1
             seen = None if mask is None else mask.unsqueeze(1)
-            states = self._step(tokens, _rows(states, above, width), positions, seen, last_position)
+            states = self._step(tokens, rows_of(states, above, width), positions, seen, last_position)
             growth.expand(*self._head.top_k(states, settings.top_k))
         return growth.finish(policy.num_nodes(growth))
+
+    def _propose_static(self, static: StaticDrafting, roots: torch.Tensor, settings: TreeSettings) -> CandidateTree:
+        ((tokens, hidden_states, counts),) = self._pending
+        self._pending = []
+        steps = torch.arange(static.max_tokens + static.settings.depth, device=self._next_position.device)
+        self._last_position += max(counts)
+        rotations = self._drafting_step.rotations(
+            self._next_position + steps, self._last_position + len(steps), self._last_state
+        )
+        self._next_position = self._next_position + torch.tensor(counts, device=steps.device).unsqueeze(1)
+        tree = static.propose(
+            roots, tokens, self._to_draft(hidden_states), counts, rotations, self._context, self.cache
+        )
+        if settings.depth < static.settings.depth:
+            # Deeper nodes cannot be emitted any more; positions that do not exist are not to be asked for.
+            tree.depths.clamp_(max=settings.depth + 1)
+        return tree
 
     def _diagonal_mask(self, size: int) -> torch.Tensor:
         """An additive mask `[size, size]` with which each sees itself alone; kept, since every level needs one."""
@@ -225,14 +269,6 @@ class MSDCandidateGenerator:
 
     def _to_draft(self, states: torch.Tensor) -> torch.Tensor:
         return states.to(device=self.draft.device, dtype=self.draft.dtype)
-
-
-def _rows(states: torch.Tensor, index: torch.Tensor | None, count: int) -> torch.Tensor:
-    """Of `[B, T, N]`, among all B * T rows, those of `index` `[B * count]`: `[B, count, N]`. Without one T is 1."""
-    if index is None:
-        return states.expand(-1, count, -1)
-    batch_size, _, size = states.shape
-    return states.flatten(0, 1).index_select(0, index).view(batch_size, count, size)
 
 
 __all__ = ["MSDCandidateGenerator"]

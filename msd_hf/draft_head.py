@@ -25,7 +25,14 @@ class DraftHead:
         self._tokens = draft.draft_vocab
         self._rows = None if self._tokens is None else draft.head_rows(target.head_module)
 
-    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+    def keep_address(self) -> None:
+        """Lets CUDA graphs read the rows of the draft's own vocabulary where they are."""
+        for part in self._rows or ():
+            if part is not None:
+                torch._dynamo.mark_static_address(part)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Scores of all candidates after each of `states` `[B, F, H]`."""
         if self._rows is None:
             return self.target.head(states)
         weight, bias = self._rows
@@ -34,7 +41,11 @@ class DraftHead:
     def top_k(self, states: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and tokens `[B, F, K]` of the best candidates after each of `states` `[B, F, H]`."""
         with phase("draft head"):
-            logits = self._logits(states)
+            logits = self.logits(states)
+        return self.best(logits, top_k)
+
+    def best(self, logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, of what `logits` gave."""
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         log_probs, tokens = logits.log_softmax(-1).topk(min(top_k, logits.shape[-1]), dim=-1)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional
 from transformers import Cache
 
-from .compiled import run_compiled, widen_mask
 from .modeling_msd import MSDDraftDecoderLayer, MSDDraftModel
-from .static_cache import capacity, close_slots, open_slots
 
 
 # Of these the tables of sines depend on the length of the sequence.
@@ -26,14 +23,11 @@ class DraftingStep:
     the time. Weights, projections (also wrapped or quantised ones) and cache are the draft's own.
 
     Args:
-        draft (`MSDDraftModel`): the draft.
-        static_lengths (`Sequence[int]`): compile it for these numbers of nodes; fewer ones are padded. The cache is
-            one of `StaticSlotsLayer`s then. A draft that is not plain (not with sdpa) is not compiled.
+        draft (`MSDDraftModel`): the draft. One that is not plain (not with sdpa, say) runs as it is.
     """
 
-    def __init__(self, draft: MSDDraftModel, static_lengths: Sequence[int] = ()):
+    def __init__(self, draft: MSDDraftModel):
         self.draft = draft
-        self.static_lengths = sorted(static_lengths)
         self.is_plain = (
             draft.config._attn_implementation == "sdpa"
             and draft.rotary_emb.rope_type not in _LENGTH_DEPENDENT_ROPE
@@ -69,45 +63,15 @@ class DraftingStep:
                 position_ids=position_ids,
                 past_key_values=cache,
             ).last_hidden_state
+        cos, sin = self.rotations(position_ids.unsqueeze(1), last_position, inputs_embeds).unbind(3)
+        return draft_forward(self.draft, inputs_embeds, hidden_states, cos, sin, attention_mask, cache)
+
+    def rotations(self, position_ids: torch.Tensor, last_position: int, like: torch.Tensor) -> torch.Tensor:
+        """Cosines and sines of positions `[...]`, none beyond `last_position`: `[..., 2, head_dim]`, in the dtype of
+        `like`."""
         if last_position >= len(self._rotations):
-            self._make_tables(2 * last_position, inputs_embeds)
-        length = position_ids.shape[1]
-        static_length = next((number for number in self.static_lengths if number >= length), None)
-        if static_length is not None:
-            return self._run_static(static_length, inputs_embeds, hidden_states, position_ids, attention_mask, cache)
-        cos, sin = self._rotation(position_ids)
-        return _forward(self.draft, inputs_embeds, hidden_states, cos, sin, attention_mask, cache)
-
-    def _run_static(
-        self,
-        static_length: int,
-        inputs_embeds: torch.Tensor,
-        hidden_states: torch.Tensor,
-        position_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        cache: Cache,
-    ) -> torch.Tensor:
-        batch_size, length = position_ids.shape
-        num_slots = cache.get_seq_length() + length
-        if attention_mask is None:
-            attention_mask = inputs_embeds.new_zeros(batch_size, 1, length, num_slots)
-        padding = static_length - length
-        inputs_embeds, hidden_states = _padded(inputs_embeds, padding), _padded(hidden_states, padding)
-        if padding:
-            position_ids = functional.pad(position_ids, (0, padding))
-        cos, sin = self._rotation(position_ids)
-        whole = open_slots(cache, static_length)
-        attention_mask = widen_mask(attention_mask, static_length, capacity(whole))
-        shape = (batch_size, static_length, capacity(whole))
-        inputs = (inputs_embeds, hidden_states, cos, sin, attention_mask, whole)
-        states = run_compiled(_forward, shape, attention_mask.device, self.draft, *inputs)
-        close_slots(cache, num_slots)
-        return states[:, :length].clone()  # outlives the next compiled call
-
-    def _rotation(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines `[B, 1, T, head_dim]`."""
-        cos, sin = self._rotations[position_ids.unsqueeze(1)].unbind(3)
-        return cos, sin
+            self._make_tables(2 * last_position, like)
+        return self._rotations[position_ids]
 
     def _make_tables(self, num_positions: int, like: torch.Tensor) -> None:
         positions = torch.arange(max(num_positions, _MIN_POSITIONS), device=like.device)
@@ -115,14 +79,7 @@ class DraftingStep:
         self._rotations = torch.stack([cos[0], sin[0]], dim=1)
 
 
-def _padded(states: torch.Tensor, padding: int) -> torch.Tensor:
-    """States `[B, T + padding, H]`, contiguous in any case: other strides would be compiled anew."""
-    if padding:
-        return functional.pad(states, (0, 0, 0, padding)).contiguous()
-    return states.clone(memory_format=torch.contiguous_format)
-
-
-def _forward(
+def draft_forward(
     draft: MSDDraftModel,
     inputs_embeds: torch.Tensor,
     hidden_states: torch.Tensor,
@@ -131,6 +88,7 @@ def _forward(
     attention_mask: torch.Tensor | None,
     cache: Cache,
 ) -> torch.Tensor:
+    """The draft's last hidden states `[B, T, H]`; cosines and sines are `[B, 1, T, head_dim]`."""
     states = draft.fuse(inputs_embeds, hidden_states)
     for layer in draft.layers:
         states = _layer(layer, states, cos, sin, attention_mask, cache)
@@ -174,4 +132,4 @@ def _layer(
     return states + mlp.down_proj(mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed))
 
 
-__all__ = ["DraftingStep"]
+__all__ = ["DraftingStep", "draft_forward"]

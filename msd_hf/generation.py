@@ -85,10 +85,8 @@ def msd_decoding(
     max_slots += settings.num_nodes + settings.suffix_nodes
     make_in_place(cache, max_slots)
     static_nodes: int | None = None
-    static_lengths: tuple[int, ...] = ()
     if is_compiled(draft.generation_config):
         static_nodes = settings.num_nodes + settings.suffix_nodes
-        static_lengths = (settings.top_k, settings.depth + 2)
         make_static(cache, adapter.decoder, adapter.text_config.num_hidden_layers)
 
     with phase("prefill"):
@@ -97,7 +95,8 @@ def msd_decoding(
     tokens = selector.select(prefill.logits)
     running = RunningRows(cache, prefill.prompt_mask, prefill.next_position, tokens)
     check_tree_verification(adapter, running, input_ids, model_kwargs)
-    generator = MSDCandidateGenerator(draft, adapter, max_slots + settings.num_candidates, static_lengths)
+    static_settings = None if static_nodes is None else settings
+    generator = MSDCandidateGenerator(draft, adapter, max_slots + settings.num_candidates, static_settings)
     if keeps_cache or not selector.finished:
         with phase("prefill"):
             generator.prefill(prefill, torch.tensor(tokens), conversation)
@@ -111,13 +110,15 @@ def msd_decoding(
             roots = torch.tensor(running.tokens, device=draft.device)
             with phase("tree"):
                 tree = generator.propose(roots, limits, policy)
-                if limits.top_k > 1 and tree.max_depth:
+                if static_nodes is None and limits.top_k > 1 and tree.max_depth:
                     tree = tree.with_best_path_first()
                 tree = branches.added_to(tree, limits.suffix_nodes)
             tree = tree.to(running.next_position.device)
             if selector.padded_rows:
                 tree = tree.with_chain(selector.padded_rows, selector.pad_token_id)
 
+            with phase("cache"):
+                running.settle()
             context_lengths = running.context.lengths
             policy.begin_verification()
             verification = adapter.verify(tree, cache, running.context, running.next_position, static_nodes, **flags)
@@ -126,8 +127,7 @@ def msd_decoding(
             extras.add(verification.outputs, selector.running, verified.paths, context_lengths)
 
             paths = _padded(verified.paths, tree.tokens.device)
-            with phase("cache"):
-                running.accept(verified, paths)
+            running.accept(verified, paths)
             selector.end_round(verified.counts, verified.num_draft_tokens)
             if keeps_cache or not selector.finished:
                 emitted, states = _padded(verified.tokens, draft.device), verification.hidden_states  # [B, N, W]

@@ -27,7 +27,8 @@ class _EndedRow:
 
 class RunningRows:
     """
-    Where the target stands in each running row: slots, position, last token.
+    Where the target stands in each running row: slots, position, last token. The cache is behind by what was accepted
+    last until `settle` is called.
 
     Args:
         cache (`Cache`): the target's, of `InPlaceLayer`s.
@@ -43,14 +44,23 @@ class RunningRows:
         self.tokens = tokens
         self._prompt_mask = prompt_mask
         self._ended: dict[int, _EndedRow] = {}
+        self._unsettled: tuple[Verification, torch.Tensor] | None = None
 
     def accept(self, verified: Verification, paths: torch.Tensor) -> None:
-        """Keeps the slots of accepted nodes (`paths`, `[B, A]`), and moves on."""
-        in_place = all(path[-1] == len(path) - 1 for path in verified.paths)
-        keep_paths(self.cache, self.context, paths, verified.counts, in_place)
+        """Moves on to accepted nodes (`paths`, `[B, A]`), whose slots are kept by the next `settle`."""
+        self._unsettled = verified, paths
         counts = torch.tensor(verified.counts, device=self.next_position.device)
         self.next_position = self.next_position + counts.unsqueeze(1)
         self.tokens = [tokens[-1] for tokens in verified.tokens]
+
+    def settle(self) -> None:
+        """Brings context and cache up to what was accepted. Apart from `accept` since drafting need not wait for it:
+        a GPU has something to do in the meantime."""
+        if self._unsettled is not None:
+            verified, paths = self._unsettled
+            self._unsettled = None
+            in_place = all(path[-1] == len(path) - 1 for path in verified.paths)
+            keep_paths(self.cache, self.context, paths, verified.counts, in_place)
 
     def select(self, places: Sequence[int], rows: Sequence[int], keep_others: bool) -> None:
         """
@@ -61,6 +71,7 @@ class RunningRows:
             rows (`Sequence[int]`): which rows of the whole batch the running ones were up to now.
             keep_others (`bool`): put the slots of the others aside for `complete`.
         """
+        self.settle()
         for place in sorted(set(range(len(rows))) - set(places)):
             if keep_others:
                 self._ended[rows[place]] = self._take(place)
@@ -76,6 +87,7 @@ class RunningRows:
         of the longest, as `generate` does with padding, by one forward of the target: for the cache, scores and states
         that are returned.
         """
+        self.settle()
         batch_size = selector.batch_size
         emitted = [len(selector.row_tokens(row)) for row in range(batch_size)]
         missing = [max(emitted) - count for count in emitted]

@@ -365,11 +365,18 @@ class TreeGrowth:
         for level in self._levels[:-1]:
             firsts.append(number)
             number += level.tokens.shape[1]
-        offsets = [first for first, level in zip(firsts, self._levels, strict=True) for _ in range(level.width)]
-        parents = torch.cat([level.parents for level in self._levels], dim=1)
-        parents = parents + torch.tensor(offsets, device=parents.device)
+        parents = torch.cat([level.parents + first for first, level in zip(firsts, self._levels, strict=True)], dim=1)
         top_k = self._levels[0].tokens.shape[1]
         return parents.unsqueeze(2).expand(-1, -1, top_k).flatten(1)
+
+
+def rows_of(states: torch.Tensor, index: torch.Tensor | None, count: int) -> torch.Tensor:
+    """Of `[B, T, N]`, among all B * T rows, those of `index` `[B * count]`, as `TreeGrowth.descend` gives it:
+    `[B, count, N]`. Without one T is 1."""
+    if index is None:
+        return states.expand(-1, count, -1)
+    batch_size, _, size = states.shape
+    return states.flatten(0, 1).index_select(0, index).view(batch_size, count, size)
 
 
 @dataclass(frozen=True)
@@ -386,4 +393,4 @@ class _Level:
         return self.parents.shape[1]
 
 
-__all__ = ["CandidateTree", "TreeGrowth", "TreeSettings"]
+__all__ = ["CandidateTree", "TreeGrowth", "TreeSettings", "rows_of"]

@@ -82,19 +82,23 @@ def shape_report(report):
         "environment": report["environment"],
         "settings": {"shape": "small"},
         "draft_weight_bytes": 5_000_000,
-        "context": 100,
         "step_milliseconds": SPREAD,
-        "simulated_round_milliseconds": SPREAD,
-        "cost_of_a_round_in_steps": SPREAD,
         "tokens_per_second": 10.0,
-        "simulated_tau": 3.8,
-        "simulated_tokens_per_second": 30.0,
-        "simulated_decode_speedup": SPREAD,
-        "round": {"num_rounds": 4, "round_efficiency": 0.9, "round_milliseconds": PARTS},
+        "rounds": [
+            {
+                "way": "eager",
+                "simulated_tau": 3.8,
+                "milliseconds": SPREAD,
+                "cost_in_steps": SPREAD,
+                "simulated_tokens_per_second": 30.0,
+                "simulated_decode_speedup": SPREAD,
+            }
+        ],
+        "round": {"eager": {"num_rounds": 4, "round_efficiency": 0.9, "round_milliseconds": PARTS}},
         "verification": [{"nodes": 8, "milliseconds": 3.0, "steps": 1.25}],
         "bandwidth_gigabytes_per_second": 20.0,
         "share_of_bandwidth": {"step": 0.5},
-        "peak_memory_bytes": {"vanilla": 1_000_000, "with the draft": None},
+        "peak_memory_bytes": {"alone": 1_000_000, "with the draft, eager": None},
     }
 
 
@@ -129,7 +133,7 @@ def test_a_narrow_terminal_shows_whole_figures(report, capsys):
 def test_a_simulation_says_so(shape_report):
     page = to_markdown(shape_report)
     assert "SIMULATED" in page and "the weights are random" in page
-    assert "simulated tokens/s at tau 3.80 | 30.0" in page
+    assert "| eager | 3.80 | 2.50 (2.25-3.00) | 2.50 (2.25-3.00) | 30.0 | 2.50 (2.25-3.00) |" in page
     assert "| 8 | 3.00 | 1.25 |" in page
 
 
@@ -180,6 +184,7 @@ def test_the_command_compares_on_conversations(tmp_path, run):
         (("--toy", "--baseline", "beam"), "Unknown baseline 'beam'"),
         (("--shape", "huge"), "Unknown shape 'huge'"),
         (("--shape", "small", "--nodes", "1,x"), "--nodes '1,x' is not a list of numbers"),
+        (("--shape", "small", "--assume-tau", "x"), "--assume-tau 'x' is not a number like 3.8, or a list like 3,4,5"),
     ],
 )
 def test_bad_options_give_one_line(arguments, message, run):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import make_prompt, pair
 
-from msd_hf import MSDDraftModel
+from msd_hf import MSDDraftModel, compiled
 from msd_hf.errors import MSDError
 from msd_hf.evaluation import simulation
 from msd_hf.evaluation.intercepted_loop import run_intercepted
@@ -132,7 +132,7 @@ def test_published_shapes_have_the_published_sizes():
         shape_config("gpt")
 
 
-def test_a_shape_is_measured():
+def test_a_shape_is_measured(monkeypatch):
     """The kind of model is the shape's; it is made small, since this is about what is done with it."""
     config = shape_config("small")
     small = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -144,12 +144,19 @@ def test_a_shape_is_measured():
     assert isinstance(draft, MSDDraftModel) and target.dtype == draft.dtype == torch.float32
     inputs = random_prompt(target, context=30)
     assert inputs["input_ids"].shape == (1, 30) and inputs["input_ids"].max() < 490
-    figures = bench_shape(target, draft, inputs, assumed_tau=2.5, nodes=[1, 8], num_rounds=4, repeats=2)
-    assert figures["simulated_tau"] == 2.5
-    round_seconds = figures["simulated_round_milliseconds"]["median"] / 1e3
-    assert figures["simulated_tokens_per_second"] == pytest.approx(2.5 / round_seconds, rel=1e-6)
-    assert figures["cost_of_a_round_in_steps"]["median"] > 1
-    assert figures["round"]["num_rounds"] == 4 and 0 < figures["round"]["round_efficiency"] < 1
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    figures = bench_shape(
+        target, draft, inputs, assumed_taus=[2.5, 4], nodes=[1, 8], num_rounds=4, repeats=2, compile=True
+    )
+    assert not draft.generation_config.compile
+    kinds = [(way, tau) for way in ("eager", "compiled") for tau in (2.5, 4)]
+    for row, (way, tau) in zip(figures["rounds"], kinds, strict=True):
+        assert row["way"] == way and row["simulated_tau"] == tau
+        seconds = row["milliseconds"]["median"] / 1e3
+        assert row["simulated_tokens_per_second"] == pytest.approx(tau / seconds, rel=1e-6)
+        assert row["cost_in_steps"]["median"] > 1
+    for way in ("eager", "compiled"):
+        assert figures["round"][way]["num_rounds"] == 4 and 0 < figures["round"][way]["round_efficiency"] < 1
     assert [row["nodes"] for row in figures["verification"]] == [1, 8]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
@@ -26,6 +27,9 @@ from .options import (
     parse_device,
     parse_dtype,
 )
+
+
+_Number = TypeVar("_Number", int, float)
 
 
 def bench(
@@ -53,10 +57,11 @@ def bench(
         str | None, typer.Option(help="Random weights in a published shape: llava-1.5-7b, llava-1.5-13b, ...")
     ] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt, with --shape.")] = 1000,
-    assume_tau: Annotated[float, typer.Option(help="Simulated acceptance, with --shape.")] = 3.8,
+    assume_tau: Annotated[str, typer.Option(help="Simulated acceptance, or several, with --shape.")] = "3.8",
     nodes: Annotated[str, typer.Option(help="Sizes of trees whose verification is timed, with --shape.")] = (
         "1,4,8,16,32,64"
     ),
+    compile: Annotated[bool, typer.Option("--compile", help="Compiled rounds too, with --shape.")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for report.json and report.md.")] = None,
     plots: Annotated[bool, typer.Option("--plots", help="Also draw plots there. Needs matplotlib.")] = False,
     dtype: Dtype = "auto",
@@ -74,7 +79,7 @@ def bench(
         check_matplotlib()
     logging.disable_progress_bar()
     if shape is not None:
-        report = _bench_shape(shape, context, assume_tau, nodes, repeats, dtype, device)
+        report = _bench_shape(shape, context, assume_tau, nodes, repeats, compile, dtype, device)
     else:
         from ..evaluation.bench_prompts import first_questions
         from ..evaluation.make_report import report_pair
@@ -116,20 +121,28 @@ def bench(
 
 
 def _bench_shape(
-    shape: str, context: int, assume_tau: float, nodes: str, repeats: int, dtype: str, device: str
+    shape: str, context: int, assume_tau: str, nodes: str, repeats: int, compile: bool, dtype: str, device: str
 ) -> dict[str, Any]:
     from ..evaluation.make_report import report_shape
     from ..evaluation.shapes import build_pair, shape_config
 
-    try:
-        sizes = [int(number) for number in nodes.split(",") if number.strip()]
-    except ValueError:
-        sizes = [0]
-    if any(size < 1 for size in sizes):
+    sizes = _numbers(int, nodes)
+    if sizes is None or any(size < 1 for size in sizes):
         raise MSDError(f"--nodes {nodes!r} is not a list of numbers like 1,4,8.")
+    taus = _numbers(float, assume_tau)
+    if not taus:
+        raise MSDError(f"--assume-tau {assume_tau!r} is not a number like 3.8, or a list like 3,4,5.")
     config = shape_config(shape)
     resolved_dtype, resolved_device = parse_dtype(dtype), parse_device(device)
     if isinstance(resolved_dtype, str):
         resolved_dtype = torch.float32 if resolved_device.type == "cpu" else torch.bfloat16
     target, draft = build_pair(config, resolved_dtype, resolved_device)
-    return report_shape(shape, target, draft, context, assume_tau, sizes, repeats)
+    return report_shape(shape, target, draft, context, taus, sizes, repeats, compile)
+
+
+def _numbers(kind: Callable[[str], _Number], text: str) -> list[_Number] | None:
+    """What stands between the commas; `None` if not all of it are numbers."""
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        return None

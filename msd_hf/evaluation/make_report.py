@@ -69,24 +69,26 @@ def report_shape(
     target: PreTrainedModel,
     draft: MSDDraftModel,
     context: int,
-    assumed_tau: float,
+    assumed_taus: Sequence[float],
     nodes: Sequence[int],
     repeats: int,
+    compile: bool = False,
 ) -> dict[str, Any]:
     """
     The report of a shape with a simulated acceptance, see [`bench_shape`].
 
     Raises:
-        MSDError: when the tree cannot have that tau.
+        MSDError: when the tree cannot have one of the taus.
     """
-    figures = bench_shape(target, draft, random_prompt(target, context), assumed_tau, nodes, repeats=repeats)
+    inputs = random_prompt(target, context)
+    figures = bench_shape(target, draft, inputs, assumed_taus, nodes, repeats=repeats, compile=compile)
     return {
         "kind": "shape",
         "environment": describe_environment(target),
         "settings": {
             "shape": shape,
             "context": context,
-            "assumed tau": assumed_tau,
+            "assumed tau": ", ".join(f"{tau:g}" for tau in assumed_taus),
             "repeats": repeats,
             "tree": _describe_tree(draft),
         },

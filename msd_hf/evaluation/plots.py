@@ -38,7 +38,7 @@ def draw_plots(report: Mapping[str, Any], folder: Path) -> list[Path]:
     from matplotlib.figure import Figure  # without pyplot nothing global is touched
 
     if report["kind"] == "shape":
-        rounds = {"simulated": report["round"]["round_milliseconds"]}
+        rounds = {way: figures["round_milliseconds"] for way, figures in report["round"].items()}
         plots: dict[str, Callable[[Any], None]] = {"round": lambda axes: _plot_rounds(axes, rounds)}
     else:
         methods = {name: figures for name, figures in report["methods"].items() if name != VANILLA.name}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -18,20 +19,25 @@ from ..tree import TreeSettings
 from .memory import PeakMemory
 from .metrics import spread
 from .round_timing import RoundTiming
-from .simulation import check_assumed_length, lengths_of_mean, simulated_rounds
+from .simulation import SimulatedRounds, check_assumed_length, lengths_of_mean, simulated_rounds
 from .summary import summarize_rounds
 from .timed_run import timed_generate
 from .verification_cost import verification_seconds
+
+
+EAGER = "eager"
+COMPILED = "compiled"
 
 
 def bench_shape(
     target: PreTrainedModel,
     draft: MSDDraftModel,
     inputs: Mapping[str, Any],
-    assumed_tau: float,
+    assumed_taus: Sequence[float],
     nodes: Sequence[int] = (),
     num_rounds: int = 16,
     repeats: int = 5,
+    compile: bool = False,
 ) -> dict[str, Any]:
     """
     Measures steps of `generate`, simulated rounds and verifications in turns.
@@ -39,57 +45,58 @@ def bench_shape(
     Args:
         target, draft: see [`build_pair`].
         inputs (`Mapping`): inputs of `generate` for one prompt.
-        assumed_tau (`float`): tokens that a round is taken to emit, in the mean.
+        assumed_taus (`Sequence[float]`): tokens that a round is taken to emit, in the mean; each is measured.
         nodes (`Sequence[int]`): sizes of trees whose verification is timed.
         num_rounds (`int`): rounds, and steps of `generate`, of each measurement.
-        repeats (`int`): pairs of measurements.
+        repeats (`int`): measurements of each kind.
+        compile (`bool`): measure compiled rounds too.
 
     Returns:
         `dict`: figures, ready for JSON; what rests on the assumed acceptance has "simulated" in its name.
 
     Raises:
-        MSDError: when the tree cannot have that tau.
+        MSDError: when the tree cannot have one of the taus.
     """
     settings = TreeSettings.from_generation_config(draft.generation_config)
-    check_assumed_length(assumed_tau, settings)
-    lengths = lengths_of_mean(assumed_tau, num_rounds)
+    for tau in assumed_taus:
+        check_assumed_length(tau, settings)
+    ways = [EAGER, COMPILED] if compile else [EAGER]
+    rounds: dict[tuple[str, float], list[SimulatedRounds]] = {(way, tau): [] for way in ways for tau in assumed_taus}
     steps: list[float] = []
-    rounds: list[float] = []
     verifications: dict[int, list[float]] = {number: [] for number in nodes}
     arguments: dict[str, Any] = {"max_new_tokens": num_rounds + 1, "do_sample": False}
+
+    def simulate(way: str, tau: float, **options: Any) -> SimulatedRounds:
+        with _compiled(draft, way == COMPILED):
+            return simulated_rounds(target, draft, inputs, lengths_of_mean(tau, num_rounds), **options)
+
     timed_generate(target, inputs, **arguments)
-    simulated_rounds(target, draft, inputs, lengths[:2])
-    emitted: list[int] = []
+    for way in ways:
+        for _ in range(2):  # CUDA graphs are recorded in the second pass
+            simulate(way, max(assumed_taus))
     for _ in tqdm(range(repeats), desc="rounds", leave=False):
         steps.append(timed_generate(target, inputs, **arguments).decode_seconds / num_rounds)
-        simulated = simulated_rounds(target, draft, inputs, lengths)
-        rounds.append(simulated.seconds_per_round)
-        emitted += simulated.lengths
+        for (way, tau), simulated in rounds.items():
+            simulated.append(simulate(way, tau))
         if nodes:
             for number, seconds in verification_seconds(target, draft, inputs, nodes, repeats=3).items():
                 verifications[number].append(statistics.median(seconds))
     with PeakMemory(target.device) as vanilla_memory:
         timed_generate(target, inputs, **arguments)
-    with PeakMemory(target.device) as memory, PhaseTimer(target.device) as timer:
-        simulated_rounds(target, draft, inputs, lengths, on_start=timer.seconds.clear)
+    peaks, timings = {"alone": vanilla_memory.num_bytes}, {}
+    for way in ways:
+        with PeakMemory(target.device) as memory, PhaseTimer(target.device) as timer:
+            simulate(way, assumed_taus[0], on_start=timer.seconds.clear)
+        peaks[f"with the draft, {way}"] = memory.num_bytes
+        timings[way] = RoundTiming.from_phases(timer.inside("decode"), num_rounds)
 
-    timing = RoundTiming.from_phases(timer.inside("decode"), num_rounds)
-    costs = [round_ / step for round_, step in zip(rounds, steps, strict=True)]
-    tau = sum(emitted) / len(emitted)
-    context = inputs["input_ids"].shape[1]
     bandwidth = memory_bandwidth(target.device)
-    floor = bytes_read_per_step(target, context) / bandwidth
+    floor = bytes_read_per_step(target, inputs["input_ids"].shape[1]) / bandwidth
     return {
-        "tree": asdict(settings),
-        "context": context,
         "step_milliseconds": asdict(spread(1e3 * step for step in steps)),
-        "simulated_round_milliseconds": asdict(spread(1e3 * seconds for seconds in rounds)),
-        "cost_of_a_round_in_steps": asdict(spread(costs)),
         "tokens_per_second": 1 / statistics.median(steps),
-        "simulated_tau": tau,
-        "simulated_tokens_per_second": tau / statistics.median(rounds),
-        "simulated_decode_speedup": asdict(spread(tau / cost for cost in costs)),
-        "round": summarize_rounds(timing),
+        "rounds": [_summarize(way, simulated, steps) for (way, _), simulated in rounds.items()],
+        "round": {way: summarize_rounds(timing) for way, timing in timings.items()},
         "verification": [
             {
                 "nodes": number,
@@ -101,9 +108,39 @@ def bench_shape(
         "bandwidth_gigabytes_per_second": bandwidth / 1e9,
         "share_of_bandwidth": {
             "step": floor / statistics.median(steps),
-            "target forward of a round": floor / (timing.seconds["target forward"] / num_rounds),
+            **{
+                f"target forward of a round, {way}": floor / (timing.seconds["target forward"] / num_rounds)
+                for way, timing in timings.items()
+            },
         },
-        "peak_memory_bytes": {"vanilla": vanilla_memory.num_bytes, "with the draft": memory.num_bytes},
+        "peak_memory_bytes": peaks,
+    }
+
+
+@contextmanager
+def _compiled(draft: MSDDraftModel, value: bool) -> Iterator[None]:
+    """Sets `compile` for a while."""
+    before = getattr(draft.generation_config, "compile", None)
+    draft.generation_config.compile = value
+    try:
+        yield
+    finally:
+        draft.generation_config.compile = before
+
+
+def _summarize(way: str, simulated: Sequence[SimulatedRounds], steps: Sequence[float]) -> dict[str, Any]:
+    """Figures of rounds of one kind; `steps` are those measured in the same turns, in seconds."""
+    seconds = [measured.seconds_per_round for measured in simulated]
+    lengths = [length for measured in simulated for length in measured.lengths]
+    tau = sum(lengths) / len(lengths)
+    costs = [round_ / step for round_, step in zip(seconds, steps, strict=True)]
+    return {
+        "way": way,
+        "simulated_tau": tau,
+        "milliseconds": asdict(spread(1e3 * value for value in seconds)),
+        "cost_in_steps": asdict(spread(costs)),
+        "simulated_tokens_per_second": tau / statistics.median(seconds),
+        "simulated_decode_speedup": asdict(spread(tau / cost for cost in costs)),
     }
 
 
@@ -142,4 +179,4 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-__all__ = ["bench_shape", "bytes_read_per_step", "memory_bandwidth"]
+__all__ = ["COMPILED", "EAGER", "bench_shape", "bytes_read_per_step", "memory_bandwidth"]
