@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.nn import functional
 from transformers import Cache
 
 from .attention_mask import ContextSlots, tree_attention_mask
@@ -116,8 +117,16 @@ class MSDCandidateGenerator:
             self._next_position = self._next_position - 1
             mask = None if prompt_mask is None else prompt_mask[:, :-1]
             self._context = ContextSlots([num_held + length - 1] * batch_size, mask)
-            self._pending = [(tokens.unsqueeze(1).to(device), hidden_states[:, -1:], [1] * batch_size)]
+            missing = self._static.max_tokens - 1
+            row = functional.pad(tokens.unsqueeze(1).to(device), (0, missing))
+            states = functional.pad(hidden_states[:, -1:], (0, 0, 0, missing))
+            self._pending = [(row, states, [1] * batch_size)]
             truncate(self.cache, self._context.num_slots)
+
+    @property
+    def static_tokens(self) -> int | None:
+        """To how many tokens `accept` wants rows to be padded, if to a fixed number."""
+        return None if self._static is None else self._static.max_tokens
 
     def wait(self, tokens: torch.Tensor, hidden_states: torch.Tensor) -> None:
         """Like `accept` for one token a row (`[B, 1]`, `[B, 1, (1 + K) * H]`), which is fed once it is needed."""
@@ -129,8 +138,9 @@ class MSDCandidateGenerator:
         if len(pending) > 1 and self._static is None:  # one a row each
             tokens, hidden_states = (torch.cat(part, dim=1) for part in list(zip(*pending, strict=True))[:2])
             pending = [(tokens, hidden_states, [tokens.shape[1]] * tokens.shape[0])]
-        for part in pending:
-            self._feed(*part)
+        for tokens, hidden_states, counts in pending:
+            length = max(counts)
+            self._feed(tokens[:, :length], hidden_states[:, :length], counts)
 
     def accept(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> None:
         """
@@ -145,8 +155,8 @@ class MSDCandidateGenerator:
             self._feed(tokens, hidden_states, counts)
             return
         self._pending.append((tokens, hidden_states, counts))  # a part of the next drafting
-        if min(counts) == tokens.shape[1]:
-            self.last_hidden_state = hidden_states[:, -1:]
+        if len(counts) == 1:
+            self.last_hidden_state = hidden_states[:, counts[0] - 1 : counts[0]]
 
     @torch.inference_mode()  # as for `propose`
     def _feed(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> None:
@@ -193,7 +203,7 @@ class MSDCandidateGenerator:
         if settings.num_nodes == 1:
             return CandidateTree.bare(roots)
         if self._static is not None:
-            return self._propose_static(self._static, roots, settings)
+            return self._propose_static(self._static, settings)
         policy = policy or TreePolicy(settings)
         growth = TreeGrowth(roots, settings)
         self.feed_pending()
@@ -224,18 +234,13 @@ class MSDCandidateGenerator:
             growth.expand(*self._head.top_k(states, settings.top_k))
         return growth.finish(policy.num_nodes(growth))
 
-    def _propose_static(self, static: StaticDrafting, roots: torch.Tensor, settings: TreeSettings) -> CandidateTree:
+    def _propose_static(self, static: StaticDrafting, settings: TreeSettings) -> CandidateTree:
         ((tokens, hidden_states, counts),) = self._pending
         self._pending = []
-        steps = torch.arange(static.max_tokens + static.settings.depth, device=self._next_position.device)
+        states = self._to_draft(hidden_states)
+        tree = static.propose(tokens, states, counts, self._next_position, self._context, self.cache)
         self._last_position += max(counts)
-        rotations = self._drafting_step.rotations(
-            self._next_position + steps, self._last_position + len(steps), self._last_state
-        )
-        self._next_position = self._next_position + torch.tensor(counts, device=steps.device).unsqueeze(1)
-        tree = static.propose(
-            roots, tokens, self._to_draft(hidden_states), counts, rotations, self._context, self.cache
-        )
+        self._next_position = self._next_position + torch.tensor(counts, device=states.device).unsqueeze(1)
         if settings.depth < static.settings.depth:
             # Deeper nodes cannot be emitted any more; positions that do not exist are not to be asked for.
             tree.depths.clamp_(max=settings.depth + 1)

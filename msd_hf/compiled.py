@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,7 @@ def is_compiled(generation_config: Any) -> bool:
 
 
 def run_compiled(
-    function: Callable[..., Any], shape: tuple[int, ...], device: torch.device, model: nn.Module, *args: Any
+    function: Callable[..., Any], shape: tuple[Hashable, ...], device: torch.device, model: nn.Module, *args: Any
 ) -> Any:
     """
     Calls a function of the module level, compiled for the shapes of its arguments.
@@ -48,7 +48,8 @@ def run_compiled(
 
     Args:
         function (`Callable`): is compiled.
-        shape (`tuple[int, ...]`): all that differs from call to call in the shapes of its arguments.
+        shape (`tuple[Hashable, ...]`): all that differs from call to call in the shapes of its arguments, and in
+            those that are no tensors.
         device (`torch.device`): of them.
         model (`nn.Module`): its first argument.
         args: the others.

@@ -63,15 +63,10 @@ class DraftingStep:
                 position_ids=position_ids,
                 past_key_values=cache,
             ).last_hidden_state
-        cos, sin = self.rotations(position_ids.unsqueeze(1), last_position, inputs_embeds).unbind(3)
-        return draft_forward(self.draft, inputs_embeds, hidden_states, cos, sin, attention_mask, cache)
-
-    def rotations(self, position_ids: torch.Tensor, last_position: int, like: torch.Tensor) -> torch.Tensor:
-        """Cosines and sines of positions `[...]`, none beyond `last_position`: `[..., 2, head_dim]`, in the dtype of
-        `like`."""
         if last_position >= len(self._rotations):
-            self._make_tables(2 * last_position, like)
-        return self._rotations[position_ids]
+            self._make_tables(2 * last_position, inputs_embeds)
+        cos, sin = self._rotations[position_ids.unsqueeze(1)].unbind(3)
+        return draft_forward(self.draft, inputs_embeds, hidden_states, cos, sin, attention_mask, cache)
 
     def _make_tables(self, num_positions: int, like: torch.Tensor) -> None:
         positions = torch.arange(max(num_positions, _MIN_POSITIONS), device=like.device)

@@ -69,7 +69,6 @@ class Experience:
         self._plain_seconds = _Mean()
         self._accepted = [0.0] * _NUM_BINS
         self._seen = [0.0] * _NUM_BINS
-        self._reached: dict[int, _Mean] = {}
         self._steps = _Mean()
         self._pause = _PAUSE
         self._paused_rounds = 0
@@ -118,22 +117,12 @@ class Experience:
             costs += [low + slope * count for count in range(1, min(next_size, num_nodes) - size + 1)]
         return costs
 
-    def affordable_nodes(self) -> int:
-        """The most nodes whose verification costs little more than that of one."""
-        one = self.seconds_of(1)
-        return max(size for size in self.sizes if size == self.sizes[0] or self.seconds_of(size) <= 1.1 * one)
-
     def acceptance(self, log_prob: float) -> float:
         """How likely a node of such a cumulative log-probability is accepted."""
         if not log_prob > _LEAST_LOG_PROB:  # or not a number
             return 0.0
         place = _bin(log_prob)
         return (self._accepted[place] + _PRIOR_WEIGHT * math.exp(log_prob)) / (self._seen[place] + _PRIOR_WEIGHT)
-
-    def reach(self, num_levels: int) -> float:
-        """How often verifications have accepted as deep a node."""
-        mean = self._reached.get(num_levels)
-        return 0.8**num_levels if mean is None or mean.value is None else mean.value
 
     @property
     def step(self) -> float:
@@ -194,12 +183,6 @@ class Experience:
     def add_step(self, share: float) -> None:
         """Takes note of how much less than its parents' level one was likely to be reached."""
         self._steps.add(share)
-
-    def add_lengths(self, max_depth: int, lengths: Sequence[int]) -> None:
-        """Takes note of how many tokens trees of a depth emitted."""
-        for level in range(1, max_depth + 1):
-            mean = self._reached.setdefault(level, _Mean())
-            mean.add(sum(length > level for length in lengths) / len(lengths))
 
     def add_node(self, log_prob: float, is_accepted: bool) -> None:
         """Takes note of a node's fate."""

@@ -100,6 +100,7 @@ def msd_decoding(
     if keeps_cache or not selector.finished:
         with phase("prefill"):
             generator.prefill(prefill, torch.tensor(tokens), conversation)
+    width = generator.static_tokens
     has_padding = prefill.prompt_mask is not None
     del prefill  # its [B, L, H] tensors are not needed any more
 
@@ -130,10 +131,13 @@ def msd_decoding(
             running.accept(verified, paths)
             selector.end_round(verified.counts, verified.num_draft_tokens)
             if keeps_cache or not selector.finished:
-                emitted, states = _padded(verified.tokens, draft.device), verification.hidden_states  # [B, N, W]
+                emitted, states = (
+                    _padded(verified.tokens, draft.device, width),
+                    verification.hidden_states,
+                )  # [B, N, W]
                 if tree.tokens.shape[1] > 1:
-                    index = paths.to(states.device).unsqueeze(2).expand(-1, -1, states.shape[2])
-                    states = states.gather(1, index)
+                    nodes = paths if width is None else _padded(verified.paths, states.device, width)
+                    states = states.gather(1, nodes.to(states.device).unsqueeze(2).expand(-1, -1, states.shape[2]))
                 if limits.num_nodes == 1:
                     generator.wait(emitted, states)
                 else:
@@ -195,9 +199,10 @@ def _slots_after_prompt(
     return getattr(generation_config, "_mask_length", None) or cache.get_seq_length() + input_ids.shape[1]
 
 
-def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
-    """Lists as `[B, A]`, with zeros behind shorter ones."""
-    length = max(len(row) for row in rows)
+def _padded(rows: Sequence[Sequence[int]], device: torch.device, length: int | None = None) -> torch.Tensor:
+    """Lists as `[B, length]`, with zeros behind shorter ones; without a length as the longest."""
+    if length is None:
+        length = max(len(row) for row in rows)
     return torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=device)
 
 

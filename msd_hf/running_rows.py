@@ -27,8 +27,8 @@ class _EndedRow:
 
 class RunningRows:
     """
-    Where the target stands in each running row: slots, position, last token. The cache is behind by what was accepted
-    last until `settle` is called.
+    Where the target stands in each running row: slots, position, last token. Slots and position are behind by what was
+    accepted last until `settle` is called.
 
     Args:
         cache (`Cache`): the target's, of `InPlaceLayer`s.
@@ -47,20 +47,20 @@ class RunningRows:
         self._unsettled: tuple[Verification, torch.Tensor] | None = None
 
     def accept(self, verified: Verification, paths: torch.Tensor) -> None:
-        """Moves on to accepted nodes (`paths`, `[B, A]`), whose slots are kept by the next `settle`."""
+        """Moves on to accepted nodes (`paths`, `[B, A]`)."""
         self._unsettled = verified, paths
-        counts = torch.tensor(verified.counts, device=self.next_position.device)
-        self.next_position = self.next_position + counts.unsqueeze(1)
         self.tokens = [tokens[-1] for tokens in verified.tokens]
 
     def settle(self) -> None:
-        """Brings context and cache up to what was accepted. Apart from `accept` since drafting need not wait for it:
-        a GPU has something to do in the meantime."""
+        """Brings context, cache and position up to what was accepted. Apart from `accept`, since drafting need not
+        wait for it: a GPU has something to do in the meantime."""
         if self._unsettled is not None:
             verified, paths = self._unsettled
             self._unsettled = None
             in_place = all(path[-1] == len(path) - 1 for path in verified.paths)
             keep_paths(self.cache, self.context, paths, verified.counts, in_place)
+            counts = torch.tensor(verified.counts, device=self.next_position.device)
+            self.next_position = self.next_position + counts.unsqueeze(1)
 
     def select(self, places: Sequence[int], rows: Sequence[int], keep_others: bool) -> None:
         """

@@ -33,15 +33,15 @@ class StaticDrafting:
         self.head = head
         self.settings = settings
         self.max_tokens = settings.depth + 2 + settings.suffix_nodes  # that a round may emit
+        self._rotations = torch.empty(0)  # cosines and sines of all positions that there can be, [S, 2, head_dim]
         head.keep_address()
 
     def propose(
         self,
-        roots: torch.Tensor,
         tokens: torch.Tensor,
         hidden_states: torch.Tensor,
         counts: Sequence[int],
-        rotations: torch.Tensor,
+        next_position: torch.Tensor,
         context: ContextSlots,
         cache: Cache,
     ) -> CandidateTree:
@@ -50,44 +50,39 @@ class StaticDrafting:
         grows trees from the last of them.
 
         Args:
-            roots (`torch.LongTensor` of shape `[B]`): the last emitted tokens.
-            tokens (`torch.LongTensor` of shape `[B, A]`): the emitted tokens, at most `max_tokens`; then anything.
-            hidden_states (`torch.Tensor` of shape `[B, A, H]`): the target's, at the position before each.
+            tokens (`torch.LongTensor` of shape `[B, max_tokens]`): the emitted tokens; then anything.
+            hidden_states (`torch.Tensor` of shape `[B, max_tokens, H]`): the target's, at the position before each.
             counts (`Sequence[int]`): how many tokens each row has.
-            rotations (`torch.Tensor` of shape `[B, max_tokens + depth, 2, head_dim]`): cosines and sines of the
-                positions from the first of `tokens` on.
+            next_position (`torch.LongTensor` of shape `[B, 1]`): position of the first of them.
             context (`ContextSlots`): what the cache holds; is extended by these tokens.
             cache (`Cache`): the draft's, of `StaticSlotsLayer`s.
         """
-        draft, settings = self.head.draft, self.settings
-        missing = self.max_tokens - tokens.shape[1]
-        if missing:
-            tokens = functional.pad(tokens, (0, missing))
-            hidden_states = functional.pad(hidden_states, (0, 0, 0, missing))
+        draft, settings, device = self.head.draft, self.settings, tokens.device
         buffers = [layer.reserve(self.max_tokens + settings.num_candidates) for layer in cache.layers]
         capacity = buffers[0][0].shape[2]
-        seen = _seen_slots(context, capacity, roots.device)
-        shape = (*tokens.shape, capacity, settings)
-        lengths = context.row_lengths(roots.device)
-        # Other strides would be compiled anew.
-        roots, tokens, hidden_states = (
-            part.clone(memory_format=torch.contiguous_format) for part in (roots, tokens, hidden_states)
+        if len(self._rotations) != capacity:
+            cos, sin = draft.rotary_emb(hidden_states, torch.arange(capacity, device=device).unsqueeze(0))
+            self._rotations = torch.stack([cos[0], sin[0]], dim=1)
+        # Tensors of inference mode, contiguous: with others all would be compiled anew.
+        tokens, hidden_states, next_position = (
+            part.clone(memory_format=torch.contiguous_format) for part in (tokens, hidden_states, next_position)
         )
-        inputs = (roots, tokens, hidden_states, rotations, torch.tensor(counts, device=roots.device), lengths, seen)
+        numbers = torch.tensor([list(counts), context.lengths], device=device)
+        padding = _padding(context, capacity, device)
+        inputs = (tokens, hidden_states, numbers, next_position, padding, self._rotations, buffers)
         with phase("draft forward"):
-            parts = run_compiled(_draft_tree, shape, roots.device, draft, self.head, settings, *inputs, buffers)
+            shape = (len(tokens), capacity, padding is None, settings)
+            parts = run_compiled(_draft_tree, shape, device, draft, self.head, settings, *inputs)
         context.grow(counts)
         close_slots(cache, context.num_slots)
         tokens, parents, depths, ancestors, scores = (part.clone() for part in parts)  # outlive the next compiled call
         return CandidateTree(tokens, parents, depths, ancestors, settings.depth + 1, scores)
 
 
-def _seen_slots(context: ContextSlots, num_slots: int, device: torch.device) -> torch.Tensor:
-    """Of so many slots those that hold the context of each row, `[B, num_slots]`."""
-    seen = torch.arange(num_slots, device=device) < context.row_lengths(device).unsqueeze(1)
-    if context.prompt_mask is not None:
-        seen[:, : context.prompt_mask.shape[1]] &= context.prompt_mask.to(device)
-    return seen
+def _padding(context: ContextSlots, num_slots: int, device: torch.device) -> torch.Tensor | None:
+    """Of so many slots those that hold padding, `[B, num_slots]`; `None` if none does."""
+    mask = context.prompt_mask
+    return None if mask is None else ~functional.pad(mask.to(device), (0, num_slots - mask.shape[1]), value=True)
 
 
 class _PlacedSlots:
@@ -114,46 +109,49 @@ def _draft_tree(
     draft: MSDDraftModel,
     head: DraftHead,
     settings: TreeSettings,
-    roots: torch.Tensor,
     tokens: torch.Tensor,
     hidden_states: torch.Tensor,
+    numbers: torch.Tensor,
+    next_position: torch.Tensor,
+    padding: torch.Tensor | None,
     rotations: torch.Tensor,
-    counts: torch.Tensor,
-    lengths: torch.Tensor,
-    seen: torch.Tensor,
     buffers: Sequence[Buffers],
 ) -> tuple[torch.Tensor, ...]:
-    num_tokens = tokens.shape[1]
-    slots = torch.arange(seen.shape[1], device=roots.device)
-    lowest, dtype = torch.finfo(draft.dtype).min, draft.dtype
+    counts, lengths = numbers.unbind(0)
+    num_tokens, device, dtype = tokens.shape[1], tokens.device, draft.dtype
+    steps = torch.arange(max(num_tokens, settings.top_k), device=device)
+    slots = torch.arange(buffers[0][0].shape[2], device=device)
+    lowest = torch.finfo(dtype).min
 
-    def run(tokens, states, rotation, mask, first):
+    def run(tokens, states, positions, mask, first):
         """One forward; its rows take the slots from `first` (`[B]`) on."""
         embeds = head.target.embed(tokens).to(dtype)
-        cos, sin = rotation.unsqueeze(1).unbind(3)
+        cos, sin = rotations[positions].unsqueeze(1).unbind(3)
         cache: Any = _PlacedSlots(buffers, first.unsqueeze(1) + steps[: tokens.shape[1]])
-        return draft_forward(draft, embeds, states.to(dtype), cos, sin, mask.unsqueeze(1), cache)
+        return draft_forward(draft, embeds, states, cos, sin, mask.unsqueeze(1), cache)
 
-    steps = torch.arange(max(num_tokens, settings.top_k), device=roots.device)
-    behind = slots - lengths[:, None, None]  # [B, 1, S]
-    chain = seen.unsqueeze(1) | ((behind >= 0) & (behind <= steps[:num_tokens].unsqueeze(1)))  # [B, A, S]
-    mask = torch.zeros_like(chain, dtype=dtype).masked_fill(~chain, lowest)
-    states = run(tokens, hidden_states, rotations[:, :num_tokens], mask, lengths)
-    last = (counts - 1)[:, None, None]
-    states = states.gather(1, last.expand(-1, 1, states.shape[2]))
-    mask = mask.gather(1, last.expand(-1, 1, mask.shape[2]))  # of the last token: all before it, and itself
+    # A token sees the context, those before it and itself.
+    hidden = slots > (lengths.unsqueeze(1) + steps[:num_tokens]).unsqueeze(2)  # [B, A, S]
+    if padding is not None:
+        hidden = hidden | padding.unsqueeze(1)
+    mask = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, lowest)
+    states = run(tokens, hidden_states, next_position + steps[:num_tokens], mask, lengths)
+    last = (counts - 1).unsqueeze(1)  # of each row's tokens
+    roots = tokens.gather(1, last).squeeze(1)
+    states = states.gather(1, last.unsqueeze(2).expand(-1, 1, states.shape[2]))
+    mask = mask.gather(1, last.unsqueeze(2).expand(-1, 1, mask.shape[2]))
+    next_position = next_position + counts.unsqueeze(1)
+    first = lengths + counts
 
     growth = TreeGrowth(roots, settings)
     growth.expand(*head.best(head.logits(states), settings.top_k))
-    first = lengths + counts
     for level in range(settings.depth):
         level_tokens, above = growth.descend(settings.top_k)
         width = level_tokens.shape[1]
         own = slots == (first.unsqueeze(1) + steps[:width]).unsqueeze(2)  # [B, F, S]
         mask = torch.where(own, 0.0, rows_of(mask, above, width))
-        place = (counts + level)[:, None, None, None].expand(-1, 1, *rotations.shape[2:])
-        rotation = rotations.gather(1, place).expand(-1, width, -1, -1)
-        states = run(level_tokens, rows_of(states, above, width), rotation, mask, first)
+        positions = (next_position + level).expand(-1, width)
+        states = run(level_tokens, rows_of(states, above, width), positions, mask, first)
         first = first + width
         growth.expand(*head.best(head.logits(states), settings.top_k))
     tree = growth.finish()

@@ -223,6 +223,8 @@ class CandidateTree:
     def padded(self, num_nodes: int) -> CandidateTree:
         """The same trees with nodes added that are of no use: they see themselves alone, and nobody sees them."""
         count = num_nodes - self.tokens.shape[1]
+        if count == 0:
+            return self
         tokens, parents, depths = (
             functional.pad(part, (0, count)) for part in (self.tokens, self.parents, self.depths)
         )

@@ -8,8 +8,6 @@ import weakref
 from collections.abc import Collection, Sequence
 from itertools import accumulate
 
-import torch
-
 from .experience import Experience, level_widths
 from .modeling_msd import MSDDraftModel
 from .targets import TargetAdapter
@@ -66,8 +64,6 @@ class AdaptiveTreePolicy(TreePolicy):
     Args:
         settings (`TreeSettings`): bounds.
         experience (`Experience`): of earlier rounds and calls.
-        reads_scores (`bool`): whether the draft's scores can be read at once: on a CPU. Elsewhere that would make the
-            device wait, and depth follows from how deep trees were accepted before.
         eos_token_ids (`Collection[int]`): tokens behind which nothing is emitted.
     """
 
@@ -75,16 +71,13 @@ class AdaptiveTreePolicy(TreePolicy):
         self,
         settings: TreeSettings,
         experience: Experience,
-        reads_scores: bool,
         eos_token_ids: Collection[int] = (),
     ):
         super().__init__(settings)
         self.experience = experience
-        self.reads_scores = reads_scores
         self.eos_token_ids = eos_token_ids
         self._drafts = True
         self._began = self._drafted = 0.0
-        self._num_levels = 0
         self._explored: int | None = None  # nodes that this round is to have, to learn what they cost
         self._reach: float | None = None
         self._level: tuple[int, float] | None = None  # width of the level being drafted, and when it began
@@ -92,8 +85,8 @@ class AdaptiveTreePolicy(TreePolicy):
 
     def begin_round(self, tokens_left: int | None, num_slots: int) -> TreeSettings:
         self.experience.enter_context(num_slots)
-        self._began = self._clock()
-        self._num_levels, self._reach, self._level = 0, None, None
+        self._began = time.perf_counter()
+        self._reach, self._level = None, None
         self._prices = {width: self._price(width) for width in level_widths(self.settings.top_k)}
         self._explored = self.experience.next_to_explore()
         self._drafts = self.experience.drafting_pays() if self._explored is None else self._explored > 1
@@ -103,10 +96,9 @@ class AdaptiveTreePolicy(TreePolicy):
 
     def width(self, growth: TreeGrowth) -> int:
         self._end_level()
-        self._num_levels += 1
         width = self._choose_width(growth)
-        if self.reads_scores and width:
-            self._level = (width, self._clock())
+        if width:
+            self._level = (width, time.perf_counter())
         return width
 
     def _choose_width(self, growth: TreeGrowth) -> int:
@@ -114,10 +106,7 @@ class AdaptiveTreePolicy(TreePolicy):
         if self._explored is not None:
             if growth.num_nodes >= self._explored:
                 return 0
-            return self.experience.width_to_explore(widest) if self.reads_scores else widest
-        if not self.reads_scores:
-            reach = self.experience.reach(self._num_levels)
-            return widest if reach * self._step(reach) > self._prices[widest] else 0
+            return self.experience.width_to_explore(widest)
         scores, tokens = growth.frontier_scores.tolist(), growth.frontier_tokens.tolist()
         chances = self._chances(
             [
@@ -154,54 +143,38 @@ class AdaptiveTreePolicy(TreePolicy):
     def _end_level(self) -> None:
         if self._level is not None:
             width, began = self._level
-            self.experience.add_level(width, self._clock() - began)
+            self.experience.add_level(width, time.perf_counter() - began)
             self._level = None
 
     def num_nodes(self, growth: TreeGrowth) -> int:
         self._end_level()
         most = growth.num_nodes
-        self._num_levels = growth.num_levels
         if self._explored is not None:
             return min(most, self._explored)
-        if not self.reads_scores:
-            return min(most, self.experience.affordable_nodes())
         chances = self._chances(growth.best_scores(most - 1).tolist())
         costs, rate = self.experience.seconds_up_to(most), self.experience.tokens_per_second
         tokens = list(accumulate(chances, initial=1.0))
         if rate is None:
-            spent = self._clock() - self._began
+            spent = time.perf_counter() - self._began
             gains = [emitted / (spent + cost) for emitted, cost in zip(tokens, costs, strict=True)]
         else:  # what other rounds would emit in the time is lost
             gains = [emitted - rate * cost for emitted, cost in zip(tokens, costs, strict=True)]
         return 1 + max(range(most), key=gains.__getitem__)
 
     def begin_verification(self) -> None:
-        self._drafted = self._clock()
+        self._drafted = time.perf_counter()
 
     def end_round(self, tree: CandidateTree, paths: Sequence[Sequence[int]]) -> None:
         experience, num_nodes = self.experience, tree.tokens.shape[1]
         emitted = sum(len(path) for path in paths) / len(paths)
-        ended = self._clock()
+        ended = time.perf_counter()
         experience.add_round(self._drafts, emitted, ended - self._began)
-        if self._explored is not None or self.reads_scores:
-            experience.add_verification(num_nodes, ended - self._drafted)
-        if self._explored is not None and self._drafts and not self.reads_scores:
-            experience.add_level(self.settings.top_k, (self._drafted - self._began) / self._num_levels)
+        experience.add_verification(num_nodes, ended - self._drafted)
         if self._drafts and tree.scores is not None:
-            # What a branch brought says nothing of the draft.
-            num_drafted = tree.scores.shape[1]
-            depth = tree.max_depth - (num_nodes - num_drafted)
-            experience.add_lengths(depth, [sum(node < num_drafted for node in path) for path in paths])
-            if self.reads_scores:
-                for scores, path in zip(tree.scores[:, 1:].tolist(), paths, strict=True):
-                    accepted = set(path)
-                    for node, score in enumerate(scores, start=1):
-                        experience.add_node(score, node in accepted)
-
-    def _clock(self) -> float:
-        if not self.reads_scores and self._explored is not None and torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
+            for scores, path in zip(tree.scores[:, 1:].tolist(), paths, strict=True):
+                accepted = set(path)
+                for node, score in enumerate(scores, start=1):
+                    experience.add_node(score, node in accepted)
 
 
 _experiences: weakref.WeakKeyDictionary[MSDDraftModel, weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
@@ -228,9 +201,7 @@ def make_tree_policy(
         settings,
     )
     experience = kinds.setdefault(key, Experience(settings.num_nodes))
-    return AdaptiveTreePolicy(
-        settings, experience, reads_scores=draft.device.type == "cpu", eos_token_ids=eos_token_ids
-    )
+    return AdaptiveTreePolicy(settings, experience, eos_token_ids)
 
 
 __all__ = ["AdaptiveTreePolicy", "TreePolicy", "make_tree_policy"]

@@ -82,6 +82,42 @@ def test_eager_attention_and_sampling():
         tiny.pair(PAIR).set_attention("sdpa")
 
 
+def own_vocabulary(draft):
+    draft.set_draft_vocab(range(2, 60, 2))
+
+
+def repetitions(draft):
+    draft.generation_config.suffix_nodes = 4
+
+
+def chain(draft):
+    draft.generation_config.tree_top_k = 1
+
+
+def all_candidates(draft):
+    draft.generation_config.num_assistant_tokens = 1000
+
+
+def no_tree(draft):
+    draft.generation_config.num_assistant_tokens = 1
+
+
+@pytest.mark.parametrize("change", [own_vocabulary, repetitions, chain, all_candidates, no_tree])
+def test_other_drafts_and_trees(change):
+    target, draft = copy.deepcopy(build_pair())
+    change(draft)
+    for inputs in (
+        tiny.make_prompt(0, 8, (2,)),
+        tiny.left_padded([tiny.make_prompt(seed, 9 - seed) for seed in (1, 2)]),
+    ):
+        got = generate(target, draft, inputs)
+        expected = generate(target, draft, inputs, compile=False)
+        assert torch.equal(got.sequences, target.generate(**inputs, max_new_tokens=30))
+        assert [rounds[:-1] for rounds in got.acceptance_lengths] == [
+            rounds[:-1] for rounds in expected.acceptance_lengths
+        ]
+
+
 def test_batch_whose_rows_end_at_different_times():
     target, draft = build_pair()
     inputs = tiny.left_padded([tiny.make_prompt(seed, 4 + 3 * seed, (1,)) for seed in range(2)])

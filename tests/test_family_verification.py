@@ -70,6 +70,7 @@ def decode_trees(target: PreTrainedModel, input_ids: torch.Tensor, *args: Any, r
             Verification(paths, emitted, [len(path) - 1 for path in paths]),
             torch.tensor([path + [0] * (width - len(path)) for path in paths]),
         )
+        running.settle()
     seen.update(tokens=tokens, logits=logits)
     return input_ids
 

@@ -82,7 +82,6 @@ def test_costs_are_interpolated_between_sizes():
     experience = taught(STEEP)
     for size in (1, 2, 5, 8, 12, 40, 64):
         assert experience.seconds_of(size) == pytest.approx(1.0 + 0.25 * (size - 1))
-    assert experience.affordable_nodes() == 1 and taught(FLAT).affordable_nodes() == 64
     experience.enter_context(4000)  # another range is another matter
     assert {experience.next_to_explore() for _ in range(40)} == {None, 1, 4, 8, 16, 32, 64}
 
@@ -106,7 +105,7 @@ def test_levels_become_as_wide_as_pays():
             experience.add_level(1, 0.2)
             for width in (2, 4):
                 experience.add_level(width, 0.2 * dear * width / 2)
-        policy = AdaptiveTreePolicy(settings, experience, reads_scores=True)
+        policy = AdaptiveTreePolicy(settings, experience)
         growth = TreeGrowth(torch.zeros(1, dtype=torch.long), policy.begin_round(None, 100))
         growth.expand(torch.tensor([[[0.5, 0.45, 0.04, 0.01]]]).log(), torch.arange(4).view(1, 1, 4))
         widths.append(policy.width(growth))
@@ -115,7 +114,7 @@ def test_levels_become_as_wide_as_pays():
 
 def test_a_draft_that_overflows_still_gives_a_tree():
     settings = TreeSettings(16, 15, 4, is_auto=True)
-    policy = AdaptiveTreePolicy(settings, taught(FLAT), reads_scores=True)
+    policy = AdaptiveTreePolicy(settings, taught(FLAT))
     growth = TreeGrowth(torch.zeros(1, dtype=torch.long), policy.begin_round(None, 100))
     growth.expand(torch.tensor([[[0.0, -1.0, -torch.inf, -torch.inf]]]), torch.arange(4).view(1, 1, 4))
     growth.descend(2)
@@ -132,7 +131,7 @@ def test_behind_an_unsure_token_a_tree_may_go_on():
     experience = taught(FLAT, level=0.1)
     for _ in range(50):
         experience.add_step(0.95)
-    policy = AdaptiveTreePolicy(settings, experience, reads_scores=True)
+    policy = AdaptiveTreePolicy(settings, experience)
     growth = TreeGrowth(torch.zeros(1, dtype=torch.long), policy.begin_round(None, 100))
     for level, probability in enumerate([0.99, 0.4]):
         if level:
@@ -171,8 +170,8 @@ def grow(probabilities: list[float], policy: AdaptiveTreePolicy) -> tuple[int, i
 
 def test_sure_drafts_get_deep_trees_and_unsure_ones_shallow_ones():
     settings = TreeSettings(64, 15, 4, is_auto=True)
-    sure, _ = grow([0.99] * 10, AdaptiveTreePolicy(settings, taught(FLAT), reads_scores=True))
-    unsure, _ = grow([0.3] * 10, AdaptiveTreePolicy(settings, taught(FLAT, level=0.3), reads_scores=True))
+    sure, _ = grow([0.99] * 10, AdaptiveTreePolicy(settings, taught(FLAT)))
+    unsure, _ = grow([0.3] * 10, AdaptiveTreePolicy(settings, taught(FLAT, level=0.3)))
     assert sure == 10 and unsure <= 3
 
 
@@ -180,13 +179,13 @@ def test_behind_the_end_of_an_answer_nothing_is_drafted():
     """Where the draft is sure that the answer ends, however sure it would be of what came behind."""
     settings = TreeSettings(64, 15, 4, is_auto=True)
     for eos_token_ids, expected in (((), 10), ((7, 0), 1), ((7,), 10)):  # the best candidate is token 0
-        policy = AdaptiveTreePolicy(settings, taught(FLAT), reads_scores=True, eos_token_ids=eos_token_ids)
+        policy = AdaptiveTreePolicy(settings, taught(FLAT), eos_token_ids=eos_token_ids)
         assert grow([0.999] * 10, policy)[0] == expected
 
 
 def test_another_branch_goes_on_where_one_ends():
     settings = TreeSettings(64, 15, 4, is_auto=True)
-    policy = AdaptiveTreePolicy(settings, taught(FLAT), reads_scores=True, eos_token_ids=(0,))
+    policy = AdaptiveTreePolicy(settings, taught(FLAT), eos_token_ids=(0,))
     growth = TreeGrowth(torch.zeros(1, dtype=torch.long), policy.begin_round(None, 100))
     growth.expand(torch.tensor([[[0.5, 0.45, 0.04, 0.01]]]).log(), torch.arange(4).view(1, 1, 4))
     assert policy.width(growth) >= 2
@@ -210,7 +209,7 @@ def test_nodes_are_weighed_by_what_other_rounds_would_emit():
         for _ in range(200):
             experience.add_round(True, 3.0, 1.0)  # at 3 tokens a second a node of 0.1 s is worth 0.3 tokens
         growth = TreeGrowth(torch.zeros(1, dtype=torch.long), settings)
-        policy = AdaptiveTreePolicy(settings, experience, reads_scores=True)
+        policy = AdaptiveTreePolicy(settings, experience)
         policy.begin_round(None, 100)
         for level, probability in enumerate(probabilities):
             if level:
@@ -223,18 +222,9 @@ def test_nodes_are_weighed_by_what_other_rounds_would_emit():
 
 def test_nodes_are_kept_where_they_cost_little():
     settings = TreeSettings(64, 15, 4, is_auto=True)
-    cheap = grow([0.6] * 4, AdaptiveTreePolicy(settings, taught(FLAT), reads_scores=True))[1]
-    dear = grow([0.6] * 4, AdaptiveTreePolicy(settings, taught(STEEP), reads_scores=True))[1]
+    cheap = grow([0.6] * 4, AdaptiveTreePolicy(settings, taught(FLAT)))[1]
+    dear = grow([0.6] * 4, AdaptiveTreePolicy(settings, taught(STEEP)))[1]
     assert dear < 8 < 30 < cheap
-
-
-def test_without_reading_scores_depth_follows_from_what_was_accepted():
-    settings = TreeSettings(64, 15, 4, is_auto=True)
-    experience = taught(FLAT)
-    for _ in range(50):
-        experience.add_lengths(10, [4])  # three drafted tokens, never a fourth
-    levels, nodes = grow([0.99] * 10, AdaptiveTreePolicy(settings, experience, reads_scores=False))
-    assert levels == 4 and nodes == 53
 
 
 def test_drafting_pauses_where_it_does_not_pay_and_is_tried_again():
