@@ -27,9 +27,10 @@ class InPlaceLayer(DynamicLayer):
     """A `DynamicLayer` whose `keys` and `values` (`[B, heads, slots, head_dim]`) are views of preallocated buffers.
 
     `DynamicLayer.update` concatenates, which copies the whole layer at every step. Here new slots are written behind
-    the old ones, and a buffer that is full is replaced by one with more room. One that a whole prompt fills has none:
-    a forward over a prompt is where most memory is needed. Everything else that `generate` does with a layer (crop,
-    reorder, repeat) is inherited: it may replace `keys` by another tensor, which the next update takes over.
+    the old ones, and a buffer that is full is replaced by one with more room. A whole prompt is held as it came,
+    without a copy: a forward over a prompt is where most memory is needed. Everything else that `generate` does with a
+    layer (crop, reorder, repeat) is inherited: it may replace `keys` by another tensor, which the next update takes
+    over.
 
     Args:
         max_slots (`int`, *optional*): no more than this many slots are allocated ahead of need.
@@ -50,6 +51,11 @@ class InPlaceLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
+        if start == 0 and _owns_its_memory(key_states) and _owns_its_memory(value_states):
+            # As it came: a buffer would have no room for more either.
+            self.keys, self.values = key_states, value_states
+            self._buffers = self._views = None
+            return key_states, value_states
         end = start + key_states.shape[-2]
         if self._buffers is None or not self._shows_buffers() or end > self._buffers[0].shape[-2]:
             self._buffers = self._reserve(key_states, value_states, start, end)
@@ -125,6 +131,11 @@ class InPlaceLayer(DynamicLayer):
             key_buffer[:, :, :held] = self.keys
             value_buffer[:, :, :held] = self.values
         return key_buffer, value_buffer
+
+
+def _owns_its_memory(states: torch.Tensor) -> bool:
+    """Whether a tensor keeps no more memory than its own elements, and may be written to outside of inference mode."""
+    return states.untyped_storage().nbytes() == states.nbytes and not states.is_inference()
 
 
 def make_in_place(cache: DynamicCache, max_slots: int) -> None:

@@ -60,6 +60,7 @@ class Experience:
     def __init__(self, max_nodes: int):
         self.sizes = [size for size in SIZES if size < max_nodes] + [max_nodes]
         self._costs: dict[int, dict[int, deque[float]]] = {}  # range of context -> nodes -> last costs
+        self._seconds: dict[int, list[float]] = {}  # range of context -> costs of 1, 2, ... nodes, by these
         self._trials: dict[int, dict[int, int]] = {}  # range of context -> nodes -> how often tried
         self._range = 0
         self._num_rounds = 0
@@ -102,6 +103,11 @@ class Experience:
 
     def seconds_up_to(self, num_nodes: int) -> list[float]:
         """The same for 1, 2, ... nodes."""
+        if self._range not in self._seconds:
+            self._seconds[self._range] = self._interpolated(self.sizes[-1])
+        return self._seconds[self._range][:num_nodes]
+
+    def _interpolated(self, num_nodes: int) -> list[float]:
         known = [(size, _usual(costs)) for size, costs in sorted(self._costs.get(self._range, {}).items())]
         if not known:
             return [1.0 + _PRIOR_SLOPE * nodes for nodes in range(1, num_nodes + 1)]
@@ -175,6 +181,7 @@ class Experience:
         if abs(size - num_nodes) <= size // 8:
             costs = self._costs.setdefault(self._range, {})
             costs.setdefault(size, deque(maxlen=_COSTS_KEPT)).append(seconds)
+            self._seconds.pop(self._range, None)
 
     def add_level(self, width: int, seconds: float) -> None:
         """Takes note of what drafting a level of so many nodes cost."""

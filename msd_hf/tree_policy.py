@@ -6,7 +6,7 @@ import math
 import time
 import weakref
 from collections.abc import Collection, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from .experience import Experience, level_widths
 from .modeling_msd import MSDDraftModel
@@ -151,15 +151,25 @@ class AdaptiveTreePolicy(TreePolicy):
         most = growth.num_nodes
         if self._explored is not None:
             return min(most, self._explored)
-        chances = self._chances(growth.best_scores(most - 1).tolist())
+        rows = growth.best_scores(most - 1).tolist()
         costs, rate = self.experience.seconds_up_to(most), self.experience.tokens_per_second
-        tokens = list(accumulate(chances, initial=1.0))
         if rate is None:
             spent = time.perf_counter() - self._began
+            tokens = accumulate(self._chances(rows), initial=1.0)
             gains = [emitted / (spent + cost) for emitted, cost in zip(tokens, costs, strict=True)]
-        else:  # what other rounds would emit in the time is lost
-            gains = [emitted - rate * cost for emitted, cost in zip(tokens, costs, strict=True)]
-        return 1 + max(range(most), key=gains.__getitem__)
+            return 1 + max(range(most), key=gains.__getitem__)
+        # What other rounds would emit in the time is lost.
+        least = rate * min((after - before for before, after in pairwise(costs)), default=0.0)
+        emitted, best, most_gained = 1.0, 1, 1.0 - rate * costs[0]
+        for number, scores in enumerate(zip(*rows, strict=True), start=2):
+            chance = sum(map(self.experience.acceptance, scores)) / len(scores)
+            emitted += chance
+            gained = emitted - rate * costs[number - 1]
+            if gained > most_gained:
+                best, most_gained = number, gained
+            elif chance < least:
+                break  # those that follow are no more likely, and cost at least as much
+        return best
 
     def begin_verification(self) -> None:
         self._drafted = time.perf_counter()

@@ -56,8 +56,9 @@ def test_behaves_like_a_dynamic_layer_under_everything_generate_does(max_slots):
 
 def test_grows_without_copying_what_it_holds():
     layer = InPlaceLayer(max_slots=320)
-    layer.update(*states(200))
-    assert capacity_of(layer) == 200  # nothing ahead of need beside the forward over a whole prompt
+    prompt = states(200)
+    layer.update(*prompt)
+    assert layer.keys is prompt[0] and layer.values is prompt[1]  # no memory beside the forward over a whole prompt
     layer.update(*states(6))
     start = layer.keys.data_ptr()
     assert capacity_of(layer) == 206 + 64
@@ -68,6 +69,27 @@ def test_grows_without_copying_what_it_holds():
     assert capacity_of(layer) == 320 and layer.get_seq_length() == 271  # not beyond the bound
     layer.update(*states(60))  # over the bound: it still works
     assert capacity_of(layer) == layer.get_seq_length() == 331
+
+
+def test_a_prompt_is_copied_where_it_would_hold_more_memory_or_could_not_be_written():
+    keys = torch.randn(1, 9, 5, 4)
+    both = keys[:, :3], keys[:, 3:]  # of one projection
+    with torch.inference_mode():
+        inferred = states(5)
+    for key_states, value_states in (both, inferred):
+        layer = InPlaceLayer()
+        layer.update(key_states, value_states)
+        assert torch.equal(layer.keys, key_states) and torch.equal(layer.values, value_states)
+        assert layer.keys.data_ptr() != key_states.data_ptr() and not layer.keys.is_inference()
+
+
+def test_a_prompt_that_is_held_as_it_came_is_not_written_to():
+    layer, prompt = InPlaceLayer(), states(5)
+    kept = prompt[0].clone()
+    layer.update(*prompt)
+    layer.crop(-3)
+    layer.update(*states(2))
+    assert torch.equal(prompt[0], kept)
 
 
 def test_a_long_context_gets_more_room_at_a_time():
@@ -93,7 +115,8 @@ def test_keeps_accepted_slots_in_place():
     torch.manual_seed(0)
     layer = InPlaceLayer()
     keys, values = states(10)
-    layer.update(keys, values)
+    layer.update(keys[:, :, :4], values[:, :, :4])
+    layer.update(keys[:, :, 4:], values[:, :, 4:])
     start = layer.keys.data_ptr()
     slots = torch.tensor([[0, 2, 5], [0, 1, 3]])  # each row keeps its own
     layer.keep_slots(4, slots)
@@ -147,7 +170,8 @@ def test_rows_that_accept_different_numbers_of_slots():
     cache = DynamicCache()
     make_in_place(cache, 40)
     keys, values = states(9, batch_size=3)
-    cache.update(keys, values, 0)
+    cache.update(keys[:, :, :4], values[:, :, :4], 0)
+    cache.update(keys[:, :, 4:], values[:, :, 4:], 0)
     context = ContextSlots([4, 4, 4])
     keep_paths(cache, context, torch.tensor([[0, 2, 4], [1, 0, 0], [0, 3, 0]]), [3, 1, 2])
     assert context.lengths == [7, 5, 6] and cache.get_seq_length() == 7
