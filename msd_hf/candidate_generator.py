@@ -55,7 +55,9 @@ class MSDCandidateGenerator:
         self.cache = Cache(layers=[InPlaceLayer(max_slots) for _ in draft.layers])
         if static_settings is not None:
             make_static(self.cache, draft, len(draft.layers))
-        self._diagonal = torch.empty(0, 0)
+        # A model looks for them among its weights each time, which takes as long as an operation.
+        self._device, self._dtype = draft.device, draft.dtype
+        self._diagonals: dict[int, torch.Tensor] = {}
         self._pending: list[tuple[torch.Tensor, torch.Tensor, Sequence[int]]] = []  # what `accept` takes
         self._context: ContextSlots  # accepted rows; drafted ones come behind
         self._next_position: torch.Tensor  # [B, 1]
@@ -72,7 +74,7 @@ class MSDCandidateGenerator:
             tokens (`torch.LongTensor` of shape `[B]`): the first ones that the target chose after it.
             past (`Conversation`, *optional*): goes on where an earlier call ended.
         """
-        device = self.draft.device
+        device = self._device
         token_embeds = self.target.embed(tokens.unsqueeze(1)).to(prefill.inputs_embeds)
         inputs_embeds = torch.cat([prefill.inputs_embeds, token_embeds], dim=1)
         visual_mask = torch.cat([prefill.visual_mask, torch.zeros_like(prefill.visual_mask[:, :1])], dim=1)
@@ -207,7 +209,7 @@ class MSDCandidateGenerator:
         policy = policy or TreePolicy(settings)
         growth = TreeGrowth(roots, settings)
         self.feed_pending()
-        batch_size, dtype = roots.shape[0], self.draft.dtype
+        batch_size, dtype = roots.shape[0], self._dtype
         states = self._last_state
         growth.expand(*self._head.top_k(states, settings.top_k))
         # Which slots each node of the frontier sees, [B, F, S + nodes that were expanded before]: its parent's and its
@@ -248,17 +250,18 @@ class MSDCandidateGenerator:
 
     def _diagonal_mask(self, size: int) -> torch.Tensor:
         """An additive mask `[size, size]` with which each sees itself alone; kept, since every level needs one."""
-        if len(self._diagonal) < size:
-            lowest, device = torch.finfo(self.draft.dtype).min, self.draft.device
-            self._diagonal = torch.full((size, size), lowest, dtype=self.draft.dtype, device=device)
-            self._diagonal.fill_diagonal_(0.0)
-        return self._diagonal[:size, :size]
+        mask = self._diagonals.get(size)
+        if mask is None:
+            lowest = torch.finfo(self._dtype).min
+            mask = torch.full((size, size), lowest, dtype=self._dtype, device=self._device).fill_diagonal_(0.0)
+            self._diagonals[size] = mask
+        return mask
 
     def _chain_mask(self, length: int) -> torch.Tensor:
         """The mask of `length` rows that follow each other behind the context."""
         device = self._next_position.device
         chain = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        return tree_attention_mask(chain.expand(self._next_position.shape[0], -1, -1), self._context, self.draft.dtype)
+        return tree_attention_mask(chain.expand(self._next_position.shape[0], -1, -1), self._context, self._dtype)
 
     def _step(self, tokens, hidden_states, position_ids, attention_mask, last_position: int) -> torch.Tensor:
         """The draft's states after a few tokens `[B, T]`, which get slots."""
@@ -273,7 +276,7 @@ class MSDCandidateGenerator:
             )
 
     def _to_draft(self, states: torch.Tensor) -> torch.Tensor:
-        return states.to(device=self.draft.device, dtype=self.draft.dtype)
+        return states.to(device=self._device, dtype=self._dtype)
 
 
 __all__ = ["MSDCandidateGenerator"]

@@ -22,6 +22,7 @@ class DraftHead:
     def __init__(self, draft: MSDDraftModel, target: TargetAdapter):
         self.target = target
         self.draft = draft
+        self._device = draft.device
         self._tokens = draft.draft_vocab
         self._rows = None if self._tokens is None else draft.head_rows(target.head_module)
 
@@ -52,7 +53,7 @@ class DraftHead:
         if self._rows is not None:
             assert self._tokens is not None
             tokens = self._tokens.take(tokens.to(self._tokens.device))
-        return log_probs.to(self.draft.device), tokens.to(self.draft.device)
+        return log_probs.to(self._device), tokens.to(self._device)
 
 
 __all__ = ["DraftHead"]
