@@ -71,6 +71,7 @@ class InPlaceLayer(DynamicLayer):
         `start`), which move to `start, start + 1, ...`. The rest is dropped. Copies A slots."""
         if not self.is_initialized:
             return
+        self._own()
         end = start + slots.shape[1]
         slots = slots + start
         for states in (self.keys, self.values):
@@ -92,6 +93,7 @@ class InPlaceLayer(DynamicLayer):
         """
         if not self.is_initialized:
             return
+        self._own()
         for states in (self.keys, self.values):
             index = (slots + start)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
             target = places[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
@@ -106,6 +108,11 @@ class InPlaceLayer(DynamicLayer):
     def reset(self) -> None:
         super().reset()
         self._buffers = self._views = None
+
+    def _own(self) -> None:
+        """Copies what is held as it came, before it is written to."""
+        if self._buffers is None:
+            self.keys, self.values = self.keys.clone(), self.values.clone()
 
     def _shows_buffers(self) -> bool:
         """Whether `keys` and `values` still are views of the buffers, and not tensors that someone put there."""

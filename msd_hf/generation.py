@@ -111,7 +111,7 @@ def msd_decoding(
             roots = torch.tensor(running.tokens, device=draft.device)
             with phase("tree"):
                 tree = generator.propose(roots, limits, policy)
-                if static_nodes is None and limits.top_k > 1 and tree.max_depth:
+                if width is None and limits.top_k > 1 and tree.max_depth:
                     tree = tree.with_best_path_first()
                 tree = branches.added_to(tree, limits.suffix_nodes)
             tree = tree.to(running.next_position.device)

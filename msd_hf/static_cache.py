@@ -75,6 +75,11 @@ def _zeros(states: torch.Tensor, num_slots: int, spare: torch.Tensor | None) -> 
     return buffer
 
 
+def finite(states: torch.Tensor) -> torch.Tensor:
+    """States without what an odd candidate made overflow: its slots stay in the buffers when it is not accepted."""
+    return states.nan_to_num(0.0, 0.0, 0.0)
+
+
 class _WholeBuffers(DynamicLayer):
     """A layer as compiled code sees it: new slots go to given places, and attention gets all slots there are."""
 
@@ -85,8 +90,8 @@ class _WholeBuffers(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> Buffers:
-        self.keys.index_copy_(2, self.places, key_states)
-        self.values.index_copy_(2, self.places, value_states)
+        self.keys.index_copy_(2, self.places, finite(key_states))
+        self.values.index_copy_(2, self.places, finite(value_states))
         return self.keys, self.values
 
 
@@ -152,4 +157,4 @@ def _static(layer: DynamicLayer | None, spare: Buffers | None) -> StaticSlotsLay
     return made
 
 
-__all__ = ["StaticSlotsLayer", "capacity", "close_slots", "leave_buffers", "make_static", "open_slots"]
+__all__ = ["StaticSlotsLayer", "capacity", "close_slots", "finite", "leave_buffers", "make_static", "open_slots"]

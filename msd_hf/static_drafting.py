@@ -16,7 +16,7 @@ from .draft_head import DraftHead
 from .drafting_step import draft_forward
 from .modeling_msd import MSDDraftModel
 from .phases import phase
-from .static_cache import Buffers, close_slots
+from .static_cache import Buffers, close_slots, finite
 from .tree import CandidateTree, TreeGrowth, TreeSettings, rows_of
 
 
@@ -100,8 +100,8 @@ class _PlacedSlots:
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> Buffers:
         keys, values = self.buffers[layer_idx]
-        keys[self.rows, :, self.places] = key_states.transpose(1, 2)
-        values[self.rows, :, self.places] = value_states.transpose(1, 2)
+        keys[self.rows, :, self.places] = finite(key_states).transpose(1, 2)
+        values[self.rows, :, self.places] = finite(value_states).transpose(1, 2)
         return keys, values
 
 

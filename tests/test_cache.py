@@ -90,6 +90,14 @@ def test_a_prompt_that_is_held_as_it_came_is_not_written_to():
     layer.crop(-3)
     layer.update(*states(2))
     assert torch.equal(prompt[0], kept)
+    for places in (None, torch.tensor([[3, 4]] * 2)):
+        layer = InPlaceLayer()
+        layer.update(*prompt)
+        if places is None:
+            layer.keep_slots(1, torch.tensor([[2, 3], [1, 2]]))
+        else:
+            layer.move_slots(1, torch.tensor([[2, 3], [1, 2]]), places, 5)
+        assert torch.equal(prompt[0], kept) and not torch.equal(layer.keys, kept)
 
 
 def test_a_long_context_gets_more_room_at_a_time():

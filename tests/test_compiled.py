@@ -118,6 +118,33 @@ def test_other_drafts_and_trees(change):
         ]
 
 
+def test_candidates_that_overflow_harm_no_others(monkeypatch):
+    """Their slots stay in the buffers, where a mask hides them by a product with 0."""
+    target, draft = copy.deepcopy(build_pair())
+    inputs = tiny.make_prompt(0, 8)
+    expected = target.generate(**inputs, max_new_tokens=30)
+    undisturbed = generate(target, draft, inputs, compile=False).acceptance_lengths
+    fuse = type(draft).fuse
+    disturbed = 0
+    for token in set(range(3, 60)) - set(expected[0].tolist()):
+        embedding = target.get_input_embeddings().weight[token].detach()
+
+        def overflow(self, inputs_embeds, *args, embedding=embedding):
+            is_token = (inputs_embeds == embedding).all(-1, keepdim=True)
+            return torch.where(is_token, torch.inf, fuse(self, inputs_embeds, *args))
+
+        monkeypatch.setattr(type(draft), "fuse", overflow)
+        if generate(target, draft, inputs, compile=False).acceptance_lengths == undisturbed:
+            continue
+        got = generate(target, draft, inputs)
+        assert torch.equal(got.sequences, expected)
+        assert len(got.acceptance_lengths[0]) < len(undisturbed[0]) + 5
+        disturbed += 1
+        if disturbed == 3:
+            return
+    pytest.fail("No candidate overflowed.")
+
+
 def test_batch_whose_rows_end_at_different_times():
     target, draft = build_pair()
     inputs = tiny.left_padded([tiny.make_prompt(seed, 4 + 3 * seed, (1,)) for seed in range(2)])
