@@ -51,7 +51,8 @@ class InPlaceLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
-        if start == 0 and _owns_its_memory(key_states) and _owns_its_memory(value_states):
+        is_owner = _owns_its_memory(key_states) and _owns_its_memory(value_states)
+        if start == 0 and is_owner and self._holds_prompts_as_they_came():
             # As it came: a buffer would have no room for more either.
             self.keys, self.values = key_states, value_states
             self._buffers = self._views = None
@@ -108,6 +109,9 @@ class InPlaceLayer(DynamicLayer):
     def reset(self) -> None:
         super().reset()
         self._buffers = self._views = None
+
+    def _holds_prompts_as_they_came(self) -> bool:
+        return True
 
     def _own(self) -> None:
         """Copies what is held as it came, before it is written to."""

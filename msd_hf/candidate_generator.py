@@ -53,8 +53,7 @@ class MSDCandidateGenerator:
         if static_settings is not None and static_settings.num_nodes > 1 and self._drafting_step.is_plain:
             self._static = StaticDrafting(self._head, static_settings)
         self.cache = Cache(layers=[InPlaceLayer(max_slots) for _ in draft.layers])
-        if static_settings is not None:
-            make_static(self.cache, draft, len(draft.layers))
+        self._is_static = static_settings is not None
         # A model looks for them among its weights each time, which takes as long as an operation.
         self._device, self._dtype = draft.device, draft.dtype
         self._diagonals: dict[int, torch.Tensor] = {}
@@ -82,8 +81,8 @@ class MSDCandidateGenerator:
         num_held = 0
         if past is not None and past.draft_cache is not None:
             self.cache, num_held = past.draft_cache, len(past.rows)
-            if self._static is not None:
-                make_static(self.cache, self.draft, len(self.draft.layers))
+        if self._is_static:
+            make_static(self.cache, self.draft, len(self.draft.layers))
         if past is not None and past.hidden_state is not None:
             hidden_states = torch.cat([past.hidden_state.to(hidden_states), hidden_states], dim=1)
         else:
@@ -112,8 +111,9 @@ class MSDCandidateGenerator:
             ).last_hidden_state
         self._last_position = prefill.num_slots
         self._context = ContextSlots([num_held + length] * batch_size, prompt_mask)
-        self._last_state = states[:, -1:]
-        self.last_hidden_state = hidden_states[:, -1:]
+        # Copies: a view would keep the states of the whole prompt.
+        self._last_state = states[:, -1:].clone()
+        self.last_hidden_state = hidden_states[:, -1:].clone()
         if self._static is not None:
             # The last row again, as the first one that was accepted: the first round is like all others then.
             self._next_position = self._next_position - 1
@@ -121,7 +121,7 @@ class MSDCandidateGenerator:
             self._context = ContextSlots([num_held + length - 1] * batch_size, mask)
             missing = self._static.max_tokens - 1
             row = functional.pad(tokens.unsqueeze(1).to(device), (0, missing))
-            states = functional.pad(hidden_states[:, -1:], (0, 0, 0, missing))
+            states = functional.pad(self.last_hidden_state, (0, 0, 0, missing))
             self._pending = [(row, states, [1] * batch_size)]
             truncate(self.cache, self._context.num_slots)
 
@@ -130,15 +130,16 @@ class MSDCandidateGenerator:
         """To how many tokens `accept` wants rows to be padded, if to a fixed number."""
         return None if self._static is None else self._static.max_tokens
 
-    def wait(self, tokens: torch.Tensor, hidden_states: torch.Tensor) -> None:
-        """Like `accept` for one token a row (`[B, 1]`, `[B, 1, (1 + K) * H]`), which is fed once it is needed."""
-        self._pending.append((tokens, hidden_states, [1] * tokens.shape[0]))
+    def wait(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> None:
+        """Like `accept`, for tokens that are fed once they are needed."""
+        self._pending.append((tokens, hidden_states, counts))
 
     def feed_pending(self) -> None:
         """Feeds the tokens that wait."""
         pending, self._pending = self._pending, []
-        if len(pending) > 1 and self._static is None:  # one a row each
-            tokens, hidden_states = (torch.cat(part, dim=1) for part in list(zip(*pending, strict=True))[:2])
+        if len(pending) > 1 and all(min(counts) == tokens.shape[1] for tokens, _, counts in pending):
+            tokens = torch.cat([tokens for tokens, _, _ in pending], dim=1)
+            hidden_states = torch.cat([states for _, states, _ in pending], dim=1)
             pending = [(tokens, hidden_states, [tokens.shape[1]] * tokens.shape[0])]
         for tokens, hidden_states, counts in pending:
             length = max(counts)
@@ -240,7 +241,9 @@ class MSDCandidateGenerator:
         ((tokens, hidden_states, counts),) = self._pending
         self._pending = []
         states = self._to_draft(hidden_states)
-        tree = static.propose(tokens, states, counts, self._next_position, self._context, self.cache)
+        tree = static.propose(
+            tokens, states, counts, self._next_position, self._last_position, self._context, self.cache
+        )
         self._last_position += max(counts)
         self._next_position = self._next_position + torch.tensor(counts, device=states.device).unsqueeze(1)
         if settings.depth < static.settings.depth:

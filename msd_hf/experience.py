@@ -97,12 +97,8 @@ class Experience:
         trials[size] += 1  # counted here: a tree may turn out smaller, at the end of a sequence
         return size
 
-    def seconds_of(self, num_nodes: int) -> float:
-        """What a round of so many nodes costs besides drafting them."""
-        return self.seconds_up_to(num_nodes)[-1]
-
     def seconds_up_to(self, num_nodes: int) -> list[float]:
-        """The same for 1, 2, ... nodes."""
+        """What rounds of 1, 2, ... nodes, at most `max_nodes`, cost besides drafting them."""
         if self._range not in self._seconds:
             self._seconds[self._range] = self._interpolated(self.sizes[-1])
         return self._seconds[self._range][:num_nodes]

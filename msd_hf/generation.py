@@ -21,7 +21,7 @@ from .modeling_msd import MSDDraftModel
 from .phases import phase
 from .running_rows import RunningRows
 from .self_check import check_tree_verification
-from .static_cache import leave_buffers, make_static
+from .static_cache import buffers_left, make_static
 from .suffix_branch import SuffixBranches
 from .target_support import layer_windows
 from .targets import TargetAdapter
@@ -95,23 +95,24 @@ def msd_decoding(
     tokens = selector.select(prefill.logits)
     running = RunningRows(cache, prefill.prompt_mask, prefill.next_position, tokens)
     check_tree_verification(adapter, running, input_ids, model_kwargs)
-    static_settings = None if static_nodes is None else settings
+    static_settings = settings if static_nodes is not None else None
     generator = MSDCandidateGenerator(draft, adapter, max_slots + settings.num_candidates, static_settings)
     if keeps_cache or not selector.finished:
         with phase("prefill"):
             generator.prefill(prefill, torch.tensor(tokens), conversation)
-    width = generator.static_tokens
+    static_tokens = generator.static_tokens
     has_padding = prefill.prompt_mask is not None
     del prefill  # its [B, L, H] tensors are not needed any more
 
-    with phase("decode"):
+    leaves_buffers = static_nodes is not None and not keeps_cache
+    with phase("decode"), buffers_left(leaves_buffers, (cache, adapter.decoder), (generator.cache, draft)):
         while not selector.finished:
             _drop_ended(selector, running, generator, keeps_cache)
             limits = policy.begin_round(selector.tokens_left, running.context.num_slots)
             roots = torch.tensor(running.tokens, device=draft.device)
             with phase("tree"):
                 tree = generator.propose(roots, limits, policy)
-                if width is None and limits.top_k > 1 and tree.max_depth:
+                if static_tokens is None and limits.top_k > 1 and tree.max_depth:
                     tree = tree.with_best_path_first()
                 tree = branches.added_to(tree, limits.suffix_nodes)
             tree = tree.to(running.next_position.device)
@@ -131,15 +132,12 @@ def msd_decoding(
             running.accept(verified, paths)
             selector.end_round(verified.counts, verified.num_draft_tokens)
             if keeps_cache or not selector.finished:
-                emitted, states = (
-                    _padded(verified.tokens, draft.device, width),
-                    verification.hidden_states,
-                )  # [B, N, W]
+                emitted, states = _padded(verified.tokens, draft.device, static_tokens), verification.hidden_states
                 if tree.tokens.shape[1] > 1:
-                    nodes = paths if width is None else _padded(verified.paths, states.device, width)
+                    nodes = paths if static_tokens is None else _padded(verified.paths, states.device, static_tokens)
                     states = states.gather(1, nodes.to(states.device).unsqueeze(2).expand(-1, -1, states.shape[2]))
                 if limits.num_nodes == 1:
-                    generator.wait(emitted, states)
+                    generator.wait(emitted, states, verified.counts)
                 else:
                     generator.accept(emitted, states, verified.counts)
             del verification  # its logits are not to be held beside those of the next round
@@ -152,9 +150,6 @@ def msd_decoding(
         if conversation is not None and not has_padding:
             generator.feed_pending()
             conversation.remember(cache, generator.cache, selector.row_tokens(0), generator.last_hidden_state)
-    elif static_nodes is not None:
-        leave_buffers(cache, adapter.decoder)
-        leave_buffers(generator.cache, draft)
     if not generation_config.return_dict_in_generate:
         return selector.sequences
     return MSDGenerateOutput(

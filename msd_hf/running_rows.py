@@ -47,7 +47,7 @@ class RunningRows:
         self._unsettled: tuple[Verification, torch.Tensor] | None = None
 
     def accept(self, verified: Verification, paths: torch.Tensor) -> None:
-        """Moves on to accepted nodes (`paths`, `[B, A]`)."""
+        """Takes note of accepted nodes (`paths`, `[B, A]`): `tokens` at once, the rest in `settle`."""
         self._unsettled = verified, paths
         self.tokens = [tokens[-1] for tokens in verified.tokens]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -44,6 +45,9 @@ class StaticSlotsLayer(InPlaceLayer):
         assert self._buffers is not None
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
 
+    def _holds_prompts_as_they_came(self) -> bool:
+        return self._spare is None  # or there is room for them already
+
     @property
     def buffers(self) -> Buffers | None:
         """What the layer holds its slots in, or was given to do so; `None` if something else took their place."""
@@ -75,11 +79,6 @@ def _zeros(states: torch.Tensor, num_slots: int, spare: torch.Tensor | None) -> 
     return buffer
 
 
-def finite(states: torch.Tensor) -> torch.Tensor:
-    """States without what an odd candidate made overflow: its slots stay in the buffers when it is not accepted."""
-    return states.nan_to_num(0.0, 0.0, 0.0)
-
-
 class _WholeBuffers(DynamicLayer):
     """A layer as compiled code sees it: new slots go to given places, and attention gets all slots there are."""
 
@@ -90,8 +89,8 @@ class _WholeBuffers(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> Buffers:
-        self.keys.index_copy_(2, self.places, finite(key_states))
-        self.values.index_copy_(2, self.places, finite(value_states))
+        self.keys.index_copy_(2, self.places, key_states)
+        self.values.index_copy_(2, self.places, value_states)
         return self.keys, self.values
 
 
@@ -144,9 +143,21 @@ def make_static(cache: Cache, model: nn.Module, num_layers: int) -> None:
 
 def leave_buffers(cache: Cache, model: nn.Module) -> None:
     """Keeps the buffers of a cache that nobody needs any more for the model's next call."""
-    buffers = [layer.buffers for layer in cache.layers]
-    if all(pair is not None for pair in buffers):
+    layers = [layer for layer in cache.layers if isinstance(layer, StaticSlotsLayer)]
+    buffers = [layer.buffers for layer in layers if layer.buffers is not None]
+    if layers and len(buffers) == len(layers):
         _spare_buffers[model] = buffers
+
+
+@contextmanager
+def buffers_left(wanted: bool, *caches: tuple[Cache, nn.Module]) -> Iterator[None]:
+    """Leaves the buffers of caches to the next calls of their models when the block ends, however it does."""
+    try:
+        yield
+    finally:
+        if wanted:
+            for cache, model in caches:
+                leave_buffers(cache, model)
 
 
 def _static(layer: DynamicLayer | None, spare: Buffers | None) -> StaticSlotsLayer:
@@ -157,4 +168,4 @@ def _static(layer: DynamicLayer | None, spare: Buffers | None) -> StaticSlotsLay
     return made
 
 
-__all__ = ["StaticSlotsLayer", "capacity", "close_slots", "finite", "leave_buffers", "make_static", "open_slots"]
+__all__ = ["StaticSlotsLayer", "buffers_left", "capacity", "close_slots", "make_static", "open_slots"]

@@ -16,7 +16,7 @@ from .draft_head import DraftHead
 from .drafting_step import draft_forward
 from .modeling_msd import MSDDraftModel
 from .phases import phase
-from .static_cache import Buffers, close_slots, finite
+from .static_cache import Buffers, close_slots
 from .tree import CandidateTree, TreeGrowth, TreeSettings, rows_of
 
 
@@ -33,7 +33,7 @@ class StaticDrafting:
         self.head = head
         self.settings = settings
         self.max_tokens = settings.depth + 2 + settings.suffix_nodes  # that a round may emit
-        self._rotations = torch.empty(0)  # cosines and sines of all positions that there can be, [S, 2, head_dim]
+        self._rotations = torch.empty(0)  # cosines and sines of each position, [P, 2, head_dim]
         head.keep_address()
 
     def propose(
@@ -42,6 +42,7 @@ class StaticDrafting:
         hidden_states: torch.Tensor,
         counts: Sequence[int],
         next_position: torch.Tensor,
+        last_position: int,
         context: ContextSlots,
         cache: Cache,
     ) -> CandidateTree:
@@ -54,14 +55,17 @@ class StaticDrafting:
             hidden_states (`torch.Tensor` of shape `[B, max_tokens, H]`): the target's, at the position before each.
             counts (`Sequence[int]`): how many tokens each row has.
             next_position (`torch.LongTensor` of shape `[B, 1]`): position of the first of them.
+            last_position (`int`): a bound of `next_position`, known without reading it back.
             context (`ContextSlots`): what the cache holds; is extended by these tokens.
             cache (`Cache`): the draft's, of `StaticSlotsLayer`s.
         """
         draft, settings, device = self.head.draft, self.settings, tokens.device
         buffers = [layer.reserve(self.max_tokens + settings.num_candidates) for layer in cache.layers]
         capacity = buffers[0][0].shape[2]
-        if len(self._rotations) != capacity:
-            cos, sin = draft.rotary_emb(hidden_states, torch.arange(capacity, device=device).unsqueeze(0))
+        # The draft may hold fewer slots than there are positions. A power of two again, so that few are compiled.
+        num_positions = 1 << (max(capacity, last_position + self.max_tokens + settings.depth + 1) - 1).bit_length()
+        if len(self._rotations) != num_positions:
+            cos, sin = draft.rotary_emb(hidden_states, torch.arange(num_positions, device=device).unsqueeze(0))
             self._rotations = torch.stack([cos[0], sin[0]], dim=1)
         # Tensors of inference mode, contiguous: with others all would be compiled anew.
         tokens, hidden_states, next_position = (
@@ -71,7 +75,7 @@ class StaticDrafting:
         padding = _padding(context, capacity, device)
         inputs = (tokens, hidden_states, numbers, next_position, padding, self._rotations, buffers)
         with phase("draft forward"):
-            shape = (len(tokens), capacity, padding is None, settings)
+            shape = (len(tokens), capacity, num_positions, padding is None, settings)
             parts = run_compiled(_draft_tree, shape, device, draft, self.head, settings, *inputs)
         context.grow(counts)
         close_slots(cache, context.num_slots)
@@ -100,8 +104,9 @@ class _PlacedSlots:
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> Buffers:
         keys, values = self.buffers[layer_idx]
-        keys[self.rows, :, self.places] = finite(key_states).transpose(1, 2)
-        values[self.rows, :, self.places] = finite(value_states).transpose(1, 2)
+        # What an odd candidate makes overflow stays in its slot, and what a mask hides is still multiplied by 0.
+        keys[self.rows, :, self.places] = key_states.transpose(1, 2).nan_to_num(0.0, 0.0, 0.0)
+        values[self.rows, :, self.places] = value_states.transpose(1, 2).nan_to_num(0.0, 0.0, 0.0)
         return keys, values
 
 

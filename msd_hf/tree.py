@@ -280,11 +280,6 @@ class TreeGrowth:
         )
 
     @property
-    def num_levels(self) -> int:
-        """Levels below the root so far."""
-        return len(self._levels)
-
-    @property
     def num_nodes(self) -> int:
         """Nodes that there would be now, the root included."""
         return 1 + min(self.settings.num_nodes - 1, sum(level.tokens.shape[1] for level in self._levels))

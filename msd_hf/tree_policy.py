@@ -6,7 +6,7 @@ import math
 import time
 import weakref
 from collections.abc import Collection, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 from .experience import Experience, level_widths
 from .modeling_msd import MSDDraftModel
@@ -95,19 +95,19 @@ class AdaptiveTreePolicy(TreePolicy):
         return self.settings.limited_to(tokens_left)
 
     def width(self, growth: TreeGrowth) -> int:
-        self._end_level()
-        width = self._choose_width(growth)
+        scores, tokens = growth.frontier_scores.tolist(), growth.frontier_tokens.tolist()
+        self._end_level()  # not before they are read, which waits for a GPU
+        width = self._choose_width(growth, scores, tokens)
         if width:
             self._level = (width, time.perf_counter())
         return width
 
-    def _choose_width(self, growth: TreeGrowth) -> int:
+    def _choose_width(self, growth: TreeGrowth, scores: list[list[float]], tokens: list[list[int]]) -> int:
         widest = growth.settings.top_k
         if self._explored is not None:
             if growth.num_nodes >= self._explored:
                 return 0
             return self.experience.width_to_explore(widest)
-        scores, tokens = growth.frontier_scores.tolist(), growth.frontier_tokens.tolist()
         chances = self._chances(
             [
                 [-math.inf if token in self.eos_token_ids else score for score, token in zip(*row, strict=True)]
@@ -147,29 +147,20 @@ class AdaptiveTreePolicy(TreePolicy):
             self._level = None
 
     def num_nodes(self, growth: TreeGrowth) -> int:
-        self._end_level()
         most = growth.num_nodes
+        scores = growth.best_scores(most - 1).tolist()
+        self._end_level()
         if self._explored is not None:
             return min(most, self._explored)
-        rows = growth.best_scores(most - 1).tolist()
+        chances = self._chances(scores)
         costs, rate = self.experience.seconds_up_to(most), self.experience.tokens_per_second
+        tokens = list(accumulate(chances, initial=1.0))
         if rate is None:
             spent = time.perf_counter() - self._began
-            tokens = accumulate(self._chances(rows), initial=1.0)
             gains = [emitted / (spent + cost) for emitted, cost in zip(tokens, costs, strict=True)]
-            return 1 + max(range(most), key=gains.__getitem__)
-        # What other rounds would emit in the time is lost.
-        least = rate * min((after - before for before, after in pairwise(costs)), default=0.0)
-        emitted, best, most_gained = 1.0, 1, 1.0 - rate * costs[0]
-        for number, scores in enumerate(zip(*rows, strict=True), start=2):
-            chance = sum(map(self.experience.acceptance, scores)) / len(scores)
-            emitted += chance
-            gained = emitted - rate * costs[number - 1]
-            if gained > most_gained:
-                best, most_gained = number, gained
-            elif chance < least:
-                break  # those that follow are no more likely, and cost at least as much
-        return best
+        else:  # what other rounds would emit in the time is lost
+            gains = [emitted - rate * cost for emitted, cost in zip(tokens, costs, strict=True)]
+        return 1 + max(range(most), key=gains.__getitem__)
 
     def begin_verification(self) -> None:
         self._drafted = time.perf_counter()

@@ -14,6 +14,7 @@ from msd_hf import MSDUnsupportedError, compiled, static_cache
 from msd_hf.attention_mask import ContextSlots
 from msd_hf.cache import CACHE_NAME, keep_paths
 from msd_hf.static_cache import StaticSlotsLayer, close_slots, make_static, open_slots
+from msd_hf.targets import TargetAdapter
 
 
 PAIR = 3  # the draft has two layers
@@ -184,6 +185,52 @@ def test_conversation_with_compiled_turns_and_others():
             expected = target.generate(ids, max_new_tokens=12, **{CACHE_NAME: caches["theirs"]})
             assert torch.equal(got, expected)
             ids = torch.cat([got, tiny.make_prompt(10 + turn, 5)["input_ids"]], dim=1)
+
+
+def test_a_draft_that_joins_late(monkeypatch):
+    """It holds fewer slots than there are positions."""
+    monkeypatch.setattr(static_cache, "MIN_CAPACITY", 16)
+    target, draft = build_pair()
+    caches = [DynamicCache(config=target.config.get_text_config()) for _ in range(2)]
+    ids = tiny.make_prompt(0, 40)["input_ids"]
+    for cache in caches:
+        first = target.generate(ids, max_new_tokens=4, **{CACHE_NAME: cache})
+    ids = torch.cat([first, tiny.make_prompt(1, 5)["input_ids"]], dim=1)
+    got = generate(target, draft, {"input_ids": ids, CACHE_NAME: caches[0]}).sequences
+    assert torch.equal(got, target.generate(ids, max_new_tokens=30, **{CACHE_NAME: caches[1]}))
+
+
+def test_buffers_are_left_when_a_call_fails():
+    target, draft = build_pair()
+    inputs = tiny.make_prompt(0, 8)
+    generate(target, draft, inputs, return_dict_in_generate=False)
+
+    def fail(input_ids, scores):
+        if input_ids.shape[1] > inputs["input_ids"].shape[1] + 5:
+            raise RuntimeError("of the user")
+        return scores
+
+    with pytest.raises(RuntimeError, match="of the user"):
+        generate(target, draft, inputs, logits_processor=[fail], return_dict_in_generate=False)
+    assert target.get_decoder() in static_cache._spare_buffers and draft in static_cache._spare_buffers
+
+
+def test_a_prompt_goes_into_buffers_that_are_there():
+    target, draft = build_pair()
+    generate(target, draft, tiny.make_prompt(0, 8), return_dict_in_generate=False)
+    spares = static_cache._spare_buffers[target.get_decoder()]
+    seen = []
+    prefill = TargetAdapter.prefill
+
+    def look(self, input_ids, generation_config, model_kwargs):
+        result = prefill(self, input_ids, generation_config, model_kwargs)
+        seen.extend(layer.keys.data_ptr() for layer in model_kwargs[CACHE_NAME].layers)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TargetAdapter, "prefill", look)
+        generate(target, draft, tiny.make_prompt(1, 8), return_dict_in_generate=False)
+    assert seen == [keys.data_ptr() for keys, _ in spares]
 
 
 def test_returned_caches_are_not_used_again():

@@ -9,8 +9,10 @@ import pytest
 import tiny
 import torch
 from test_tree import random_growth
+from transformers import DynamicCache
 
 from msd_hf import MSDDraftModel, MSDError
+from msd_hf.cache import CACHE_NAME
 from msd_hf.suffix_branch import SuffixIndex
 from msd_hf.tree import CandidateTree, TreeSettings
 
@@ -171,6 +173,30 @@ def test_a_loop_takes_fewer_rounds():
     assert sum(lengths) == sum(without) == 39
     assert len(lengths) < len(without) / 2
     assert max(lengths) >= 7
+
+
+@pytest.mark.parametrize("num_nodes", [1, 8])
+def test_the_draft_is_fed_all_that_a_branch_brought(num_nodes):
+    """Without a tree too, where tokens wait for the next drafting: here until the end of the call."""
+    pair = tiny.pair(0)
+    draft = with_suffix(pair.draft, 4, num_nodes)
+    longest = 0
+    for seed in range(6):
+        ids = repeating_prompt(seed)["input_ids"]
+        cache = DynamicCache(config=pair.target.config.get_text_config())
+        for max_new_tokens in (9, 6):
+            output = pair.target.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                assistant_model=draft,
+                return_dict_in_generate=True,
+                **{CACHE_NAME: cache},
+            )
+            longest = max(longest, *output.acceptance_lengths[0])
+            assert cache._msd_draft_memory.cache.get_seq_length() == cache.get_seq_length()
+            ids = torch.cat([output.sequences, output.sequences[:, -14:-12]], dim=1)
+    assert longest > 1
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 5, 6, 7, 12])

@@ -81,7 +81,7 @@ STEEP = {size: 1.0 + 0.25 * (size - 1) for size in FLAT}
 def test_costs_are_interpolated_between_sizes():
     experience = taught(STEEP)
     for size in (1, 2, 5, 8, 12, 40, 64):
-        assert experience.seconds_of(size) == pytest.approx(1.0 + 0.25 * (size - 1))
+        assert experience.seconds_up_to(size)[-1] == pytest.approx(1.0 + 0.25 * (size - 1))
     experience.enter_context(4000)  # another range is another matter
     assert {experience.next_to_explore() for _ in range(40)} == {None, 1, 4, 8, 16, 32, 64}
 
@@ -155,7 +155,7 @@ def grow(probabilities: list[float], policy: AdaptiveTreePolicy) -> tuple[int, i
     """Levels and nodes of a tree whose levels have these conditional probabilities."""
     settings = policy.begin_round(None, 100)
     growth = TreeGrowth(torch.zeros(1, dtype=torch.long), settings)
-    width = 1
+    width, num_levels = 1, 0
     for level, probability in enumerate(probabilities):
         if level:
             width = policy.width(growth)
@@ -165,7 +165,8 @@ def grow(probabilities: list[float], policy: AdaptiveTreePolicy) -> tuple[int, i
         rest = (1 - probability) / 3
         log_probs = torch.tensor([probability, rest, rest, rest]).log().expand(1, width, 4)
         growth.expand(log_probs, torch.arange(4).expand(1, width, 4))
-    return growth.num_levels, policy.num_nodes(growth)
+        num_levels += 1
+    return num_levels, policy.num_nodes(growth)
 
 
 def test_sure_drafts_get_deep_trees_and_unsure_ones_shallow_ones():
