@@ -87,11 +87,11 @@ class AdaptiveTreePolicy(TreePolicy):
         self.experience.enter_context(num_slots)
         self._began = time.perf_counter()
         self._reach, self._level = None, None
-        self._prices = {width: self._price(width) for width in level_widths(self.settings.top_k)}
         self._explored = self.experience.next_to_explore()
         self._drafts = self.experience.drafting_pays() if self._explored is None else self._explored > 1
         if not self._drafts:
             return TreeSettings(1, 0, self.settings.top_k)
+        self._prices = {width: self._price(width) for width in level_widths(self.settings.top_k)}
         return self.settings.limited_to(tokens_left)
 
     def width(self, growth: TreeGrowth) -> int:

@@ -224,8 +224,8 @@ def test_nodes_are_weighed_by_what_other_rounds_would_emit():
 def test_nodes_are_kept_where_they_cost_little():
     settings = TreeSettings(64, 15, 4, is_auto=True)
     cheap = grow([0.6] * 4, AdaptiveTreePolicy(settings, taught(FLAT)))[1]
-    dear = grow([0.6] * 4, AdaptiveTreePolicy(settings, taught(STEEP)))[1]
-    assert dear < 8 < 30 < cheap
+    dear = grow([0.6] * 4, AdaptiveTreePolicy(settings, taught(STEEP, tokens_a_round=6.0)))[1]
+    assert 1 < dear < 8 < 30 < cheap
 
 
 def test_drafting_pauses_where_it_does_not_pay_and_is_tried_again():
