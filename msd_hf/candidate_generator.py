@@ -53,7 +53,6 @@ class MSDCandidateGenerator:
         if static_settings is not None and static_settings.num_nodes > 1 and self._drafting_step.is_plain:
             self._static = StaticDrafting(self._head, static_settings)
         self.cache = Cache(layers=[InPlaceLayer(max_slots) for _ in draft.layers])
-        self._is_static = static_settings is not None
         # A model looks for them among its weights each time, which takes as long as an operation.
         self._device, self._dtype = draft.device, draft.dtype
         self._diagonals: dict[int, torch.Tensor] = {}
@@ -81,7 +80,7 @@ class MSDCandidateGenerator:
         num_held = 0
         if past is not None and past.draft_cache is not None:
             self.cache, num_held = past.draft_cache, len(past.rows)
-        if self._is_static:
+        if self._static is not None:
             make_static(self.cache, self.draft, len(self.draft.layers))
         if past is not None and past.hidden_state is not None:
             hidden_states = torch.cat([past.hidden_state.to(hidden_states), hidden_states], dim=1)

@@ -90,13 +90,9 @@ def _decoder_forward(decoder: nn.Module, kwargs: dict[str, Any]) -> Any:
     return type(decoder).forward(decoder, **kwargs)
 
 
-def widen_mask(mask: torch.Tensor, num_queries: int, num_slots: int) -> torch.Tensor:
-    """An additive mask `[B, 1, T, S]` with queries that see everything and slots that nobody sees added, up to
-    `[B, 1, num_queries, num_slots]`."""
-    lowest = torch.finfo(mask.dtype).min
-    mask = functional.pad(mask, (0, num_slots - mask.shape[3]), value=lowest)
-    padding = num_queries - mask.shape[2]
-    return functional.pad(mask, (0, 0, 0, padding)) if padding else mask
+def widen_mask(mask: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """An additive mask `[B, 1, T, S]` with slots that nobody sees added, up to `[B, 1, T, num_slots]`."""
+    return functional.pad(mask, (0, num_slots - mask.shape[3]), value=torch.finfo(mask.dtype).min)
 
 
 def has_compiled_part(target: PreTrainedModel) -> bool:

@@ -306,7 +306,7 @@ class TargetAdapter:
         }
         if replaced:
             num_slots = capacity(replaced[CACHE_NAME])
-            masks = {kind: widen_mask(mask, mask.shape[2], num_slots) for kind, mask in masks.items()}
+            masks = {kind: widen_mask(mask, num_slots) for kind, mask in masks.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     @contextmanager
