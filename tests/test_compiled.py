@@ -156,6 +156,15 @@ def test_batch_whose_rows_end_at_different_times():
     assert torch.equal(generate(target, draft, inputs, eos_token_id=eos).sequences, expected)
 
 
+def test_the_draft_does_not_see_padding():
+    target, draft = build_pair()
+    for seed in range(3):
+        inputs = tiny.left_padded([tiny.make_prompt(seed, 24), tiny.make_prompt(seed + 7, 3)])
+        got, expected = (generate(target, draft, inputs, is_compiled) for is_compiled in (True, False))
+        for rounds, wanted in zip(got.acceptance_lengths, expected.acceptance_lengths, strict=True):
+            assert rounds[:-1] == wanted[:-1]
+
+
 def test_compiles_once_for_a_range_of_context_and_for_all_ends(monkeypatch):
     monkeypatch.setattr(static_cache, "MIN_CAPACITY", 64)
     target, draft = build_pair()
