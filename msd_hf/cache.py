@@ -50,20 +50,19 @@ class InPlaceLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        is_owner = _owns_its_memory(key_states) and _owns_its_memory(value_states)
-        if start == 0 and is_owner and self._holds_prompts_as_they_came():
-            # As it came: a buffer would have no room for more either.
+        start, length = self.get_seq_length(), key_states.shape[-2]
+        if start == 0 and self._holds_as_it_came(key_states) and self._holds_as_it_came(value_states):
+            # A buffer would have no room for more either.
             self.keys, self.values = key_states, value_states
             self._buffers = self._views = None
             return key_states, value_states
-        end = start + key_states.shape[-2]
+        end = start + length
         if self._buffers is None or not self._shows_buffers() or end > self._buffers[0].shape[-2]:
             self._buffers = self._reserve(key_states, value_states, start, end)
         key_buffer, value_buffer = self._buffers
-        key_buffer[:, :, start:end] = key_states
-        value_buffer[:, :, start:end] = value_states
-        self.keys, self.values = self._views = key_buffer[:, :, :end], value_buffer[:, :, :end]
+        key_buffer.narrow(2, start, length).copy_(key_states)
+        value_buffer.narrow(2, start, length).copy_(value_states)
+        self.keys, self.values = self._views = key_buffer.narrow(2, 0, end), value_buffer.narrow(2, 0, end)
         # A whole prompt is attended to as it came: not every attention kernel likes gaps between heads.
         return (self.keys, self.values) if start else (key_states, value_states)
 
@@ -110,8 +109,10 @@ class InPlaceLayer(DynamicLayer):
         super().reset()
         self._buffers = self._views = None
 
-    def _holds_prompts_as_they_came(self) -> bool:
-        return True
+    def _holds_as_it_came(self, states: torch.Tensor) -> bool:
+        """Whether a prompt's keys or values are held as they are: they keep no more memory than their own elements,
+        and may be written to outside of inference mode."""
+        return states.untyped_storage().nbytes() == states.nbytes and not states.is_inference()
 
     def _own(self) -> None:
         """Copies what is held as it came, before it is written to."""
@@ -142,11 +143,6 @@ class InPlaceLayer(DynamicLayer):
             key_buffer[:, :, :held] = self.keys
             value_buffer[:, :, :held] = self.values
         return key_buffer, value_buffer
-
-
-def _owns_its_memory(states: torch.Tensor) -> bool:
-    """Whether a tensor keeps no more memory than its own elements, and may be written to outside of inference mode."""
-    return states.untyped_storage().nbytes() == states.nbytes and not states.is_inference()
 
 
 def make_in_place(cache: DynamicCache, max_slots: int) -> None:

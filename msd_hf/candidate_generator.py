@@ -22,6 +22,9 @@ from .tree import CandidateTree, TreeGrowth, TreeSettings, rows_of
 from .tree_policy import TreePolicy
 
 
+_LONGEST_KEPT = 64  # masks of that many tokens are kept
+
+
 class MSDCandidateGenerator:
     """
     Proposes candidate trees and keeps the draft's KV cache.
@@ -55,7 +58,8 @@ class MSDCandidateGenerator:
         self.cache = Cache(layers=[InPlaceLayer(max_slots) for _ in draft.layers])
         # A model looks for them among its weights each time, which takes as long as an operation.
         self._device, self._dtype = draft.device, draft.dtype
-        self._diagonals: dict[int, torch.Tensor] = {}
+        self._own_masks: dict[tuple[str, int, int], torch.Tensor] = {}
+        self._steps = torch.arange(_LONGEST_KEPT, device=self._device)
         self._pending: list[tuple[torch.Tensor, torch.Tensor, Sequence[int]]] = []  # what `accept` takes
         self._context: ContextSlots  # accepted rows; drafted ones come behind
         self._next_position: torch.Tensor  # [B, 1]
@@ -164,15 +168,18 @@ class MSDCandidateGenerator:
     def _feed(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> None:
         with phase("cache"):
             truncate(self.cache, self._context.num_slots)
-        length, device = tokens.shape[1], self._next_position.device
-        steps = torch.arange(length, device=device)
+        batch_size, length = tokens.shape
+        device = self._next_position.device
+        if length > len(self._steps):
+            self._steps = torch.arange(length, device=device)
+        steps = self._steps[:length]
         # One row after rows that are all seen needs no mask.
         needs_mask = length > 1 or self._context.is_ragged or self._context.prompt_mask is not None
         mask = self._chain_mask(length) if needs_mask else None
         self._last_position += length
         states = self._step(tokens, hidden_states, self._next_position + steps, mask, self._last_position)
         with phase("cache"):
-            keep_paths(self.cache, self._context, steps.expand(tokens.shape[0], -1), counts, in_place=True)
+            keep_paths(self.cache, self._context, steps.expand(batch_size, -1), counts, in_place=True)
         if min(counts) == length:
             self._next_position = self._next_position + length
             self._last_state, self.last_hidden_state = states[:, -1:], hidden_states[:, -1:]
@@ -227,9 +234,8 @@ class MSDCandidateGenerator:
             if mask is None and width > 1:
                 mask = states.new_zeros(batch_size, 1, self._context.num_slots + level)
             if mask is not None:
-                own = self._diagonal_mask(width).expand(batch_size, -1, -1)
-                mask = torch.cat([rows_of(mask, above, width), own], dim=2)
-            positions = (self._next_position + level).expand(-1, width)
+                mask = torch.cat([rows_of(mask, above, width), self._own_mask("nodes", batch_size, width)], dim=2)
+            positions = self._next_position + level
             last_position = self._last_position + level + 1
             seen = None if mask is None else mask.unsqueeze(1)
             states = self._step(tokens, rows_of(states, above, width), positions, seen, last_position)
@@ -250,20 +256,24 @@ class MSDCandidateGenerator:
             tree.depths.clamp_(max=settings.depth + 1)
         return tree
 
-    def _diagonal_mask(self, size: int) -> torch.Tensor:
-        """An additive mask `[size, size]` with which each sees itself alone; kept, since every level needs one."""
-        mask = self._diagonals.get(size)
+    def _own_mask(self, kind: str, batch_size: int, size: int) -> torch.Tensor:
+        """An additive mask `[B, size, size]`: `"nodes"` of a level see themselves alone, those of a `"chain"` also the
+        ones before. Kept, since they are needed time and again."""
+        mask = self._own_masks.get((kind, batch_size, size))
         if mask is None:
-            lowest = torch.finfo(self._dtype).min
-            mask = torch.full((size, size), lowest, dtype=self._dtype, device=self._device).fill_diagonal_(0.0)
-            self._diagonals[size] = mask
+            mask = torch.full((size, size), torch.finfo(self._dtype).min, dtype=self._dtype, device=self._device)
+            mask = mask.fill_diagonal_(0.0) if kind == "nodes" else mask.triu_(1)
+            mask = self._own_masks[kind, batch_size, size] = mask.expand(batch_size, -1, -1)
         return mask
 
     def _chain_mask(self, length: int) -> torch.Tensor:
         """The mask of `length` rows that follow each other behind the context."""
-        device = self._next_position.device
-        chain = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        return tree_attention_mask(chain.expand(self._next_position.shape[0], -1, -1), self._context, self._dtype)
+        batch_size = len(self._next_position)
+        if length <= _LONGEST_KEPT and not self._context.hides_slots:
+            own = self._own_mask("chain", batch_size, length)
+            return torch.cat([own.new_zeros(batch_size, length, self._context.num_slots), own], dim=2).unsqueeze(1)
+        chain = torch.ones(length, length, dtype=torch.bool, device=self._device).tril()
+        return tree_attention_mask(chain.expand(batch_size, -1, -1), self._context, self._dtype)
 
     def _step(self, tokens, hidden_states, position_ids, attention_mask, last_position: int) -> torch.Tensor:
         """The draft's states after a few tokens `[B, T]`, which get slots."""

@@ -53,6 +53,8 @@ class DraftHead:
         if self._rows is not None:
             assert self._tokens is not None
             tokens = self._tokens.take(tokens.to(self._tokens.device))
+        if log_probs.device == self._device:
+            return log_probs, tokens
         return log_probs.to(self._device), tokens.to(self._device)
 
 

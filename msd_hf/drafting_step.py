@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import Cache
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .modeling_msd import MSDDraftDecoderLayer, MSDDraftModel
 
+
+Projection = Callable[[torch.Tensor], torch.Tensor]
 
 # Of these the tables of sines depend on the length of the sequence.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -35,6 +42,7 @@ class DraftingStep:
             # With hooks of accelerate, weights are elsewhere.
             and not any(hasattr(module, "_hf_hook") for module in draft.modules())
         )
+        self._parts = DraftParts.without_modules(draft) if self.is_plain else None
         self._rotations = torch.empty(0)  # cosines and sines of each position, [P, 2, head_dim]
 
     @torch.no_grad()
@@ -49,24 +57,25 @@ class DraftingStep:
     ) -> torch.Tensor:
         """
         Args:
-            inputs_embeds, hidden_states, position_ids, attention_mask, cache: as in `MSDDraftModel.forward`.
+            inputs_embeds, hidden_states, attention_mask, cache: as in `MSDDraftModel.forward`.
+            position_ids (`torch.LongTensor` of shape `[B, T]`, or `[B, 1]` if all of a row's are the same).
             last_position (`int`): a bound of `position_ids`, known without reading them back.
 
         Returns:
             The last hidden states, `[B, T, H]`.
         """
-        if not self.is_plain:
+        if self._parts is None:
             return self.draft(
                 inputs_embeds=inputs_embeds,
                 hidden_states=hidden_states,
                 attention_mask=attention_mask,
-                position_ids=position_ids,
+                position_ids=position_ids.expand(hidden_states.shape[:2]),
                 past_key_values=cache,
             ).last_hidden_state
         if last_position >= len(self._rotations):
             self._make_tables(2 * last_position, inputs_embeds)
         cos, sin = self._rotations[position_ids.unsqueeze(1)].unbind(3)
-        return draft_forward(self.draft, inputs_embeds, hidden_states, cos, sin, attention_mask, cache)
+        return draft_forward(self._parts, inputs_embeds, hidden_states, cos, sin, attention_mask, cache)
 
     def _make_tables(self, num_positions: int, like: torch.Tensor) -> None:
         positions = torch.arange(max(num_positions, _MIN_POSITIONS), device=like.device)
@@ -74,8 +83,89 @@ class DraftingStep:
         self._rotations = torch.stack([cos[0], sin[0]], dim=1)
 
 
+@dataclass(frozen=True)
+class LayerParts:
+    """What a decoder layer of the draft is made of, each a function of states `[..., H]`."""
+
+    input_norm: Projection
+    query: Projection
+    key: Projection
+    value: Projection
+    output: Projection
+    post_attention_norm: Projection
+    gate: Projection
+    activation: Projection
+    up: Projection
+    down: Projection
+    head_dim: int
+    scaling: float
+
+
+@dataclass(frozen=True)
+class DraftParts:
+    """What a draft is made of."""
+
+    fuse: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # see `MSDDraftModel.fuse`
+    layers: list[LayerParts]
+
+    @classmethod
+    def modules(
+        cls, draft: MSDDraftModel, taken: Callable[[nn.Module], Projection] = lambda module: module
+    ) -> DraftParts:
+        """The draft's own modules, or what is `taken` for each."""
+        layers: Any = draft.layers
+        return cls(draft.fuse, [_layer_parts(layer, taken) for layer in layers])
+
+    @classmethod
+    def without_modules(cls, draft: MSDDraftModel) -> DraftParts:
+        """The same with functions in place of plain modules: to call a module takes as long as a small operation."""
+        parts = cls.modules(draft, _function)
+        if draft.feature_proj is not None or type(draft).fuse is not MSDDraftModel.fuse:
+            return parts
+        fc = _function(draft.fc)
+        return replace(parts, fuse=lambda embeds, states: fc(torch.cat([embeds, states], dim=-1)))
+
+
+def _layer_parts(layer: Any, taken: Callable[[nn.Module], Projection]) -> LayerParts:
+    attention, mlp = layer.self_attn, layer.mlp
+    return LayerParts(
+        input_norm=taken(layer.input_layernorm),
+        query=taken(attention.q_proj),
+        key=taken(attention.k_proj),
+        value=taken(attention.v_proj),
+        output=taken(attention.o_proj),
+        post_attention_norm=taken(layer.post_attention_layernorm),
+        gate=taken(mlp.gate_proj),
+        activation=taken(mlp.act_fn),
+        up=taken(mlp.up_proj),
+        down=taken(mlp.down_proj),
+        head_dim=attention.head_dim,
+        scaling=attention.scaling,
+    )
+
+
+def _function(module: nn.Module) -> Projection:
+    if type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks):
+        return partial(functional.linear, weight=module.weight, bias=module.bias)
+    return _norm_function(module) if type(module) is LlamaRMSNorm else module
+
+
+def _norm_function(norm: LlamaRMSNorm) -> Projection:
+    weight, epsilon = norm.weight, norm.variance_epsilon
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
+        return partial(functional.rms_norm, normalized_shape=weight.shape, weight=weight, eps=epsilon)
+    # On a CPU `rms_norm` is made of more operations.
+    least = torch.full((1, 1), epsilon, dtype=weight.dtype)
+
+    def normed(states: torch.Tensor) -> torch.Tensor:
+        length = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+        return states * torch.addcmul(least, length, length, value=1 / states.shape[-1]).rsqrt_() * weight
+
+    return normed
+
+
 def draft_forward(
-    draft: MSDDraftModel,
+    parts: DraftParts,
     inputs_embeds: torch.Tensor,
     hidden_states: torch.Tensor,
     cos: torch.Tensor,
@@ -83,34 +173,38 @@ def draft_forward(
     attention_mask: torch.Tensor | None,
     cache: Cache,
 ) -> torch.Tensor:
-    """The draft's last hidden states `[B, T, H]`; cosines and sines are `[B, 1, T, head_dim]`."""
-    states = draft.fuse(inputs_embeds, hidden_states)
-    for layer in draft.layers:
-        states = _layer(layer, states, cos, sin, attention_mask, cache)
-    return states
+    """The draft's last hidden states `[B, T, H]`. Cosines and sines are `[B, 1, T, head_dim]`, with T = 1 if all
+    positions of a row are the same."""
+    batch_size, length, _ = inputs_embeds.shape
+    # Rows of a matrix: each projection would make them one otherwise.
+    states = parts.fuse(inputs_embeds.flatten(0, 1), hidden_states.flatten(0, 1))
+    for number, layer in enumerate(parts.layers):
+        states = _layer(layer, number, states, (batch_size, length), cos, sin, attention_mask, cache)
+    return states.view(batch_size, length, -1)
 
 
 def _layer(
-    layer: Any,  # `MSDDraftDecoderLayer`
+    layer: LayerParts,
+    number: int,
     states: torch.Tensor,
+    shape: tuple[int, int],
     cos: torch.Tensor,
     sin: torch.Tensor,
     attention_mask: torch.Tensor | None,
     cache: Cache,
 ) -> torch.Tensor:
-    attention, mlp = layer.self_attn, layer.mlp
-    batch_size, length, _ = states.shape
-    heads_shape = (batch_size, length, -1, attention.head_dim)
-    normed = layer.input_layernorm(states)
-    queries = attention.q_proj(normed).view(heads_shape)
-    keys = attention.k_proj(normed).view(heads_shape)
-    values = attention.v_proj(normed).view(heads_shape).transpose(1, 2)
+    batch_size, length = shape
+    heads_shape = (batch_size, length, -1, layer.head_dim)
+    normed = layer.input_norm(states)
+    queries = layer.query(normed).view(heads_shape)
+    keys = layer.key(normed).view(heads_shape)
+    values = layer.value(normed).view(heads_shape).transpose(1, 2)
     num_heads, num_kv_heads = queries.shape[2], keys.shape[2]
     both = torch.cat([queries, keys], dim=2).transpose(1, 2)  # turned together
     first, second = both.chunk(2, dim=-1)
     both = torch.addcmul(both * cos, torch.cat([-second, first], dim=-1), sin)
     queries, keys = both.split([num_heads, num_kv_heads], dim=1)
-    keys, values = cache.update(keys, values, attention.layer_idx)
+    keys, values = cache.update(keys, values, number)
     if num_kv_heads < num_heads:
         # The queries of a group stand behind each other, so that keys need not be repeated for them.
         groups = num_heads // num_kv_heads
@@ -118,13 +212,12 @@ def _layer(
         if attention_mask is not None:
             attention_mask = attention_mask.repeat(1, 1, groups, 1)
     attended = functional.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=attention_mask, scale=attention.scaling
+        queries, keys, values, attn_mask=attention_mask, scale=layer.scaling
     )
-    attended = attended.reshape(batch_size, num_heads, length, -1).transpose(1, 2).reshape(batch_size, length, -1)
-    states = states + attention.o_proj(attended)
-    norm = layer.post_attention_layernorm
-    normed = functional.rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)
-    return states + mlp.down_proj(mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed))
+    attended = attended.reshape(batch_size, num_heads, length, -1).transpose(1, 2).reshape(batch_size * length, -1)
+    states = states + layer.output(attended)
+    normed = layer.post_attention_norm(states)
+    return states + layer.down(layer.activation(layer.gate(normed)) * layer.up(normed))
 
 
-__all__ = ["DraftingStep", "draft_forward"]
+__all__ = ["DraftParts", "DraftingStep", "draft_forward"]

@@ -32,10 +32,30 @@ class PhaseTimer:
     """
 
     def __init__(self, device: torch.device | None = None):
-        self.seconds: dict[tuple[str, ...], float] = defaultdict(float)
         self._device = device if device is not None and device.type == "cuda" else None
+        # Ends of phases (their names where they begin), added up later: the timer is not to take time itself.
+        self._marks: list[tuple[float, str | None]] = []
+        self._seconds: dict[tuple[str, ...], float] = defaultdict(float)
         self._path: list[str] = []
         self._since = 0.0
+
+    @property
+    def seconds(self) -> dict[tuple[str, ...], float]:
+        """Seconds so far of each phase, by its path."""
+        marks, self._marks = self._marks, []
+        for now, name in marks:
+            if self._path:
+                self._seconds[tuple(self._path)] += now - self._since
+            self._since = now
+            if name is None:
+                self._path.pop()
+            else:
+                self._path.append(name)
+        return self._seconds
+
+    def clear(self) -> None:
+        """Forgets what was counted so far, but not in which phases we are."""
+        self.seconds.clear()
 
     def inside(self, outer: str) -> dict[str, float]:
         """Seconds of the phases inside the outermost phase `outer`, by name; what none of them took is under `outer`
@@ -56,23 +76,12 @@ class PhaseTimer:
     def __exit__(self, *error: object) -> None:
         global _active
         _active = None
-        self._path.clear()
 
-    def _enter(self, name: str) -> None:
-        self._count()
-        self._path.append(name)
-
-    def _leave(self) -> None:
-        self._count()
-        self._path.pop()
-
-    def _count(self) -> None:
+    def mark(self, name: str | None) -> None:
+        """The beginning of a phase, or the end of the innermost one."""
         if self._device is not None:
             torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        if self._path:
-            self.seconds[tuple(self._path)] += now - self._since
-        self._since = now
+        self._marks.append((time.perf_counter(), name))
 
 
 class _Section(AbstractContextManager[None]):
@@ -80,10 +89,10 @@ class _Section(AbstractContextManager[None]):
         self.timer, self.name = timer, name
 
     def __enter__(self) -> None:
-        self.timer._enter(self.name)
+        self.timer.mark(self.name)
 
     def __exit__(self, *error: object) -> None:
-        self.timer._leave()
+        self.timer.mark(None)
 
 
 __all__ = ["PhaseTimer", "phase"]

@@ -45,8 +45,8 @@ class StaticSlotsLayer(InPlaceLayer):
         assert self._buffers is not None
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
 
-    def _holds_prompts_as_they_came(self) -> bool:
-        return self._spare is None  # or there is room for them already
+    def _holds_as_it_came(self, states: torch.Tensor) -> bool:
+        return self._spare is None and super()._holds_as_it_came(states)  # or there is room already
 
     @property
     def buffers(self) -> Buffers | None:

@@ -13,7 +13,7 @@ from transformers import Cache
 from .attention_mask import ContextSlots
 from .compiled import run_compiled
 from .draft_head import DraftHead
-from .drafting_step import draft_forward
+from .drafting_step import DraftParts, draft_forward
 from .modeling_msd import MSDDraftModel
 from .phases import phase
 from .static_cache import Buffers, close_slots
@@ -127,13 +127,14 @@ def _draft_tree(
     steps = torch.arange(max(num_tokens, settings.top_k), device=device)
     slots = torch.arange(buffers[0][0].shape[2], device=device)
     lowest = torch.finfo(dtype).min
+    parts = DraftParts.modules(draft)
 
     def run(tokens, states, positions, mask, first):
         """One forward; its rows take the slots from `first` (`[B]`) on."""
         embeds = head.target.embed(tokens).to(dtype)
         cos, sin = rotations[positions].unsqueeze(1).unbind(3)
         cache: Any = _PlacedSlots(buffers, first.unsqueeze(1) + steps[: tokens.shape[1]])
-        return draft_forward(draft, embeds, states, cos, sin, mask.unsqueeze(1), cache)
+        return draft_forward(parts, embeds, states, cos, sin, mask.unsqueeze(1), cache)
 
     # A token sees the context, those before it and itself.
     hidden = slots > (lengths.unsqueeze(1) + steps[:num_tokens]).unsqueeze(2)  # [B, A, S]

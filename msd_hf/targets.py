@@ -364,7 +364,7 @@ class TargetAdapter:
 
 def _device_of(module: torch.nn.Module) -> torch.device:
     """Where a module computes; accelerate may keep its weights elsewhere."""
-    hook = getattr(module, "_hf_hook", None)
+    hook = vars(module).get("_hf_hook")
     device: Any = getattr(hook, "execution_device", None)
     return torch.device(module.weight.device if device is None else device)  # type: ignore[arg-type]
 

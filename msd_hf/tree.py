@@ -201,7 +201,7 @@ class CandidateTree:
         assert self.scores is not None
         best = (self.depths + self.scores.exp()).argmax(1)  # a probability is at most a level
         is_last = self.ancestors.gather(1, best[:, None, None].expand(-1, -1, self.ancestors.shape[2])).squeeze(1)
-        order = (~is_last).sort(dim=1, stable=True).indices  # [B, N]: which node each was
+        order = is_last.sort(dim=1, descending=True, stable=True).indices  # [B, N]: which node each was
         numbers = order.argsort(dim=1)
         square = order.unsqueeze(2).expand_as(self.ancestors)
         return CandidateTree(
@@ -248,6 +248,8 @@ class TreeGrowth:
     """Grows a tree level by level: each node of the frontier proposes `top_k` tokens, the `top_k` best of these by
     cumulative log-probability are the next frontier, and in the end the best of all are kept.
 
+    Candidates are numbered level by level; the root is candidate 0.
+
     Args:
         root (`torch.LongTensor` of shape `[B]`): the last emitted token.
         settings (`TreeSettings`): the size of the tree.
@@ -256,37 +258,34 @@ class TreeGrowth:
     def __init__(self, root: torch.Tensor, settings: TreeSettings):
         self.root = root
         self.settings = settings
-        self._levels: list[_Level] = []
-        self._ranking: tuple[torch.Tensor, torch.Tensor] | None = None  # scores and numbers of all, best first
-        # Of the frontier, both [B, F]: place among the candidates of the level above, and score.
-        self._frontier = root.new_zeros(root.shape[0], 1)
-        self._scores: torch.Tensor | None = None
+        # Of each level: tokens and cumulative log-probabilities, both [B, F * K].
+        self._tokens = [root.unsqueeze(1)]
+        self._scores: list[torch.Tensor] = []
+        self._width, self._top_k = 0, 0  # F of the last level, and K: a small vocabulary has fewer than is set
+        # Of the nodes that were expanded, level by level: places among the candidates of their level, [B, F].
+        self._expanded = [torch.zeros_like(self._tokens[0])]
+        self._frontier: tuple[torch.Tensor, torch.Tensor] | None = None  # scores and places, best first
         self._in_order: torch.Tensor | None = None
+        self._ranking: tuple[torch.Tensor, torch.Tensor] | None = None  # scores and numbers of all, best first
 
     @property
     def frontier_scores(self) -> torch.Tensor:
         """Cumulative log-probabilities of the frontier, `[B, K]`, best first; NaN where the draft overflowed."""
-        if self._scores is None:
-            raise MSDError("The root has not been expanded yet.")
-        return self._scores
+        return self._best_of_level()[0]
 
     @property
     def frontier_tokens(self) -> torch.Tensor:
         """The tokens of the frontier, `[B, K]`."""
-        level = self._levels[-1]
-        # Behind a single node candidates are in order.
-        return (
-            level.tokens[:, : self._frontier.shape[1]] if level.width == 1 else level.tokens.gather(1, self._frontier)
-        )
+        return self._tokens_at(self._best_of_level()[1])
 
     @property
     def num_nodes(self) -> int:
         """Nodes that there would be now, the root included."""
-        return 1 + min(self.settings.num_nodes - 1, sum(level.tokens.shape[1] for level in self._levels))
+        return min(self.settings.num_nodes, sum(tokens.shape[1] for tokens in self._tokens))
 
     def best_scores(self, count: int) -> torch.Tensor:
         """The cumulative log-probabilities of the best candidates of all levels, `[B, count]`, best first."""
-        return self._ranked()[0][:, :count]
+        return self._ranked()[0][:, 1 : count + 1]
 
     def expand(self, log_probs: torch.Tensor, tokens: torch.Tensor) -> None:
         """Adds the candidates of one level.
@@ -296,17 +295,14 @@ class TreeGrowth:
                 nodes of the frontier (F is 1 at the root, after it what `descend` was told).
             tokens (`torch.LongTensor` of shape `[B, F, K]`): their tokens.
         """
-        scores = log_probs if self._scores is None else log_probs + self._scores.unsqueeze(2)
-        level = _Level(self._frontier, tokens.flatten(1), scores.flatten(1))
-        self._levels.append(level)
-        self._ranking = None
-        batch_size, width, top_k = log_probs.shape
-        if width == 1:
-            if self._in_order is None:
-                self._in_order = torch.arange(top_k, device=tokens.device).expand(batch_size, -1)
-            self._frontier, self._scores = self._in_order, level.scores
+        batch_size, self._width, self._top_k = log_probs.shape
+        if self._scores:
+            log_probs = log_probs + self.frontier_scores.unsqueeze(2)
         else:
-            self._scores, self._frontier = level.scores.topk(top_k, dim=1)
+            self._scores.append(log_probs.new_zeros(batch_size, 1))
+        self._tokens.append(tokens.flatten(1))
+        self._scores.append(log_probs.flatten(1))
+        self._frontier = self._ranking = None
 
     def descend(self, width: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Moves the frontier to the `width` best candidates of the last level.
@@ -315,56 +311,67 @@ class TreeGrowth:
             Their tokens (`[B, width]`), and for each the row of the node above it among the B * F rows of the frontier
             before (`[B * width]`); `None` if that was one node.
         """
-        level = self._levels[-1]
-        assert self._scores is not None
-        if width < self._frontier.shape[1]:
-            self._frontier, self._scores = self._frontier[:, :width], self._scores[:, :width]
-        tokens = self.frontier_tokens
-        if level.width == 1:
+        scores, places = self._best_of_level()
+        if width < places.shape[1]:
+            scores, places = scores[:, :width], places[:, :width]
+        self._frontier = scores, places
+        self._expanded.append(places)
+        tokens = self._tokens_at(places)
+        if self._width == 1:
             return tokens, None
-        above = self._frontier // (level.tokens.shape[1] // level.width)
-        batch_size = above.shape[0]
-        if batch_size > 1:
-            above = above + level.width * torch.arange(batch_size, device=above.device).unsqueeze(1)
+        above = places // self._top_k
+        if len(above) > 1:
+            above = above + self._width * torch.arange(len(above), device=above.device).unsqueeze(1)
         return tokens, above.flatten()
 
     def finish(self, num_nodes: int | None = None) -> CandidateTree:
         """Keeps the best candidates of all levels, in flat order: as many as set, or fewer (`num_nodes`)."""
-        num_kept = (self.num_nodes if num_nodes is None else min(num_nodes, self.num_nodes)) - 1
-        if num_kept == 0:
+        num_kept = self.num_nodes if num_nodes is None else min(num_nodes, self.num_nodes)
+        if num_kept == 1:
             return CandidateTree.bare(self.root)
-        scores, numbers = (part[:, :num_kept] for part in self._ranked())
-        kept, order = numbers.sort(dim=1)  # [B, N - 1]
-        scores, kept_parents = scores.gather(1, order), self._parents().gather(1, kept)
-        # The parent of a kept candidate is kept too, so its place among the kept is its node number less one; the
-        # root (-1) sorts before all of them.
-        parent_nodes = torch.where(kept_parents < 0, 0, torch.searchsorted(kept, kept_parents) + 1)
-        tokens = torch.cat([level.tokens for level in self._levels], dim=1).gather(1, kept)
+        scores, numbers = self._ranked()
+        kept, order = numbers[:, :num_kept].sort(dim=1)  # [B, N]
+        # The parent of a kept candidate is kept too.
+        parents = torch.searchsorted(kept, self._parents_of(kept))
         return CandidateTree.from_parents(
-            torch.cat([self.root.unsqueeze(1), tokens], dim=1),
-            functional.pad(parent_nodes, (1, 0)),
-            max_depth=len(self._levels),
-            scores=functional.pad(scores, (1, 0)),
+            torch.cat(self._tokens, dim=1).gather(1, kept),
+            parents,
+            max_depth=len(self._tokens) - 1,
+            scores=scores.gather(1, order),
         )
+
+    def _best_of_level(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._frontier is None:
+            if not self._scores:
+                raise MSDError("The root has not been expanded yet.")
+            scores = self._scores[-1]
+            if self._width > 1:
+                self._frontier = scores.topk(self._top_k, dim=1)
+            else:  # behind a single node they are in order
+                if self._in_order is None:
+                    self._in_order = torch.arange(self._top_k, device=scores.device).expand_as(scores)
+                self._frontier = scores, self._in_order
+        return self._frontier
+
+    def _tokens_at(self, places: torch.Tensor) -> torch.Tensor:
+        tokens = self._tokens[-1]
+        return tokens.gather(1, places) if self._width > 1 else tokens[:, : places.shape[1]]
 
     def _ranked(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self._ranking is None:
-            scores = torch.cat([level.scores for level in self._levels], dim=1)
             # A half-precision draft may overflow. The target decides anyway, but NaN would break the order.
-            scores = scores.nan_to_num(nan=_LOWEST_LOG_PROB, neginf=_LOWEST_LOG_PROB)
+            scores = torch.cat(self._scores, dim=1).nan_to_num_(nan=_LOWEST_LOG_PROB, neginf=_LOWEST_LOG_PROB)
             # A log-probability of exactly 0 ties a node with its parent. Stable, since the parent comes first.
             self._ranking = torch.sort(scores, dim=1, descending=True, stable=True)
         return self._ranking
 
-    def _parents(self) -> torch.Tensor:
-        """Of all candidates the number of the candidate above, -1 for the root: `[B, C]`."""
-        firsts, number = [-1], 0  # of each level's parents: the number of the first candidate beside them
-        for level in self._levels[:-1]:
-            firsts.append(number)
-            number += level.tokens.shape[1]
-        parents = torch.cat([level.parents + first for first, level in zip(firsts, self._levels, strict=True)], dim=1)
-        top_k = self._levels[0].tokens.shape[1]
-        return parents.unsqueeze(2).expand(-1, -1, top_k).flatten(1)
+    def _parents_of(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The numbers of the candidates above such candidates; the root is its own parent."""
+        above, first = [self._expanded[0]], 0
+        for places, tokens in zip(self._expanded, self._tokens[:-1], strict=True):
+            above.append(places + first if first else places)
+            first += tokens.shape[1]
+        return torch.cat(above, dim=1).gather(1, (numbers + (self._top_k - 1)) // self._top_k)
 
 
 def rows_of(states: torch.Tensor, index: torch.Tensor | None, count: int) -> torch.Tensor:
@@ -373,21 +380,9 @@ def rows_of(states: torch.Tensor, index: torch.Tensor | None, count: int) -> tor
     if index is None:
         return states.expand(-1, count, -1)
     batch_size, _, size = states.shape
+    if batch_size == 1:
+        return states.index_select(1, index)
     return states.flatten(0, 1).index_select(0, index).view(batch_size, count, size)
-
-
-@dataclass(frozen=True)
-class _Level:
-    """Candidates of one level: their parents' places among those of the level above `[B, F]`, their tokens and their
-    cumulative log-probabilities, both `[B, F * K]`."""
-
-    parents: torch.Tensor
-    tokens: torch.Tensor
-    scores: torch.Tensor
-
-    @property
-    def width(self) -> int:
-        return self.parents.shape[1]
 
 
 __all__ = ["CandidateTree", "TreeGrowth", "TreeSettings", "rows_of"]

@@ -90,7 +90,7 @@ def bench_shape(
     timings = {}
     for way in ways:
         with PhaseTimer(target.device) as timer:
-            simulate(way, assumed_taus[0], on_start=timer.seconds.clear)
+            simulate(way, assumed_taus[0], on_start=timer.clear)
         timings[way] = RoundTiming.from_phases(timer.inside("decode"), num_rounds)
 
     bandwidth = memory_bandwidth(target.device)
