@@ -98,9 +98,10 @@ def widen_mask(mask: torch.Tensor, num_slots: int) -> torch.Tensor:
 def has_compiled_part(target: PreTrainedModel) -> bool:
     """Whether somebody has compiled a target, or modules of it, before."""
     return any(
-        getattr(module, "_compiled_call_impl", None) is not None
+        # `vars`, since modules answer slowly for what they lack.
+        vars(module).get("_compiled_call_impl") is not None
         or isinstance(module, torch._dynamo.OptimizedModule)
-        or hasattr(module.forward, "_torchdynamo_orig_callable")
+        or hasattr(vars(module).get("forward", type(module).forward), "_torchdynamo_orig_callable")
         for module in target.modules()
     )
 

@@ -264,7 +264,7 @@ class TreeGrowth:
         self._width, self._top_k = 0, 0  # F of the last level, and K: a small vocabulary has fewer than is set
         # Of the nodes that were expanded, level by level: places among the candidates of their level, [B, F].
         self._expanded = [torch.zeros_like(self._tokens[0])]
-        self._frontier: tuple[torch.Tensor, torch.Tensor] | None = None  # scores and places, best first
+        self._frontier: tuple[torch.Tensor, ...] | None = None  # scores, places and tokens, best first
         self._in_order: torch.Tensor | None = None
         self._ranking: tuple[torch.Tensor, torch.Tensor] | None = None  # scores and numbers of all, best first
 
@@ -276,7 +276,7 @@ class TreeGrowth:
     @property
     def frontier_tokens(self) -> torch.Tensor:
         """The tokens of the frontier, `[B, K]`."""
-        return self._tokens_at(self._best_of_level()[1])
+        return self._best_of_level()[2]
 
     @property
     def num_nodes(self) -> int:
@@ -311,12 +311,11 @@ class TreeGrowth:
             Their tokens (`[B, width]`), and for each the row of the node above it among the B * F rows of the frontier
             before (`[B * width]`); `None` if that was one node.
         """
-        scores, places = self._best_of_level()
-        if width < places.shape[1]:
-            scores, places = scores[:, :width], places[:, :width]
-        self._frontier = scores, places
+        frontier = self._best_of_level()
+        if width < self._top_k:
+            frontier = self._frontier = tuple(part[:, :width] for part in frontier)
+        _, places, tokens = frontier
         self._expanded.append(places)
-        tokens = self._tokens_at(places)
         if self._width == 1:
             return tokens, None
         above = places // self._top_k
@@ -340,22 +339,19 @@ class TreeGrowth:
             scores=scores.gather(1, order),
         )
 
-    def _best_of_level(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _best_of_level(self) -> tuple[torch.Tensor, ...]:
         if self._frontier is None:
             if not self._scores:
                 raise MSDError("The root has not been expanded yet.")
-            scores = self._scores[-1]
+            scores, tokens = self._scores[-1], self._tokens[-1]
             if self._width > 1:
-                self._frontier = scores.topk(self._top_k, dim=1)
+                scores, places = scores.topk(self._top_k, dim=1)
+                self._frontier = scores, places, tokens.gather(1, places)
             else:  # behind a single node they are in order
                 if self._in_order is None:
                     self._in_order = torch.arange(self._top_k, device=scores.device).expand_as(scores)
-                self._frontier = scores, self._in_order
+                self._frontier = scores, self._in_order, tokens
         return self._frontier
-
-    def _tokens_at(self, places: torch.Tensor) -> torch.Tensor:
-        tokens = self._tokens[-1]
-        return tokens.gather(1, places) if self._width > 1 else tokens[:, : places.shape[1]]
 
     def _ranked(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self._ranking is None:

@@ -75,7 +75,7 @@ class AdaptiveTreePolicy(TreePolicy):
     ):
         super().__init__(settings)
         self.experience = experience
-        self.eos_token_ids = eos_token_ids
+        self.eos_token_ids = frozenset(eos_token_ids)
         self._drafts = True
         self._began = self._drafted = 0.0
         self._explored: int | None = None  # nodes that this round is to have, to learn what they cost
@@ -108,12 +108,11 @@ class AdaptiveTreePolicy(TreePolicy):
             if growth.num_nodes >= self._explored:
                 return 0
             return self.experience.width_to_explore(widest)
-        chances = self._chances(
-            [
-                [-math.inf if token in self.eos_token_ids else score for score, token in zip(*row, strict=True)]
-                for row in zip(scores, tokens, strict=True)
-            ]
-        )
+        for row, row_tokens in zip(scores, tokens, strict=True):
+            if not self.eos_token_ids.isdisjoint(row_tokens):
+                ends = (token in self.eos_token_ids for token in row_tokens)
+                row[:] = [-math.inf if is_end else score for score, is_end in zip(row, ends, strict=True)]
+        chances = self._chances(scores)
         reach = min(1.0, sum(chances))
         if reach == 0.0:  # the answer ends here, which says nothing of other levels
             return 0
