@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from itertools import pairwise
 
 
-# Numbers of nodes of which the cost is kept; between two of them it is interpolated.
+# Numbers of nodes that are tried, to learn what they cost.
 SIZES = (1, 4, 8, 16, 32, 64, 128)
 # Each is tried this often, in one round of so many: the first time also pays for warming up.
 _TRIALS, _ROUNDS_A_TRIAL = 2, 3
 # Larger trees are not tried before a draft has shown some use.
 _LARGEST_ON_TRUST = 16
-# What a node is taken to add to a verification, until it is known.
-_PRIOR_SLOPE = 0.01
+# What a node is taken to add to a verification, until it is known; and what that counts for, in squared nodes.
+_PRIOR_SLOPE, _SLOPE_WEIGHT = 0.01, 64.0
 _COSTS_KEPT = 15
 # Contexts of up to so many slots cost about the same; from there on ranges double.
 _FIRST_RANGE = 512
@@ -49,6 +48,38 @@ class _Mean:
         return self.total / self.weight if self.weight else None
 
 
+class _Line:
+    """What so many nodes cost: a line through rounds, of which it forgets old ones. So all costs follow a machine that
+    becomes slower or faster."""
+
+    def __init__(self) -> None:
+        self.nodes, self.seconds, self.squares, self.products = _Mean(), _Mean(), _Mean(), _Mean()
+
+    def add(self, num_nodes: int, seconds: float) -> None:
+        if self.nodes.weight:
+            # The first time also pays for warming up, and others take the processor away now and then.
+            seconds = min(seconds, 2 * self.up_to(num_nodes)[-1])
+        for mean, value in (
+            (self.nodes, num_nodes),
+            (self.seconds, seconds),
+            (self.squares, num_nodes * num_nodes),
+            (self.products, num_nodes * seconds),
+        ):
+            mean.add(value)
+
+    def up_to(self, num_nodes: int) -> list[float]:
+        """The costs of 1, 2, ... nodes."""
+        nodes, seconds = self.nodes.total, self.seconds.total
+        weight = self.nodes.weight
+        mean_nodes, mean_seconds = nodes / weight, seconds / weight
+        covariance = self.products.total - nodes * mean_seconds
+        variance = self.squares.total - nodes * mean_nodes
+        slope = (covariance + _SLOPE_WEIGHT * _PRIOR_SLOPE * mean_seconds) / (variance + _SLOPE_WEIGHT)
+        # Not steeper than from nothing at all.
+        slope = min(max(slope, 0.0), mean_seconds / mean_nodes)
+        return [mean_seconds + slope * (count - mean_nodes) for count in range(1, num_nodes + 1)]
+
+
 class Experience:
     """
     Costs in seconds, and acceptance.
@@ -59,8 +90,8 @@ class Experience:
 
     def __init__(self, max_nodes: int):
         self.sizes = [size for size in SIZES if size < max_nodes] + [max_nodes]
-        self._costs: dict[int, dict[int, deque[float]]] = {}  # range of context -> nodes -> last costs
-        self._seconds: dict[int, list[float]] = {}  # range of context -> costs of 1, 2, ... nodes, by these
+        self._costs: dict[int, _Line] = {}  # range of context -> what rounds of several nodes cost
+        self._plain_costs: dict[int, _Mean] = {}  # those of one node
         self._trials: dict[int, dict[int, int]] = {}  # range of context -> nodes -> how often tried
         self._range = 0
         self._num_rounds = 0
@@ -68,8 +99,9 @@ class Experience:
         self._level_trials: dict[int, int] = {}
         self._drafted_tokens, self._drafted_seconds = _Mean(), _Mean()
         self._plain_seconds = _Mean()
-        self._accepted = [0.0] * _NUM_BINS
-        self._seen = [0.0] * _NUM_BINS
+        # Of nodes by log-probability; those that are the best of their level apart from others.
+        self._accepted = {is_best: [0.0] * _NUM_BINS for is_best in (False, True)}
+        self._seen = {is_best: [0.0] * _NUM_BINS for is_best in (False, True)}
         self._steps = _Mean()
         self._pause = _PAUSE
         self._paused_rounds = 0
@@ -98,33 +130,26 @@ class Experience:
         return size
 
     def seconds_up_to(self, num_nodes: int) -> list[float]:
-        """What rounds of 1, 2, ... nodes, at most `max_nodes`, cost besides drafting them."""
-        if self._range not in self._seconds:
-            self._seconds[self._range] = self._interpolated(self.sizes[-1])
-        return self._seconds[self._range][:num_nodes]
-
-    def _interpolated(self, num_nodes: int) -> list[float]:
-        known = [(size, _usual(costs)) for size, costs in sorted(self._costs.get(self._range, {}).items())]
-        if not known:
-            return [1.0 + _PRIOR_SLOPE * nodes for nodes in range(1, num_nodes + 1)]
-        # Beyond the sizes that are known.
-        (least, low), (most, high) = known[0], known[-1]
-        known.insert(0, (0, low / (1 + _PRIOR_SLOPE * least)))
-        known.append(
-            (2 * most + num_nodes, high * (1 + _PRIOR_SLOPE * (2 * most + num_nodes)) / (1 + _PRIOR_SLOPE * most))
+        """What rounds of 1, 2, ... nodes cost besides drafting them."""
+        line, plain = self._costs.get(self._range), self._plain_costs.get(self._range)
+        costs = (
+            [1.0 + _PRIOR_SLOPE * nodes for nodes in range(1, num_nodes + 1)]
+            if line is None
+            else line.up_to(num_nodes)
         )
-        costs = []
-        for (size, low), (next_size, high) in pairwise(known):
-            slope = (high - low) / (next_size - size)
-            costs += [low + slope * count for count in range(1, min(next_size, num_nodes) - size + 1)]
+        if plain is not None and plain.value is not None:
+            if line is None:
+                costs = [plain.value * cost for cost in costs]
+            costs[0] = min(plain.value, costs[0])
         return costs
 
-    def acceptance(self, log_prob: float) -> float:
-        """How likely a node of such a cumulative log-probability is accepted."""
+    def acceptance(self, log_prob: float, is_best: bool) -> float:
+        """How likely a node of such a cumulative log-probability, the best of its level or not, is accepted."""
         if not log_prob > _LEAST_LOG_PROB:  # or not a number
             return 0.0
         place = _bin(log_prob)
-        return (self._accepted[place] + _PRIOR_WEIGHT * math.exp(log_prob)) / (self._seen[place] + _PRIOR_WEIGHT)
+        accepted, seen = self._accepted[is_best][place], self._seen[is_best][place]
+        return (accepted + _PRIOR_WEIGHT * math.exp(log_prob)) / (seen + _PRIOR_WEIGHT)
 
     @property
     def step(self) -> float:
@@ -173,11 +198,10 @@ class Experience:
 
     def add_verification(self, num_nodes: int, seconds: float) -> None:
         """Takes note of what a round of so many nodes cost besides drafting."""
-        size = min(self.sizes, key=lambda size: abs(size - num_nodes))
-        if abs(size - num_nodes) <= size // 8:
-            costs = self._costs.setdefault(self._range, {})
-            costs.setdefault(size, deque(maxlen=_COSTS_KEPT)).append(seconds)
-            self._seconds.pop(self._range, None)
+        if num_nodes == 1:
+            self._plain_costs.setdefault(self._range, _Mean()).add(seconds)
+        else:
+            self._costs.setdefault(self._range, _Line()).add(num_nodes, seconds)
 
     def add_level(self, width: int, seconds: float) -> None:
         """Takes note of what drafting a level of so many nodes cost."""
@@ -187,13 +211,13 @@ class Experience:
         """Takes note of how much less than its parents' level one was likely to be reached."""
         self._steps.add(share)
 
-    def add_node(self, log_prob: float, is_accepted: bool) -> None:
+    def add_node(self, log_prob: float, is_best: bool, is_accepted: bool) -> None:
         """Takes note of a node's fate."""
         if not log_prob > _LEAST_LOG_PROB:
             return
         place = _bin(log_prob)
-        self._accepted[place] = 0.99 * self._accepted[place] + is_accepted
-        self._seen[place] = 0.99 * self._seen[place] + 1.0
+        self._accepted[is_best][place] = 0.99 * self._accepted[is_best][place] + is_accepted
+        self._seen[is_best][place] = 0.99 * self._seen[is_best][place] + 1.0
 
     def add_round(self, is_drafted: bool, num_tokens: float, seconds: float) -> None:
         """Takes note of a whole round."""

@@ -82,11 +82,12 @@ class AdaptiveTreePolicy(TreePolicy):
         self._reach: float | None = None
         self._level: tuple[int, float] | None = None  # width of the level being drafted, and when it began
         self._prices: dict[int, float] = {}  # of levels by width, in tokens
+        self._best: list[set[float]] = []  # scores of the best nodes of the levels, by row
 
     def begin_round(self, tokens_left: int | None, num_slots: int) -> TreeSettings:
         self.experience.enter_context(num_slots)
         self._began = time.perf_counter()
-        self._reach, self._level = None, None
+        self._reach, self._level, self._best = None, None, []
         self._explored = self.experience.next_to_explore()
         self._drafts = self.experience.drafting_pays() if self._explored is None else self._explored > 1
         if not self._drafts:
@@ -97,6 +98,9 @@ class AdaptiveTreePolicy(TreePolicy):
     def width(self, growth: TreeGrowth) -> int:
         scores, tokens = growth.frontier_scores.tolist(), growth.frontier_tokens.tolist()
         self._end_level()  # not before they are read, which waits for a GPU
+        self._best = self._best or [set() for _ in scores]
+        for best, row in zip(self._best, scores, strict=True):
+            best.add(row[0])
         width = self._choose_width(growth, scores, tokens)
         if width:
             self._level = (width, time.perf_counter())
@@ -132,7 +136,9 @@ class AdaptiveTreePolicy(TreePolicy):
     def _chances(self, scores: list[list[float]]) -> list[float]:
         """How likely nodes of such scores (B rows) are accepted, in the mean over a batch."""
         acceptance = self.experience.acceptance
-        rows = [[acceptance(score) for score in row] for row in scores]
+        rows = [
+            [acceptance(score, score in best) for score in row] for best, row in zip(self._best, scores, strict=True)
+        ]
         return rows[0] if len(rows) == 1 else [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
     def _price(self, width: int) -> float:
@@ -148,6 +154,7 @@ class AdaptiveTreePolicy(TreePolicy):
     def num_nodes(self, growth: TreeGrowth) -> int:
         most = growth.num_nodes
         scores = growth.best_scores(most - 1).tolist()
+        self._best = self._best or [set() for _ in scores]
         self._end_level()
         if self._explored is not None:
             return min(most, self._explored)
@@ -171,10 +178,10 @@ class AdaptiveTreePolicy(TreePolicy):
         experience.add_round(self._drafts, emitted, ended - self._began)
         experience.add_verification(num_nodes, ended - self._drafted)
         if self._drafts and tree.scores is not None:
-            for scores, path in zip(tree.scores[:, 1:].tolist(), paths, strict=True):
+            for scores, path, best in zip(tree.scores[:, 1:].tolist(), paths, self._best, strict=True):
                 accepted = set(path)
                 for node, score in enumerate(scores, start=1):
-                    experience.add_node(score, node in accepted)
+                    experience.add_node(score, score in best, node in accepted)
 
 
 _experiences: weakref.WeakKeyDictionary[MSDDraftModel, weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
