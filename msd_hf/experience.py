@@ -53,12 +53,14 @@ class _Line:
     becomes slower or faster."""
 
     def __init__(self) -> None:
-        self.nodes, self.seconds, self.squares, self.products = _Mean(), _Mean(), _Mean(), _Mean()
+        self._forget()
 
     def add(self, num_nodes: int, seconds: float) -> None:
         if self.nodes.weight:
-            # The first time also pays for warming up, and others take the processor away now and then.
-            seconds = min(seconds, 2 * self.up_to(num_nodes)[-1])
+            known = self.up_to(num_nodes)[-1]
+            if seconds < known / 4:
+                self._forget()  # it was warming up
+            seconds = min(seconds, 2 * known)  # others take the processor away now and then
         for mean, value in (
             (self.nodes, num_nodes),
             (self.seconds, seconds),
@@ -67,17 +69,27 @@ class _Line:
         ):
             mean.add(value)
 
+    def _forget(self) -> None:
+        self.nodes, self.seconds, self.squares, self.products = _Mean(), _Mean(), _Mean(), _Mean()
+
+    @property
+    def slope(self) -> float:
+        """What a node more costs."""
+        mean_nodes, mean_seconds = self._means
+        covariance = self.products.total - self.nodes.total * mean_seconds
+        variance = self.squares.total - self.nodes.total * mean_nodes
+        slope = (covariance + _SLOPE_WEIGHT * _PRIOR_SLOPE * mean_seconds) / (variance + _SLOPE_WEIGHT)
+        return min(max(slope, 0.0), mean_seconds / mean_nodes)  # no steeper than from nothing at all
+
     def up_to(self, num_nodes: int) -> list[float]:
         """The costs of 1, 2, ... nodes."""
-        nodes, seconds = self.nodes.total, self.seconds.total
-        weight = self.nodes.weight
-        mean_nodes, mean_seconds = nodes / weight, seconds / weight
-        covariance = self.products.total - nodes * mean_seconds
-        variance = self.squares.total - nodes * mean_nodes
-        slope = (covariance + _SLOPE_WEIGHT * _PRIOR_SLOPE * mean_seconds) / (variance + _SLOPE_WEIGHT)
-        # Not steeper than from nothing at all.
-        slope = min(max(slope, 0.0), mean_seconds / mean_nodes)
+        mean_nodes, mean_seconds = self._means
+        slope = self.slope
         return [mean_seconds + slope * (count - mean_nodes) for count in range(1, num_nodes + 1)]
+
+    @property
+    def _means(self) -> tuple[float, float]:
+        return self.nodes.total / self.nodes.weight, self.seconds.total / self.seconds.weight
 
 
 class Experience:
@@ -169,13 +181,16 @@ class Experience:
         return None if tokens is None or seconds is None else tokens / seconds
 
     def price_of_level(self, width: int) -> float | None:
-        """Tokens that are emitted in the time that another level of drafting takes."""
+        """Tokens that are emitted in the time that another level of drafting takes, and the verification of as many
+        nodes."""
         rate = self.tokens_per_second
         if not self._levels or rate is None:
             return None
         # A level costs no more than a wider one, whatever its first times have cost.
         known = [_usual(costs) for nodes, costs in self._levels.items() if nodes >= width]
-        return rate * (min(known) if known else _usual(self._levels[max(self._levels)]))
+        seconds = min(known) if known else _usual(self._levels[max(self._levels)])
+        line = self._costs.get(self._range)
+        return rate * (seconds + (0.0 if line is None else width * line.slope))
 
     def drafting_pays(self) -> bool:
         """Whether this round should draft: after it did not pay, only every now and then, to see whether it would."""

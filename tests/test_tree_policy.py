@@ -78,12 +78,38 @@ FLAT = dict.fromkeys((1, 4, 8, 16, 32, 64), 1.0)
 STEEP = {size: 1.0 + 0.25 * (size - 1) for size in FLAT}
 
 
-def test_costs_are_interpolated_between_sizes():
+def test_costs_are_a_line_through_what_was_tried():
     experience = taught(STEEP)
     for size in (1, 2, 5, 8, 12, 40, 64):
-        assert experience.seconds_up_to(size)[-1] == pytest.approx(1.0 + 0.25 * (size - 1))
+        assert experience.seconds_up_to(size)[-1] == pytest.approx(1.0 + 0.25 * (size - 1), abs=0.2)
     experience.enter_context(4000)  # another range is another matter
     assert {experience.next_to_explore() for _ in range(40)} == {None, 1, 4, 8, 16, 32, 64}
+
+
+def test_costs_follow_a_machine_that_becomes_slower():
+    """Also those of sizes that were not seen since: or trees of this size would seem cheap."""
+    experience = taught(STEEP)
+    for _ in range(30):
+        for size in (12, 20, 32):
+            experience.add_verification(size, 3 * (1.0 + 0.25 * (size - 1)))
+    costs = experience.seconds_up_to(64)
+    assert costs[31] == pytest.approx(3 * 8.75, rel=0.05) and costs[63] == pytest.approx(3 * 16.75, rel=0.1)
+
+
+def test_a_single_slow_round_changes_little():
+    experience = taught(STEEP)
+    before = experience.seconds_up_to(64)
+    experience.add_verification(4, 1000.0)
+    for old, new in zip(before[1:], experience.seconds_up_to(64)[1:], strict=True):
+        assert new == pytest.approx(old, rel=0.3)
+
+
+def test_costs_of_warming_up_are_forgotten():
+    experience = Experience(64)
+    experience.enter_context(100)
+    for size, seconds in ((16, 100.0), (64, 2.0), (16, 1.0), (32, 1.3), (8, 0.9)):
+        experience.add_verification(size, seconds)
+    assert experience.seconds_up_to(16)[-1] < 1.2 < experience.seconds_up_to(64)[-1] < 3.0
 
 
 def test_large_trees_are_not_tried_before_a_draft_is_of_use():
@@ -144,11 +170,28 @@ def test_behind_an_unsure_token_a_tree_may_go_on():
 
 def test_acceptance_is_the_drafts_own_probability_until_it_is_known_better():
     experience = Experience(64)
-    assert experience.acceptance(math.log(0.4)) == pytest.approx(0.4)
+    assert experience.acceptance(math.log(0.4), is_best=False) == pytest.approx(0.4)
     for number in range(400):
-        experience.add_node(math.log(0.4), number % 10 == 0)
-    assert experience.acceptance(math.log(0.4)) == pytest.approx(0.12, abs=0.05)
-    assert experience.acceptance(math.log(0.9)) == pytest.approx(0.9)
+        experience.add_node(math.log(0.4), is_best=False, is_accepted=number % 10 == 0)
+    assert experience.acceptance(math.log(0.4), is_best=False) == pytest.approx(0.12, abs=0.05)
+    assert experience.acceptance(math.log(0.9), is_best=False) == pytest.approx(0.9)
+    assert experience.acceptance(math.log(0.4), is_best=True) == pytest.approx(0.4)
+
+
+def test_what_is_learnt_of_the_best_nodes_of_levels_is_kept_apart():
+    """A draft may know its first choice well and be wrong in the others."""
+    settings = TreeSettings(64, 15, 4, is_auto=True)
+    experience = taught(FLAT)
+    for _ in range(200):
+        policy = AdaptiveTreePolicy(settings, experience)
+        growth = TreeGrowth(torch.zeros(1, dtype=torch.long), policy.begin_round(None, 100))
+        growth.expand(torch.tensor([[[0.4, 0.35, 0.2, 0.05]]]).log(), torch.arange(4).view(1, 1, 4))
+        policy.width(growth)
+        tree = growth.finish(policy.num_nodes(growth))
+        policy.begin_verification()
+        policy.end_round(tree, [[0, 1]])  # always the first
+    assert experience.acceptance(math.log(0.4), is_best=True) > 0.9
+    assert experience.acceptance(math.log(0.35), is_best=False) < 0.15
 
 
 def grow(probabilities: list[float], policy: AdaptiveTreePolicy) -> tuple[int, int]:
@@ -198,7 +241,13 @@ def test_a_level_costs_no_more_than_a_wider_one():
     experience.add_level(2, 5.0)
     for _ in range(20):
         experience.add_level(4, 0.3)
-    assert experience.price_of_level(2) == experience.price_of_level(4)
+    assert experience.price_of_level(2) == pytest.approx(experience.price_of_level(4), rel=0.01)
+
+
+def test_a_level_costs_also_the_verification_of_its_nodes():
+    prices = [[taught(costs, level=0.2).price_of_level(width) for width in (1, 4)] for costs in (FLAT, STEEP)]
+    assert prices[0][1] == pytest.approx(prices[0][0], rel=0.05)
+    assert prices[1][1] > 2 * prices[1][0]
 
 
 def test_nodes_are_weighed_by_what_other_rounds_would_emit():
