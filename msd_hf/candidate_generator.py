@@ -15,6 +15,7 @@ from .draft_head import DraftHead
 from .drafting_step import DraftingStep
 from .modeling_msd import MSDDraftModel
 from .phases import phase
+from .plain_modules import function_of
 from .static_cache import make_static
 from .static_drafting import StaticDrafting
 from .targets import TargetAdapter, TargetPrefill
@@ -58,6 +59,9 @@ class MSDCandidateGenerator:
         self.cache = Cache(layers=[InPlaceLayer(max_slots) for _ in draft.layers])
         # A model looks for them among its weights each time, which takes as long as an operation.
         self._device, self._dtype = draft.device, draft.dtype
+        embedding = target.embedding
+        is_at_hand = embedding.weight.device == draft.device and embedding.weight.dtype == draft.dtype
+        self._embedding = function_of(embedding) if is_at_hand else None
         self._own_masks: dict[tuple[str, int, int], torch.Tensor] = {}
         self._steps = torch.arange(_LONGEST_KEPT, device=self._device)
         self._pending: list[tuple[torch.Tensor, torch.Tensor, Sequence[int]]] = []  # what `accept` takes
@@ -279,7 +283,7 @@ class MSDCandidateGenerator:
         """The draft's states after a few tokens `[B, T]`, which get slots."""
         with phase("draft forward"):
             return self._drafting_step(
-                self._to_draft(self.target.embed(tokens)),
+                self._to_draft(self.target.embed(tokens)) if self._embedding is None else self._embedding(tokens),
                 self._to_draft(hidden_states),
                 position_ids,
                 attention_mask,

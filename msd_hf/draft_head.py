@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from .modeling_msd import MSDDraftModel
 from .phases import phase
+from .plain_modules import function_of
 from .targets import TargetAdapter
 
 
@@ -25,9 +26,13 @@ class DraftHead:
         self._device = draft.device
         self._tokens = draft.draft_vocab
         self._rows = None if self._tokens is None else draft.head_rows(target.head_module)
+        module = target.head_module
+        is_at_hand = target.logit_cap is None and module.weight.device == draft.device
+        self._head = function_of(module) if is_at_hand and module.weight.dtype == draft.dtype else target.head
 
     def keep_address(self) -> None:
-        """Lets CUDA graphs read the rows of the draft's own vocabulary where they are."""
+        """Lets CUDA graphs read the head's weights, or the rows of the draft's own vocabulary, where they are."""
+        self._head = self.target.head
         for part in self._rows or ():
             if part is not None:
                 torch._dynamo.mark_static_address(part)
@@ -35,7 +40,7 @@ class DraftHead:
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Scores of all candidates after each of `states` `[B, F, H]`."""
         if self._rows is None:
-            return self.target.head(states)
+            return self._head(states)
         weight, bias = self._rows
         return self.target.cap(functional.linear(states.to(weight), weight, bias))
 

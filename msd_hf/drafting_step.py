@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers import Cache
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .modeling_msd import MSDDraftDecoderLayer, MSDDraftModel
+from .plain_modules import TensorFunction, function_of
 
-
-Projection = Callable[[torch.Tensor], torch.Tensor]
 
 # Of these the tables of sines depend on the length of the sequence.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -87,16 +84,16 @@ class DraftingStep:
 class LayerParts:
     """What a decoder layer of the draft is made of, each a function of states `[..., H]`."""
 
-    input_norm: Projection
-    query: Projection
-    key: Projection
-    value: Projection
-    output: Projection
-    post_attention_norm: Projection
-    gate: Projection
-    activation: Projection
-    up: Projection
-    down: Projection
+    input_norm: TensorFunction
+    query: TensorFunction
+    key: TensorFunction
+    value: TensorFunction
+    output: TensorFunction
+    post_attention_norm: TensorFunction
+    gate: TensorFunction
+    activation: TensorFunction
+    up: TensorFunction
+    down: TensorFunction
     head_dim: int
     scaling: float
 
@@ -110,7 +107,7 @@ class DraftParts:
 
     @classmethod
     def modules(
-        cls, draft: MSDDraftModel, taken: Callable[[nn.Module], Projection] = lambda module: module
+        cls, draft: MSDDraftModel, taken: Callable[[nn.Module], TensorFunction] = lambda module: module
     ) -> DraftParts:
         """The draft's own modules, or what is `taken` for each."""
         layers: Any = draft.layers
@@ -118,15 +115,15 @@ class DraftParts:
 
     @classmethod
     def without_modules(cls, draft: MSDDraftModel) -> DraftParts:
-        """The same with functions in place of plain modules: to call a module takes as long as a small operation."""
-        parts = cls.modules(draft, _function)
+        """The same with functions in place of plain modules."""
+        parts = cls.modules(draft, function_of)
         if draft.feature_proj is not None or type(draft).fuse is not MSDDraftModel.fuse:
             return parts
-        fc = _function(draft.fc)
+        fc = function_of(draft.fc)
         return replace(parts, fuse=lambda embeds, states: fc(torch.cat([embeds, states], dim=-1)))
 
 
-def _layer_parts(layer: Any, taken: Callable[[nn.Module], Projection]) -> LayerParts:
+def _layer_parts(layer: Any, taken: Callable[[nn.Module], TensorFunction]) -> LayerParts:
     attention, mlp = layer.self_attn, layer.mlp
     return LayerParts(
         input_norm=taken(layer.input_layernorm),
@@ -142,26 +139,6 @@ def _layer_parts(layer: Any, taken: Callable[[nn.Module], Projection]) -> LayerP
         head_dim=attention.head_dim,
         scaling=attention.scaling,
     )
-
-
-def _function(module: nn.Module) -> Projection:
-    if type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks):
-        return partial(functional.linear, weight=module.weight, bias=module.bias)
-    return _norm_function(module) if type(module) is LlamaRMSNorm else module
-
-
-def _norm_function(norm: LlamaRMSNorm) -> Projection:
-    weight, epsilon = norm.weight, norm.variance_epsilon
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
-        return partial(functional.rms_norm, normalized_shape=weight.shape, weight=weight, eps=epsilon)
-    # On a CPU `rms_norm` is made of more operations.
-    least = torch.full((1, 1), epsilon, dtype=weight.dtype)
-
-    def normed(states: torch.Tensor) -> torch.Tensor:
-        length = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
-        return states * torch.addcmul(least, length, length, value=1 / states.shape[-1]).rsqrt_() * weight
-
-    return normed
 
 
 def draft_forward(

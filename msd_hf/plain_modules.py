@@ -1,0 +1,44 @@
+"""Functions in place of plain modules: to call a module takes as long as a small operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+
+TensorFunction = Callable[[torch.Tensor], torch.Tensor]
+
+
+def function_of(module: Any) -> TensorFunction:
+    """What a module computes, or the module itself where it is wrapped, quantised, hooked or of another kind."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return module
+    if type(module) is nn.Linear:
+        return partial(functional.linear, weight=module.weight, bias=module.bias)
+    if type(module) is nn.Embedding and module.max_norm is None:
+        return partial(torch.embedding, module.weight)
+    if type(module) is LlamaRMSNorm:
+        return _norm_function(module.weight, module.variance_epsilon)
+    return module
+
+
+def _norm_function(weight: torch.Tensor, epsilon: float) -> TensorFunction:
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
+        return partial(functional.rms_norm, normalized_shape=weight.shape, weight=weight, eps=epsilon)
+    # On a CPU `rms_norm` is made of more operations.
+    least = torch.full((1, 1), epsilon, dtype=weight.dtype)
+
+    def normed(states: torch.Tensor) -> torch.Tensor:
+        length = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+        return states * torch.addcmul(least, length, length, value=1 / states.shape[-1]).rsqrt_() * weight
+
+    return normed
+
+
+__all__ = ["TensorFunction", "function_of"]
