@@ -19,6 +19,8 @@ def function_of(module: Any) -> TensorFunction:
     """What a module computes, or the module itself where it is wrapped, quantised, hooked or of another kind."""
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return module
+    if type(getattr(module, "weight", None)) is not nn.Parameter:
+        return module
     if type(module) is nn.Linear:
         return partial(functional.linear, weight=module.weight, bias=module.bias)
     if type(module) is nn.Embedding and module.max_norm is None:

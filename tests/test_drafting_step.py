@@ -68,3 +68,29 @@ def test_positions_beyond_the_tables_make_longer_ones():
             expected = draft(embeds, states, position_ids=positions, past_key_values=cache).last_hidden_state
         truncate(cache, 0)
         torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["hook", "forward", "subclass"])
+def test_modules_that_someone_changed_are_asked(kind):
+    class Doubled(torch.nn.Linear):
+        def forward(self, states):
+            return 2 * super().forward(states)
+
+    torch.manual_seed(0)
+    draft = MSDDraftModel(MSDDraftConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4)).eval()
+    caches = [Cache(layers=[InPlaceLayer()]) for _ in range(3)]
+    inputs = torch.randn(2, 1, 1, 32)
+    positions = torch.tensor([[3]])
+    before = DraftingStep(draft)(*inputs, positions, None, caches[0], 3)
+    for module in (draft.fc, draft.layers[0].self_attn.v_proj, draft.layers[0].mlp.up_proj):
+        if kind == "hook":
+            module.register_forward_hook(lambda module, args, output: 2 * output)
+        elif kind == "forward":
+            module.forward = lambda states, forward=module.forward: 2 * forward(states)
+        else:
+            module.__class__ = Doubled
+    with torch.no_grad():
+        expected = draft(*inputs, position_ids=positions, past_key_values=caches[1]).last_hidden_state
+    got = DraftingStep(draft)(*inputs, positions, None, caches[2], 3)
+    torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
+    assert (got - before).abs().max() > 0.01

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import golden_sets
 import pytest
 import torch
+from torch import nn
 
 from msd_hf import MSDError
 from msd_hf.attention_mask import ContextSlots, tree_attention_mask
@@ -31,7 +32,14 @@ def test_trees_of_three_rounds_reproduce_the_original(name, dtype, tmp_path):
     draft = golden_sets.load_draft(weights_name, tmp_path, dtype)
     table = golden_sets.load(weights_name)[0]["embed_tokens.weight"].to(dtype)
     head = golden_sets.load("lm_head")[0]["lm_head.weight"].to(dtype) * info["head_scale"]
-    target = SimpleNamespace(embed=lambda tokens: table[tokens], head=lambda states: states @ head.T)
+    head_module = nn.Linear(*head.T.shape, bias=False, dtype=dtype)
+    head_module.weight.data = head
+    target = SimpleNamespace(
+        embedding=nn.Embedding.from_pretrained(table),
+        embed=lambda tokens: table[tokens],
+        head_module=head_module,
+        logit_cap=None,
+    )
     generator = MSDCandidateGenerator(draft, target)
     settings = TreeSettings(info["total_tokens_arg"], info["depth"], info["top_k"])
 
