@@ -60,7 +60,7 @@ class _Line:
             known = self.up_to(num_nodes)[-1]
             if seconds < known / 4:
                 self._forget()  # it was warming up
-            seconds = min(seconds, 2 * known)  # others take the processor away now and then
+            seconds = min(seconds, 1.5 * known)  # others take the processor away now and then
         for mean, value in (
             (self.nodes, num_nodes),
             (self.seconds, seconds),
