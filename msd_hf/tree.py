@@ -128,12 +128,13 @@ class CandidateTree:
         cls, tokens: torch.Tensor, parents: torch.Tensor, max_depth: int, scores: torch.Tensor | None = None
     ) -> CandidateTree:
         """Completes a tree of which tokens and parents are known (both `[B, N]`, root first, in flat order)."""
-        links = torch.zeros(*tokens.shape, tokens.shape[1], dtype=torch.float32, device=tokens.device)
-        links.scatter_(2, parents.unsqueeze(2), 1.0)
-        links.diagonal(dim1=1, dim2=2).fill_(1.0)
-        for _ in range((max_depth - 1).bit_length()):  # the square reaches twice as far up
-            links = torch.bmm(links, links).clamp_(max=1.0)
-        ancestors = links > 0
+        above = parents.unsqueeze(2)  # [B, N, D]: the nodes 1, 2, ... levels above; the root is above itself
+        for _ in range((max_depth - 1).bit_length()):
+            farther = above.gather(1, above[:, :, -1:].expand_as(above))  # those of the highest one so far
+            above = torch.cat([above, farther], dim=2)
+        ancestors = torch.zeros(*tokens.shape, tokens.shape[1], dtype=torch.bool, device=tokens.device)
+        ancestors.scatter_(2, above, True)
+        ancestors.diagonal(dim1=1, dim2=2).fill_(True)
         return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, max_depth, scores)
 
     @classmethod
