@@ -26,6 +26,8 @@ _FORGETTING = 0.97  # of old rounds, by each new one
 # Rounds without drafting after it did not pay; doubled each time that a trial does not pay either.
 _PAUSE, _LONGEST_PAUSE = 16, 512
 _ROUNDS_TO_JUDGE, _ROUNDS_OF_A_TRIAL = 4, 2
+# What rounds of other calls count for in the pace of one.
+_ROUNDS_OF_OTHERS = 4.0
 
 
 def level_widths(widest: int) -> list[int]:
@@ -177,20 +179,25 @@ class Experience:
     @property
     def tokens_per_second(self) -> float | None:
         """What rounds with drafting emit, in the mean."""
-        tokens, seconds = self._drafted_tokens.value, self._drafted_seconds.value
-        return None if tokens is None or seconds is None else tokens / seconds
+        return self.rate_with(0.0, 0.0)
 
-    def price_of_level(self, width: int) -> float | None:
-        """Tokens that are emitted in the time that another level of drafting takes, and the verification of as many
-        nodes."""
-        rate = self.tokens_per_second
-        if not self._levels or rate is None:
+    def rate_with(self, tokens: float, seconds: float) -> float | None:
+        """Tokens a second of a call that has emitted so many in so many seconds: until it is long, it is taken to be
+        like others."""
+        mean_tokens, mean_seconds = self._drafted_tokens.value, self._drafted_seconds.value
+        if mean_tokens is None or mean_seconds is None:
+            return None
+        return (_ROUNDS_OF_OTHERS * mean_tokens + tokens) / (_ROUNDS_OF_OTHERS * mean_seconds + seconds)
+
+    def seconds_of_level(self, width: int) -> float | None:
+        """What another level of drafting costs, and the verification of as many nodes."""
+        if not self._levels:
             return None
         # A level costs no more than a wider one, whatever its first times have cost.
         known = [_usual(costs) for nodes, costs in self._levels.items() if nodes >= width]
         seconds = min(known) if known else _usual(self._levels[max(self._levels)])
         line = self._costs.get(self._range)
-        return rate * (seconds + (0.0 if line is None else width * line.slope))
+        return seconds + (0.0 if line is None else width * line.slope)
 
     def drafting_pays(self) -> bool:
         """Whether this round should draft: after it did not pay, only every now and then, to see whether it would."""

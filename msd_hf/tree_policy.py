@@ -77,6 +77,7 @@ class AdaptiveTreePolicy(TreePolicy):
         self.experience = experience
         self.eos_token_ids = frozenset(eos_token_ids)
         self._drafts = True
+        self._tokens = self._seconds = 0.0  # of this call's rounds
         self._began = self._drafted = 0.0
         self._explored: int | None = None  # nodes that this round is to have, to learn what they cost
         self._reach: float | None = None
@@ -142,8 +143,13 @@ class AdaptiveTreePolicy(TreePolicy):
         return rows[0] if len(rows) == 1 else [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
     def _price(self, width: int) -> float:
-        price = self.experience.price_of_level(width)
-        return _INITIAL_REACH if price is None else price
+        seconds, rate = self.experience.seconds_of_level(width), self._rate
+        return _INITIAL_REACH if seconds is None or rate is None else seconds * rate
+
+    @property
+    def _rate(self) -> float | None:
+        """Tokens that this call emits a second: so many are worth as much as a second that is saved."""
+        return self.experience.rate_with(self._tokens, self._seconds)
 
     def _end_level(self) -> None:
         if self._level is not None:
@@ -159,7 +165,7 @@ class AdaptiveTreePolicy(TreePolicy):
         if self._explored is not None:
             return min(most, self._explored)
         chances = self._chances(scores)
-        costs, rate = self.experience.seconds_up_to(most), self.experience.tokens_per_second
+        costs, rate = self.experience.seconds_up_to(most), self._rate
         tokens = list(accumulate(chances, initial=1.0))
         if rate is None:
             spent = time.perf_counter() - self._began
@@ -176,12 +182,18 @@ class AdaptiveTreePolicy(TreePolicy):
         emitted = sum(len(path) for path in paths) / len(paths)
         ended = time.perf_counter()
         experience.add_round(self._drafts, emitted, ended - self._began)
+        if self._drafts:
+            self.add_to_call(emitted, ended - self._began)
         experience.add_verification(num_nodes, ended - self._drafted)
         if self._drafts and tree.scores is not None:
             for scores, path, best in zip(tree.scores[:, 1:].tolist(), paths, self._best, strict=True):
                 accepted = set(path)
                 for node, score in enumerate(scores, start=1):
                     experience.add_node(score, score in best, node in accepted)
+
+    def add_to_call(self, tokens: float, seconds: float) -> None:
+        """Takes note of what rounds of this call emitted in which time."""
+        self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
 
 
 _experiences: weakref.WeakKeyDictionary[MSDDraftModel, weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()

@@ -241,11 +241,11 @@ def test_a_level_costs_no_more_than_a_wider_one():
     experience.add_level(2, 5.0)
     for _ in range(20):
         experience.add_level(4, 0.3)
-    assert experience.price_of_level(2) == pytest.approx(experience.price_of_level(4), rel=0.01)
+    assert experience.seconds_of_level(2) == pytest.approx(experience.seconds_of_level(4), rel=0.01)
 
 
 def test_a_level_costs_also_the_verification_of_its_nodes():
-    prices = [[taught(costs, level=0.2).price_of_level(width) for width in (1, 4)] for costs in (FLAT, STEEP)]
+    prices = [[taught(costs, level=0.2).seconds_of_level(width) for width in (1, 4)] for costs in (FLAT, STEEP)]
     assert prices[0][1] == pytest.approx(prices[0][0], rel=0.05)
     assert prices[1][1] > 2 * prices[1][0]
 
@@ -268,6 +268,22 @@ def test_nodes_are_weighed_by_what_other_rounds_would_emit():
             growth.expand(log_probs.view(1, 1, 4), torch.arange(4).view(1, 1, 4))
         kept.append(policy.num_nodes(growth) - len(probabilities))
     assert kept == [2, 2]
+
+
+def test_time_is_worth_what_this_call_emits_in_it():
+    """In a call that is slow, a level that would not pay in others does."""
+    settings = TreeSettings(64, 15, 4, is_auto=True)
+    widths = []
+    for tokens in (1.0, 400.0):
+        experience = taught(FLAT, level=0.2)
+        for _ in range(20):
+            experience.add_level(1, 0.2)
+        policy = AdaptiveTreePolicy(settings, experience)
+        policy.add_to_call(tokens, 100.0)
+        growth = TreeGrowth(torch.zeros(1, dtype=torch.long), policy.begin_round(None, 100))
+        growth.expand(torch.tensor([[[0.3, 0.01, 0.01, 0.01]]]).log(), torch.arange(4).view(1, 1, 4))
+        widths.append(policy.width(growth))
+    assert widths[0] > 0 and widths[1] == 0
 
 
 def test_nodes_are_kept_where_they_cost_little():
