@@ -74,6 +74,13 @@ def taught(costs: dict[int, float], tokens_a_round: float = 3.0, level: float = 
     return experience
 
 
+def one_level(policy: AdaptiveTreePolicy, probabilities: list[float]) -> TreeGrowth:
+    """A round's tree with these candidates behind the root."""
+    growth = TreeGrowth(torch.zeros(1, dtype=torch.long), policy.begin_round(None, 100))
+    growth.expand(torch.tensor(probabilities).log().view(1, 1, 4), torch.arange(4).view(1, 1, 4))
+    return growth
+
+
 FLAT = dict.fromkeys((1, 4, 8, 16, 32, 64), 1.0)
 STEEP = {size: 1.0 + 0.25 * (size - 1) for size in FLAT}
 
@@ -132,8 +139,7 @@ def test_levels_become_as_wide_as_pays():
             for width in (2, 4):
                 experience.add_level(width, 0.2 * dear * width / 2)
         policy = AdaptiveTreePolicy(settings, experience)
-        growth = TreeGrowth(torch.zeros(1, dtype=torch.long), policy.begin_round(None, 100))
-        growth.expand(torch.tensor([[[0.5, 0.45, 0.04, 0.01]]]).log(), torch.arange(4).view(1, 1, 4))
+        growth = one_level(policy, [0.5, 0.45, 0.04, 0.01])
         widths.append(policy.width(growth))
     assert widths == [2, 1]
 
@@ -184,8 +190,7 @@ def test_what_is_learnt_of_the_best_nodes_of_levels_is_kept_apart():
     experience = taught(FLAT)
     for _ in range(200):
         policy = AdaptiveTreePolicy(settings, experience)
-        growth = TreeGrowth(torch.zeros(1, dtype=torch.long), policy.begin_round(None, 100))
-        growth.expand(torch.tensor([[[0.4, 0.35, 0.2, 0.05]]]).log(), torch.arange(4).view(1, 1, 4))
+        growth = one_level(policy, [0.4, 0.35, 0.2, 0.05])
         policy.width(growth)
         tree = growth.finish(policy.num_nodes(growth))
         policy.begin_verification()
@@ -230,8 +235,7 @@ def test_behind_the_end_of_an_answer_nothing_is_drafted():
 def test_another_branch_goes_on_where_one_ends():
     settings = TreeSettings(64, 15, 4, is_auto=True)
     policy = AdaptiveTreePolicy(settings, taught(FLAT), eos_token_ids=(0,))
-    growth = TreeGrowth(torch.zeros(1, dtype=torch.long), policy.begin_round(None, 100))
-    growth.expand(torch.tensor([[[0.5, 0.45, 0.04, 0.01]]]).log(), torch.arange(4).view(1, 1, 4))
+    growth = one_level(policy, [0.5, 0.45, 0.04, 0.01])
     assert policy.width(growth) >= 2
 
 
@@ -275,13 +279,9 @@ def test_time_is_worth_what_this_call_emits_in_it():
     settings = TreeSettings(64, 15, 4, is_auto=True)
     widths = []
     for tokens in (1.0, 400.0):
-        experience = taught(FLAT, level=0.2)
-        for _ in range(20):
-            experience.add_level(1, 0.2)
-        policy = AdaptiveTreePolicy(settings, experience)
+        policy = AdaptiveTreePolicy(settings, taught(FLAT, level=0.2))
         policy.add_to_call(tokens, 100.0)
-        growth = TreeGrowth(torch.zeros(1, dtype=torch.long), policy.begin_round(None, 100))
-        growth.expand(torch.tensor([[[0.3, 0.01, 0.01, 0.01]]]).log(), torch.arange(4).view(1, 1, 4))
+        growth = one_level(policy, [0.3, 0.01, 0.01, 0.01])
         widths.append(policy.width(growth))
     assert widths[0] > 0 and widths[1] == 0
 
