@@ -15,7 +15,7 @@ from .draft_head import DraftHead
 from .drafting_step import DraftingStep
 from .modeling_msd import MSDDraftModel
 from .phases import phase
-from .plain_modules import function_of
+from .plain_modules import function_at
 from .static_cache import make_static
 from .static_drafting import StaticDrafting
 from .targets import TargetAdapter, TargetPrefill
@@ -59,9 +59,7 @@ class MSDCandidateGenerator:
         self.cache = Cache(layers=[InPlaceLayer(max_slots) for _ in draft.layers])
         # A model looks for them among its weights each time, which takes as long as an operation.
         self._device, self._dtype = draft.device, draft.dtype
-        embedding = target.embedding
-        is_at_hand = embedding.weight.device == draft.device and embedding.weight.dtype == draft.dtype
-        self._embedding = function_of(embedding) if is_at_hand else None
+        self._embed = function_at(target.embedding, draft) or self._embed_elsewhere
         self._own_masks: dict[tuple[str, int, int], torch.Tensor] = {}
         self._steps = torch.arange(_LONGEST_KEPT, device=self._device)
         self._pending: list[tuple[torch.Tensor, torch.Tensor, Sequence[int]]] = []  # what `accept` takes
@@ -173,9 +171,8 @@ class MSDCandidateGenerator:
         with phase("cache"):
             truncate(self.cache, self._context.num_slots)
         batch_size, length = tokens.shape
-        device = self._next_position.device
         if length > len(self._steps):
-            self._steps = torch.arange(length, device=device)
+            self._steps = torch.arange(length, device=self._device)
         steps = self._steps[:length]
         # One row after rows that are all seen needs no mask.
         needs_mask = length > 1 or self._context.is_ragged or self._context.prompt_mask is not None
@@ -188,7 +185,7 @@ class MSDCandidateGenerator:
             self._next_position = self._next_position + length
             self._last_state, self.last_hidden_state = states[:, -1:], hidden_states[:, -1:]
         else:
-            last = torch.tensor(counts, device=device).unsqueeze(1)  # [B, 1]
+            last = torch.tensor(counts, device=self._device).unsqueeze(1)  # [B, 1]
             self._next_position = self._next_position + last
             self._last_state = states.gather(1, (last - 1).unsqueeze(2).expand(-1, -1, states.shape[2]))
 
@@ -283,13 +280,16 @@ class MSDCandidateGenerator:
         """The draft's states after a few tokens `[B, T]`, which get slots."""
         with phase("draft forward"):
             return self._drafting_step(
-                self._to_draft(self.target.embed(tokens)) if self._embedding is None else self._embedding(tokens),
+                self._embed(tokens),
                 self._to_draft(hidden_states),
                 position_ids,
                 attention_mask,
                 self.cache,
                 last_position,
             )
+
+    def _embed_elsewhere(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._to_draft(self.target.embed(tokens))
 
     def _to_draft(self, states: torch.Tensor) -> torch.Tensor:
         return states.to(device=self._device, dtype=self._dtype)

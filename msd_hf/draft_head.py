@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from .modeling_msd import MSDDraftModel
 from .phases import phase
-from .plain_modules import function_of
+from .plain_modules import function_at
 from .targets import TargetAdapter
 
 
@@ -26,9 +26,8 @@ class DraftHead:
         self._device = draft.device
         self._tokens = draft.draft_vocab
         self._rows = None if self._tokens is None else draft.head_rows(target.head_module)
-        module = target.head_module
-        is_at_hand = target.logit_cap is None and module.weight.device == draft.device
-        self._head = function_of(module) if is_at_hand and module.weight.dtype == draft.dtype else target.head
+        at_hand = function_at(target.head_module, draft) if target.logit_cap is None else None
+        self._head = at_hand or target.head
 
     def keep_address(self) -> None:
         """Lets CUDA graphs read the head's weights, or the rows of the draft's own vocabulary, where they are."""

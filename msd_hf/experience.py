@@ -59,7 +59,7 @@ class _Line:
 
     def add(self, num_nodes: int, seconds: float) -> None:
         if self.nodes.weight:
-            known = self.up_to(num_nodes)[-1]
+            known = self.at(num_nodes)
             if seconds < known / 4:
                 self._forget()  # it was warming up
             seconds = min(seconds, 1.5 * known)  # others take the processor away now and then
@@ -83,11 +83,15 @@ class _Line:
         slope = (covariance + _SLOPE_WEIGHT * _PRIOR_SLOPE * mean_seconds) / (variance + _SLOPE_WEIGHT)
         return min(max(slope, 0.0), mean_seconds / mean_nodes)  # no steeper than from nothing at all
 
+    def at(self, num_nodes: int) -> float:
+        """The cost of so many nodes."""
+        mean_nodes, mean_seconds = self._means
+        return mean_seconds + self.slope * (num_nodes - mean_nodes)
+
     def up_to(self, num_nodes: int) -> list[float]:
         """The costs of 1, 2, ... nodes."""
-        mean_nodes, mean_seconds = self._means
-        slope = self.slope
-        return [mean_seconds + slope * (count - mean_nodes) for count in range(1, num_nodes + 1)]
+        first, slope = self.at(1), self.slope
+        return [first + slope * count for count in range(num_nodes)]
 
     @property
     def _means(self) -> tuple[float, float]:

@@ -56,6 +56,7 @@ class PhaseTimer:
     def clear(self) -> None:
         """Forgets what was counted so far, but not in which phases we are."""
         self.seconds.clear()
+        self._since = self._now()
 
     def inside(self, outer: str) -> dict[str, float]:
         """Seconds of the phases inside the outermost phase `outer`, by name; what none of them took is under `outer`
@@ -79,9 +80,12 @@ class PhaseTimer:
 
     def mark(self, name: str | None) -> None:
         """The beginning of a phase, or the end of the innermost one."""
+        self._marks.append((self._now(), name))
+
+    def _now(self) -> float:
         if self._device is not None:
             torch.cuda.synchronize(self._device)
-        self._marks.append((time.perf_counter(), name))
+        return time.perf_counter()
 
 
 class _Section(AbstractContextManager[None]):

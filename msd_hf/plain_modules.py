@@ -30,6 +30,12 @@ def function_of(module: Any) -> TensorFunction:
     return module
 
 
+def function_at(module: Any, draft: nn.Module) -> TensorFunction | None:
+    """The same for a module whose weights lie where a draft computes, in its dtype; `None` for others."""
+    is_at_hand = module.weight.device == draft.device and module.weight.dtype == draft.dtype
+    return function_of(module) if is_at_hand else None
+
+
 def _norm_function(weight: torch.Tensor, epsilon: float) -> TensorFunction:
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
         return partial(functional.rms_norm, normalized_shape=weight.shape, weight=weight, eps=epsilon)
@@ -43,4 +49,4 @@ def _norm_function(weight: torch.Tensor, epsilon: float) -> TensorFunction:
     return normed
 
 
-__all__ = ["TensorFunction", "function_of"]
+__all__ = ["TensorFunction", "function_at", "function_of"]

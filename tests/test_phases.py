@@ -41,6 +41,17 @@ def test_the_same_phase_is_kept_apart_by_what_it_is_in(clock):
     assert timer.inside("decode")["draft forward"] == 7
 
 
+def test_clearing_keeps_the_phase_we_are_in(clock):
+    with PhaseTimer() as timer, phase("decode"):
+        clock.now += 5
+        with phase("tree"):
+            clock.now += 20
+            timer.clear()
+            clock.now += 300
+        clock.now += 4000
+    assert timer.inside("decode") == {"decode": 4000, "tree": 300}
+
+
 def test_without_a_timer_nothing_is_made(clock):
     assert phase("tree") is phase("head")
     timer = PhaseTimer()

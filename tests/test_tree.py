@@ -4,13 +4,14 @@ from types import SimpleNamespace
 
 import golden_sets
 import pytest
+import tiny
 import torch
 from torch import nn
 
 from msd_hf import MSDError
 from msd_hf.attention_mask import ContextSlots, tree_attention_mask
 from msd_hf.candidate_generator import MSDCandidateGenerator
-from msd_hf.targets import TargetPrefill
+from msd_hf.targets import TargetAdapter, TargetPrefill
 from msd_hf.tree import CandidateTree, TreeGrowth, TreeSettings
 
 
@@ -180,3 +181,37 @@ def test_levels_that_could_not_be_emitted_are_not_drafted():
     assert settings.limited_to(7) == settings == settings.limited_to(None)
     assert settings.limited_to(3) == TreeSettings(20, 1, 4)
     assert settings.limited_to(1).num_nodes == 1
+
+
+def test_tokens_that_are_fed_together_see_those_before_them():
+    """With two layers, what the second one holds of a token depends on what the token saw."""
+    pair = next(pair for pair in map(tiny.pair, range(tiny.NUM_PAIRS)) if len(pair.draft.layers) > 1)
+    adapter, length, num_tokens = TargetAdapter(pair.target), 7, 4
+    size = pair.draft.config.hidden_size
+    torch.manual_seed(0)
+    embeds, states, new_states = (
+        torch.randn(1, rows, size, dtype=pair.draft.dtype) for rows in (length, length, num_tokens)
+    )
+    tokens = torch.randint(3, 40, (1, num_tokens))
+    prefill = TargetPrefill(
+        logits=None,
+        inputs_embeds=embeds,
+        hidden_states=states,
+        visual_mask=torch.zeros(1, length, dtype=torch.bool),
+        prompt_mask=None,
+        next_position=None,
+        num_slots=length,
+        outputs=None,
+    )
+    trees, keys = [], []
+    for parts in ([num_tokens], [1] * num_tokens):
+        generator = MSDCandidateGenerator(pair.draft, adapter)
+        with torch.no_grad():
+            generator.prefill(prefill, torch.tensor([5]))
+            for part, part_states in zip(tokens.split(parts, 1), new_states.split(parts, 1), strict=True):
+                generator.accept(part, part_states, [part.shape[1]])
+            keys.append([layer.keys.clone() for layer in generator.cache.layers])
+            trees.append(generator.propose(tokens[:, -1], TreeSettings(12, 2, 3)))
+    torch.testing.assert_close(*keys)
+    torch.testing.assert_close(trees[0].scores, trees[1].scores)
+    assert torch.equal(trees[0].tokens, trees[1].tokens)
