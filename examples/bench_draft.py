@@ -96,6 +96,7 @@ class Drafting:
         self.generator = MSDCandidateGenerator(draft, adapter)
         self.settings = TreeSettings(args.nodes, args.depth, args.top_k)
         self.tokens = torch.randint(args.vocabulary, (1, args.accepted), device=draft.device)
+        self.roots = self.tokens[:, -1].clone()
         self.hidden_states = random_states(draft, args.accepted)
         # Each tree adds accepted tokens: the context is right in the middle of the run.
         length = max(1, args.context - args.accepted * (args.repeats + WARM_UP))
@@ -114,7 +115,7 @@ class Drafting:
     def __call__(self) -> None:
         with phase("decode"):
             self.generator.accept(self.tokens, self.hidden_states, [self.tokens.shape[1]])
-            self.generator.propose(self.tokens[:, -1], self.settings).with_best_path_first()
+            self.generator.propose(self.roots, self.settings, best_path_first=True)
 
     def measure(self, device: torch.device) -> dict[str, float]:
         """Milliseconds of a tree as it is, and of the phases of another one."""

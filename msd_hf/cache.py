@@ -103,7 +103,7 @@ class InPlaceLayer(DynamicLayer):
     def truncate(self, length: int) -> None:
         """Drops the slots from `length` on. Copies nothing."""
         if self.is_initialized and length < self.get_seq_length():
-            self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
+            self.keys, self.values = self.keys.narrow(2, 0, length), self.values.narrow(2, 0, length)
 
     def reset(self) -> None:
         super().reset()
@@ -173,28 +173,28 @@ def _in_place(layer: DynamicLayer, max_slots: int) -> InPlaceLayer:
     return made
 
 
-def keep_paths(
-    cache: Cache, context: ContextSlots, paths: torch.Tensor, counts: Sequence[int], in_place: bool = False
-) -> None:
+def keep_paths(cache: Cache, context: ContextSlots, paths: torch.Tensor | None, counts: Sequence[int]) -> None:
     """
     Keeps, of the slots behind the context, those of accepted nodes.
 
     Args:
         cache (`Cache`): of `InPlaceLayer`s.
         context (`ContextSlots`): is extended by them.
-        paths (`torch.LongTensor` of shape `[B, A]`): slots behind the context, in order; anything behind a row's own.
+        paths (`torch.LongTensor` of shape `[B, A]`, *optional*): slots behind the context, in order; anything behind a
+            row's own. `None` if they are the first ones in every row.
         counts (`Sequence[int]`): how many of them are each row's own.
-        in_place (`bool`): whether they are the first ones in every row, so that none has to move.
     """
     start = context.num_slots
     if not context.is_ragged and min(counts) == max(counts):
         context.grow(counts)
         for layer in cache.layers:
-            if in_place:
+            if paths is None:  # none has to move
                 layer.truncate(context.num_slots)
             else:
                 layer.keep_slots(start, paths.to(layer.device))
         return
+    if paths is None:
+        paths = torch.arange(max(counts), device=cache.layers[0].device).expand(len(counts), -1)
     places = context.row_lengths(paths.device).unsqueeze(1) + torch.arange(paths.shape[1], device=paths.device)
     context.grow(counts)
     for layer in cache.layers:

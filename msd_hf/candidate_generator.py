@@ -19,7 +19,7 @@ from .plain_modules import function_at
 from .static_cache import make_static
 from .static_drafting import StaticDrafting
 from .targets import TargetAdapter, TargetPrefill
-from .tree import CandidateTree, TreeGrowth, TreeSettings, rows_of
+from .tree import CandidateTree, TreeGrowth, TreeSettings, TreeTables, rows_of
 from .tree_policy import TreePolicy
 
 
@@ -61,6 +61,7 @@ class MSDCandidateGenerator:
         self._device, self._dtype = draft.device, draft.dtype
         self._embed = function_at(target.embedding, draft) or self._embed_elsewhere
         self._own_masks: dict[tuple[str, int, int], torch.Tensor] = {}
+        self._tables: TreeTables | None = None
         self._steps = torch.arange(_LONGEST_KEPT, device=self._device)
         self._pending: list[tuple[torch.Tensor, torch.Tensor, Sequence[int]]] = []  # what `accept` takes
         self._context: ContextSlots  # accepted rows; drafted ones come behind
@@ -135,12 +136,26 @@ class MSDCandidateGenerator:
         """To how many tokens `accept` wants rows to be padded, if to a fixed number."""
         return None if self._static is None else self._static.max_tokens
 
-    def wait(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> None:
-        """Like `accept`, for tokens that are fed once they are needed."""
-        self._pending.append((tokens, hidden_states, counts))
+    def accept(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> None:
+        """
+        Replaces the drafted slots by the tokens that were emitted, with the target's true hidden states. They are fed
+        once they are needed.
 
+        Args:
+            tokens (`torch.LongTensor` of shape `[B, A]`): the emitted tokens, the bonus token last; then anything.
+            hidden_states (`torch.Tensor` of shape `[B, A, (1 + K) * H]`): the target's, at the position before each.
+            counts (`Sequence[int]`): how many tokens each row has.
+        """
+        self._pending.append((tokens, hidden_states, counts))
+        if self._static is not None and len(counts) == 1:
+            self.last_hidden_state = hidden_states[:, counts[0] - 1 : counts[0]]
+
+    @torch.inference_mode()  # as for `propose`
     def feed_pending(self) -> None:
-        """Feeds the tokens that wait."""
+        """Feeds the tokens that were accepted, as the next drafting would."""
+        self._feed_pending()
+
+    def _feed_pending(self) -> None:
         pending, self._pending = self._pending, []
         if len(pending) > 1 and all(min(counts) == tokens.shape[1] for tokens, _, counts in pending):
             tokens = torch.cat([tokens for tokens, _, _ in pending], dim=1)
@@ -148,42 +163,24 @@ class MSDCandidateGenerator:
             pending = [(tokens, hidden_states, [tokens.shape[1]] * tokens.shape[0])]
         for tokens, hidden_states, counts in pending:
             length = max(counts)
-            self._feed(tokens[:, :length], hidden_states[:, :length], counts)
+            self._feed(tokens.narrow(1, 0, length), hidden_states.narrow(1, 0, length), counts)
 
-    def accept(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> None:
-        """
-        Replaces the drafted slots by the tokens that were emitted, with the target's true hidden states.
-
-        Args:
-            tokens (`torch.LongTensor` of shape `[B, A]`): the emitted tokens, the bonus token last; then anything.
-            hidden_states (`torch.Tensor` of shape `[B, A, (1 + K) * H]`): the target's, at the position before each.
-            counts (`Sequence[int]`): how many tokens each row has.
-        """
-        if self._static is None:
-            self._feed(tokens, hidden_states, counts)
-            return
-        self._pending.append((tokens, hidden_states, counts))  # a part of the next drafting
-        if len(counts) == 1:
-            self.last_hidden_state = hidden_states[:, counts[0] - 1 : counts[0]]
-
-    @torch.inference_mode()  # as for `propose`
     def _feed(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> None:
         with phase("cache"):
             truncate(self.cache, self._context.num_slots)
-        batch_size, length = tokens.shape
-        if length > len(self._steps):
-            self._steps = torch.arange(length, device=self._device)
-        steps = self._steps[:length]
+        length = tokens.shape[1]
+        positions = self._next_position + self._steps_below(length + 1)
         # One row after rows that are all seen needs no mask.
         needs_mask = length > 1 or self._context.is_ragged or self._context.prompt_mask is not None
         mask = self._chain_mask(length) if needs_mask else None
         self._last_position += length
-        states = self._step(tokens, hidden_states, self._next_position + steps, mask, self._last_position)
+        states = self._step(tokens, hidden_states, positions.narrow(1, 0, length), mask, self._last_position)
         with phase("cache"):
-            keep_paths(self.cache, self._context, steps.expand(batch_size, -1), counts, in_place=True)
+            keep_paths(self.cache, self._context, None, counts)
         if min(counts) == length:
-            self._next_position = self._next_position + length
-            self._last_state, self.last_hidden_state = states[:, -1:], hidden_states[:, -1:]
+            self._next_position = positions.narrow(1, length, 1)
+            self._last_state = states.narrow(1, length - 1, 1)
+            self.last_hidden_state = hidden_states.narrow(1, length - 1, 1)
         else:
             last = torch.tensor(counts, device=self._device).unsqueeze(1)  # [B, 1]
             self._next_position = self._next_position + last
@@ -200,7 +197,13 @@ class MSDCandidateGenerator:
         self._last_state = self._last_state[list(places)]
 
     @torch.inference_mode()  # in which many small operations take an eighth less time
-    def propose(self, roots: torch.Tensor, settings: TreeSettings, policy: TreePolicy | None = None) -> CandidateTree:
+    def propose(
+        self,
+        roots: torch.Tensor,
+        settings: TreeSettings,
+        policy: TreePolicy | None = None,
+        best_path_first: bool = False,
+    ) -> CandidateTree:
         """
         Grows trees.
 
@@ -209,23 +212,25 @@ class MSDCandidateGenerator:
             settings (`TreeSettings`): bounds of the trees.
             policy (`TreePolicy`, *optional*): chooses how wide and deep they become within these, and how many nodes
                 are kept in the end.
+            best_path_first (`bool`): see [`CandidateTree.with_best_path_first`].
         """
         if settings.num_nodes == 1:
             return CandidateTree.bare(roots)
         if self._static is not None:
             return self._propose_static(self._static, settings)
         policy = policy or TreePolicy(settings)
-        growth = TreeGrowth(roots, settings)
-        self.feed_pending()
+        growth = TreeGrowth(roots, settings, self._tables)
+        self._feed_pending()
         batch_size, dtype = roots.shape[0], self._dtype
         states = self._last_state
         growth.expand(*self._head.top_k(states, settings.top_k))
         # Which slots each node of the frontier sees, [B, F, S + nodes that were expanded before]: its parent's and its
         # own. A path sees all.
-        mask = None
+        mask = own = None
         if self._context.hides_slots:
             nothing = torch.ones(batch_size, 1, 0, dtype=torch.bool, device=states.device)
             mask = tree_attention_mask(nothing, self._context, dtype)[:, 0]
+        positions = self._next_position + self._steps_below(settings.depth)
         for level in range(settings.depth):
             width = policy.width(growth)
             if width == 0:
@@ -235,13 +240,18 @@ class MSDCandidateGenerator:
             if mask is None and width > 1:
                 mask = states.new_zeros(batch_size, 1, self._context.num_slots + level)
             if mask is not None:
-                mask = torch.cat([rows_of(mask, above, width), self._own_mask("nodes", batch_size, width)], dim=2)
-            positions = self._next_position + level
+                if own is None or own.shape[1] != width:
+                    own = self._own_mask("nodes", batch_size, width)
+                mask = torch.cat([rows_of(mask, above, width), own], dim=2)
+            seen = None if mask is None else mask.view(batch_size, 1, width, -1)
             last_position = self._last_position + level + 1
-            seen = None if mask is None else mask.unsqueeze(1)
-            states = self._step(tokens, rows_of(states, above, width), positions, seen, last_position)
+            states = self._step(
+                tokens, rows_of(states, above, width), positions.narrow(1, level, 1), seen, last_position
+            )
             growth.expand(*self._head.top_k(states, settings.top_k))
-        return growth.finish(policy.num_nodes(growth))
+        self._tables = growth.tables
+        tree = growth.finish(policy.num_nodes(growth))
+        return tree.with_best_path_first() if best_path_first and settings.top_k > 1 and tree.max_depth else tree
 
     def _propose_static(self, static: StaticDrafting, settings: TreeSettings) -> CandidateTree:
         ((tokens, hidden_states, counts),) = self._pending
@@ -257,6 +267,12 @@ class MSDCandidateGenerator:
             tree.depths.clamp_(max=settings.depth + 1)
         return tree
 
+    def _steps_below(self, count: int) -> torch.Tensor:
+        """0, 1, ... `[count]`."""
+        if count > self._steps.shape[0]:
+            self._steps = torch.arange(count, device=self._device)
+        return self._steps.narrow(0, 0, count)
+
     def _own_mask(self, kind: str, batch_size: int, size: int) -> torch.Tensor:
         """An additive mask `[B, size, size]`: `"nodes"` of a level see themselves alone, those of a `"chain"` also the
         ones before. Kept, since they are needed time and again."""
@@ -269,7 +285,7 @@ class MSDCandidateGenerator:
 
     def _chain_mask(self, length: int) -> torch.Tensor:
         """The mask of `length` rows that follow each other behind the context."""
-        batch_size = len(self._next_position)
+        batch_size = self._next_position.shape[0]
         if length <= _LONGEST_KEPT and not self._context.hides_slots:
             own = self._own_mask("chain", batch_size, length)
             return torch.cat([own.new_zeros(batch_size, length, self._context.num_slots), own], dim=2).unsqueeze(1)

@@ -11,6 +11,9 @@ from .plain_modules import function_at
 from .targets import TargetAdapter
 
 
+_HALF = (torch.float16, torch.bfloat16)
+
+
 class DraftHead:
     """
     Scores candidates. The output of `generate` does not depend on it: the target verifies with its full head.
@@ -28,10 +31,21 @@ class DraftHead:
         self._rows = None if self._tokens is None else draft.head_rows(target.head_module)
         at_hand = function_at(target.head_module, draft) if target.logit_cap is None else None
         self._head = at_hand or target.head
+        if self._rows is not None:
+            weight = self._rows[0]
+            assert self._tokens is not None
+            self._tokens = self._tokens.to(weight.device)
+        else:
+            weight = target.head_module.weight
+        # Logits that nobody else may hold are overwritten: on a CPU, new memory takes time.
+        is_own = self._rows is not None or at_hand not in (None, target.head_module)
+        self._overwrites = is_own and weight.device.type == "cpu" and weight.dtype not in _HALF
+        self._is_here = weight.device == self._device
 
     def keep_address(self) -> None:
         """Lets CUDA graphs read the head's weights, or the rows of the draft's own vocabulary, where they are."""
         self._head = self.target.head
+        self._overwrites = False
         for part in self._rows or ():
             if part is not None:
                 torch._dynamo.mark_static_address(part)
@@ -51,13 +65,17 @@ class DraftHead:
 
     def best(self, logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The same, of what `logits` gave."""
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()
-        log_probs, tokens = logits.log_softmax(-1).topk(min(top_k, logits.shape[-1]), dim=-1)
+        if self._overwrites:
+            log_probs = torch.log_softmax(logits, -1, out=logits)
+        else:
+            if logits.dtype in _HALF:
+                logits = logits.float()
+            log_probs = logits.log_softmax(-1)
+        log_probs, tokens = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1)
         if self._rows is not None:
             assert self._tokens is not None
-            tokens = self._tokens.take(tokens.to(self._tokens.device))
-        if log_probs.device == self._device:
+            tokens = self._tokens.take(tokens)
+        if self._is_here:
             return log_probs, tokens
         return log_probs.to(self._device), tokens.to(self._device)
 

@@ -111,9 +111,7 @@ def msd_decoding(
             limits = policy.begin_round(selector.tokens_left, running.context.num_slots)
             roots = torch.tensor(running.tokens, device=draft.device)
             with phase("tree"):
-                tree = generator.propose(roots, limits, policy)
-                if static_tokens is None and limits.top_k > 1 and tree.max_depth:
-                    tree = tree.with_best_path_first()
+                tree = generator.propose(roots, limits, policy, best_path_first=True)
                 tree = branches.added_to(tree, limits.suffix_nodes)
             tree = tree.to(running.next_position.device)
             if selector.padded_rows:
@@ -136,10 +134,7 @@ def msd_decoding(
                 if tree.tokens.shape[1] > 1:
                     nodes = paths if static_tokens is None else _padded(verified.paths, states.device, static_tokens)
                     states = states.gather(1, nodes.to(states.device).unsqueeze(2).expand(-1, -1, states.shape[2]))
-                if limits.num_nodes == 1:
-                    generator.wait(emitted, states, verified.counts)
-                else:
-                    generator.accept(emitted, states, verified.counts)
+                generator.accept(emitted, states, verified.counts)
             del verification  # its logits are not to be held beside those of the next round
             policy.end_round(tree, verified.paths)
 

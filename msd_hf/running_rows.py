@@ -58,7 +58,7 @@ class RunningRows:
             verified, paths = self._unsettled
             self._unsettled = None
             in_place = all(path[-1] == len(path) - 1 for path in verified.paths)
-            keep_paths(self.cache, self.context, paths, verified.counts, in_place)
+            keep_paths(self.cache, self.context, None if in_place else paths, verified.counts)
             counts = torch.tensor(verified.counts, device=self.next_position.device)
             self.next_position = self.next_position + counts.unsqueeze(1)
 
@@ -110,7 +110,7 @@ class RunningRows:
         extras.add(verification.outputs, range(batch_size), paths, context.lengths)
         for row, count in enumerate(missing):
             selector.pad(row, verification.logits[row, :count])
-        keep_paths(self.cache, context, torch.arange(max(missing), device=device).expand(batch_size, -1), missing)
+        keep_paths(self.cache, context, None, missing)
 
     def _take(self, place: int) -> _EndedRow:
         length = self.context.lengths[place]

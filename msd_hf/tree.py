@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -128,12 +128,11 @@ class CandidateTree:
         cls, tokens: torch.Tensor, parents: torch.Tensor, max_depth: int, scores: torch.Tensor | None = None
     ) -> CandidateTree:
         """Completes a tree of which tokens and parents are known (both `[B, N]`, root first, in flat order)."""
-        above = parents.unsqueeze(2)  # [B, N, D]: the nodes 1, 2, ... levels above; the root is above itself
-        for _ in range((max_depth - 1).bit_length()):
-            farther = above.gather(1, above[:, :, -1:].expand_as(above))  # those of the highest one so far
-            above = torch.cat([above, farther], dim=2)
+        above = [parents]  # the nodes 1, 2, ... levels above; the root is above itself
+        for _ in range(max_depth - 1):
+            above.append(parents.gather(1, above[-1]))
         ancestors = torch.zeros(*tokens.shape, tokens.shape[1], dtype=torch.bool, device=tokens.device)
-        ancestors.scatter_(2, above, True)
+        ancestors.scatter_(2, torch.stack(above, dim=2), True)
         ancestors.diagonal(dim1=1, dim2=2).fill_(True)
         return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, max_depth, scores)
 
@@ -201,7 +200,7 @@ class CandidateTree:
         accepted, its slots are in place already."""
         assert self.scores is not None
         best = (self.depths + self.scores.exp()).argmax(1)  # a probability is at most a level
-        is_last = self.ancestors.gather(1, best[:, None, None].expand(-1, -1, self.ancestors.shape[2])).squeeze(1)
+        is_last = self.ancestors.gather(1, best.view(-1, 1, 1).expand(-1, -1, self.ancestors.shape[2])).squeeze(1)
         order = is_last.sort(dim=1, descending=True, stable=True).indices  # [B, N]: which node each was
         numbers = order.argsort(dim=1)
         square = order.unsqueeze(2).expand_as(self.ancestors)
@@ -245,6 +244,30 @@ class CandidateTree:
         )
 
 
+class TreeTables(NamedTuple):
+    """What trees of one size have in common, see [`TreeGrowth`]."""
+
+    groups: torch.Tensor  # [n]: the group of K that each number is in
+    in_order: torch.Tensor  # [B, K]: 0, 1, ... in each row
+    root_scores: torch.Tensor  # [B, 1]: zeros
+
+    @classmethod
+    def like(cls, log_probs: torch.Tensor, count: int) -> TreeTables:
+        """Tables for trees with candidates such as `log_probs` `[B, F, K]`, and for numbers below `count`."""
+        batch_size, _, top_k = log_probs.shape
+        numbers = torch.arange(max(count, top_k), device=log_probs.device)
+        return cls(numbers // top_k, numbers[:top_k].expand(batch_size, -1), log_probs.new_zeros(batch_size, 1))
+
+    def fits(self, log_probs: torch.Tensor, count: int) -> bool:
+        """Whether they are what `like` would make, or more of it."""
+        batch_size, _, top_k = log_probs.shape
+        return (
+            self.in_order.shape == (batch_size, top_k)
+            and self.groups.shape[0] >= count
+            and self.root_scores.dtype == log_probs.dtype
+        )
+
+
 class TreeGrowth:
     """Grows a tree level by level: each node of the frontier proposes `top_k` tokens, the `top_k` best of these by
     cumulative log-probability are the next frontier, and in the end the best of all are kept.
@@ -254,19 +277,21 @@ class TreeGrowth:
     Args:
         root (`torch.LongTensor` of shape `[B]`): the last emitted token.
         settings (`TreeSettings`): the size of the tree.
+        tables (`TreeTables`, *optional*): those of an earlier tree, to be used again if they fit.
     """
 
-    def __init__(self, root: torch.Tensor, settings: TreeSettings):
+    def __init__(self, root: torch.Tensor, settings: TreeSettings, tables: TreeTables | None = None):
         self.root = root
         self.settings = settings
-        # Of each level: tokens and cumulative log-probabilities, both [B, F * K].
-        self._tokens = [root.unsqueeze(1)]
+        self.tables = tables
+        # Of each level: tokens [B, F, K], and cumulative log-probabilities [B, F * K].
+        self._tokens: list[torch.Tensor] = []
         self._scores: list[torch.Tensor] = []
+        self._num_candidates = 1
         self._width, self._top_k = 0, 0  # F of the last level, and K: a small vocabulary has fewer than is set
         # Of the nodes that were expanded, level by level: places among the candidates of their level, [B, F].
-        self._expanded = [torch.zeros_like(self._tokens[0])]
-        self._frontier: tuple[torch.Tensor, ...] | None = None  # scores, places and tokens, best first
-        self._in_order: torch.Tensor | None = None
+        self._expanded: list[torch.Tensor] = []
+        self._frontier: tuple[torch.Tensor, ...] | None = None  # scores, tokens and places, best first
         self._ranking: tuple[torch.Tensor, torch.Tensor] | None = None  # scores and numbers of all, best first
 
     @property
@@ -277,12 +302,12 @@ class TreeGrowth:
     @property
     def frontier_tokens(self) -> torch.Tensor:
         """The tokens of the frontier, `[B, K]`."""
-        return self._best_of_level()[2]
+        return self._best_of_level()[1]
 
     @property
     def num_nodes(self) -> int:
         """Nodes that there would be now, the root included."""
-        return min(self.settings.num_nodes, sum(tokens.shape[1] for tokens in self._tokens))
+        return min(self.settings.num_nodes, self._num_candidates)
 
     def best_scores(self, count: int) -> torch.Tensor:
         """The cumulative log-probabilities of the best candidates of all levels, `[B, count]`, best first."""
@@ -298,11 +323,17 @@ class TreeGrowth:
         """
         batch_size, self._width, self._top_k = log_probs.shape
         if self._scores:
-            log_probs = log_probs + self.frontier_scores.unsqueeze(2)
+            assert self._frontier is not None
+            log_probs = log_probs + self._frontier[0].unsqueeze(2)
         else:
-            self._scores.append(log_probs.new_zeros(batch_size, 1))
-        self._tokens.append(tokens.flatten(1))
-        self._scores.append(log_probs.flatten(1))
+            # Places among the candidates of a level in all rows, and numbers of all candidates with K for the root.
+            count = max(batch_size, self.settings.depth + 2) * self._top_k * max(self.settings.top_k, self._top_k)
+            if self.tables is None or not self.tables.fits(log_probs, count):
+                self.tables = TreeTables.like(log_probs, count)
+            self._scores.append(self.tables.root_scores)
+        self._tokens.append(tokens)
+        self._scores.append(log_probs.view(batch_size, -1))
+        self._num_candidates += self._width * self._top_k
         self._frontier = self._ranking = None
 
     def descend(self, width: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -315,14 +346,12 @@ class TreeGrowth:
         frontier = self._best_of_level()
         if width < self._top_k:
             frontier = self._frontier = tuple(part[:, :width] for part in frontier)
-        _, places, tokens = frontier
+        _, tokens, places = frontier
         self._expanded.append(places)
         if self._width == 1:
             return tokens, None
-        above = places // self._top_k
-        if len(above) > 1:
-            above = above + self._width * torch.arange(len(above), device=above.device).unsqueeze(1)
-        return tokens, above.flatten()
+        assert self.tables is not None
+        return tokens, self.tables.groups.take(self._among_all(places)).view(-1)
 
     def finish(self, num_nodes: int | None = None) -> CandidateTree:
         """Keeps the best candidates of all levels, in flat order: as many as set, or fewer (`num_nodes`)."""
@@ -330,14 +359,12 @@ class TreeGrowth:
         if num_kept == 1:
             return CandidateTree.bare(self.root)
         scores, numbers = self._ranked()
-        kept, order = numbers[:, :num_kept].sort(dim=1)  # [B, N]
+        kept, order = numbers.narrow(1, 0, num_kept).sort(dim=1)  # [B, N]
         # The parent of a kept candidate is kept too.
         parents = torch.searchsorted(kept, self._parents_of(kept))
+        tokens = torch.cat([self.root.unsqueeze(1), *(tokens.flatten(1) for tokens in self._tokens)], dim=1)
         return CandidateTree.from_parents(
-            torch.cat(self._tokens, dim=1).gather(1, kept),
-            parents,
-            max_depth=len(self._tokens) - 1,
-            scores=scores.gather(1, order),
+            tokens.gather(1, kept), parents, max_depth=len(self._tokens), scores=scores.gather(1, order)
         )
 
     def _best_of_level(self) -> tuple[torch.Tensor, ...]:
@@ -347,12 +374,18 @@ class TreeGrowth:
             scores, tokens = self._scores[-1], self._tokens[-1]
             if self._width > 1:
                 scores, places = scores.topk(self._top_k, dim=1)
-                self._frontier = scores, places, tokens.gather(1, places)
+                self._frontier = scores, tokens.take(self._among_all(places)), places
             else:  # behind a single node they are in order
-                if self._in_order is None:
-                    self._in_order = torch.arange(self._top_k, device=scores.device).expand_as(scores)
-                self._frontier = scores, self._in_order, tokens
+                assert self.tables is not None
+                self._frontier = scores, tokens.view(tokens.shape[0], -1), self.tables.in_order
         return self._frontier
+
+    def _among_all(self, places: torch.Tensor) -> torch.Tensor:
+        """Places `[B, n]` among the candidates of the last level in each row, as places among those of all rows."""
+        if places.shape[0] == 1:
+            return places
+        size = self._width * self._top_k
+        return places + torch.arange(0, places.shape[0] * size, size, device=places.device).unsqueeze(1)
 
     def _ranked(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self._ranking is None:
@@ -364,11 +397,14 @@ class TreeGrowth:
 
     def _parents_of(self, numbers: torch.Tensor) -> torch.Tensor:
         """The numbers of the candidates above such candidates; the root is its own parent."""
-        above, first = [self._expanded[0]], 0
-        for places, tokens in zip(self._expanded, self._tokens[:-1], strict=True):
-            above.append(places + first if first else places)
-            first += tokens.shape[1]
-        return torch.cat(above, dim=1).gather(1, (numbers + (self._top_k - 1)) // self._top_k)
+        assert self.tables is not None
+        root = self.tables.in_order.narrow(1, 0, 1)
+        above, first = [root, root], 1  # the root's own parent, and that of its candidates
+        for places, scores in zip(self._expanded, self._scores[1:], strict=False):
+            above.append(places + first)
+            first += scores.shape[1]
+        # Each of these has K candidates below it, but for the first, the root's parent.
+        return torch.cat(above, dim=1).gather(1, self.tables.groups.take(numbers + (self._top_k - 1)))
 
 
 def rows_of(states: torch.Tensor, index: torch.Tensor | None, count: int) -> torch.Tensor:
@@ -376,10 +412,9 @@ def rows_of(states: torch.Tensor, index: torch.Tensor | None, count: int) -> tor
     `[B, count, N]`. Without one T is 1."""
     if index is None:
         return states.expand(-1, count, -1)
-    batch_size, _, size = states.shape
-    if batch_size == 1:
+    if states.shape[0] == 1:
         return states.index_select(1, index)
-    return states.flatten(0, 1).index_select(0, index).view(batch_size, count, size)
+    return states.flatten(0, 1).index_select(0, index).view(states.shape[0], count, -1)
 
 
-__all__ = ["CandidateTree", "TreeGrowth", "TreeSettings", "rows_of"]
+__all__ = ["CandidateTree", "TreeGrowth", "TreeSettings", "TreeTables", "rows_of"]

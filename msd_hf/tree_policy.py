@@ -41,7 +41,7 @@ class TreePolicy:
 
     def width(self, growth: TreeGrowth) -> int:
         """How many nodes of the last level are expanded, 0 for none; asked before each expansion but the first."""
-        return growth.frontier_scores.shape[1]
+        return self.settings.top_k
 
     def num_nodes(self, growth: TreeGrowth) -> int:
         """Nodes that the full-grown tree keeps, the root included."""

@@ -40,8 +40,8 @@ def chains_of():
     """Keeps what is proposed: the candidates of each round, and how sure the draft is of each."""
     chains, original = [], MSDCandidateGenerator.propose
 
-    def propose(*args):
-        tree = original(*args)
+    def propose(*args, **kwargs):
+        tree = original(*args, **kwargs)
         scores = [] if tree.scores is None else tree.scores[0].tolist()
         sure = [below - above for above, below in pairwise(scores)]
         chains.append((tree.tokens[0, 1:].tolist(), torch.tensor(sure).exp().tolist()))

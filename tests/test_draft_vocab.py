@@ -49,6 +49,26 @@ def test_candidates_are_the_best_of_the_vocabulary(tokens):
     assert torch.equal(found, ids[expected.indices])
 
 
+@pytest.mark.parametrize("is_hooked", [False, True])
+def test_logits_that_someone_else_holds_stay_as_they_are(is_hooked):
+    """Those of a plain head are overwritten with log-probabilities, those that a hook has seen are not."""
+    pair = tiny.pair(1)
+    target, seen = copy.deepcopy(pair.target), []
+    head_module = target.get_output_embeddings()
+    if is_hooked:
+        head_module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    head = DraftHead(pair.draft, TargetAdapter(target))
+    states = torch.randn(1, 3, 32, dtype=torch.float64)
+    log_probs, tokens = head.top_k(states, 4)
+    expected = torch.nn.functional.linear(states, head_module.weight, head_module.bias)
+    best = expected.log_softmax(-1).topk(4)
+    torch.testing.assert_close(log_probs, best.values)
+    assert torch.equal(tokens, best.indices)
+    for logits in seen:
+        torch.testing.assert_close(logits, expected)
+    assert len(seen) == is_hooked
+
+
 def test_rows_are_copied_once_and_again_when_the_head_changes():
     pair, draft = with_vocab([5, 9, 4])
     head = copy.deepcopy(pair.target.get_output_embeddings())

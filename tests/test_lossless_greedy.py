@@ -119,6 +119,16 @@ def test_drafts_are_accepted_in_part(number):
     assert 1.8 < tau < 6, tau
 
 
+def test_a_chain_longer_than_what_is_kept_between_rounds():
+    pair = tiny.pair(0)
+    inputs = tiny.make_prompt(3, 9)
+    expected = pair.target.generate(**inputs, max_new_tokens=80, eos_token_id=None)
+    draft = pair.with_tree(75, 73, 1)
+    assert torch.equal(
+        pair.target.generate(**inputs, max_new_tokens=80, eos_token_id=None, assistant_model=draft), expected
+    )
+
+
 def test_the_cases_show_something():
     """They are many, mostly long, of every kind, and trees are accepted."""
     cases = [case for number in range(tiny.NUM_PAIRS) for case in run_cases(number)]

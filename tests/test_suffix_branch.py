@@ -100,7 +100,7 @@ def test_trees_with_a_branch_are_well_formed(settings):
     torch.manual_seed(0)
     generator, held = random.Random(1), set()
     for trial in range(40):
-        tree = random_growth(TreeSettings(*settings), batch_size=3, vocab_size=6, sharpness=2.0)
+        tree = random_growth(TreeSettings(*settings), batch_size=3, vocab_size=6, sharpness=2.0).finish()
         num_held, num_new = tree.tokens.shape[1], 1 + trial % 4
         chains = []
         for row in range(3):  # a path of the tree, and something else behind it

@@ -58,7 +58,7 @@ def test_slots_of_the_path_that_the_draft_believes_in_need_not_move(pair, monkey
     in_place = []
     keep_paths = running_rows.keep_paths
     monkeypatch.setattr(
-        running_rows, "keep_paths", lambda *arguments: (in_place.append(arguments[-1]), keep_paths(*arguments))
+        running_rows, "keep_paths", lambda *arguments: (in_place.append(arguments[2] is None), keep_paths(*arguments))
     )
     for prompt in make_evaluation_prompts(prompts_per_kind=1, seed=3)[:4]:
         target.generate(

@@ -71,8 +71,10 @@ def test_trees_of_three_rounds_reproduce_the_original(name, dtype, tmp_path):
             assert torch.equal(tree.ancestors[0], values[f"r{number}.tree_mask"].bool())
 
 
-def random_growth(settings: TreeSettings, batch_size: int, sharpness: float = 1.0, widths=(10,), vocab_size: int = 30):
-    growth = TreeGrowth(torch.arange(batch_size), settings)
+def random_growth(
+    settings: TreeSettings, batch_size: int, sharpness: float = 1.0, widths=(10,), vocab_size: int = 30, tables=None
+) -> TreeGrowth:
+    growth = TreeGrowth(torch.arange(batch_size), settings, tables)
     frontier = 1
     for level in range(settings.depth + 1):
         if level:
@@ -80,7 +82,7 @@ def random_growth(settings: TreeSettings, batch_size: int, sharpness: float = 1.
             growth.descend(frontier)
         logits = sharpness * torch.randn(batch_size, frontier, vocab_size)
         growth.expand(*logits.log_softmax(-1).topk(settings.top_k))
-    return growth.finish()
+    return growth
 
 
 @pytest.mark.parametrize("widths", [(10,), (1,), (2, 1, 3)])
@@ -91,7 +93,7 @@ def test_every_tree_is_well_formed(settings, sharpness, widths):
     differ in width."""
     torch.manual_seed(0)
     settings = TreeSettings(*settings)
-    tree = random_growth(settings, batch_size=3, sharpness=sharpness, widths=widths)
+    tree = random_growth(settings, batch_size=3, sharpness=sharpness, widths=widths).finish()
     expanded = [1] + [min(settings.top_k, widths[level % len(widths)]) for level in range(1, settings.depth + 1)]
     available = 1 + settings.top_k * sum(expanded)
     assert tree.tokens.shape == (3, min(settings.num_nodes, available))
@@ -110,6 +112,19 @@ def test_every_tree_is_well_formed(settings, sharpness, widths):
                 current = parents[current]
             assert set(tree.ancestors[row, node].nonzero()[:, 0].tolist()) == chain
         assert max(depths) <= settings.depth + 1
+
+
+def test_tables_of_an_earlier_tree_change_nothing():
+    tables = None
+    for settings, batch_size in [((30, 3, 4), 1), ((60, 6, 4), 1), ((30, 3, 4), 1), ((30, 3, 4), 3), ((9, 2, 2), 3)]:
+        trees = []
+        for kept in (None, tables):
+            torch.manual_seed(batch_size)
+            growth = random_growth(TreeSettings(*settings), batch_size, sharpness=8.0, tables=kept)
+            trees.append(growth.finish())
+        tables = growth.tables
+        for part in ("tokens", "parents", "depths", "ancestors", "scores"):
+            assert torch.equal(getattr(trees[0], part), getattr(trees[1], part))
 
 
 def test_a_sure_draft_gives_a_chain_down_to_the_last_level():
@@ -139,7 +154,7 @@ def paths_with_scores(tree: CandidateTree, row: int) -> set[tuple]:
 def test_with_the_best_path_first_a_tree_has_the_same_paths(sharpness):
     """The best of the deepest nodes and those above it are the first ones, so that their slots need not move."""
     torch.manual_seed(1)
-    grown = random_growth(TreeSettings(30, 6, 4), batch_size=3, sharpness=sharpness, widths=(4, 1, 2))
+    grown = random_growth(TreeSettings(30, 6, 4), batch_size=3, sharpness=sharpness, widths=(4, 1, 2)).finish()
     tree = grown.with_best_path_first()
     rebuilt = CandidateTree.from_parents(tree.tokens, tree.parents, tree.max_depth)
     assert torch.equal(tree.ancestors, rebuilt.ancestors) and torch.equal(tree.depths, rebuilt.depths)
@@ -210,6 +225,7 @@ def test_tokens_that_are_fed_together_see_those_before_them():
             generator.prefill(prefill, torch.tensor([5]))
             for part, part_states in zip(tokens.split(parts, 1), new_states.split(parts, 1), strict=True):
                 generator.accept(part, part_states, [part.shape[1]])
+                generator.feed_pending()
             keys.append([layer.keys.clone() for layer in generator.cache.layers])
             trees.append(generator.propose(tokens[:, -1], TreeSettings(12, 2, 3)))
     torch.testing.assert_close(*keys)
