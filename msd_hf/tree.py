@@ -362,7 +362,8 @@ class TreeGrowth:
         kept, order = numbers.narrow(1, 0, num_kept).sort(dim=1)  # [B, N]
         # The parent of a kept candidate is kept too.
         parents = torch.searchsorted(kept, self._parents_of(kept))
-        tokens = torch.cat([self.root.unsqueeze(1), *(tokens.flatten(1) for tokens in self._tokens)], dim=1)
+        batch_size = kept.shape[0]
+        tokens = torch.cat([tokens.view(batch_size, -1) for tokens in (self.root, *self._tokens)], dim=1)
         return CandidateTree.from_parents(
             tokens.gather(1, kept), parents, max_depth=len(self._tokens), scores=scores.gather(1, order)
         )
