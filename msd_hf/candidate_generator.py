@@ -32,7 +32,7 @@ class MSDCandidateGenerator:
 
     The cache holds one slot per pair (token at position j + 1, target hidden state at position j). While a tree grows,
     the draft's own output stands in for hidden states that the target has not computed yet; those slots are dropped
-    and the accepted tokens fed again with the target's.
+    with its end, and the accepted tokens fed again with the target's.
 
     Args:
         draft (`MSDDraftModel`): the draft.
@@ -138,8 +138,7 @@ class MSDCandidateGenerator:
 
     def accept(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> None:
         """
-        Replaces the drafted slots by the tokens that were emitted, with the target's true hidden states. They are fed
-        once they are needed.
+        Takes the tokens that were emitted, with the target's true hidden states. They are fed once they are needed.
 
         Args:
             tokens (`torch.LongTensor` of shape `[B, A]`): the emitted tokens, the bonus token last; then anything.
@@ -166,8 +165,6 @@ class MSDCandidateGenerator:
             self._feed(tokens.narrow(1, 0, length), hidden_states.narrow(1, 0, length), counts)
 
     def _feed(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> None:
-        with phase("cache"):
-            truncate(self.cache, self._context.num_slots)
         length = tokens.shape[1]
         positions = self._next_position + self._steps_below(length + 1)
         # One row after rows that are all seen needs no mask.
@@ -250,6 +247,8 @@ class MSDCandidateGenerator:
             )
             growth.expand(*self._head.top_k(states, settings.top_k))
         self._tables = growth.tables
+        with phase("cache"):
+            truncate(self.cache, self._context.num_slots)
         tree = growth.finish(policy.num_nodes(growth))
         return tree.with_best_path_first() if best_path_first and settings.top_k > 1 and tree.max_depth else tree
 
