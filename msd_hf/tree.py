@@ -332,7 +332,7 @@ class TreeGrowth:
                 self.tables = TreeTables.like(log_probs, count)
             self._scores.append(self.tables.root_scores)
         self._tokens.append(tokens)
-        self._scores.append(log_probs.view(batch_size, -1))
+        self._scores.append(log_probs.reshape(batch_size, -1))
         self._num_candidates += self._width * self._top_k
         self._frontier = self._ranking = None
 
@@ -363,7 +363,7 @@ class TreeGrowth:
         # The parent of a kept candidate is kept too.
         parents = torch.searchsorted(kept, self._parents_of(kept))
         batch_size = kept.shape[0]
-        tokens = torch.cat([tokens.view(batch_size, -1) for tokens in (self.root, *self._tokens)], dim=1)
+        tokens = torch.cat([tokens.reshape(batch_size, -1) for tokens in (self.root, *self._tokens)], dim=1)
         return CandidateTree.from_parents(
             tokens.gather(1, kept), parents, max_depth=len(self._tokens), scores=scores.gather(1, order)
         )
@@ -378,7 +378,7 @@ class TreeGrowth:
                 self._frontier = scores, tokens.take(self._among_all(places)), places
             else:  # behind a single node they are in order
                 assert self.tables is not None
-                self._frontier = scores, tokens.view(tokens.shape[0], -1), self.tables.in_order
+                self._frontier = scores, tokens.reshape(tokens.shape[0], -1), self.tables.in_order
         return self._frontier
 
     def _among_all(self, places: torch.Tensor) -> torch.Tensor:
