@@ -19,7 +19,8 @@ from .plain_modules import function_at
 from .static_cache import make_static
 from .static_drafting import StaticDrafting
 from .targets import TargetAdapter, TargetPrefill
-from .tree import CandidateTree, TreeGrowth, TreeSettings, TreeTables, rows_of
+from .tree import CandidateTree, TreeSettings
+from .tree_growth import TreeGrowth, TreeTables, rows_of
 from .tree_policy import TreePolicy
 
 
@@ -223,7 +224,7 @@ class MSDCandidateGenerator:
         growth.expand(*self._head.top_k(states, settings.top_k))
         # Which slots each node of the frontier sees, [B, F, S + nodes that were expanded before]: its parent's and its
         # own. A path sees all.
-        mask = own = None
+        mask = None
         if self._context.hides_slots:
             nothing = torch.ones(batch_size, 1, 0, dtype=torch.bool, device=states.device)
             mask = tree_attention_mask(nothing, self._context, dtype)[:, 0]
@@ -237,9 +238,7 @@ class MSDCandidateGenerator:
             if mask is None and width > 1:
                 mask = states.new_zeros(batch_size, 1, self._context.num_slots + level)
             if mask is not None:
-                if own is None or own.shape[1] != width:
-                    own = self._own_mask("nodes", batch_size, width)
-                mask = torch.cat([rows_of(mask, above, width), own], dim=2)
+                mask = torch.cat([rows_of(mask, above, width), self._own_mask("nodes", batch_size, width)], dim=2)
             seen = None if mask is None else mask.view(batch_size, 1, width, -1)
             last_position = self._last_position + level + 1
             states = self._step(

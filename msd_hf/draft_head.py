@@ -27,16 +27,15 @@ class DraftHead:
         self.target = target
         self.draft = draft
         self._device = draft.device
-        self._tokens = draft.draft_vocab
-        self._rows = None if self._tokens is None else draft.head_rows(target.head_module)
+        self._rows = None if draft.draft_vocab is None else draft.head_rows(target.head_module)
+        self._tokens: torch.Tensor | None = None  # of these rows
         at_hand = function_at(target.head_module, draft) if target.logit_cap is None else None
         self._head = at_hand or target.head
+        weight = target.head_module.weight
         if self._rows is not None:
+            assert draft.draft_vocab is not None
             weight = self._rows[0]
-            assert self._tokens is not None
-            self._tokens = self._tokens.to(weight.device)
-        else:
-            weight = target.head_module.weight
+            self._tokens = draft.draft_vocab.to(weight.device)
         # Logits that nobody else may hold are overwritten: on a CPU, new memory takes time.
         is_own = self._rows is not None or at_hand not in (None, target.head_module)
         self._overwrites = is_own and weight.device.type == "cpu" and weight.dtype not in _HALF
@@ -72,8 +71,7 @@ class DraftHead:
                 logits = logits.float()
             log_probs = logits.log_softmax(-1)
         log_probs, tokens = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1)
-        if self._rows is not None:
-            assert self._tokens is not None
+        if self._tokens is not None:
             tokens = self._tokens.take(tokens)
         if self._is_here:
             return log_probs, tokens

@@ -92,8 +92,6 @@ def _time_on(device: torch.device) -> float:
 
 
 class _Section(AbstractContextManager[None]):
-    __slots__ = ("name", "timer")
-
     def __init__(self, timer: PhaseTimer, name: str):
         self.timer, self.name = timer, name
 

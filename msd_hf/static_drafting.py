@@ -17,7 +17,8 @@ from .drafting_step import DraftParts, draft_forward
 from .modeling_msd import MSDDraftModel
 from .phases import phase
 from .static_cache import Buffers, close_slots
-from .tree import CandidateTree, TreeGrowth, TreeSettings, rows_of
+from .tree import CandidateTree, TreeSettings
+from .tree_growth import TreeGrowth, rows_of
 
 
 class StaticDrafting:

@@ -11,7 +11,8 @@ from itertools import accumulate
 from .experience import Experience, level_widths
 from .modeling_msd import MSDDraftModel
 from .targets import TargetAdapter
-from .tree import CandidateTree, TreeGrowth, TreeSettings
+from .tree import CandidateTree, TreeSettings
+from .tree_growth import TreeGrowth
 
 
 # With less to go on than this, a level is added while a node of the frontier is accepted with this probability.

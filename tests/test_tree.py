@@ -12,7 +12,8 @@ from msd_hf import MSDError
 from msd_hf.attention_mask import ContextSlots, tree_attention_mask
 from msd_hf.candidate_generator import MSDCandidateGenerator
 from msd_hf.targets import TargetAdapter, TargetPrefill
-from msd_hf.tree import CandidateTree, TreeGrowth, TreeSettings
+from msd_hf.tree import CandidateTree, TreeSettings
+from msd_hf.tree_growth import TreeGrowth
 
 
 TREES = [

@@ -11,7 +11,8 @@ import torch
 
 from msd_hf import MSDDraftModel
 from msd_hf.experience import Experience
-from msd_hf.tree import AUTO_NUM_ASSISTANT_TOKENS, AUTO_TREE_DEPTH, TreeGrowth, TreeSettings
+from msd_hf.tree import AUTO_NUM_ASSISTANT_TOKENS, AUTO_TREE_DEPTH, TreeSettings
+from msd_hf.tree_growth import TreeGrowth
 from msd_hf.tree_policy import AdaptiveTreePolicy
 
 

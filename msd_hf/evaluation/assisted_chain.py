@@ -17,7 +17,8 @@ from ..candidate_generator import MSDCandidateGenerator
 from ..modeling_msd import MSDDraftModel
 from ..target_support import check_pair, check_target
 from ..targets import TargetAdapter, TargetObservation
-from ..tree import TreeGrowth, TreeSettings
+from ..tree import TreeSettings
+from ..tree_growth import TreeGrowth
 from ..tree_policy import TreePolicy
 
 
