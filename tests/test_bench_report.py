@@ -185,6 +185,7 @@ def test_the_command_compares_on_conversations(tmp_path, run):
         (("--shape", "huge"), "Unknown shape 'huge'"),
         (("--shape", "small", "--nodes", "1,x"), "--nodes '1,x' is not a list of numbers"),
         (("--shape", "small", "--assume-tau", "x"), "--assume-tau 'x' is not a number like 3.8, or a list like 3,4,5"),
+        (("--shape", "small", "--draft-vocab-size", 32001), "has between 1 and 32,000 tokens"),
     ],
 )
 def test_bad_options_give_one_line(arguments, message, run):

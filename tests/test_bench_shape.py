@@ -1,10 +1,13 @@
 """Published shapes with random weights, and rounds whose acceptance is assumed."""
 
+import json
+
 import pytest
 import torch
 from tiny import make_prompt, pair
 
 from msd_hf import MSDDraftModel, compiled
+from msd_hf.draft_head import DraftHead
 from msd_hf.errors import MSDError
 from msd_hf.evaluation import simulation
 from msd_hf.evaluation.intercepted_loop import run_intercepted
@@ -132,14 +135,19 @@ def test_published_shapes_have_the_published_sizes():
         shape_config("gpt")
 
 
-def test_a_shape_is_measured(monkeypatch):
-    """The kind of model is the shape's; it is made small, since this is about what is done with it."""
+def tiny_shape():
+    """The kind of model is a shape's; it is made small, since this is about what is done with it."""
     config = shape_config("small")
     small = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
     small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     for field, value in small.items():
         setattr(config.text_config, field, value)
     config.image_token_id = 490
+    return config
+
+
+def test_a_shape_is_measured(monkeypatch):
+    config = tiny_shape()
     target, draft = build_pair(config, torch.float32, torch.device("cpu"))
     assert isinstance(draft, MSDDraftModel) and target.dtype == draft.dtype == torch.float32
     inputs = random_prompt(target, context=30)
@@ -158,6 +166,26 @@ def test_a_shape_is_measured(monkeypatch):
     for way in ("eager", "compiled"):
         assert figures["round"][way]["num_rounds"] == 4 and 0 < figures["round"][way]["round_efficiency"] < 1
     assert [row["nodes"] for row in figures["verification"]] == [1, 8]
+
+
+def test_a_short_head_is_measured_and_told(monkeypatch, run, tmp_path):
+    monkeypatch.setitem(SHAPES, "tiny", tiny_shape)
+    sizes = []
+    top_k = DraftHead.top_k
+
+    def look(self, states, count):
+        sizes.append(self.logits(states).shape[-1])
+        return top_k(self, states, count)
+
+    monkeypatch.setattr(DraftHead, "top_k", look)
+    options = ("--context", 20, "--assume-tau", 2, "--nodes", 1, "--repeats", 1, "--output", tmp_path)
+    for chosen, size in (((), 500), (("--draft-vocab-size", 40), 40)):
+        sizes.clear()
+        code, _out, err = run("bench", "--shape", "tiny", *options, *chosen)
+        assert code == 0, err
+        assert set(sizes) == {size}
+        settings = json.loads((tmp_path / "report.json").read_text())["settings"]
+        assert settings.get("draft vocabulary", 500) == size
 
 
 def test_bytes_of_a_step_are_weights_and_keys_and_values():

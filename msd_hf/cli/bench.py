@@ -62,6 +62,9 @@ def bench(
         "1,4,8,16,32,64"
     ),
     compile: Annotated[bool, typer.Option("--compile", help="Compiled rounds too, with --shape.")] = False,
+    draft_vocab_size: Annotated[
+        int | None, typer.Option(help="Tokens of the draft's own vocabulary, with --shape.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for report.json and report.md.")] = None,
     plots: Annotated[bool, typer.Option("--plots", help="Also draw plots there. Needs matplotlib.")] = False,
     dtype: Dtype = "auto",
@@ -79,7 +82,7 @@ def bench(
         check_matplotlib()
     logging.disable_progress_bar()
     if shape is not None:
-        report = _bench_shape(shape, context, assume_tau, nodes, repeats, compile, dtype, device)
+        report = _bench_shape(shape, context, assume_tau, nodes, repeats, compile, draft_vocab_size, dtype, device)
     else:
         from ..evaluation.bench_prompts import first_questions
         from ..evaluation.make_report import report_pair
@@ -121,10 +124,19 @@ def bench(
 
 
 def _bench_shape(
-    shape: str, context: int, assume_tau: str, nodes: str, repeats: int, compile: bool, dtype: str, device: str
+    shape: str,
+    context: int,
+    assume_tau: str,
+    nodes: str,
+    repeats: int,
+    compile: bool,
+    draft_vocab_size: int | None,
+    dtype: str,
+    device: str,
 ) -> dict[str, Any]:
     from ..evaluation.make_report import report_shape
     from ..evaluation.shapes import build_pair, shape_config
+    from ..training.draft_vocab import check_size
 
     sizes = _numbers(int, nodes)
     if sizes is None or any(size < 1 for size in sizes):
@@ -133,10 +145,12 @@ def _bench_shape(
     if not taus:
         raise MSDError(f"--assume-tau {assume_tau!r} is not a number like 3.8, or a list like 3,4,5.")
     config = shape_config(shape)
+    if draft_vocab_size is not None:
+        check_size(draft_vocab_size, config.get_text_config(decoder=True).vocab_size)
     resolved_dtype, resolved_device = parse_dtype(dtype), parse_device(device)
     if isinstance(resolved_dtype, str):
         resolved_dtype = torch.float32 if resolved_device.type == "cpu" else torch.bfloat16
-    target, draft = build_pair(config, resolved_dtype, resolved_device)
+    target, draft = build_pair(config, resolved_dtype, resolved_device, draft_vocab_size=draft_vocab_size)
     return report_shape(shape, target, draft, context, taus, sizes, repeats, compile)
 
 

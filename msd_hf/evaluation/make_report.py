@@ -54,7 +54,7 @@ def report_pair(
         "repeats": repeats,
         "seed": seed,
         **({"ignore_eos": True} if ignore_eos else {}),
-        "tree": _describe_tree(draft),
+        **_describe_draft(draft),
     }
     return {
         "kind": "pair",
@@ -90,16 +90,20 @@ def report_shape(
             "context": context,
             "assumed tau": ", ".join(f"{tau:g}" for tau in assumed_taus),
             "repeats": repeats,
-            "tree": _describe_tree(draft),
+            **_describe_draft(draft),
         },
         "draft_weight_bytes": sum(weight.numel() * weight.element_size() for weight in draft.parameters()),
         **figures,
     }
 
 
-def _describe_tree(draft: MSDDraftModel) -> str:
+def _describe_draft(draft: MSDDraftModel) -> dict[str, Any]:
     settings = asdict(TreeSettings.from_generation_config(draft.generation_config))
-    return " ".join(f"{name}={value}" for name, value in settings.items())
+    size = draft.config.draft_vocab_size
+    return {
+        "tree": " ".join(f"{name}={value}" for name, value in settings.items()),
+        **({} if size is None else {"draft vocabulary": size}),
+    }
 
 
 __all__ = ["report_pair", "report_shape"]

@@ -137,7 +137,11 @@ def shape_config(name: str) -> PreTrainedConfig:
 
 
 def build_pair(
-    config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, seed: int = 0
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    draft_vocab_size: int | None = None,
 ) -> tuple[PreTrainedModel, MSDDraftModel]:
     """
     A target of a configuration and a draft for it, with random weights that are made on the device. The target never
@@ -149,6 +153,7 @@ def build_pair(
         dtype (`torch.dtype`): of both.
         device (`torch.device`): of both.
         seed (`int`): of the weights.
+        draft_vocab_size (`int`, *optional*): gives the draft a vocabulary of its own of so many random tokens.
     """
     torch.manual_seed(seed)
     with device:
@@ -156,6 +161,10 @@ def build_pair(
         draft = MSDDraftModel.from_target(target).eval()
     if device.type != "meta":
         _scale_head(target, draft)
+    if draft_vocab_size is not None:
+        # Anywhere among the target's, as frequent tokens are: these rows of the head are copied.
+        vocab_size = config.get_text_config(decoder=True).vocab_size
+        draft.set_draft_vocab(torch.randperm(vocab_size)[:draft_vocab_size])
     target.generation_config.eos_token_id = None
     target.generation_config.pad_token_id = 0
     return target, draft
