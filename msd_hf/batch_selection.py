@@ -106,8 +106,10 @@ class BatchSelector:
             ]
         pads = self._groups[0].pads_ended_rows
         self.pad_token_id = self._groups[0].pad_token_id
-        # Without padding `generate` goes on with a row that has ended.
-        self.keeps_ended_rows = self.in_step and (not pads or keeps_ended_rows)
+        # Without padding `generate` goes on with a row that has ended; with it, a processor that sees the whole batch
+        # sees the scores of that row all the same.
+        needs_all_rows = not pads or not _are_row_wise(logits_processor)
+        self.keeps_ended_rows = self.in_step and (needs_all_rows or keeps_ended_rows)
         self.running = list(range(self.batch_size))
         self.acceptance_lengths: list[list[int]] = [[] for _ in range(self.batch_size)]
         self._num_streamed = 0
@@ -132,6 +134,13 @@ class BatchSelector:
         """How many tokens the row that is furthest behind may still emit, if a length limit is set."""
         left = [group.tokens_left for group in self._groups if not group.finished]
         return max((count for count in left if count is not None), default=None)
+
+    @property
+    def tokens_left_by_row(self) -> list[int] | None:
+        """How many tokens each running row may still emit, if a length limit is set."""
+        left = [group.tokens_left for group, places, _ in self.groups() for _ in places]
+        counts = [count for count in left if count is not None]
+        return counts if len(counts) == len(left) else None
 
     @property
     def padded_rows(self) -> list[int]:
@@ -218,8 +227,12 @@ class BatchSelector:
         self._num_streamed = ready
 
 
+def _are_row_wise(logits_processor: LogitsProcessorList) -> bool:
+    return all(type(processor) in _ROW_WISE_PROCESSORS for processor in logits_processor)
+
+
 def _is_row_wise(logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList) -> bool:
-    if any(type(processor) not in _ROW_WISE_PROCESSORS for processor in logits_processor):
+    if not _are_row_wise(logits_processor):
         return False
     kinds = {type(criterion) for criterion in stopping_criteria}
     # Without an EOS criterion `generate` goes on with a row that has ended until the last one has.

@@ -74,7 +74,7 @@ class Conversation:
         memory = getattr(cache, _ATTRIBUTE, None)
         if memory is not None:
             delattr(cache, _ATTRIBUTE)
-            if memory.draft() is not draft or num_past == 0:
+            if memory.draft() is not draft or num_past == 0 or not _fits(memory.cache, draft):
                 memory = None
         self._tokens = input_ids[0].tolist()
         missing = num_slots - len(self._tokens)
@@ -114,6 +114,12 @@ class Conversation:
             weakref.ref(self.draft), draft_cache, rows, [*self._tokens, *emitted], last_hidden_state.clone()
         )
         setattr(cache, _ATTRIBUTE, memory)
+
+
+def _fits(draft_cache: Cache, draft: MSDDraftModel) -> bool:
+    """Whether a draft can go on with a cache of its own: it may have been moved or cast in between."""
+    keys = [layer.keys for layer in draft_cache.layers if layer.is_initialized]
+    return all((part.dtype, part.device) == (draft.dtype, draft.device) for part in keys)
 
 
 __all__ = ["Conversation", "DraftMemory"]

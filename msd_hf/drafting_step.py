@@ -13,10 +13,9 @@ from transformers import Cache
 
 from .modeling_msd import MSDDraftDecoderLayer, MSDDraftModel
 from .plain_modules import TensorFunction, function_of
+from .target_support import LENGTH_DEPENDENT_ROPE
 
 
-# Of these the tables of sines depend on the length of the sequence.
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _MIN_POSITIONS = 1024
 
 
@@ -34,7 +33,7 @@ class DraftingStep:
         self.draft = draft
         self.is_plain = (
             draft.config._attn_implementation == "sdpa"
-            and draft.rotary_emb.rope_type not in _LENGTH_DEPENDENT_ROPE
+            and draft.rotary_emb.rope_type not in LENGTH_DEPENDENT_ROPE  # tables of sines
             and all(type(layer) is MSDDraftDecoderLayer for layer in draft.layers)
             # With hooks of accelerate, weights are elsewhere.
             and not any(hasattr(module, "_hf_hook") for module in draft.modules())

@@ -23,7 +23,7 @@ from .running_rows import RunningRows
 from .self_check import check_tree_verification
 from .static_cache import buffers_left, make_static
 from .suffix_branch import SuffixBranches
-from .target_support import layer_windows
+from .target_support import check_positions, layer_windows
 from .targets import TargetAdapter
 from .tree import TreeSettings
 from .tree_policy import make_tree_policy
@@ -82,6 +82,7 @@ def msd_decoding(
     num_slots = _slots_after_prompt(cache, input_ids, generation_config, model_kwargs)
     conversation = Conversation(cache, draft, input_ids, num_slots) if selector.batch_size == 1 else None
     max_slots = num_slots + max(generation_config.max_length - input_ids.shape[1], 0)
+    check_positions(adapter.text_config, num_slots, max_slots, selector.batch_size, model_kwargs.get("attention_mask"))
     max_slots += settings.num_nodes + settings.suffix_nodes
     make_in_place(cache, max_slots)
     static_nodes: int | None = None
@@ -89,14 +90,16 @@ def msd_decoding(
         static_nodes = settings.num_nodes + settings.suffix_nodes
         make_static(cache, adapter.decoder, adapter.text_config.num_hidden_layers)
 
+    static_settings = settings if static_nodes is not None else None
+    generator = MSDCandidateGenerator(draft, adapter, max_slots + settings.num_candidates, static_settings)
+
     with phase("prefill"):
         prefill = adapter.prefill(input_ids, generation_config, model_kwargs)
     extras.add_prefill(prefill.outputs)
     tokens = selector.select(prefill.logits)
     running = RunningRows(cache, prefill.prompt_mask, prefill.next_position, tokens)
-    check_tree_verification(adapter, running, input_ids, model_kwargs)
-    static_settings = settings if static_nodes is not None else None
-    generator = MSDCandidateGenerator(draft, adapter, max_slots + settings.num_candidates, static_settings)
+    if not selector.finished:
+        check_tree_verification(adapter, running, input_ids, model_kwargs, selector.tokens_left)
     if keeps_cache or not selector.finished:
         with phase("prefill"):
             generator.prefill(prefill, torch.tensor(tokens), conversation)
@@ -105,7 +108,11 @@ def msd_decoding(
     del prefill  # its [B, L, H] tensors are not needed any more
 
     leaves_buffers = static_nodes is not None and not keeps_cache
-    with phase("decode"), buffers_left(leaves_buffers, (cache, adapter.decoder), (generator.cache, draft)):
+    with (
+        phase("decode"),
+        buffers_left(leaves_buffers, (cache, adapter.decoder), (generator.cache, draft)),
+        running.cut_back_on_error(selector),
+    ):
         while not selector.finished:
             _drop_ended(selector, running, generator, keeps_cache)
             limits = policy.begin_round(selector.tokens_left, running.context.num_slots)
@@ -116,6 +123,7 @@ def msd_decoding(
             tree = tree.to(running.next_position.device)
             if selector.padded_rows:
                 tree = tree.with_chain(selector.padded_rows, selector.pad_token_id)
+            tree = tree.with_emittable_depths(selector.tokens_left_by_row)
 
             with phase("cache"):
                 running.settle()

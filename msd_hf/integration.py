@@ -8,6 +8,8 @@ call on.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import AutoConfig, AutoModel, DynamicCache, GenerationConfig, GenerationMixin
@@ -106,9 +108,22 @@ def _wrap_assisted_decoding(original):
         kwargs.pop("synced_gpus", None)
         # It warns of a `compile_config`, which has no effect with a dynamic cache.
         self._valid_auto_compile_criteria(kwargs, kwargs["generation_config"])
-        return msd_decoding(self, input_ids, draft=assistant_model, **kwargs)
+        with _evaluating(assistant_model):
+            return msd_decoding(self, input_ids, draft=assistant_model, **kwargs)
 
     return _assisted_decoding
+
+
+@contextmanager
+def _evaluating(draft: MSDDraftModel) -> Iterator[None]:
+    """A draft as it is made is in training mode, in which dropout would draw from the random numbers of the call."""
+    training = [module for module in draft.modules() if module.training]
+    draft.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 # Fields of a `GenerationConfig` that cannot be combined with an MSD draft: values that leave them off, and why. What

@@ -30,7 +30,12 @@ class SamplingNoise:
             probs (`torch.Tensor` of shape `[1, V]`): probabilities.
             row (`int`): of the batch.
             step (`int`): tokens that the row has emitted before.
+
+        Raises:
+            RuntimeError: when they are none, as `torch.multinomial` does.
         """
+        if not bool(((probs.max() < torch.inf) & (probs.min() >= 0)).item()):
+            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
         while len(self._steps) <= step - self._first:
             noise = torch.empty(self.num_rows, probs.shape[1], dtype=probs.dtype, device=probs.device)
             self._steps.append(noise.exponential_())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_msd import MSDDraftConfig
@@ -39,6 +42,9 @@ KNOWN_MODEL_TYPES = frozenset(
     }
 )
 
+# Kinds of rotary embeddings whose frequencies depend on the length of the text.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -60,6 +66,11 @@ def layer_windows(text_config: PreTrainedConfig) -> list[int | None]:
     return [windows[kind] for kind in layer_types]
 
 
+def decoder_inputs(decoder: nn.Module) -> list[str]:
+    """The names of what a decoder's forward takes, in order."""
+    return list(inspect.signature(decoder.forward).parameters)
+
+
 def check_target(target: PreTrainedModel) -> None:
     """
     Refuses targets that the decoding loop cannot serve.
@@ -76,8 +87,19 @@ def check_target(target: PreTrainedModel) -> None:
             f"{name} has no decoder (`get_decoder()`) with a language-model head (`get_output_embeddings()`) behind "
             f"it, which MSD drafts read and use. {advice}"
         )
+    if "position_ids" not in decoder_inputs(target.get_decoder()):
+        raise MSDUnsupportedError(
+            f"The decoder of {name} takes no `position_ids`, so that siblings in a candidate tree cannot stand at the "
+            f"same position. {advice}"
+        )
     _check_adapters(target, name, advice)
     text_config = target.config.get_text_config(decoder=True)
+    embedding_size = getattr(target.get_input_embeddings(), "embedding_dim", text_config.hidden_size)
+    if embedding_size != text_config.hidden_size:
+        raise MSDUnsupportedError(
+            f"The embeddings of {name} have {embedding_size} dimensions and its hidden states "
+            f"{text_config.hidden_size}: an MSD draft reads both as one size. {advice}"
+        )
     others = attention_windows(text_config).keys() - {_FULL, _SLIDING}
     if others or target._is_stateful:
         kinds = f"layers of type {', '.join(sorted(others))}" if others else "a recurrent state"
@@ -85,6 +107,46 @@ def check_target(target: PreTrainedModel) -> None:
             f"The decoder of {name} has {kinds}, which cannot keep one branch of a candidate tree; full and "
             f"sliding-window attention can. {advice}"
         )
+
+
+def check_positions(
+    text_config: PreTrainedConfig,
+    prompt_length: int,
+    last_length: int,
+    batch_size: int,
+    attention_mask: torch.Tensor | None = None,
+) -> None:
+    """
+    Refuses calls in which rotary embeddings change with the length of the text: token by token they change at one
+    position, and a tree has several positions.
+
+    Args:
+        text_config (`PreTrainedConfig`): of the decoder.
+        prompt_length (`int`): positions of the prompt.
+        last_length (`int`): positions at the length limit of the call.
+        batch_size (`int`): rows, of which the longest one counts for all.
+        attention_mask (`torch.Tensor`, *optional*): of the prompt; there may be padding among its positions.
+
+    Raises:
+        MSDUnsupportedError: says from which length on, and what to do.
+    """
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    for rope in (parameters, *parameters.values()):  # some decoders have them by kind of layer
+        rope_type = rope.get("rope_type") if isinstance(rope, dict) else None
+        if rope_type not in LENGTH_DEPENDENT_ROPE:
+            continue
+        limit = text_config.max_position_embeddings
+        if rope_type == "longrope":
+            limit = rope.get("original_max_position_embeddings") or limit
+            is_full = attention_mask is None or bool(attention_mask.all())
+            if prompt_length > limit and batch_size == 1 and is_full:
+                continue  # it is long from the beginning
+        if last_length > limit:
+            raise MSDUnsupportedError(
+                f"Rotary embeddings of kind {rope_type!r} change where a text gets longer than {limit} tokens, which "
+                f"this call may do (it has {prompt_length} and may reach {last_length}); a candidate tree cannot "
+                "follow that. Lower `max_new_tokens` or `max_length`, or call `generate` without `assistant_model`."
+            )
 
 
 def _check_adapters(target: PreTrainedModel, name: str, advice: str) -> None:
@@ -133,9 +195,12 @@ def check_pair(target_config: PreTrainedConfig, draft_config: MSDDraftConfig) ->
 
 __all__ = [
     "KNOWN_MODEL_TYPES",
+    "LENGTH_DEPENDENT_ROPE",
     "TREE_ATTENTION",
     "attention_windows",
     "check_pair",
+    "check_positions",
     "check_target",
+    "decoder_inputs",
     "layer_windows",
 ]

@@ -6,6 +6,7 @@ in and comes out, and put the tree's attention mask and positions in.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from .compiled import compiled_decoder, has_compiled_part, widen_mask
 from .errors import MSDPairingError
 from .phases import phase
 from .static_cache import capacity, close_slots, open_slots
-from .target_support import TREE_ATTENTION, attention_windows
+from .target_support import TREE_ATTENTION, attention_windows, decoder_inputs
 from .tree import CandidateTree
 
 
@@ -139,6 +140,7 @@ class TargetAdapter:
         self.text_config = target.config.get_text_config(decoder=True)
         self.logit_cap: float | None = getattr(self.text_config, "final_logit_softcapping", None)
         self.windows = attention_windows(self.text_config)
+        self._decoder_inputs = decoder_inputs(self.decoder)
         self._is_compiled = has_compiled_part(target)
         self._dtype = target.dtype
 
@@ -334,17 +336,22 @@ class TargetAdapter:
     def observe(self, **replaced_inputs: Any) -> Iterator[TargetObservation]:
         """Watches the forwards inside the block; the decoder gets `replaced_inputs` in place of its own."""
         seen = TargetObservation()
+        thread = threading.get_ident()  # another one may run the same target meanwhile
 
         def before(module, args, kwargs):
-            seen.inputs = kwargs
-            return args, {**kwargs, **replaced_inputs}
+            if threading.get_ident() != thread:
+                return None
+            seen.inputs = {**dict(zip(self._decoder_inputs, args, strict=False)), **kwargs}
+            return (), {**seen.inputs, **replaced_inputs}
 
         def after(module, args, kwargs, output):
-            seen.last_hidden_state = output[0]
+            if threading.get_ident() == thread:
+                seen.last_hidden_state = output[0]
 
         def after_layer(layer):
             def keep(module, args, output):
-                seen.layer_states[layer] = output[0] if isinstance(output, tuple) else output
+                if threading.get_ident() == thread:
+                    seen.layer_states[layer] = output[0] if isinstance(output, tuple) else output
 
             return keep
 

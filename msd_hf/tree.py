@@ -211,6 +211,19 @@ class CandidateTree:
             self.scores.gather(1, order),
         )
 
+    def with_emittable_depths(self, tokens_left: Sequence[int] | None) -> CandidateTree:
+        """The same trees, where nodes so deep that they cannot be emitted stand no deeper than those that can: there
+        may be no positions for them.
+
+        Args:
+            tokens_left (`Sequence[int]`, *optional*): how many tokens each row may still emit, the bonus token
+                included; `None`: any number.
+        """
+        if tokens_left is None or min(tokens_left) > self.max_depth:
+            return self
+        deepest = torch.tensor(tokens_left, device=self.depths.device).unsqueeze(1) - 1
+        return replace(self, depths=self.depths.minimum(deepest.clamp(min=0)))
+
     def path(self, matches: torch.Tensor) -> torch.Tensor:
         """Of nodes that match (`[B, N]`, at most one of any siblings), those that are connected to the root by such
         nodes, and the root: one path, `[B, N]`."""
