@@ -98,6 +98,32 @@ def unknown_target(target, draft):
     return target, build_draft(target_model_type=None), {"verify": verify}
 
 
+def without_positions(target, draft):
+    decoder = target.get_decoder()
+    decoder.forward = functools.partial(lambda input_ids: None)
+    return target, draft, {}
+
+
+def with_narrow_embeddings(target, draft):
+    target.get_input_embeddings().embedding_dim = 16
+    return target, draft, {}
+
+
+def failing_at_a_tree(target, draft):
+    def verify(*args, **kwargs):
+        raise ValueError("a mask of four dimensions")
+
+    target, draft, _ = unknown_target(target, draft)
+    return target, draft, {"verify": verify}
+
+
+def with_dynamic_rope(target, draft):
+    text_config = target.config.get_text_config()
+    text_config.rope_parameters = {**text_config.rope_parameters, "rope_type": "dynamic", "factor": 2.0}
+    text_config.max_position_embeddings = 8
+    return target, draft, {}
+
+
 def compiled_with_layers(target, draft):
     draft = build_draft(target_layers=[0])
     draft.generation_config.compile = True
@@ -115,6 +141,10 @@ CASES = {
     "a target with a prompt-learning adapter": with_virtual_tokens,
     "an adapter for each row, or from some position on (`adapter_names`, aLoRA)": with_an_adapter_for_each_row,
     "a target of unknown kind that fails the check at its first call": unknown_target,
+    "a target of unknown kind that fails at a tree": failing_at_a_tree,
+    "a decoder without `position_ids`": without_positions,
+    "embeddings of another size than hidden states": with_narrow_embeddings,
+    "rotary embeddings that would change within the call (`dynamic`, `longrope`)": with_dynamic_rope,
     "a draft of another width": lambda target, draft: (
         target,
         tiny.build_draft(tiny.build_target(0, hidden_size=64)),
