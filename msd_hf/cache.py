@@ -175,7 +175,8 @@ def _in_place(layer: DynamicLayer, max_slots: int) -> InPlaceLayer:
 
 def keep_paths(cache: Cache, context: ContextSlots, paths: torch.Tensor | None, counts: Sequence[int]) -> None:
     """
-    Keeps, of the slots behind the context, those of accepted nodes.
+    Keeps, of the slots behind the context, those of accepted nodes. The context is extended last: if this is
+    interrupted, it still says which slots are untouched.
 
     Args:
         cache (`Cache`): of `InPlaceLayer`s.
@@ -186,19 +187,20 @@ def keep_paths(cache: Cache, context: ContextSlots, paths: torch.Tensor | None, 
     """
     start = context.num_slots
     if not context.is_ragged and min(counts) == max(counts):
-        context.grow(counts)
         for layer in cache.layers:
             if paths is None:  # none has to move
-                layer.truncate(context.num_slots)
+                layer.truncate(start + counts[0])
             else:
                 layer.keep_slots(start, paths.to(layer.device))
+        context.grow(counts)
         return
     if paths is None:
         paths = torch.arange(max(counts), device=cache.layers[0].device).expand(len(counts), -1)
     places = context.row_lengths(paths.device).unsqueeze(1) + torch.arange(paths.shape[1], device=paths.device)
-    context.grow(counts)
+    length = max(held + count for held, count in zip(context.lengths, counts, strict=True))
     for layer in cache.layers:
-        layer.move_slots(start, paths.to(layer.device), places.to(layer.device), context.num_slots)
+        layer.move_slots(start, paths.to(layer.device), places.to(layer.device), length)
+    context.grow(counts)
 
 
 def truncate(cache: Cache, length: int) -> None:

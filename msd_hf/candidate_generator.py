@@ -215,7 +215,7 @@ class MSDCandidateGenerator:
         if settings.num_nodes == 1:
             return CandidateTree.bare(roots)
         if self._static is not None:
-            return self._propose_static(self._static, settings)
+            return self._propose_static(self._static)
         policy = policy or TreePolicy(settings)
         growth = TreeGrowth(roots, settings, self._tables)
         self._feed_pending()
@@ -251,7 +251,7 @@ class MSDCandidateGenerator:
         tree = growth.finish(policy.num_nodes(growth))
         return tree.with_best_path_first() if best_path_first and settings.top_k > 1 and tree.max_depth else tree
 
-    def _propose_static(self, static: StaticDrafting, settings: TreeSettings) -> CandidateTree:
+    def _propose_static(self, static: StaticDrafting) -> CandidateTree:
         ((tokens, hidden_states, counts),) = self._pending
         self._pending = []
         states = self._to_draft(hidden_states)
@@ -260,9 +260,6 @@ class MSDCandidateGenerator:
         )
         self._last_position += max(counts)
         self._next_position = self._next_position + torch.tensor(counts, device=states.device).unsqueeze(1)
-        if settings.depth < static.settings.depth:
-            # Deeper nodes cannot be emitted any more; positions that do not exist are not to be asked for.
-            tree.depths.clamp_(max=settings.depth + 1)
         return tree
 
     def _steps_below(self, count: int) -> torch.Tensor:

@@ -46,7 +46,6 @@ class RunningRows:
         self._prompt_mask = prompt_mask
         self._ended: dict[int, _EndedRow] = {}
         self._unsettled: tuple[Verification, torch.Tensor] | None = None
-        self._sure_lengths = self.context.lengths  # of the context when the cache was last known to hold it
 
     def accept(self, verified: Verification, paths: torch.Tensor) -> None:
         """Takes note of accepted nodes (`paths`, `[B, A]`): `tokens` at once, the rest in `settle`."""
@@ -61,7 +60,6 @@ class RunningRows:
             self._unsettled = None
             in_place = all(path[-1] == len(path) - 1 for path in verified.paths)
             keep_paths(self.cache, self.context, None if in_place else paths, verified.counts)
-            self._sure_lengths = self.context.lengths
             counts = torch.tensor(verified.counts, device=self.next_position.device)
             self.next_position = self.next_position + counts.unsqueeze(1)
 
@@ -69,13 +67,12 @@ class RunningRows:
     def cut_back_on_error(self, selector: BatchSelector) -> Iterator[None]:
         """
         Leaves the cache of an interrupted call (a streamer raised, say) with all rows, and with slots that are sure to
-        belong to tokens that were handed on: a cache of the user's own can be used again then. No slots are moved
-        before `settle`, so those of the round before are such ones.
+        belong to tokens that were handed on, those of the context: a cache of the user's own can be used again then.
         """
         try:
             yield
         except BaseException:
-            lengths = [*self._sure_lengths, *(row.length for row in self._ended.values())]
+            lengths = [*self.context.lengths, *(row.length for row in self._ended.values())]
             truncate(self.cache, min(lengths))
             if self._ended:
                 for place, row in enumerate(selector.running):
@@ -98,7 +95,6 @@ class RunningRows:
             if keep_others:
                 self._ended[rows[place]] = self._take(place)
         self.context = select_rows(self.cache, self.context, places)
-        self._sure_lengths = self.context.lengths
         self.next_position = self.next_position[..., list(places), :]
         self.tokens = [self.tokens[place] for place in places]
 

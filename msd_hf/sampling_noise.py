@@ -34,7 +34,7 @@ class SamplingNoise:
         Raises:
             RuntimeError: when they are none, as `torch.multinomial` does.
         """
-        if not bool(((probs.max() < torch.inf) & (probs.min() >= 0)).item()):
+        if not ((probs.max() < torch.inf) & (probs.min() >= 0)).item():
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
         while len(self._steps) <= step - self._first:
             noise = torch.empty(self.num_rows, probs.shape[1], dtype=probs.dtype, device=probs.device)
