@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 
 @dataclass
@@ -105,4 +106,45 @@ def tree_attention_mask(
     return mask
 
 
-__all__ = ["ContextSlots", "tree_attention_mask"]
+def buffer_attention_mask(
+    ancestors: torch.Tensor,
+    depths: torch.Tensor,
+    lengths: torch.Tensor,
+    prompt_mask: torch.Tensor | None,
+    num_slots: int,
+    dtype: torch.dtype,
+    window: int | None = None,
+) -> torch.Tensor:
+    """
+    The same for whole buffers, of which only the device knows how much is filled.
+
+    Args:
+        ancestors (`torch.BoolTensor` of shape `[B, N, N]`): which nodes each node sees.
+        depths (`torch.LongTensor` of shape `[B, N]`): how far behind the context each node stands.
+        lengths (`torch.LongTensor` of shape `[B]`): slots of the context; the nodes' come behind.
+        prompt_mask (`torch.BoolTensor` of shape `[B, L]`, *optional*): as in [`ContextSlots`].
+        num_slots (`int`): of the buffers, S.
+        dtype, window: as in [`tree_attention_mask`].
+
+    Returns:
+        `torch.Tensor` of shape `[B, 1, N, S]`.
+    """
+    batch_size, num_nodes = depths.shape
+    slots = torch.arange(num_slots, device=depths.device)
+    places = slots - lengths.unsqueeze(1)  # [B, S]: which node has that slot
+    seen = (places < 0).unsqueeze(1)
+    if prompt_mask is not None:
+        missing = num_slots - prompt_mask.shape[1]
+        seen = seen & functional.pad(prompt_mask.to(depths.device), (0, missing), value=True).unsqueeze(1)
+    if window is not None:
+        ancestors = ancestors & (depths.unsqueeze(2) - depths.unsqueeze(1) < window)
+        first = lengths.unsqueeze(1) + depths - window + 1  # [B, N]: first slot in the window
+        seen = seen & (slots >= first.unsqueeze(2))
+    numbers = places.clamp(0, num_nodes - 1).unsqueeze(1).expand(-1, num_nodes, -1)
+    is_node = ((places >= 0) & (places < num_nodes)).unsqueeze(1)
+    seen = torch.where(is_node, ancestors.gather(2, numbers), seen)
+    mask = torch.zeros(batch_size, num_nodes, num_slots, dtype=dtype, device=depths.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
+
+
+__all__ = ["ContextSlots", "buffer_attention_mask", "tree_attention_mask"]

@@ -125,6 +125,11 @@ class BatchSelector:
         return all(group.is_plain_argmax for group in self._groups)
 
     @property
+    def keeps_logits(self) -> bool:
+        """Whether logits or scores of each step are asked for."""
+        return any(group.scores is not None or group.logits is not None for group in self._groups)
+
+    @property
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end a row."""
         return self._groups[0].eos_token_ids

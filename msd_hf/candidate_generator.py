@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
@@ -16,7 +17,7 @@ from .drafting_step import DraftingStep
 from .modeling_msd import MSDDraftModel
 from .phases import phase
 from .plain_modules import function_at
-from .static_cache import make_static
+from .static_cache import close_slots, make_static
 from .static_drafting import StaticDrafting
 from .targets import TargetAdapter, TargetPrefill
 from .tree import CandidateTree, TreeSettings
@@ -25,6 +26,30 @@ from .tree_policy import TreePolicy
 
 
 _LONGEST_KEPT = 64  # masks of that many tokens are kept
+
+
+@dataclass
+class DraftingState:
+    """
+    Where a draft stands between two rounds.
+
+    Args:
+        static (`StaticDrafting`): how it drafts.
+        tokens (`torch.LongTensor` of shape `[B, A]`): to be fed next, then anything.
+        hidden_states (`torch.Tensor` of shape `[B, A, (1 + K) * H]`): the target's, at the position before each.
+        counts (`list[int]`): how many tokens each row has.
+        next_position (`torch.LongTensor` of shape `[B, 1]`): of the first of them.
+        last_position (`int`): no row is beyond it.
+        context (`ContextSlots`): what the cache holds.
+    """
+
+    static: StaticDrafting
+    tokens: torch.Tensor
+    hidden_states: torch.Tensor
+    counts: list[int]
+    next_position: torch.Tensor
+    last_position: int
+    context: ContextSlots
 
 
 class MSDCandidateGenerator:
@@ -150,6 +175,38 @@ class MSDCandidateGenerator:
         if self._static is not None and len(counts) == 1:
             self.last_hidden_state = hidden_states[:, counts[0] - 1 : counts[0]]
 
+    def hand_over(self) -> DraftingState:
+        """What somebody else goes on from, where drafting is static."""
+        assert self._static is not None
+        ((tokens, hidden_states, counts),) = self._pending
+        return DraftingState(
+            self._static,
+            tokens,
+            self._to_draft(hidden_states),
+            list(counts),
+            self._next_position,
+            self._last_position,
+            replace(self._context),
+        )
+
+    def take_back(
+        self, context: ContextSlots, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]
+    ) -> None:
+        """
+        Goes on behind what somebody else has drafted.
+
+        Args:
+            context (`ContextSlots`): what the cache holds now, for a single row.
+            tokens, hidden_states, counts: see `accept`; of the last round.
+        """
+        num_fed = context.num_slots - self._context.num_slots
+        self._pending = []
+        self._context = context
+        self._next_position = self._next_position + num_fed
+        self._last_position += num_fed
+        close_slots(self.cache, context.num_slots)
+        self.accept(tokens, hidden_states, counts)
+
     @torch.inference_mode()  # as for `propose`
     def feed_pending(self) -> None:
         """Feeds the tokens that were accepted, as the next drafting would."""
@@ -255,11 +312,11 @@ class MSDCandidateGenerator:
         ((tokens, hidden_states, counts),) = self._pending
         self._pending = []
         states = self._to_draft(hidden_states)
-        tree = static.propose(
-            tokens, states, counts, self._next_position, self._last_position, self._context, self.cache
-        )
+        position = self._next_position
+        # Before the host goes ahead of the device: a tensor that is made of a list waits for it.
+        self._next_position = position + torch.tensor(counts, device=states.device).unsqueeze(1)
+        tree = static.propose(tokens, states, counts, position, self._last_position, self._context, self.cache)
         self._last_position += max(counts)
-        self._next_position = self._next_position + torch.tensor(counts, device=states.device).unsqueeze(1)
         return tree
 
     def _steps_below(self, count: int) -> torch.Tensor:

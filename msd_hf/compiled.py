@@ -38,7 +38,12 @@ def is_compiled(generation_config: Any) -> bool:
 
 
 def run_compiled(
-    function: Callable[..., Any], shape: tuple[Hashable, ...], device: torch.device, model: nn.Module, *args: Any
+    function: Callable[..., Any],
+    shape: tuple[Hashable, ...],
+    device: torch.device,
+    model: nn.Module,
+    *args: Any,
+    cuda_graphs: bool = True,
 ) -> Any:
     """
     Calls a function of the module level, compiled for the shapes of its arguments.
@@ -53,9 +58,10 @@ def run_compiled(
         device (`torch.device`): of them.
         model (`nn.Module`): its first argument.
         args: the others.
+        cuda_graphs (`bool`): not where the caller records one that this call is part of.
     """
     mode = None
-    if device.type == "cuda" and BACKEND == "inductor":
+    if cuda_graphs and device.type == "cuda" and BACKEND == "inductor":
         mode = "reduce-overhead"  # CUDA graphs
         torch.compiler.cudagraph_mark_step_begin()
     of_model = _compiled.setdefault(model, {})
@@ -72,12 +78,13 @@ def _compile(function: Callable[..., Any], mode: str | None) -> Callable[..., An
 
 
 @contextmanager
-def compiled_decoder(decoder: nn.Module, shape: tuple[int, ...]) -> Iterator[None]:
+def compiled_decoder(decoder: nn.Module, shape: tuple[int, ...], cuda_graphs: bool = True) -> Iterator[None]:
     """Compiles the forward of a decoder as long as this is open, see [`run_compiled`]. Hooks on the decoder itself run
     around it."""
 
     def forward(**kwargs: Any) -> Any:
-        return run_compiled(_decoder_forward, shape, kwargs["position_ids"].device, decoder, kwargs)
+        device = kwargs["position_ids"].device
+        return run_compiled(_decoder_forward, shape, device, decoder, kwargs, cuda_graphs=cuda_graphs)
 
     decoder.forward = forward  # type: ignore[method-assign]
     try:

@@ -13,6 +13,9 @@ from .targets import TargetAdapter
 
 _HALF = (torch.float16, torch.bfloat16)
 
+LARGEST_BLOCK = 512  # tokens, see `_blocked_top_k`
+_TYPICAL_TOP_K = 10
+
 
 class DraftHead:
     """
@@ -40,10 +43,16 @@ class DraftHead:
         is_own = self._rows is not None or at_hand not in (None, target.head_module)
         self._overwrites = is_own and weight.device.type == "cpu" and weight.dtype not in _HALF
         self._is_here = weight.device == self._device
+        self._vocab_size = weight.shape[0]
+        self._block_size = 1
 
     def keep_address(self) -> None:
-        """Lets CUDA graphs read the head's weights, or the rows of the draft's own vocabulary, where they are."""
+        """For compiled code: lets CUDA graphs read the head's weights, or the rows of the draft's own vocabulary, where
+        they are."""
         self._head = self.target.head
+        sizes = [size for size in range(1, LARGEST_BLOCK + 1) if self._vocab_size % size == 0]
+        # The two searches of `_blocked_top_k` are of about one length then.
+        self._block_size = min(sizes, key=lambda size: self._vocab_size / size + _TYPICAL_TOP_K * size)
         self._overwrites = False
         for part in self._rows or ():
             if part is not None:
@@ -60,10 +69,6 @@ class DraftHead:
         """Log-probabilities and tokens `[B, F, K]` of the best candidates after each of `states` `[B, F, H]`."""
         with phase("draft head"):
             logits = self.logits(states)
-        return self.best(logits, top_k)
-
-    def best(self, logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same, of what `logits` gave."""
         if self._overwrites:
             log_probs = torch.log_softmax(logits, -1, out=logits)
         else:
@@ -76,6 +81,28 @@ class DraftHead:
         if self._is_here:
             return log_probs, tokens
         return log_probs.to(self._device), tokens.to(self._device)
+
+    def static_top_k(self, states: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same as compiled code is to have it, for head and draft on one device."""
+        logits = self.logits(states)
+        if logits.dtype in _HALF:
+            logits = logits.float()
+        best, tokens = _blocked_top_k(logits, min(top_k, logits.shape[-1]), self._block_size)
+        if self._tokens is not None:
+            tokens = self._tokens.take(tokens)
+        return best - logits.logsumexp(-1, keepdim=True), tokens
+
+
+def _blocked_top_k(scores: torch.Tensor, top_k: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`topk` of `[B, F, V]` within the blocks of `size` whose maxima are the best: `topk` of a whole vocabulary takes
+    twenty kernels on a GPU, and as long as the projections of a layer."""
+    if min(size, scores.shape[-1] // size) <= 2 * top_k:
+        return scores.topk(top_k, dim=-1)
+    blocks = scores.unflatten(-1, (-1, size))
+    chosen = blocks.amax(-1).topk(top_k, dim=-1).indices  # [B, F, K]
+    candidates = blocks.gather(2, chosen.unsqueeze(3).expand(-1, -1, -1, size)).flatten(2)
+    best, places = candidates.topk(top_k, dim=-1)
+    return best, chosen.gather(2, places // size) * size + places % size
 
 
 __all__ = ["DraftHead"]

@@ -13,10 +13,23 @@ from transformers import Cache
 
 from .modeling_msd import MSDDraftDecoderLayer, MSDDraftModel
 from .plain_modules import TensorFunction, function_of
+from .split_attention import with_grouped_heads
 from .target_support import LENGTH_DEPENDENT_ROPE
 
 
+# Gives what is attended `[B, H, T, D]`, of queries, keys and values (perhaps of fewer heads), an additive mask and the
+# scale of scores.
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float], torch.Tensor]
+
 _MIN_POSITIONS = 1024
+
+
+def _sdpa(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    grouped, mask = with_grouped_heads(queries, keys.shape[1], mask)
+    attended = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+    return attended.reshape(queries.shape)
 
 
 class DraftingStep:
@@ -148,6 +161,7 @@ def draft_forward(
     sin: torch.Tensor,
     attention_mask: torch.Tensor | None,
     cache: Cache,
+    attend: Attention = _sdpa,
 ) -> torch.Tensor:
     """The draft's last hidden states `[B, T, H]`. Cosines and sines are `[B, 1, T, head_dim]`, with T = 1 if all
     positions of a row are the same."""
@@ -155,7 +169,7 @@ def draft_forward(
     # Rows of a matrix: each projection would make them one otherwise.
     states = parts.fuse(inputs_embeds.flatten(0, 1), hidden_states.flatten(0, 1))
     for number, layer in enumerate(parts.layers):
-        states = _layer(layer, number, states, (batch_size, length), cos, sin, attention_mask, cache)
+        states = _layer(layer, number, states, (batch_size, length), cos, sin, attention_mask, cache, attend)
     return states.view(batch_size, length, -1)
 
 
@@ -168,6 +182,7 @@ def _layer(
     sin: torch.Tensor,
     attention_mask: torch.Tensor | None,
     cache: Cache,
+    attend: Attention,
 ) -> torch.Tensor:
     batch_size, length = shape
     heads_shape = (batch_size, length, -1, layer.head_dim)
@@ -181,16 +196,8 @@ def _layer(
     both = torch.addcmul(both * cos, torch.cat([-second, first], dim=-1), sin)
     queries, keys = both.split([num_heads, num_kv_heads], dim=1)
     keys, values = cache.update(keys, values, number)
-    if num_kv_heads < num_heads:
-        # The queries of a group stand behind each other, so that keys need not be repeated for them.
-        groups = num_heads // num_kv_heads
-        queries = queries.reshape(batch_size, num_kv_heads, groups * length, -1)
-        if attention_mask is not None:
-            attention_mask = attention_mask.repeat(1, 1, groups, 1)
-    attended = functional.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=attention_mask, scale=layer.scaling
-    )
-    attended = attended.reshape(batch_size, num_heads, length, -1).transpose(1, 2).reshape(batch_size * length, -1)
+    attended = attend(queries, keys, values, attention_mask, layer.scaling)
+    attended = attended.transpose(1, 2).reshape(batch_size * length, -1)
     states = states + layer.output(attended)
     normed = layer.post_attention_norm(states)
     return states + layer.down(layer.activation(layer.gate(normed)) * layer.up(normed))

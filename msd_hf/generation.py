@@ -17,6 +17,7 @@ from .candidate_generator import MSDCandidateGenerator
 from .compiled import is_compiled
 from .conversation import Conversation
 from .decoder_outputs import DecoderOutputs
+from .device_rounds import DeviceRounds
 from .modeling_msd import MSDDraftModel
 from .phases import phase
 from .running_rows import RunningRows
@@ -113,6 +114,9 @@ def msd_decoding(
         buffers_left(leaves_buffers, (cache, adapter.decoder), (generator.cache, draft)),
         running.cut_back_on_error(selector),
     ):
+        if static_nodes is not None and not flags and not settings.suffix_nodes and not selector.finished:
+            if DeviceRounds.can_serve(adapter, generator, selector):
+                DeviceRounds(adapter, generator, running, selector, keeps_cache).run()
         while not selector.finished:
             _drop_ended(selector, running, generator, keeps_cache)
             limits = policy.begin_round(selector.tokens_left, running.context.num_slots)

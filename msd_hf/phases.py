@@ -83,7 +83,8 @@ class PhaseTimer:
 
 
 def _time_on(device: torch.device) -> float:
-    torch.cuda.synchronize(device)
+    if not torch.cuda.is_current_stream_capturing():  # nothing is done then, and waiting is not allowed
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 

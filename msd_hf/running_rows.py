@@ -45,22 +45,29 @@ class RunningRows:
         self.tokens = tokens
         self._prompt_mask = prompt_mask
         self._ended: dict[int, _EndedRow] = {}
-        self._unsettled: tuple[Verification, torch.Tensor] | None = None
+        self._unsettled: tuple[Verification, torch.Tensor, torch.Tensor] | None = None
 
     def accept(self, verified: Verification, paths: torch.Tensor) -> None:
         """Takes note of accepted nodes (`paths`, `[B, A]`): `tokens` at once, the rest in `settle`."""
-        self._unsettled = verified, paths
+        # At once, while no drafting is under way: a tensor that is made of a list waits for the device.
+        counts = torch.tensor(verified.counts, device=self.next_position.device)
+        self._unsettled = verified, paths, counts
         self.tokens = [tokens[-1] for tokens in verified.tokens]
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Takes note of tokens of a single row of which the slots are in place already."""
+        self.context.grow([len(tokens)])
+        self.next_position = self.next_position + len(tokens)
+        self.tokens = [tokens[-1]]
 
     def settle(self) -> None:
         """Brings context, cache and position up to what was accepted. Apart from `accept`, since drafting need not
         wait for it: a GPU has something to do in the meantime."""
         if self._unsettled is not None:
-            verified, paths = self._unsettled
+            verified, paths, counts = self._unsettled
             self._unsettled = None
             in_place = all(path[-1] == len(path) - 1 for path in verified.paths)
             keep_paths(self.cache, self.context, None if in_place else paths, verified.counts)
-            counts = torch.tensor(verified.counts, device=self.next_position.device)
             self.next_position = self.next_position + counts.unsqueeze(1)
 
     @contextmanager

@@ -32,13 +32,29 @@ class StaticSlotsLayer(InPlaceLayer):
         super().__init__()
         self._spare = spare
 
+    def has_room(self, count: int) -> bool:
+        """Whether the buffers have room for `count` more slots."""
+        if self._buffers is None or not self._shows_buffers():
+            return False
+        return self.get_seq_length() + count <= self._buffers[0].shape[-2]
+
     def reserve(self, count: int) -> Buffers:
         """The buffers, with room for `count` more slots."""
         held = self.get_seq_length()
-        if self._buffers is None or not self._shows_buffers() or held + count > self._buffers[0].shape[-2]:
+        if self._buffers is None or not self.has_room(count):
             self._buffers = self._reserve(self.keys, self.values, held, held + count)
             self.show(held)
         return self._buffers
+
+    def offer(self, buffers: Buffers) -> None:
+        """Gives the layer buffers to use when it needs new ones, if they have the right shape."""
+        self._spare = buffers
+        for buffer in buffers:
+            torch._dynamo.mark_static_address(buffer)
+
+    def was_offered(self, states: torch.Tensor, needed: int) -> bool:
+        """Whether it was given buffers for so many slots of such states."""
+        return self._spare is not None and _fits(self._spare[0], states, _capacity_for(needed))
 
     def show(self, length: int) -> None:
         """Makes the first `length` slots of the buffers what the layer holds."""
@@ -46,7 +62,8 @@ class StaticSlotsLayer(InPlaceLayer):
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
 
     def _holds_as_it_came(self, states: torch.Tensor) -> bool:
-        return self._spare is None and super()._holds_as_it_came(states)  # or there is room already
+        # Or there is room already.
+        return not self.was_offered(states, states.shape[-2]) and super()._holds_as_it_came(states)
 
     @property
     def buffers(self) -> Buffers | None:
@@ -56,7 +73,7 @@ class StaticSlotsLayer(InPlaceLayer):
         return self._buffers if self._shows_buffers() else None
 
     def _reserve(self, key_states: torch.Tensor, value_states: torch.Tensor, held: int, needed: int) -> Buffers:
-        num_slots = max(1 << (needed - 1).bit_length(), MIN_CAPACITY)
+        num_slots = _capacity_for(needed)
         spare = self._spare or (None, None)
         self._spare = None
         key_buffer, value_buffer = (
@@ -68,15 +85,24 @@ class StaticSlotsLayer(InPlaceLayer):
         return key_buffer, value_buffer
 
 
-def _zeros(states: torch.Tensor, num_slots: int, spare: torch.Tensor | None) -> torch.Tensor:
-    shape = (*states.shape[:-2], num_slots, states.shape[-1])
-    wanted = (shape, states.dtype, states.device)
-    if spare is not None and (spare.shape, spare.dtype, spare.device) == wanted:
+def _capacity_for(needed: int) -> int:
+    return max(1 << (needed - 1).bit_length(), MIN_CAPACITY)
+
+
+def _zeros(states: torch.Tensor, num_slots: int, spare: torch.Tensor | None, count: int | None = None) -> torch.Tensor:
+    """A buffer like the states, or as many as are to lie behind each other."""
+    if spare is not None and _fits(spare, states, num_slots):
         return spare.zero_()
+    shape = (*states.shape[:-2], num_slots, states.shape[-1])
     with torch.inference_mode(False):  # as in `InPlaceLayer`
-        buffer = states.new_zeros(shape)
+        buffer = states.new_zeros(shape if count is None else (count, *shape))
     torch._dynamo.mark_static_address(buffer)
     return buffer
+
+
+def _fits(buffer: torch.Tensor, states: torch.Tensor, num_slots: int) -> bool:
+    shape = (*states.shape[:-2], num_slots, states.shape[-1])
+    return (buffer.shape, buffer.dtype, buffer.device) == (shape, states.dtype, states.device)
 
 
 class _WholeBuffers(DynamicLayer):
@@ -94,6 +120,61 @@ class _WholeBuffers(DynamicLayer):
         return self.keys, self.values
 
 
+def reserve(cache: Cache, count: int) -> list[Buffers]:
+    """
+    The buffers of all layers, with room for `count` more slots. New ones lie behind each other in memory, so that
+    `move_slots` can reach all of them at once.
+
+    Args:
+        cache (`Cache`): of `StaticSlotsLayer`s on one device.
+        count (`int`): slots.
+    """
+    layers: list[StaticSlotsLayer] = cache.layers  # type: ignore[assignment]
+    first = layers[0]
+    needed = first.get_seq_length() + count
+    if not first.has_room(count) and not first.was_offered(first.keys, needed):
+        kinds = {(states.shape, states.dtype) for layer in layers for states in (layer.keys, layer.values)}
+        if len(kinds) == 1:
+            together = _zeros(first.keys, _capacity_for(needed), None, 2 * len(layers))
+            for number, layer in enumerate(layers):
+                layer.offer((together[2 * number], together[2 * number + 1]))
+    return [layer.reserve(count) for layer in layers]
+
+
+def joined(buffers: Sequence[Buffers]) -> torch.Tensor | None:
+    """Keys and values of all layers as one tensor `[2 * layers, B, heads, slots, head_dim]`, if they lie behind each
+    other in memory."""
+    parts = [part for pair in buffers for part in pair]
+    first, size = parts[0], parts[0].numel()
+    for number, part in enumerate(parts):
+        at = first.data_ptr() + number * size * first.element_size()
+        same_kind = part.shape == first.shape and part.dtype == first.dtype and part.is_contiguous()
+        if not same_kind or part.data_ptr() != at:
+            return None
+    if first.storage_offset() + len(parts) * size > first.untyped_storage().nbytes() // first.element_size():
+        return None
+    return first.as_strided((len(parts), *first.shape), (size, *first.stride()))
+
+
+def move_slots(buffers: Sequence[Buffers], sources: torch.Tensor, places: torch.Tensor) -> None:
+    """Copies the slots `sources` `[A]` of all layers to `places` `[A]`."""
+    together = joined(buffers)
+    parts = [part for pair in buffers for part in pair] if together is None else [together]
+    for part in parts:
+        part.index_copy_(-2, places, part.index_select(-2, sources))
+
+
+def whole_buffers(buffers: Sequence[Buffers], places: torch.Tensor) -> Cache:
+    """
+    The cache for one compiled forward, which fills some slots.
+
+    Args:
+        buffers (`Sequence[tuple[torch.Tensor, torch.Tensor]]`): keys and values of each layer.
+        places (`torch.LongTensor` of shape `[N]`): of the new slots.
+    """
+    return Cache(layers=[_WholeBuffers(pair, places) for pair in buffers])
+
+
 def open_slots(cache: Cache, count: int) -> Cache:
     """
     The cache for one compiled forward, which fills `count` slots behind what is held. What it fills is part of the
@@ -104,9 +185,8 @@ def open_slots(cache: Cache, count: int) -> Cache:
         count (`int`): new slots.
     """
     start = cache.get_seq_length()
-    buffers = [layer.reserve(count) for layer in cache.layers]
-    places = torch.arange(start, start + count, device=buffers[0][0].device)
-    return Cache(layers=[_WholeBuffers(pair, places) for pair in buffers])
+    buffers = reserve(cache, count)
+    return whole_buffers(buffers, torch.arange(start, start + count, device=buffers[0][0].device))
 
 
 def close_slots(cache: Cache, length: int) -> None:
@@ -168,4 +248,15 @@ def _static(layer: DynamicLayer | None, spare: Buffers | None) -> StaticSlotsLay
     return made
 
 
-__all__ = ["StaticSlotsLayer", "buffers_left", "capacity", "close_slots", "make_static", "open_slots"]
+__all__ = [
+    "StaticSlotsLayer",
+    "buffers_left",
+    "capacity",
+    "close_slots",
+    "joined",
+    "make_static",
+    "move_slots",
+    "open_slots",
+    "reserve",
+    "whole_buffers",
+]

@@ -4,6 +4,7 @@ the finished tree. On a GPU the host then has one graph to launch instead of hun
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from .draft_head import DraftHead
 from .drafting_step import DraftParts, draft_forward
 from .modeling_msd import MSDDraftModel
 from .phases import phase
-from .static_cache import Buffers, close_slots
+from .split_attention import split_attention
+from .static_cache import Buffers, close_slots, reserve
 from .tree import CandidateTree, TreeSettings
 from .tree_growth import TreeGrowth, rows_of
 
@@ -34,6 +36,8 @@ class StaticDrafting:
         self.head = head
         self.settings = settings
         self.max_tokens = settings.depth + 2 + settings.suffix_nodes  # that a round may emit
+        self.num_slots = self.max_tokens + settings.num_candidates  # that a drafting needs
+        self.num_positions = self.max_tokens + settings.depth + 1  # that it goes beyond the last one
         self._rotations = torch.empty(0)  # cosines and sines of each position, [P, 2, head_dim]
         head.keep_address()
 
@@ -60,28 +64,79 @@ class StaticDrafting:
             context (`ContextSlots`): what the cache holds; is extended by these tokens.
             cache (`Cache`): the draft's, of `StaticSlotsLayer`s.
         """
-        draft, settings, device = self.head.draft, self.settings, tokens.device
-        buffers = [layer.reserve(self.max_tokens + settings.num_candidates) for layer in cache.layers]
-        capacity = buffers[0][0].shape[2]
-        # The draft may hold fewer slots than there are positions. A power of two again, so that few are compiled.
-        num_positions = 1 << (max(capacity, last_position + self.max_tokens + settings.depth + 1) - 1).bit_length()
-        if len(self._rotations) != num_positions:
-            cos, sin = draft.rotary_emb(hidden_states, torch.arange(num_positions, device=device).unsqueeze(0))
-            self._rotations = torch.stack([cos[0], sin[0]], dim=1)
+        room = self.reserve(cache, context, last_position, hidden_states)
         # Tensors of inference mode, contiguous: with others all would be compiled anew.
         tokens, hidden_states, next_position = (
             part.clone(memory_format=torch.contiguous_format) for part in (tokens, hidden_states, next_position)
         )
-        numbers = torch.tensor([list(counts), context.lengths], device=device)
-        padding = _padding(context, capacity, device)
-        inputs = (tokens, hidden_states, numbers, next_position, padding, self._rotations, buffers)
+        numbers = torch.tensor([list(counts), context.lengths], device=tokens.device)
         with phase("draft forward"):
-            shape = (len(tokens), capacity, num_positions, padding is None, settings)
-            parts = run_compiled(_draft_tree, shape, device, draft, self.head, settings, *inputs)
+            tree = self.draw(tokens, hidden_states, numbers, next_position, room)
         context.grow(counts)
         close_slots(cache, context.num_slots)
-        tokens, parents, depths, ancestors, scores = (part.clone() for part in parts)  # outlive the next compiled call
+        return tree.clone()  # outlives the next compiled call
+
+    def reserve(self, cache: Cache, context: ContextSlots, last_position: int, states: torch.Tensor) -> DraftRoom:
+        """
+        Where the next tree can be drafted.
+
+        Args:
+            cache, context, last_position: as in `propose`.
+            states (`torch.Tensor`): gives device and dtype.
+        """
+        buffers = reserve(cache, self.num_slots)
+        capacity = buffers[0][0].shape[2]
+        # The draft may hold fewer slots than there are positions. A power of two again, so that few are compiled.
+        num_positions = max(capacity, last_position + self.num_positions)
+        num_positions = 1 << (num_positions - 1).bit_length()
+        if len(self._rotations) != num_positions:
+            positions = torch.arange(num_positions, device=states.device).unsqueeze(0)
+            cos, sin = self.head.draft.rotary_emb(states, positions)
+            self._rotations = torch.stack([cos[0], sin[0]], dim=1)
+        return DraftRoom(buffers, self._rotations, _padding(context, capacity, states.device))
+
+    def draw(
+        self,
+        tokens: torch.Tensor,
+        hidden_states: torch.Tensor,
+        numbers: torch.Tensor,
+        next_position: torch.Tensor,
+        room: DraftRoom,
+        cuda_graphs: bool = True,
+    ) -> CandidateTree:
+        """
+        What `propose` does, on the device alone.
+
+        Args:
+            tokens, hidden_states, next_position: as in `propose`.
+            numbers (`torch.LongTensor` of shape `[2, B]`): tokens of each row, and slots of its context.
+            room (`DraftRoom`): what `reserve` gave.
+            cuda_graphs (`bool`): see [`run_compiled`].
+        """
+        draft, settings = self.head.draft, self.settings
+        capacity = room.buffers[0][0].shape[2]
+        shape = (len(tokens), capacity, len(room.rotations), room.padding is None, settings)
+        inputs = (tokens, hidden_states, numbers, next_position, room.padding, room.rotations, room.buffers)
+        tokens, parents, depths, ancestors, scores = run_compiled(
+            _draft_tree, shape, tokens.device, draft, self.head, settings, *inputs, cuda_graphs=cuda_graphs
+        )
         return CandidateTree(tokens, parents, depths, ancestors, settings.depth + 1, scores)
+
+
+@dataclass
+class DraftRoom:
+    """
+    What a compiled drafting works in.
+
+    Args:
+        buffers (`list[tuple[torch.Tensor, torch.Tensor]]`): keys and values of each layer, `[B, heads, S, head_dim]`.
+        rotations (`torch.Tensor` of shape `[P, 2, head_dim]`): cosines and sines of each position.
+        padding (`torch.BoolTensor` of shape `[B, S]`, *optional*): slots that hold padding.
+    """
+
+    buffers: list[Buffers]
+    rotations: torch.Tensor
+    padding: torch.Tensor | None
 
 
 def _padding(context: ContextSlots, num_slots: int, device: torch.device) -> torch.Tensor | None:
@@ -135,7 +190,12 @@ def _draft_tree(
         embeds = head.target.embed(tokens).to(dtype)
         cos, sin = rotations[positions].unsqueeze(1).unbind(3)
         cache: Any = _PlacedSlots(buffers, first.unsqueeze(1) + steps[: tokens.shape[1]])
-        return draft_forward(parts, embeds, states, cos, sin, mask.unsqueeze(1), cache)
+        live_slots = torch.stack([torch.zeros_like(first[0]), first[0] + tokens.shape[1]]).int()
+
+        def attend(queries, keys, values, mask, scale):
+            return split_attention(queries, keys, values, mask, scale, live_slots)
+
+        return draft_forward(parts, embeds, states, cos, sin, mask.unsqueeze(1), cache, attend)
 
     # A token sees the context, those before it and itself.
     hidden = slots > (lengths.unsqueeze(1) + steps[:num_tokens]).unsqueeze(2)  # [B, A, S]
@@ -151,7 +211,7 @@ def _draft_tree(
     first = lengths + counts
 
     growth = TreeGrowth(roots, settings)
-    growth.expand(*head.best(head.logits(states), settings.top_k))
+    growth.expand(*head.static_top_k(states, settings.top_k))
     for level in range(settings.depth):
         level_tokens, above = growth.descend(settings.top_k)
         width = level_tokens.shape[1]
@@ -160,7 +220,7 @@ def _draft_tree(
         positions = (next_position + level).expand(-1, width)
         states = run(level_tokens, rows_of(states, above, width), positions, mask, first)
         first = first + width
-        growth.expand(*head.best(head.logits(states), settings.top_k))
+        growth.expand(*head.static_top_k(states, settings.top_k))
     tree = growth.finish()
     if settings.top_k > 1:
         tree = tree.with_best_path_first()

@@ -71,6 +71,12 @@ def decoder_inputs(decoder: nn.Module) -> list[str]:
     return list(inspect.signature(decoder.forward).parameters)
 
 
+def takes_any_argument(decoder: nn.Module) -> bool:
+    """Whether a decoder's forward takes arguments that it does not know, and hands them on to its attention."""
+    parameters = inspect.signature(decoder.forward).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
 def check_target(target: PreTrainedModel) -> None:
     """
     Refuses targets that the decoding loop cannot serve.
@@ -203,4 +209,5 @@ __all__ = [
     "check_target",
     "decoder_inputs",
     "layer_windows",
+    "takes_any_argument",
 ]

@@ -13,16 +13,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .attention_mask import ContextSlots, tree_attention_mask
+from .attention_mask import ContextSlots, buffer_attention_mask, tree_attention_mask
 from .cache import CACHE_NAME
 from .compiled import compiled_decoder, has_compiled_part, widen_mask
 from .errors import MSDPairingError
 from .phases import phase
-from .static_cache import capacity, close_slots, open_slots
-from .target_support import TREE_ATTENTION, attention_windows, decoder_inputs
+from .split_attention import LIVE_SLOTS, SPLIT_SDPA, find_live_slots
+from .static_cache import Buffers, capacity, close_slots, open_slots, whole_buffers
+from .target_support import TREE_ATTENTION, attention_windows, decoder_inputs, takes_any_argument
 from .tree import CandidateTree
 
 
@@ -141,8 +143,16 @@ class TargetAdapter:
         self.logit_cap: float | None = getattr(self.text_config, "final_logit_softcapping", None)
         self.windows = attention_windows(self.text_config)
         self._decoder_inputs = decoder_inputs(self.decoder)
+        self._hands_on_arguments = takes_any_argument(self.decoder)
         self._is_compiled = has_compiled_part(target)
         self._dtype = target.dtype
+
+    def outer_modules(self) -> Iterator[nn.Module]:
+        """The modules of a forward over tokens that are not inside of the decoder."""
+        yield from (self.embedding, self.head_module, self.target)
+        (name,) = (name for name, module in self.target.named_modules() if module is self.decoder)
+        parts = name.split(".")
+        yield from (self.target.get_submodule(".".join(parts[:count])) for count in range(1, len(parts) + 1))
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Embeddings `[..., H]` of tokens `[...]`."""
@@ -261,32 +271,69 @@ class TargetAdapter:
                 stack.callback(close_slots, cache, context.num_slots + num_nodes)
                 shape = (*tree.tokens.shape, capacity(replaced[CACHE_NAME]))
                 stack.enter_context(compiled_decoder(self.decoder, shape))
-            verification = self._forward_tree(tree, cache, context, next_position, replaced, output_flags)
+            masks = self._tree_masks(tree, context, capacity(replaced[CACHE_NAME]) if replaced else None)
+            position_ids = next_position + tree.depths
+            verification = self._forward_tree(tree, cache, masks, position_ids, replaced, output_flags)
         if not replaced:
             return verification
         # Copies: they outlive the next compiled call.
         hidden_states = verification.hidden_states[:, :num_nodes].clone()
         return TargetVerification(verification.logits[:, :num_nodes], hidden_states, verification.outputs)
 
+    def verify_in_buffers(
+        self,
+        tree: CandidateTree,
+        cache: Cache,
+        buffers: Sequence[Buffers],
+        lengths: torch.Tensor,
+        prompt_mask: torch.Tensor | None,
+        next_position: torch.Tensor,
+    ) -> TargetVerification:
+        """
+        The same with a compiled decoder, for one row, on the device alone: nothing of it depends on numbers that the
+        host has to know.
+
+        Args:
+            tree (`CandidateTree`): N nodes.
+            cache (`Cache`): the target's. Is not written to, its buffers are.
+            buffers (`Sequence[tuple[torch.Tensor, torch.Tensor]]`): keys and values of each layer of the cache, with
+                room for the nodes.
+            lengths (`torch.LongTensor` of shape `[1]`): slots of them that are filled.
+            prompt_mask (`torch.BoolTensor` of shape `[1, L]`, *optional*): false at padding.
+            next_position (`torch.LongTensor` of shape `[..., 1, 1]`): position of the root.
+        """
+        num_nodes, num_slots = tree.tokens.shape[1], buffers[0][0].shape[2]
+        masks = {
+            kind: buffer_attention_mask(
+                tree.ancestors, tree.depths, lengths, prompt_mask, num_slots, self._dtype, window
+            )
+            for kind, window in self.windows.items()
+        }
+        places = lengths + torch.arange(num_nodes, device=lengths.device)
+        replaced = {CACHE_NAME: whole_buffers(buffers, places)}
+        with compiled_decoder(self.decoder, (*tree.tokens.shape, num_slots), cuda_graphs=False):
+            return self._forward_tree(tree, cache, masks, next_position + tree.depths, replaced, {})
+
     def _forward_tree(
         self,
         tree: CandidateTree,
         cache: Cache,
-        context: ContextSlots,
-        next_position: torch.Tensor,
+        masks: dict[str, torch.Tensor] | None,
+        position_ids: torch.Tensor,
         replaced: dict[str, Any],
         output_flags: dict[str, bool],
     ) -> TargetVerification:
-        sees_all = tree.tokens.shape[1] == 1 and not context.hides_slots and not any(self.windows.values())
-        if sees_all and not replaced:
-            # As in a step of `generate`: attention is faster without a mask.
-            mask: Any = None
-        else:
-            mask = self._tree_masks(tree, context, replaced)
-        position_ids = next_position + tree.depths
+        mask: Any = masks
+        if masks is not None:
+            if replaced and self._hands_on_arguments:
+                # Layers without a window see more than those with one.
+                widest = min(masks, key=lambda kind: self.windows[kind] is not None)
+                replaced = {**replaced, LIVE_SLOTS: find_live_slots(masks[widest])}
+            if len(masks) == 1:
+                (mask,) = masks.values()
         with (
             self.observe(attention_mask=mask, position_ids=position_ids, **replaced) as seen,
-            self._attention_with_tree_mask(),
+            self._attention_with_tree_mask(is_static=bool(replaced)),
             phase("target forward"),
         ):
             outputs = self.target(
@@ -301,31 +348,40 @@ class TargetAdapter:
             )
         return TargetVerification(outputs.logits, seen.hidden_states, outputs)
 
-    def _tree_masks(self, tree: CandidateTree, context: ContextSlots, replaced: dict[str, Any]) -> Any:
+    def _tree_masks(
+        self, tree: CandidateTree, context: ContextSlots, num_slots: int | None
+    ) -> dict[str, torch.Tensor] | None:
+        """Masks by kind of layer: for buffers of `num_slots`, if there are such. `None` if all nodes see all."""
+        sees_all = tree.tokens.shape[1] == 1 and not context.hides_slots and not any(self.windows.values())
+        if sees_all and num_slots is None:
+            return None  # as in a step of `generate`: attention is faster without a mask
         masks = {
             kind: tree_attention_mask(tree.ancestors, context, self._dtype, window, tree.depths)
             for kind, window in self.windows.items()
         }
-        if replaced:
-            num_slots = capacity(replaced[CACHE_NAME])
+        if num_slots is not None:
             masks = {kind: widen_mask(mask, num_slots) for kind, mask in masks.items()}
-        return masks if len(masks) > 1 else next(iter(masks.values()))
+        return masks
 
     @contextmanager
-    def _attention_with_tree_mask(self) -> Iterator[None]:
-        """Attention implementations that take no tree mask give way to another one for one forward."""
+    def _attention_with_tree_mask(self, is_static: bool) -> Iterator[None]:
+        """Attention implementations that take no tree mask give way to another one for one forward, and sdpa to one
+        for long buffers where the cache is static."""
         config = self.decoder.config
-        implementation = config._attn_implementation
-        if implementation in TREE_ATTENTION:
+        implementation = substitute = config._attn_implementation
+        if implementation not in TREE_ATTENTION:
+            # A decoder that caps its attention scores has no sdpa.
+            substitute = "sdpa" if self.decoder._supports_sdpa else "eager"
+            logger.warning_once(
+                f"The target's attention implementation {implementation!r} takes no tree mask: candidate trees are "
+                f"verified with {substitute}, the prompt is read as before. The two round differently: a near-tie "
+                "between two tokens may fall the other way."
+            )
+        if is_static and substitute == "sdpa":
+            substitute = SPLIT_SDPA
+        if substitute == implementation:
             yield
             return
-        # A decoder that caps its attention scores has no sdpa.
-        substitute = "sdpa" if self.decoder._supports_sdpa else "eager"
-        logger.warning_once(
-            f"The target's attention implementation {implementation!r} takes no tree mask: candidate trees are "
-            f"verified with {substitute}, the prompt is read as before. The two round differently: a near-tie between "
-            "two tokens may fall the other way."
-        )
         config._attn_implementation = substitute
         try:
             yield
@@ -369,7 +425,7 @@ class TargetAdapter:
             yield seen
 
 
-def _device_of(module: torch.nn.Module) -> torch.device:
+def _device_of(module: nn.Module) -> torch.device:
     """Where a module computes; accelerate may keep its weights elsewhere."""
     hook = vars(module).get("_hf_hook")
     device: Any = getattr(hook, "execution_device", None)

@@ -243,6 +243,17 @@ class CandidateTree:
         ancestors.diagonal(dim1=1, dim2=2)[:, num_nodes - count :] = True
         return CandidateTree(tokens, parents, depths, ancestors, self.max_depth)
 
+    def clone(self) -> CandidateTree:
+        """A copy."""
+        return CandidateTree(
+            tokens=self.tokens.clone(),
+            parents=self.parents.clone(),
+            depths=self.depths.clone(),
+            ancestors=self.ancestors.clone(),
+            max_depth=self.max_depth,
+            scores=None if self.scores is None else self.scores.clone(),
+        )
+
     def to(self, device: torch.device) -> CandidateTree:
         """The tree on another device."""
         return CandidateTree(

@@ -6,6 +6,8 @@ own choice at each node has the law of the target, and the acceptance probabilit
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,9 @@ import torch
 from .batch_selection import BatchSelector
 from .token_selection import TokenSelector
 from .tree import CandidateTree
+
+
+_shown_to: Callable[[CandidateTree, torch.Tensor], None] | None = None
 
 
 @dataclass
@@ -44,6 +49,7 @@ def verify(tree: CandidateTree, logits: torch.Tensor, selector: BatchSelector) -
         logits (`torch.Tensor` of shape `[B, N, V]`): the target's, at each node.
         selector (`BatchSelector`): chooses and emits.
     """
+    show_logits(tree, logits)
     if selector.is_plain_argmax:
         return _verify_argmax(tree, logits, selector)
     return _verify_in_sequence(tree, logits, selector)
@@ -64,9 +70,32 @@ def match_argmax(tree: CandidateTree, choices: torch.Tensor) -> torch.Tensor:
     return tree.path(tree.tokens == choices.gather(1, tree.parents))
 
 
-def _verify_argmax(tree: CandidateTree, logits: torch.Tensor, selector: BatchSelector) -> Verification:
+def argmax_choices(logits: torch.Tensor) -> torch.Tensor:
+    """The target's choice at each node, of logits `[..., V]`."""
     # float32 as `generate` does: a tie that arises there is resolved there. None arises from fewer bits.
-    choices = (logits.float() if logits.dtype == torch.float64 else logits).argmax(-1)
+    return (logits.float() if logits.dtype == torch.float64 else logits).argmax(-1)
+
+
+@contextmanager
+def logits_shown(to: Callable[[CandidateTree, torch.Tensor], None]) -> Iterator[None]:
+    """For measurements: as long as this is open, each verification hands its tree and the logits `[B, N, V]` at its
+    nodes to a function, which may change them."""
+    global _shown_to
+    before, _shown_to = _shown_to, to
+    try:
+        yield
+    finally:
+        _shown_to = before
+
+
+def show_logits(tree: CandidateTree, logits: torch.Tensor) -> None:
+    """See `logits_shown`."""
+    if _shown_to is not None:
+        _shown_to(tree, logits)
+
+
+def _verify_argmax(tree: CandidateTree, logits: torch.Tensor, selector: BatchSelector) -> Verification:
+    choices = argmax_choices(logits)
     if choices.shape[1] == 1:
         accepted_lists, choice_lists = [[0]] * len(choices), choices.tolist()
     else:
@@ -129,4 +158,4 @@ def _walk(
             return
 
 
-__all__ = ["Verification", "match_argmax", "verify"]
+__all__ = ["Verification", "argmax_choices", "logits_shown", "match_argmax", "show_logits", "verify"]

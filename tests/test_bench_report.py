@@ -90,6 +90,7 @@ def shape_report(report):
                 "simulated_tau": 3.8,
                 "milliseconds": SPREAD,
                 "cost_in_steps": SPREAD,
+                "first_rounds_milliseconds": 31.0,
                 "simulated_tokens_per_second": 30.0,
                 "simulated_decode_speedup": SPREAD,
             }

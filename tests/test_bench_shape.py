@@ -1,5 +1,6 @@
 """Published shapes with random weights, and rounds whose acceptance is assumed."""
 
+import copy
 import json
 
 import pytest
@@ -7,13 +8,20 @@ import torch
 from tiny import make_prompt, pair
 
 from msd_hf import MSDDraftModel, compiled
+from msd_hf.batch_selection import BatchSelector
 from msd_hf.draft_head import DraftHead
 from msd_hf.errors import MSDError
 from msd_hf.evaluation import simulation
 from msd_hf.evaluation.intercepted_loop import run_intercepted
 from msd_hf.evaluation.shape_bench import bench_shape, bytes_read_per_step
 from msd_hf.evaluation.shapes import SHAPES, build_pair, random_prompt, shape_config
-from msd_hf.evaluation.simulation import check_assumed_length, lengths_of_mean, simulated_rounds, steer
+from msd_hf.evaluation.simulation import (
+    FIRST_ROUNDS,
+    check_assumed_length,
+    lengths_of_mean,
+    simulated_rounds,
+    steer,
+)
 from msd_hf.evaluation.verification_cost import verification_seconds
 from msd_hf.targets import TargetAdapter
 from msd_hf.tree import CandidateTree, TreeSettings
@@ -61,29 +69,37 @@ def test_logits_are_steered_along_a_path_of_the_wanted_length(dtype):
         assert emitted[:-1] == path and len(emitted) == min(length, 4)
 
 
+@pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("images_at", [(), (2,)])
-def test_simulated_rounds_are_those_of_the_loop(images_at, monkeypatch):
-    """One verification a round over the whole tree, and a cache that grows by what was taken for accepted."""
-    target, draft = pair(0).target, pair(0).with_tree(10, 3, 3)
+def test_simulated_rounds_are_those_of_the_loop(images_at, is_compiled, monkeypatch):
+    """One verification a round over the whole tree, which emits what was taken for accepted."""
+    target, draft = copy.deepcopy((pair(0).target, pair(0).with_tree(10, 3, 3)))
     inputs = make_prompt(1, images_at=images_at)
     length = inputs["input_ids"].shape[1]
-    widths, possible, started = [], [], []
+    widths, possible, started, emitted = [], [], [], []
 
     def look(logits, tree, wanted):
         possible.append(min(wanted, int(tree.depths.max()) + 1))
-        steer(logits, tree, wanted)
+        return steer(logits, tree, wanted)
+
+    def count(self, counts, num_draft_tokens):
+        emitted.extend(counts)
+        return end_round(self, counts, num_draft_tokens)
+
+    end_round = BatchSelector.end_round
+    monkeypatch.setattr(BatchSelector, "end_round", count)
+    draft.generation_config.compile = is_compiled
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
 
     handle = target.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: widths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
     monkeypatch.setattr(simulation, "steer", look)
-    before = TargetAdapter.verify
     rounds = simulated_rounds(target, draft, inputs, [3, 1, 4, 2, 1, 3], lambda: started.append(len(widths)))
     handle.remove()
-    assert TargetAdapter.verify is before
-    assert rounds.lengths == possible and max(possible) > 2
-    assert rounds.tau == pytest.approx(sum(possible) / 6) and rounds.seconds_per_round == rounds.seconds / 6
-    assert widths == [length] + [10] * 6 and started == [1]
+    assert rounds.lengths == possible[FIRST_ROUNDS:] == emitted[FIRST_ROUNDS:] and max(possible) > 2
+    assert rounds.tau == pytest.approx(sum(rounds.lengths) / 6) and rounds.seconds_per_round == rounds.seconds / 6
+    assert widths == [length] + [10] * (FIRST_ROUNDS + 7) and started == [FIRST_ROUNDS + 2]
 
 
 def test_an_interrupted_loop_is_put_back():
@@ -162,7 +178,7 @@ def test_a_shape_is_measured(monkeypatch):
         assert row["way"] == way and row["simulated_tau"] == tau
         seconds = row["milliseconds"]["median"] / 1e3
         assert row["simulated_tokens_per_second"] == pytest.approx(tau / seconds, rel=1e-6)
-        assert row["cost_in_steps"]["median"] > 1
+        assert row["cost_in_steps"]["median"] > 1 and row["first_rounds_milliseconds"] > 0
     for way in ("eager", "compiled"):
         assert figures["round"][way]["num_rounds"] == 4 and 0 < figures["round"][way]["round_efficiency"] < 1
     assert [row["nodes"] for row in figures["verification"]] == [1, 8]

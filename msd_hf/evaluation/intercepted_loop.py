@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ def run_intercepted(
 ) -> None:
     """
     Calls `generate` with a draft, and `on_verify(verify, tree, cache)` instead of each verification, until that raises
-    [`LoopEnd`]. `verify(tree)` is the verification itself.
+    [`LoopEnd`]. `verify(tree)` is the verification itself. Nothing is compiled: a device would verify by itself.
 
     Args:
         target (`PreTrainedModel`), draft (`MSDDraftModel`): the pair. The target must not end an answer.
@@ -42,10 +42,21 @@ def run_intercepted(
 
     TargetAdapter.verify = verify  # type: ignore[method-assign]
     try:
-        with torch.no_grad(), suppress(LoopEnd):
+        with torch.no_grad(), suppress(LoopEnd), compilation(draft, False):
             target.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, assistant_model=draft)
     finally:
         TargetAdapter.verify = original  # type: ignore[method-assign]
 
 
-__all__ = ["LoopEnd", "run_intercepted"]
+@contextmanager
+def compilation(draft: MSDDraftModel, value: bool) -> Iterator[None]:
+    """Sets `compile` of a draft for a while."""
+    before = getattr(draft.generation_config, "compile", None)
+    draft.generation_config.compile = value
+    try:
+        yield
+    finally:
+        draft.generation_config.compile = before
+
+
+__all__ = ["LoopEnd", "compilation", "run_intercepted"]

@@ -9,6 +9,7 @@ from typing import Any
 
 from .methods import VANILLA
 from .round_timing import PARTS
+from .simulation import FIRST_ROUNDS
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,11 @@ def _shape_tables(report: Mapping[str, Any]) -> list[ReportTable]:
         *(
             [f"round efficiency, {way}", _share(figures["round_efficiency"])]
             for way, figures in report["round"].items()
+        ),
+        *(
+            [f"first {FIRST_ROUNDS} rounds of a call, {row['way']}", f"{row['first_rounds_milliseconds']:.1f} ms"]
+            for row in report["rounds"]
+            if row["simulated_tau"] == report["rounds"][0]["simulated_tau"]
         ),
         ["memory bandwidth of a copy", f"{report['bandwidth_gigabytes_per_second']:.1f} GB/s"],
         *([f"share of it, {name}", _share(value)] for name, value in share.items()),

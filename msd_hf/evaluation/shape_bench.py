@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 from ..modeling_msd import MSDDraftModel
 from ..phases import PhaseTimer
 from ..tree import TreeSettings
+from .intercepted_loop import compilation
 from .memory import PeakMemory
 from .metrics import spread
 from .round_timing import RoundTiming
@@ -67,16 +67,15 @@ def bench_shape(
     arguments: dict[str, Any] = {"max_new_tokens": num_rounds + 1, "do_sample": False}
 
     def simulate(way: str, tau: float, **options: Any) -> SimulatedRounds:
-        with _compiled(draft, way == COMPILED):
+        with compilation(draft, way == COMPILED):
             return simulated_rounds(target, draft, inputs, lengths_of_mean(tau, num_rounds), **options)
 
     timed_generate(target, inputs, **arguments)
     with PeakMemory(target.device) as memory:
         timed_generate(target, inputs, **arguments)
     peaks = {"alone": memory.num_bytes}
-    for way in ways:  # eager first: what CUDA graphs hold is not given back
-        for _ in range(2):  # they are recorded in the second pass
-            simulate(way, max(assumed_taus))
+    for way in ways:
+        simulate(way, max(assumed_taus))  # compiles
         with PeakMemory(target.device) as memory:
             simulate(way, assumed_taus[0])
         peaks[f"with the draft, {way}"] = memory.num_bytes
@@ -120,17 +119,6 @@ def bench_shape(
     }
 
 
-@contextmanager
-def _compiled(draft: MSDDraftModel, value: bool) -> Iterator[None]:
-    """Sets `compile` for a while."""
-    before = getattr(draft.generation_config, "compile", None)
-    draft.generation_config.compile = value
-    try:
-        yield
-    finally:
-        draft.generation_config.compile = before
-
-
 def _summarize(way: str, simulated: Sequence[SimulatedRounds], steps: Sequence[float]) -> dict[str, Any]:
     """Figures of rounds of one kind; `steps` are those measured in the same turns, in seconds."""
     seconds = [measured.seconds_per_round for measured in simulated]
@@ -141,6 +129,7 @@ def _summarize(way: str, simulated: Sequence[SimulatedRounds], steps: Sequence[f
         "way": way,
         "simulated_tau": tau,
         "milliseconds": asdict(spread(1e3 * value for value in seconds)),
+        "first_rounds_milliseconds": 1e3 * statistics.median(measured.first_seconds for measured in simulated),
         "cost_in_steps": asdict(spread(costs)),
         "simulated_tokens_per_second": tau / statistics.median(seconds),
         "simulated_decode_speedup": asdict(spread(tau / cost for cost in costs)),

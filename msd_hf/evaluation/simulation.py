@@ -11,17 +11,22 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import MSDError
 from ..modeling_msd import MSDDraftModel
 from ..tree import CandidateTree, TreeSettings
-from .intercepted_loop import LoopEnd, run_intercepted
+from ..verification import logits_shown
+from .intercepted_loop import LoopEnd
 from .timed_run import synchronize
+
+
+FIRST_ROUNDS = 2  # of a call: compiled ones are recorded in them
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,12 @@ class SimulatedRounds:
     Args:
         seconds (`float`): of all of them.
         lengths (`Sequence[int]`): tokens that each emitted: what was asked for, as far as the tree had such a path.
+        first_seconds (`float`): of the first rounds of the call, which do not count.
     """
 
     seconds: float
     lengths: Sequence[int]
+    first_seconds: float
 
     @property
     def tau(self) -> float:
@@ -72,37 +79,38 @@ def simulated_rounds(
     on_start: Callable[[], None] = lambda: None,
 ) -> SimulatedRounds:
     """
-    Runs one round for each of `lengths`, from one verification to the next.
+    Runs one round for each of `lengths`, from the end of one verification to that of the next, behind the first ones.
 
     Args:
         target (`PreTrainedModel`): must not end an answer by itself.
         draft (`MSDDraftModel`): its `generation_config` sets the size of the tree.
         inputs (`Mapping`): inputs of `generate` for one prompt.
         lengths (`Sequence[int]`): tokens that each round shall emit.
-        on_start (`Callable`): called when the prefill and the first drafting are done and the clock starts.
+        on_start (`Callable`): called when the first rounds are over and the clock starts.
     """
-    num_slots: list[int] = []
+    emitted: list[torch.Tensor] = []
     clock: list[float] = []
+    wanted = [*[lengths[0]] * FIRST_ROUNDS, *lengths]
 
-    def on_verify(verify: Callable[[CandidateTree], Any], tree: CandidateTree, cache: Cache) -> Any:
-        number = len(num_slots)
-        num_slots.append(cache.get_seq_length())
-        if number in (0, len(lengths)):
+    def on_logits(tree: CandidateTree, logits: torch.Tensor) -> None:
+        number = len(emitted)
+        if number in (0, FIRST_ROUNDS, len(wanted)):
             synchronize(target)
             clock.append(time.perf_counter())
-            if number:
+            if number == FIRST_ROUNDS:
+                on_start()
+            elif number:
                 raise LoopEnd
-            on_start()
-        result = verify(tree)
-        steer(result.logits, tree, lengths[number])
-        return result
+        emitted.append(steer(logits, tree, wanted[number]))
 
-    room = sum(lengths) + 2 * TreeSettings.from_generation_config(draft.generation_config).depth + 4
-    run_intercepted(target, draft, inputs, on_verify, room)
-    return SimulatedRounds(clock[1] - clock[0], [after - before for before, after in itertools.pairwise(num_slots)])
+    room = sum(wanted) + 2 * TreeSettings.from_generation_config(draft.generation_config).depth + 4
+    with torch.no_grad(), suppress(LoopEnd), logits_shown(on_logits):
+        target.generate(**inputs, max_new_tokens=room, do_sample=False, assistant_model=draft)
+    first, started, ended = clock
+    return SimulatedRounds(ended - started, torch.stack(emitted[FIRST_ROUNDS:]).tolist(), started - first)
 
 
-def steer(logits: torch.Tensor, tree: CandidateTree, length: int) -> None:
+def steer(logits: torch.Tensor, tree: CandidateTree, length: int) -> torch.Tensor:
     """
     Changes logits in place so that the argmax follows a path of the tree and leaves it after `length` nodes, the root
     included, or at the end of the deepest path. Reads nothing back from the device.
@@ -111,6 +119,9 @@ def steer(logits: torch.Tensor, tree: CandidateTree, length: int) -> None:
         logits (`torch.Tensor` of shape `[1, N, V]`): of the nodes.
         tree (`CandidateTree`): a batch of one tree.
         length (`int`): tokens to be emitted.
+
+    Returns:
+        `torch.LongTensor` of shape `[]`: how many will be.
     """
     depths = tree.depths[0].clamp(max=length - 1)
     # The first node of the deepest level that is wanted; the path is that node and all above it.
@@ -120,6 +131,7 @@ def steer(logits: torch.Tensor, tree: CandidateTree, length: int) -> None:
     # A child on the path is preferred to everything, one beside it is out of the question.
     values = torch.where(on_path, 1e4, -1e4)
     logits[0, parents[1:], tokens[1:]] = values[1:].to(logits.dtype)
+    return on_path.sum()
 
 
-__all__ = ["SimulatedRounds", "check_assumed_length", "lengths_of_mean", "simulated_rounds", "steer"]
+__all__ = ["FIRST_ROUNDS", "SimulatedRounds", "check_assumed_length", "lengths_of_mean", "simulated_rounds", "steer"]

@@ -1,0 +1,200 @@
+"""Attention in parts: what sdpa gives, on a CPU by sdpa itself, and by the kernels in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from msd_hf import split_attention as split
+from msd_hf.split_attention import SPLIT_SDPA, split_attention
+
+
+# Heads, heads of keys, T, S, D, and which slots are seen: from, up to; `None` for one slot of each row.
+SHAPES = {
+    "one query": (4, 4, 1, 256, 64, (0, 256)),
+    "one query, grouped": (8, 2, 1, 1024, 64, (0, 700)),
+    "context in front": (2, 2, 59, 1024, 64, (0, 530)),
+    "window": (2, 2, 7, 1024, 128, (301, 800)),
+    "window, grouped": (4, 1, 59, 1024, 64, (450, 1000)),
+    "more parts than blocks": (4, 2, 7, 1024, 16, (200, 290)),
+    "end": (2, 2, 7, 256, 128, (250, 256)),
+    "one slot for all": (2, 1, 7, 1024, 16, (640, 641)),
+    "one slot each": (4, 2, 59, 1024, 16, None),
+    "one slot each, short": (2, 2, 7, 256, 64, None),
+    "odd length": (4, 2, 7, 1000, 64, (0, 1000)),
+    "odd length, window": (2, 2, 59, 777, 16, (600, 777)),
+    "long rows": (1, 1, 7, 256, 512, (0, 200)),
+}
+# The interpreter multiplies no bfloat16.
+DTYPES = {"float32": 1e-5, "float16": 2e-3}
+CASES = [(shape, dtype) for shape in SHAPES for dtype in DTYPES if (shape, dtype) != ("long rows", "float32")]
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the kernels need Triton, which is not installed"
+)
+
+
+def make_inputs(shape: str, dtype: torch.dtype):
+    """Queries, keys, values and a mask, none of them contiguous. What is in hidden slots would show."""
+    num_heads, num_kv_heads, num_queries, num_slots, head_dim, seen = SHAPES[shape]
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*sizes):
+        return torch.randn(*sizes, generator=generator).to(dtype)
+
+    queries = randn(1, num_queries, num_heads + 3, head_dim).transpose(1, 2)[:, :num_heads]
+    keys = randn(1, num_kv_heads, num_slots + 5, head_dim)[:, :, :num_slots]
+    values = randn(1, num_slots, num_kv_heads, head_dim).transpose(1, 2)
+    is_seen = torch.zeros(num_queries, num_slots, dtype=torch.bool)
+    if seen is None:
+        is_seen[torch.arange(num_queries), torch.randperm(num_slots, generator=generator)[:num_queries]] = True
+    else:
+        is_seen[:, slice(*seen)] = torch.rand(num_queries, seen[1] - seen[0], generator=generator) < 0.7
+        is_seen[:, [seen[0], seen[1] - 1]] = True
+    unused = ~is_seen.any(0)
+    keys[:, :, unused] = 30.0
+    values[:, :, unused] = 3e4
+    mask = torch.zeros(1, 1, num_queries, num_slots + 8, dtype=dtype)[..., :num_slots]
+    return queries, keys, values, mask.masked_fill_(~is_seen, torch.finfo(dtype).min)
+
+
+def reference(queries, keys, values, mask, scale=None):
+    parts = (part.double() for part in (queries, keys, values))
+    return functional.scaled_dot_product_attention(*parts, mask.double(), scale=scale, enable_gqa=True)
+
+
+def distance(attended: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((attended.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", ["one query, grouped", "context in front", "window, grouped"])
+def test_is_sdpa_on_a_cpu(shape, dtype):
+    inputs = make_inputs(shape, dtype)
+    for scale in (None, 0.3):
+        attended = split_attention(*inputs, scale)
+        assert attended.dtype == dtype
+        assert attended.shape == inputs[0].shape
+        assert distance(attended, reference(*inputs, scale)) < (2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_is_sdpa_for_several_rows_and_without_a_mask():
+    queries, keys, values, mask = (part.repeat(2, 1, 1, 1) for part in make_inputs("window, grouped", torch.float32))
+    mask[1, ..., :10] = 0
+    assert distance(split_attention(queries, keys, values, mask, None), reference(queries, keys, values, mask)) < 1e-5
+    expected = reference(queries, keys, values, torch.zeros_like(mask))
+    assert distance(split_attention(queries, keys, values, None, None), expected) < 1e-5
+
+
+@pytest.mark.parametrize("shape", ["one query", "one query, grouped", "context in front", "window, grouped"])
+@pytest.mark.parametrize("kind", ["additive", "boolean", "of each head", "none"])
+def test_attention_function_gives_what_sdpa_gives(shape, kind):
+    queries, keys, values, mask = make_inputs(shape, torch.float32)
+    module = SimpleNamespace(num_key_value_groups=queries.shape[1] // keys.shape[1], is_causal=False)
+    masks = {"boolean": mask == 0, "of each head": mask.repeat(1, queries.shape[1], 1, 1), "none": None}
+    inputs = (module, queries, keys, values, masks.get(kind, mask))
+    attended, weights = AttentionInterface()[SPLIT_SDPA](*inputs, scaling=0.2, dropout=0.0)
+    expected, _ = sdpa_attention_forward(*inputs, scaling=0.2)
+    assert weights is None
+    assert attended.is_contiguous()
+    assert attended.shape == expected.shape
+    torch.testing.assert_close(attended, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_function_adds_a_position_bias():
+    queries, keys, values, mask = make_inputs("context in front", torch.float32)
+    bias = torch.linspace(-3, 3, mask.shape[3]).expand(1, queries.shape[1], *mask.shape[2:])
+    inputs = (SimpleNamespace(is_causal=False), queries, keys, values)
+    attended, _ = AttentionInterface()[SPLIT_SDPA](*inputs, mask, position_bias=bias)
+    torch.testing.assert_close(attended, sdpa_attention_forward(*inputs, mask + bias)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if SHAPES[shape][5]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_bounds_of_live_slots(shape, dtype):
+    bounds = split.find_live_slots(make_inputs(shape, dtype)[3])
+    assert bounds.dtype == torch.int32
+    assert tuple(bounds.tolist()) == SHAPES[shape][5]
+
+
+def interpreted_distances() -> dict[str, float]:
+    """Of each case, how far the kernels are from sdpa; runs where `TRITON_INTERPRET` is set."""
+    from msd_hf import split_attention_kernels as kernels
+
+    launch, num_parts = kernels.attend_in_parts, []
+    kernels.attend_in_parts = lambda *args: num_parts.append(args[-1]) or launch(*args)
+    split._DEVICE = "cpu"
+    distances = {}
+    for number, (shape, dtype) in enumerate(CASES):
+        inputs = make_inputs(shape, getattr(torch, dtype))
+        scale = None if number % 4 < 2 else 0.2
+        attended = split_attention(*inputs, scale)
+        assert attended.dtype == inputs[0].dtype
+        assert attended.shape == inputs[0].shape
+        distances[f"{shape}, {dtype}"] = distance(attended, reference(*inputs, scale))
+    # Nothing else than the kernels ran.
+    assert len(num_parts) == len(CASES)
+    assert {2, 7, 8} <= set(num_parts)
+
+    # The queries of a group as rows of one head are what they are as heads.
+    queries, keys, values, mask = make_inputs("window, grouped", torch.float32)
+    rows, rows_mask = split.with_grouped_heads(queries, 1, mask)
+    attended = split_attention(rows, keys, values, rows_mask, None).view(queries.shape)
+    distances["rows of one head"] = distance(attended, reference(queries, keys, values, mask))
+    # A row that sees nothing, beside others and alone, gives numbers.
+    mask[..., 3, :] = torch.finfo(mask.dtype).min
+    attended = split_attention(queries, keys, values, mask, None)
+    assert attended.isfinite().all()
+    others = torch.arange(mask.shape[2]) != 3
+    expected = reference(queries, keys, values, mask)[:, :, others]
+    distances["a row that sees nothing"] = distance(attended[:, :, others], expected)
+    assert split_attention(queries, keys, values, mask.fill_(torch.finfo(mask.dtype).min), None).isfinite().all()
+
+    # Left to sdpa.
+    num_parts.clear()
+    inputs = make_inputs("window", torch.float32)
+    split_attention(*(part.repeat(2, 1, 1, 1) for part in inputs), None)
+    split_attention(*(part.repeat(2, 1, 1, 1) for part in inputs[:3]), inputs[3], None)
+    split_attention(*(part.double() for part in inputs), None)
+    split_attention(*(part[..., :48] for part in inputs[:3]), inputs[3], None)
+    split_attention(*inputs[:3], inputs[3] == 0, None)
+    split_attention(*inputs[:3], None, None)
+    split_attention(inputs[0].clone().requires_grad_(), *inputs[1:], None).sum().backward()
+    assert not num_parts
+    return distances
+
+
+@pytest.fixture(scope="module")
+def distances() -> dict[str, float]:
+    # Triton reads the variable when it is imported, which may have happened in this process.
+    process = subprocess.run(
+        [sys.executable, __file__], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@needs_triton
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
+def test_kernels_give_what_sdpa_gives(distances, shape, dtype):
+    assert distances[f"{shape}, {dtype}"] < DTYPES[dtype]
+
+
+@needs_triton
+@pytest.mark.parametrize("case", ["rows of one head", "a row that sees nothing"])
+def test_kernels_with_odd_inputs(distances, case):
+    assert distances[case] < DTYPES["float32"]
+
+
+if __name__ == "__main__":
+    print(json.dumps(interpreted_distances()))
