@@ -237,7 +237,7 @@ class _ReadBack:
     def send(self, numbers: torch.Tensor) -> None:
         self._here.copy_(numbers, non_blocking=True)
         if self._event is not None:
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(numbers.device))
 
     def receive(self) -> list[int]:
         if self._event is not None:

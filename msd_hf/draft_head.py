@@ -47,8 +47,7 @@ class DraftHead:
         self._block_size = 1
 
     def keep_address(self) -> None:
-        """For compiled code: lets CUDA graphs read the head's weights, or the rows of the draft's own vocabulary, where
-        they are."""
+        """For compiled code: lets CUDA graphs read weights, or the rows of the draft's own vocabulary, in place."""
         self._head = self.target.head
         sizes = [size for size in range(1, LARGEST_BLOCK + 1) if self._vocab_size % size == 0]
         # The two searches of `_blocked_top_k` are of about one length then.

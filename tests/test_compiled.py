@@ -13,7 +13,15 @@ from transformers import DynamicCache
 from msd_hf import MSDDraftModel, MSDUnsupportedError, compiled, static_cache
 from msd_hf.attention_mask import ContextSlots
 from msd_hf.cache import CACHE_NAME, keep_paths
-from msd_hf.static_cache import StaticSlotsLayer, close_slots, make_static, open_slots
+from msd_hf.static_cache import (
+    StaticSlotsLayer,
+    close_slots,
+    joined,
+    make_static,
+    move_slots,
+    open_slots,
+    reserve,
+)
 from msd_hf.targets import TargetAdapter
 
 
@@ -361,6 +369,34 @@ def test_slots_are_kept_within_the_buffers(monkeypatch):
         expected = torch.cat([expected, nodes[:, :, path]], dim=2)
         for layer in cache.layers:
             assert torch.equal(layer.keys, expected) and torch.equal(layer.values, expected)
+
+
+@pytest.mark.parametrize("is_joined", [True, False])
+def test_slots_of_all_layers_move(is_joined, monkeypatch):
+    """At once where the buffers lie behind each other, as new ones do."""
+    monkeypatch.setattr(static_cache, "MIN_CAPACITY", 8)
+    torch.manual_seed(0)
+    cache, model = DynamicCache(), torch.nn.Identity()
+    make_static(cache, model, 2)
+    prompt = torch.randn(1, 2, 5, 4)
+    for layer in range(2):
+        cache.update(prompt + layer, prompt - layer, layer)
+    for count in (3, 20):  # both need new buffers
+        buffers = reserve(cache, count)
+        assert joined(buffers).shape == (4, 1, 2, 8 if count == 3 else 32, 4)
+    for number, layer in enumerate(cache.layers):
+        assert torch.equal(layer.keys, prompt + number) and torch.equal(layer.values, prompt - number)
+    if not is_joined:
+        buffers = [tuple(part.clone() for part in pair) for pair in buffers]
+        assert joined(buffers) is None
+    for part in (part for pair in buffers for part in pair):
+        part.normal_()
+    expected = [[part.clone() for part in pair] for pair in buffers]
+    for part in (part for pair in expected for part in pair):
+        part[:, :, [4, 5, 6]] = part[:, :, [6, 9, 4]]
+    move_slots(buffers, torch.tensor([6, 9, 4]), torch.tensor([4, 5, 6]))
+    for pair, wanted in zip(buffers, expected, strict=True):
+        assert all(torch.equal(part, other) for part, other in zip(pair, wanted, strict=True))
 
 
 @pytest.mark.slow

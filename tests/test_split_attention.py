@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -174,8 +175,40 @@ def interpreted_distances() -> dict[str, float]:
     return distances
 
 
+def interpreted_answers() -> dict[str, list[list[int]]]:
+    """Tokens of a target alone, and with `compile=True` and all attention to buffers in the kernels; runs where
+    `TRITON_INTERPRET` is set."""
+    import tiny
+
+    from msd_hf import compiled
+    from msd_hf import split_attention_kernels as kernels
+
+    launch, num_live = kernels.attend_in_parts, []
+    kernels.attend_in_parts = lambda *args: num_live.append(args[4]) or launch(*args)
+    compiled._compile = lambda function, mode: function
+    target = tiny.build_target(dtype=torch.float32, num_kv_heads=2, head_dim=16)
+    draft = tiny.fit_draft(tiny.build_draft(target), target)
+    settings = draft.generation_config
+    settings.num_assistant_tokens, settings.tree_depth, settings.tree_top_k = 12, 2, 4
+    answers: dict[str, list[list[int]]] = {"alone": [], "with the draft": [], "lengths": []}
+    for seed, images_at in ((0, ()), (1, (2,))):
+        inputs = tiny.make_prompt(seed, 8, images_at, dtype=torch.float32, padding=2 * seed)
+        options = {"max_new_tokens": 16, "return_dict_in_generate": True}
+        answers["alone"] += target.generate(**inputs, **options).sequences.tolist()
+        settings.compile = True
+        split._DEVICE = "cpu"
+        output = target.generate(**inputs, **options, assistant_model=draft)
+        split._DEVICE = "cuda"
+        answers["with the draft"] += output.sequences.tolist()
+        answers["lengths"] += output.acceptance_lengths
+    num_rounds = sum(map(len, answers["lengths"]))
+    # Each layer of the target, and the draft's for accepted tokens and each level.
+    assert len(num_live) == num_rounds * (target.config.get_text_config().num_hidden_layers + 1 + 2)
+    return answers
+
+
 @pytest.fixture(scope="module")
-def distances() -> dict[str, float]:
+def interpreted() -> dict[str, Any]:
     # Triton reads the variable when it is imported, which may have happened in this process.
     process = subprocess.run(
         [sys.executable, __file__], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
@@ -186,15 +219,22 @@ def distances() -> dict[str, float]:
 
 @needs_triton
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
-def test_kernels_give_what_sdpa_gives(distances, shape, dtype):
-    assert distances[f"{shape}, {dtype}"] < DTYPES[dtype]
+def test_kernels_give_what_sdpa_gives(interpreted, shape, dtype):
+    assert interpreted["distances"][f"{shape}, {dtype}"] < DTYPES[dtype]
 
 
 @needs_triton
 @pytest.mark.parametrize("case", ["rows of one head", "a row that sees nothing"])
-def test_kernels_with_odd_inputs(distances, case):
-    assert distances[case] < DTYPES["float32"]
+def test_kernels_with_odd_inputs(interpreted, case):
+    assert interpreted["distances"][case] < DTYPES["float32"]
+
+
+@needs_triton
+def test_answers_through_the_kernels_are_those_of_the_target(interpreted):
+    answers = interpreted["answers"]
+    assert answers["with the draft"] == answers["alone"]
+    assert any(length > 1 for lengths in answers["lengths"] for length in lengths)
 
 
 if __name__ == "__main__":
-    print(json.dumps(interpreted_distances()))
+    print(json.dumps({"distances": interpreted_distances(), "answers": interpreted_answers()}))
