@@ -16,12 +16,12 @@ from torch.nn import functional
 from .batch_selection import BatchSelector
 from .candidate_generator import MSDCandidateGenerator
 from .phases import phase
-from .recorded_step import RecordedStep
+from .recorded_step import RecordedStep, Recorder
 from .running_rows import RunningRows
 from .static_cache import Buffers, close_slots, move_slots, reserve
 from .static_drafting import DraftRoom
 from .targets import TargetAdapter, TargetVerification
-from .tree import CandidateTree
+from .tree import CandidateTree, TreeSettings
 from .verification import argmax_choices, match_argmax, show_logits
 
 
@@ -75,11 +75,14 @@ class DeviceRounds:
         self._is_set_up = False
 
     @staticmethod
-    def can_serve(adapter: TargetAdapter, generator: MSDCandidateGenerator, selector: BatchSelector) -> bool:
-        """Whether the device needs no help: one row, a plain draft, each token the argmax of logits that nobody asks
-        for, and no hook of the user's that would have to run each time."""
+    def can_serve(
+        adapter: TargetAdapter, generator: MSDCandidateGenerator, selector: BatchSelector, settings: TreeSettings
+    ) -> bool:
+        """Whether the device needs no help: one row, a plain draft that looks for no repetitions, each token the
+        argmax of logits that nobody asks for, and no hook of the user's that would have to run each time."""
         return (
             generator.static_tokens is not None
+            and not settings.suffix_nodes
             and selector.batch_size == 1
             and selector.is_plain_argmax
             and not selector.keeps_logits
@@ -125,17 +128,17 @@ class DeviceRounds:
         self._buffers = reserve(cache, self._num_slots)
         self._room = self._static.reserve(draft_cache, self._draft_context, self._last_position, self._hidden_states)
         self._drop_steps()
-        device = self._tokens.device
-        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self._draft_step = RecordedStep(self._draw, device, pool)
-        self._verify_step = RecordedStep(self._forward, device, pool)
-        self._accept_step = RecordedStep(self._accept, device, pool)
+        self._recorder = Recorder(self._tokens.device)
+        self._draft_step = RecordedStep(self._draw, self._recorder)
+        self._verify_step = RecordedStep(self._forward, self._recorder)
+        self._accept_step = RecordedStep(self._accept, self._recorder)
         self._is_set_up = True
 
     def _drop_steps(self) -> None:
         if self._is_set_up:
             for step in (self._draft_step, self._verify_step, self._accept_step):
                 step.close()
+            self._recorder.close()
             self._is_set_up = False
 
     def _settle_caches(self) -> None:
@@ -174,8 +177,9 @@ class DeviceRounds:
         ((group, _, _),) = self.selector.groups()
         tokens = numbers[1 : self._count + 1]
         emitted = group.extend(tokens, logits[0], range(self._count))
-        self.running.extend(tokens[:emitted])
+        # First: if a streamer raises here, the context is what was handed on before.
         self.selector.end_round([emitted], [min(self._count - 1, emitted)])
+        self.running.extend(tokens[:emitted])
         return emitted
 
     @torch.inference_mode()
@@ -235,7 +239,7 @@ class _ReadBack:
         self._here = torch.empty(count, dtype=torch.long, pin_memory=self._event is not None)
 
     def send(self, numbers: torch.Tensor) -> None:
-        self._here.copy_(numbers, non_blocking=True)
+        self._here.copy_(numbers, non_blocking=self._event is not None)
         if self._event is not None:
             self._event.record(torch.cuda.current_stream(numbers.device))
 

@@ -14,7 +14,6 @@ from .targets import TargetAdapter
 _HALF = (torch.float16, torch.bfloat16)
 
 LARGEST_BLOCK = 512  # tokens, see `_blocked_top_k`
-_TYPICAL_TOP_K = 10
 
 
 class DraftHead:
@@ -43,15 +42,10 @@ class DraftHead:
         is_own = self._rows is not None or at_hand not in (None, target.head_module)
         self._overwrites = is_own and weight.device.type == "cpu" and weight.dtype not in _HALF
         self._is_here = weight.device == self._device
-        self._vocab_size = weight.shape[0]
-        self._block_size = 1
 
     def keep_address(self) -> None:
         """For compiled code: lets CUDA graphs read weights, or the rows of the draft's own vocabulary, in place."""
         self._head = self.target.head
-        sizes = [size for size in range(1, LARGEST_BLOCK + 1) if self._vocab_size % size == 0]
-        # The two searches of `_blocked_top_k` are of about one length then.
-        self._block_size = min(sizes, key=lambda size: self._vocab_size / size + _TYPICAL_TOP_K * size)
         self._overwrites = False
         for part in self._rows or ():
             if part is not None:
@@ -86,16 +80,22 @@ class DraftHead:
         logits = self.logits(states)
         if logits.dtype in _HALF:
             logits = logits.float()
-        best, tokens = _blocked_top_k(logits, min(top_k, logits.shape[-1]), self._block_size)
+        best, tokens = _blocked_top_k(logits, min(top_k, logits.shape[-1]))
         if self._tokens is not None:
             tokens = self._tokens.take(tokens)
         return best - logits.logsumexp(-1, keepdim=True), tokens
 
 
-def _blocked_top_k(scores: torch.Tensor, top_k: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`topk` of `[B, F, V]` within the blocks of `size` whose maxima are the best: `topk` of a whole vocabulary takes
-    twenty kernels on a GPU, and as long as the projections of a layer."""
-    if min(size, scores.shape[-1] // size) <= 2 * top_k:
+def _blocked_top_k(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`topk` of `[B, F, V]` within the blocks whose maxima are the best: `topk` of a whole vocabulary takes twenty
+    kernels on a GPU, and as long as the projections of a layer."""
+    vocab_size = scores.shape[-1]
+    size, least = 1, vocab_size + top_k
+    for divisor in range(1, LARGEST_BLOCK + 1):
+        searched = vocab_size // divisor + top_k * divisor  # by the two `topk` below
+        if vocab_size % divisor == 0 and searched < least:
+            size, least = divisor, searched
+    if min(size, vocab_size // size) <= 2 * top_k:
         return scores.topk(top_k, dim=-1)
     blocks = scores.unflatten(-1, (-1, size))
     chosen = blocks.amax(-1).topk(top_k, dim=-1).indices  # [B, F, K]

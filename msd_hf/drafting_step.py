@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import Cache
 
 from .modeling_msd import MSDDraftDecoderLayer, MSDDraftModel
 from .plain_modules import TensorFunction, function_of
-from .split_attention import with_grouped_heads
+from .split_attention import grouped_sdpa
 from .target_support import LENGTH_DEPENDENT_ROPE
 
 
@@ -22,14 +21,6 @@ from .target_support import LENGTH_DEPENDENT_ROPE
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float], torch.Tensor]
 
 _MIN_POSITIONS = 1024
-
-
-def _sdpa(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
-) -> torch.Tensor:
-    grouped, mask = with_grouped_heads(queries, keys.shape[1], mask)
-    attended = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
-    return attended.reshape(queries.shape)
 
 
 class DraftingStep:
@@ -161,7 +152,7 @@ def draft_forward(
     sin: torch.Tensor,
     attention_mask: torch.Tensor | None,
     cache: Cache,
-    attend: Attention = _sdpa,
+    attend: Attention = grouped_sdpa,
 ) -> torch.Tensor:
     """The draft's last hidden states `[B, T, H]`. Cosines and sines are `[B, 1, T, head_dim]`, with T = 1 if all
     positions of a row are the same."""

@@ -114,9 +114,8 @@ def msd_decoding(
         buffers_left(leaves_buffers, (cache, adapter.decoder), (generator.cache, draft)),
         running.cut_back_on_error(selector),
     ):
-        if static_nodes is not None and not flags and not settings.suffix_nodes and not selector.finished:
-            if DeviceRounds.can_serve(adapter, generator, selector):
-                DeviceRounds(adapter, generator, running, selector, keeps_cache).run()
+        if not selector.finished and not flags and DeviceRounds.can_serve(adapter, generator, selector, settings):
+            DeviceRounds(adapter, generator, running, selector, keeps_cache).run()
         while not selector.finished:
             _drop_ended(selector, running, generator, keeps_cache)
             limits = policy.begin_round(selector.tokens_left, running.context.num_slots)

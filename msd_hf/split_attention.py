@@ -60,9 +60,7 @@ def split_attention(
             scale = queries.shape[3] ** -0.5 if scale is None else scale
             live_slots = find_live_slots(mask) if live_slots is None else live_slots
             return attend_in_parts(queries, keys, values, mask, live_slots, scale, num_parts)
-    grouped, mask = with_grouped_heads(queries, keys.shape[1], mask)
-    attended = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
-    return attended.reshape(*queries.shape[:3], values.shape[3])
+    return grouped_sdpa(queries, keys, values, mask, scale)
 
 
 def _num_parts(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> int:
@@ -129,21 +127,27 @@ def _forward(
     return attended.transpose(1, 2).contiguous(), None
 
 
-def with_grouped_heads(
-    queries: torch.Tensor, num_kv_heads: int, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Queries `[B, H, T, D]` as `[B, num_kv_heads, T * H / num_kv_heads, D]`: those of a group stand behind each
-    other, so that keys need not be repeated for them. And the mask for it."""
+def grouped_sdpa(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """`scaled_dot_product_attention` of the same arguments as `split_attention`. The queries of a group stand behind
+    each other, so that keys need not be repeated for them."""
     batch_size, num_heads, _, head_dim = queries.shape
-    groups = num_heads // num_kv_heads
-    if groups > 1:
-        queries = queries.reshape(batch_size, num_kv_heads, -1, head_dim)
-        mask = None if mask is None else mask.repeat(1, 1, groups, 1)
-    return queries, mask
+    num_kv_heads = keys.shape[1]
+    grouped = queries
+    if num_kv_heads < num_heads:
+        grouped = queries.reshape(batch_size, num_kv_heads, -1, head_dim)
+        mask = None if mask is None else mask.repeat(1, 1, num_heads // num_kv_heads, 1)
+    attended = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+    return attended.reshape(*queries.shape[:3], values.shape[3])
 
 
 AttentionInterface.register(SPLIT_SDPA, _forward)
 AttentionMaskInterface.register(SPLIT_SDPA, sdpa_mask)
 
 
-__all__ = ["LIVE_SLOTS", "SPLIT_SDPA", "find_live_slots", "split_attention", "with_grouped_heads"]
+__all__ = ["LIVE_SLOTS", "SPLIT_SDPA", "find_live_slots", "grouped_sdpa", "split_attention"]

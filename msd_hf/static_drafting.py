@@ -76,6 +76,7 @@ class StaticDrafting:
         close_slots(cache, context.num_slots)
         return tree.clone()  # outlives the next compiled call
 
+    @torch.inference_mode()  # whoever calls: with other tensors all would be compiled anew
     def reserve(self, cache: Cache, context: ContextSlots, last_position: int, states: torch.Tensor) -> DraftRoom:
         """
         Where the next tree can be drafted.

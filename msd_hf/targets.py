@@ -325,7 +325,7 @@ class TargetAdapter:
     ) -> TargetVerification:
         mask: Any = masks
         if masks is not None:
-            if replaced and self._hands_on_arguments:
+            if replaced and self._hands_on_arguments and self._tree_attention(is_static=True) == SPLIT_SDPA:
                 # Layers without a window see more than those with one.
                 widest = min(masks, key=lambda kind: self.windows[kind] is not None)
                 replaced = {**replaced, LIVE_SLOTS: find_live_slots(masks[widest])}
@@ -363,12 +363,10 @@ class TargetAdapter:
             masks = {kind: widen_mask(mask, num_slots) for kind, mask in masks.items()}
         return masks
 
-    @contextmanager
-    def _attention_with_tree_mask(self, is_static: bool) -> Iterator[None]:
-        """Attention implementations that take no tree mask give way to another one for one forward, and sdpa to one
-        for long buffers where the cache is static."""
-        config = self.decoder.config
-        implementation = substitute = config._attn_implementation
+    def _tree_attention(self, is_static: bool) -> str:
+        """The attention implementation for trees: the target's own, unless it takes no tree mask; and in place of sdpa
+        one for long buffers where the cache is static."""
+        implementation = self.decoder.config._attn_implementation
         if implementation not in TREE_ATTENTION:
             # A decoder that caps its attention scores has no sdpa.
             substitute = "sdpa" if self.decoder._supports_sdpa else "eager"
@@ -377,16 +375,22 @@ class TargetAdapter:
                 f"verified with {substitute}, the prompt is read as before. The two round differently: a near-tie "
                 "between two tokens may fall the other way."
             )
-        if is_static and substitute == "sdpa":
-            substitute = SPLIT_SDPA
-        if substitute == implementation:
+            implementation = substitute
+        return SPLIT_SDPA if is_static and implementation == "sdpa" else implementation
+
+    @contextmanager
+    def _attention_with_tree_mask(self, is_static: bool) -> Iterator[None]:
+        """Sets the attention implementation for one forward."""
+        config = self.decoder.config
+        before, implementation = config._attn_implementation, self._tree_attention(is_static)
+        if implementation == before:
             yield
             return
-        config._attn_implementation = substitute
+        config._attn_implementation = implementation
         try:
             yield
         finally:
-            config._attn_implementation = implementation
+            config._attn_implementation = before
 
     @contextmanager
     def observe(self, **replaced_inputs: Any) -> Iterator[TargetObservation]:

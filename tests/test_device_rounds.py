@@ -187,6 +187,35 @@ def test_the_cache_of_an_interrupted_call_can_be_used(rounds):
     assert len(rounds) == 1
 
 
+class TokenByToken:
+    def __init__(self, fails_after):
+        self.tokens, self.fails_after = [], fails_after
+
+    def put(self, tokens):
+        if tokens.ndim < 2:  # else the prompt
+            self.tokens += tokens.tolist()
+        if len(self.tokens) > self.fails_after:
+            raise KeyError("of the user")
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("fails_after", range(2, 12))
+def test_the_cache_of_an_interrupted_call_holds_no_more_than_was_handed_on(fails_after, rounds):
+    pair = tiny.pair(1)
+    draft = pair.with_tree(12, 3, 4)
+    ids = tiny.make_prompt(4, 6)["input_ids"]
+    cache = DynamicCache(config=pair.target.config.get_text_config())
+    streamer = TokenByToken(fails_after)
+    with compilation(draft), pytest.raises(KeyError):
+        pair.target.generate(ids, assistant_model=draft, streamer=streamer, **{CACHE_NAME: cache})
+    assert cache.get_seq_length() < ids.shape[1] + len(streamer.tokens)
+    ids = torch.cat([ids, torch.tensor([streamer.tokens])], dim=1)
+    expected = pair.target.generate(ids, max_new_tokens=10)
+    assert torch.equal(pair.target.generate(ids, max_new_tokens=10, **{CACHE_NAME: cache}), expected)
+
+
 def count_calls(calls):
     return lambda module, args, output: calls.append(1)
 

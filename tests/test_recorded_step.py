@@ -4,31 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections import defaultdict
 
 import pytest
 import torch
-from transformers.utils import logging
 
-from msd_hf.recorded_step import RecordedStep
+from msd_hf import recorded_step
+from msd_hf.recorded_step import RecordedStep, Recorder
 
 
 class Graph:
-    fails = False
+    """Notes what is done with it. The first one that is made is that of the memory."""
+
+    fails: tuple[int, ...] = ()
+    made = 0
 
     def __init__(self):
-        self.log = LOG
+        self.number = Graph.made
+        Graph.made += 1
 
     def capture_begin(self, pool=None, capture_error_mode="global"):
-        assert pool == "pool" and capture_error_mode == "thread_local" and not gc.isenabled()
-        self.log.append("begin")
+        assert capture_error_mode == "thread_local" and not gc.isenabled()
+        self.used_pool = pool
+        LOG.append(f"begin {self.number}")
 
     def capture_end(self):
-        self.log.append("end")
-        if self.fails:
+        LOG.append("end")
+        if self.number in self.fails:
             raise RuntimeError("operation not permitted when stream is capturing")
 
     def replay(self):
-        self.log.append("replay")
+        LOG.append(f"replay {self.number}")
+
+    def pool(self):
+        return f"pool of {self.number}"
 
 
 class Stream:
@@ -43,51 +52,87 @@ LOG: list[str] = []
 
 
 @pytest.fixture
-def step(monkeypatch):
+def recorder(monkeypatch):
     LOG.clear()
-    monkeypatch.setattr(Graph, "fails", False)
+    monkeypatch.setattr(Graph, "fails", ())
+    monkeypatch.setattr(Graph, "made", 0)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: None)
+    monkeypatch.setattr(recorded_step, "_spare_rooms", defaultdict(list))
+    return Recorder(torch.device("cuda"))
 
+
+def step_of(recorder, name="call"):
     def function():
-        LOG.append("call")
+        LOG.append(name)
         return len(LOG)
 
-    return RecordedStep(function, torch.device("cuda"), "pool")
+    return RecordedStep(function, recorder)
 
 
-def test_the_second_call_records_and_all_later_ones_replay(step):
+def test_the_second_call_records_and_all_later_ones_replay(recorder):
+    step = step_of(recorder)
     assert step() == step.result == 1
-    assert step() == 3
-    assert step() == step.result == 3  # which the device overwrites
-    assert LOG == ["call", "begin", "call", "end", "replay", "replay"]
-    assert gc.isenabled()
+    assert step() == 5
+    assert step() == step.result == 5  # which the device overwrites
+    assert LOG == ["call", "begin 0", "end", "begin 1", "call", "end", "replay 1", "replay 1"]
+    assert step._graph.used_pool == "pool of 0" and gc.isenabled()
 
 
-def test_what_cannot_be_recorded_is_called_each_time(step, monkeypatch, caplog):
-    monkeypatch.setattr(Graph, "fails", True)
-    logging.get_logger("msd_hf").warning_once.cache_clear()
-    results = [step() for _ in range(3)]
-    assert LOG == ["call", "begin", "call", "end", "call", "call"] and results == [1, 5, 6]
-    assert gc.isenabled()
-
-
-def test_errors_of_the_function_are_not_hidden(step):
-    def function():
-        raise KeyError("of the target")
-
-    step._function = function
+def test_steps_and_later_recorders_share_the_memory(recorder):
     for _ in range(2):
-        with pytest.raises(KeyError, match="of the target"):
+        steps = [step_of(recorder), step_of(recorder)]
+        for step in (*steps, *steps):
             step()
+        assert [step._graph.used_pool for step in steps] == ["pool of 0"] * 2
+        for step in steps:
+            step.close()
+        recorder.close()
+        recorder = Recorder(recorder.device)
+    assert Graph.made == 5
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_no_step_is_recorded_behind_one_that_cannot_be(recorder, monkeypatch, failing):
+    """It would go on reading what the other gave at that time. Those before it may be."""
+    monkeypatch.setattr(Graph, "fails", (failing,))
+    first = step_of(recorder, "first")
+    second = RecordedStep(lambda: LOG.append("second") or first.result, recorder)
+    for _ in range(3):
+        first()
+        assert second() == first.result
+    assert (first._graph is not None) == (failing == 2) and second._graph is None
+    assert not recorder.is_recording and gc.isenabled()
+    recorder.close()
+    assert not recorded_step._spare_rooms[recorder.device]  # its memory is not trusted any more
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_errors_of_the_function_are_not_hidden(recorder, monkeypatch, ends):
+    calls = []
+
+    def function():
+        calls.append(0)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    step = RecordedStep(function, recorder)
+    step()
+    monkeypatch.setattr(Graph, "fails", () if ends else (1,))
+    with pytest.raises(KeyboardInterrupt):
+        step()
+    assert gc.isenabled()
 
 
 def test_elsewhere_it_is_called_each_time():
     calls = []
-    step = RecordedStep(lambda: calls.append(0), torch.device("cpu"))
+    recorder = Recorder(torch.device("cpu"))
+    step = RecordedStep(lambda: calls.append(0), recorder)
     for _ in range(3):
         step()
     assert len(calls) == 3
     step.close()
+    recorder.close()

@@ -147,11 +147,7 @@ def interpreted_distances() -> dict[str, float]:
     assert len(num_parts) == len(CASES)
     assert {2, 7, 8} <= set(num_parts)
 
-    # The queries of a group as rows of one head are what they are as heads.
     queries, keys, values, mask = make_inputs("window, grouped", torch.float32)
-    rows, rows_mask = split.with_grouped_heads(queries, 1, mask)
-    attended = split_attention(rows, keys, values, rows_mask, None).view(queries.shape)
-    distances["rows of one head"] = distance(attended, reference(queries, keys, values, mask))
     # A row that sees nothing, beside others and alone, gives numbers.
     mask[..., 3, :] = torch.finfo(mask.dtype).min
     attended = split_attention(queries, keys, values, mask, None)
@@ -224,7 +220,7 @@ def test_kernels_give_what_sdpa_gives(interpreted, shape, dtype):
 
 
 @needs_triton
-@pytest.mark.parametrize("case", ["rows of one head", "a row that sees nothing"])
+@pytest.mark.parametrize("case", ["a row that sees nothing"])
 def test_kernels_with_odd_inputs(interpreted, case):
     assert interpreted["distances"][case] < DTYPES["float32"]
 
