@@ -107,22 +107,23 @@ def tree_attention_mask(
 
 
 def buffer_attention_mask(
-    ancestors: torch.Tensor,
+    visible: torch.Tensor,
     depths: torch.Tensor,
-    lengths: torch.Tensor,
-    prompt_mask: torch.Tensor | None,
+    first_slot: torch.Tensor,
+    context: ContextSlots,
     num_slots: int,
     dtype: torch.dtype,
     window: int | None = None,
 ) -> torch.Tensor:
     """
-    The same for whole buffers, of which only the device knows how much is filled.
+    The same for whole buffers, into which the nodes go at a place that only the device has to know.
 
     Args:
-        ancestors (`torch.BoolTensor` of shape `[B, N, N]`): which nodes each node sees.
+        visible (`torch.BoolTensor` of shape `[B, N, N]`): which nodes each node sees.
         depths (`torch.LongTensor` of shape `[B, N]`): how far behind the context each node stands.
-        lengths (`torch.LongTensor` of shape `[B]`): slots of the context; the nodes' come behind.
-        prompt_mask (`torch.BoolTensor` of shape `[B, L]`, *optional*): as in [`ContextSlots`].
+        first_slot (`torch.LongTensor` of shape `[1]`): of the nodes.
+        context (`ContextSlots`): gives padding; and what each row uses, if some use less than others. Otherwise the
+            context reaches up to the nodes.
         num_slots (`int`): of the buffers, S.
         dtype, window: as in [`tree_attention_mask`].
 
@@ -130,20 +131,22 @@ def buffer_attention_mask(
         `torch.Tensor` of shape `[B, 1, N, S]`.
     """
     batch_size, num_nodes = depths.shape
-    slots = torch.arange(num_slots, device=depths.device)
-    places = slots - lengths.unsqueeze(1)  # [B, S]: which node has that slot
-    seen = (places < 0).unsqueeze(1)
-    if prompt_mask is not None:
-        missing = num_slots - prompt_mask.shape[1]
-        seen = seen & functional.pad(prompt_mask.to(depths.device), (0, missing), value=True).unsqueeze(1)
+    device = depths.device
+    slots = torch.arange(num_slots, device=device)
+    ends = (context.row_lengths(device) if context.is_ragged else first_slot).unsqueeze(
+        1
+    )  # of the context, [B or 1, 1]
+    seen = (slots < ends).unsqueeze(1)
+    if context.prompt_mask is not None:
+        missing = num_slots - context.prompt_mask.shape[1]
+        seen = seen & functional.pad(context.prompt_mask.to(device), (0, missing), value=True).unsqueeze(1)
     if window is not None:
-        ancestors = ancestors & (depths.unsqueeze(2) - depths.unsqueeze(1) < window)
-        first = lengths.unsqueeze(1) + depths - window + 1  # [B, N]: first slot in the window
-        seen = seen & (slots >= first.unsqueeze(2))
-    numbers = places.clamp(0, num_nodes - 1).unsqueeze(1).expand(-1, num_nodes, -1)
-    is_node = ((places >= 0) & (places < num_nodes)).unsqueeze(1)
-    seen = torch.where(is_node, ancestors.gather(2, numbers), seen)
-    mask = torch.zeros(batch_size, num_nodes, num_slots, dtype=dtype, device=depths.device)
+        visible = visible & (depths.unsqueeze(2) - depths.unsqueeze(1) < window)
+        seen = seen & (slots >= (ends + depths - window + 1).unsqueeze(2))
+    nodes = slots - first_slot  # which node has that slot
+    is_node = (nodes >= 0) & (nodes < num_nodes)
+    seen = torch.where(is_node, visible.index_select(2, nodes.clamp(0, num_nodes - 1)), seen)
+    mask = torch.zeros(batch_size, num_nodes, num_slots, dtype=dtype, device=device)
     return mask.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
 
 

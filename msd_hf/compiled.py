@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from .errors import MSDUnsupportedError
@@ -97,11 +96,6 @@ def _decoder_forward(decoder: nn.Module, kwargs: dict[str, Any]) -> Any:
     return type(decoder).forward(decoder, **kwargs)
 
 
-def widen_mask(mask: torch.Tensor, num_slots: int) -> torch.Tensor:
-    """An additive mask `[B, 1, T, S]` with slots that nobody sees added, up to `[B, 1, T, num_slots]`."""
-    return functional.pad(mask, (0, num_slots - mask.shape[3]), value=torch.finfo(mask.dtype).min)
-
-
 def has_compiled_part(target: PreTrainedModel) -> bool:
     """Whether somebody has compiled a target, or modules of it, before."""
     return any(
@@ -135,4 +129,4 @@ def check_compilable(target: PreTrainedModel, draft: MSDDraftModel) -> None:
         raise MSDUnsupportedError(f"`draft.generation_config.compile=True` cannot be used here: {reason}.")
 
 
-__all__ = ["check_compilable", "compiled_decoder", "has_compiled_part", "is_compiled", "run_compiled", "widen_mask"]
+__all__ = ["check_compilable", "compiled_decoder", "has_compiled_part", "is_compiled", "run_compiled"]

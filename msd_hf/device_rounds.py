@@ -18,7 +18,7 @@ from .candidate_generator import MSDCandidateGenerator
 from .phases import phase
 from .recorded_step import RecordedStep, Recorder
 from .running_rows import RunningRows
-from .static_cache import Buffers, close_slots, move_slots, reserve
+from .static_cache import Buffers, close_slots, move_slots, parts_of, reserve
 from .static_drafting import DraftRoom
 from .targets import TargetAdapter, TargetVerification
 from .tree import CandidateTree, TreeSettings
@@ -71,6 +71,7 @@ class DeviceRounds:
         self._count = start.counts[0]  # the same on the host, a round behind
         self._numbers = _ReadBack(1 + self._max_tokens, device)
         self._buffers: Sequence[Buffers]
+        self._parts: Sequence[torch.Tensor]  # all of them at once, if that is possible
         self._room: DraftRoom
         self._is_set_up = False
 
@@ -126,6 +127,7 @@ class DeviceRounds:
         self._settle_caches()
         cache, draft_cache = self.running.cache, self.generator.cache
         self._buffers = reserve(cache, self._num_slots)
+        self._parts = parts_of(self._buffers)
         self._room = self._static.reserve(draft_cache, self._draft_context, self._last_position, self._hidden_states)
         self._drop_steps()
         self._recorder = Recorder(self._tokens.device)
@@ -179,7 +181,7 @@ class DeviceRounds:
         emitted = group.extend(tokens, logits[0], range(self._count))
         # First: if a streamer raises here, the context is what was handed on before.
         self.selector.end_round([emitted], [min(self._count - 1, emitted)])
-        self.running.extend(tokens[:emitted])
+        self.running.context.grow([emitted])
         return emitted
 
     @torch.inference_mode()
@@ -196,9 +198,9 @@ class DeviceRounds:
 
     def _forward(self) -> TargetVerification:
         tree = self._draft_step.result.padded(self._static.settings.num_nodes)
-        prompt_mask = self.running.context.prompt_mask
+        running = self.running
         return self.adapter.verify_in_buffers(
-            tree, self.running.cache, self._buffers, self._lengths, prompt_mask, self._position
+            tree, running.cache, self._buffers, self._lengths, running.context, self._position
         )
 
     @torch.inference_mode()
@@ -213,7 +215,7 @@ class DeviceRounds:
         nodes = accepted.sort(dim=1, descending=True, stable=True).indices[:, : self._max_tokens]
         nodes = functional.pad(nodes, (0, self._max_tokens - nodes.shape[1]))
         move_slots(
-            self._buffers, self._lengths + nodes[0], self._lengths + torch.arange(len(nodes[0]), device=nodes.device)
+            self._parts, self._lengths + nodes[0], self._lengths + torch.arange(len(nodes[0]), device=nodes.device)
         )
         states = verification.hidden_states
         self._tokens.copy_(choices.gather(1, nodes))

@@ -54,12 +54,6 @@ class RunningRows:
         self._unsettled = verified, paths, counts
         self.tokens = [tokens[-1] for tokens in verified.tokens]
 
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Takes note of tokens of a single row of which the slots are in place already."""
-        self.context.grow([len(tokens)])
-        self.next_position = self.next_position + len(tokens)
-        self.tokens = [tokens[-1]]
-
     def settle(self) -> None:
         """Brings context, cache and position up to what was accepted. Apart from `accept`, since drafting need not
         wait for it: a GPU has something to do in the meantime."""

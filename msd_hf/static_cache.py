@@ -141,32 +141,29 @@ def reserve(cache: Cache, count: int) -> list[Buffers]:
     return [layer.reserve(count) for layer in layers]
 
 
-def joined(buffers: Sequence[Buffers]) -> torch.Tensor | None:
-    """Keys and values of all layers as one tensor `[2 * layers, B, heads, slots, head_dim]`, if they lie behind each
-    other in memory."""
+def parts_of(buffers: Sequence[Buffers]) -> list[torch.Tensor]:
+    """Keys and values of all layers, `[..., heads, slots, head_dim]`: as one tensor if they lie behind each other in
+    memory."""
     parts = [part for pair in buffers for part in pair]
     first, size = parts[0], parts[0].numel()
     for number, part in enumerate(parts):
-        at = first.data_ptr() + number * size * first.element_size()
         same_kind = part.shape == first.shape and part.dtype == first.dtype and part.is_contiguous()
-        if not same_kind or part.data_ptr() != at:
-            return None
-    if first.storage_offset() + len(parts) * size > first.untyped_storage().nbytes() // first.element_size():
-        return None
-    return first.as_strided((len(parts), *first.shape), (size, *first.stride()))
+        same_memory = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same_kind and same_memory and part.storage_offset() == first.storage_offset() + number * size):
+            return parts
+    return [first.as_strided((len(parts), *first.shape), (size, *first.stride()))]
 
 
-def move_slots(buffers: Sequence[Buffers], sources: torch.Tensor, places: torch.Tensor) -> None:
-    """Copies the slots `sources` `[A]` of all layers to `places` `[A]`."""
-    together = joined(buffers)
-    parts = [part for pair in buffers for part in pair] if together is None else [together]
+def move_slots(parts: Sequence[torch.Tensor], sources: torch.Tensor, places: torch.Tensor) -> None:
+    """Copies the slots `sources` `[A]` of what `parts_of` gave to `places` `[A]`."""
     for part in parts:
         part.index_copy_(-2, places, part.index_select(-2, sources))
 
 
 def whole_buffers(buffers: Sequence[Buffers], places: torch.Tensor) -> Cache:
     """
-    The cache for one compiled forward, which fills some slots.
+    The cache for one compiled forward, which fills some slots. They are part of the cache itself once `close_slots` is
+    called.
 
     Args:
         buffers (`Sequence[tuple[torch.Tensor, torch.Tensor]]`): keys and values of each layer.
@@ -175,29 +172,10 @@ def whole_buffers(buffers: Sequence[Buffers], places: torch.Tensor) -> Cache:
     return Cache(layers=[_WholeBuffers(pair, places) for pair in buffers])
 
 
-def open_slots(cache: Cache, count: int) -> Cache:
-    """
-    The cache for one compiled forward, which fills `count` slots behind what is held. What it fills is part of the
-    cache itself once `close_slots` is called.
-
-    Args:
-        cache (`Cache`): of `StaticSlotsLayer`s on one device.
-        count (`int`): new slots.
-    """
-    start = cache.get_seq_length()
-    buffers = reserve(cache, count)
-    return whole_buffers(buffers, torch.arange(start, start + count, device=buffers[0][0].device))
-
-
 def close_slots(cache: Cache, length: int) -> None:
     """Makes the first `length` slots what the cache holds."""
     for layer in cache.layers:
         layer.show(length)
-
-
-def capacity(cache: Cache) -> int:
-    """Slots of the buffers of a cache that `open_slots` gave."""
-    return cache.layers[0].keys.shape[-2]
 
 
 # Of models, the buffers that their last call used. Whoever uses them takes them out.
@@ -251,12 +229,10 @@ def _static(layer: DynamicLayer | None, spare: Buffers | None) -> StaticSlotsLay
 __all__ = [
     "StaticSlotsLayer",
     "buffers_left",
-    "capacity",
     "close_slots",
-    "joined",
     "make_static",
     "move_slots",
-    "open_slots",
+    "parts_of",
     "reserve",
     "whole_buffers",
 ]

@@ -1,15 +1,14 @@
 """Everything that is asked of a target, in one place: prefill, embedding, head, visual mask, verification forward.
 
-The target is only observed: a pre-hook and a hook on its decoder, in place for one forward at a time, read what goes
-in and comes out, and put the tree's attention mask and positions in.
+The target is only observed: hooks on its decoder, in place for one forward at a time, read what goes in and comes out,
+and put the tree's attention mask and positions in.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +18,12 @@ from transformers.utils import ModelOutput, logging
 
 from .attention_mask import ContextSlots, buffer_attention_mask, tree_attention_mask
 from .cache import CACHE_NAME
-from .compiled import compiled_decoder, has_compiled_part, widen_mask
+from .compiled import compiled_decoder, has_compiled_part
+from .decoder_observation import TargetObservation, observed
 from .errors import MSDPairingError
 from .phases import phase
 from .split_attention import LIVE_SLOTS, SPLIT_SDPA, find_live_slots
-from .static_cache import Buffers, capacity, close_slots, open_slots, whole_buffers
+from .static_cache import Buffers, close_slots, reserve, whole_buffers
 from .target_support import TREE_ATTENTION, attention_windows, decoder_inputs, takes_any_argument
 from .tree import CandidateTree
 
@@ -88,30 +88,6 @@ class TargetVerification:
     logits: torch.Tensor
     hidden_states: torch.Tensor
     outputs: ModelOutput
-
-
-@dataclass
-class TargetObservation:
-    """What went into the decoder in the last forward, and what came out.
-
-    Args:
-        inputs (`dict[str, Any]`): the decoder's, by name.
-        last_hidden_state (`torch.Tensor` of shape `[B, T, H]`): after the final norm; `None` before the first forward.
-        layer_states (`dict[int, torch.Tensor]`): the outputs of the feature layers.
-    """
-
-    inputs: dict[str, Any] = field(default_factory=dict)
-    last_hidden_state: torch.Tensor | None = None
-    layer_states: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def hidden_states(self) -> torch.Tensor:
-        """`[B, T, (1 + K) * H]`, as in [`TargetPrefill`]."""
-        assert self.last_hidden_state is not None
-        if not self.layer_states:
-            return self.last_hidden_state
-        layers = [self.layer_states[layer].to(self.last_hidden_state.device) for layer in sorted(self.layer_states)]
-        return torch.cat([*layers, self.last_hidden_state], dim=-1)
 
 
 class TargetAdapter:
@@ -262,20 +238,23 @@ class TargetAdapter:
                 cache is one of `StaticSlotsLayer`s then.
             output_flags: `output_hidden_states`, `output_attentions`; with one of them nothing is compiled.
         """
-        num_nodes = tree.tokens.shape[1]
-        with ExitStack() as stack:
-            replaced: dict[str, Any] = {}
-            if static_nodes is not None and not output_flags:
-                tree = tree.padded(static_nodes)
-                replaced[CACHE_NAME] = open_slots(cache, static_nodes)
-                stack.callback(close_slots, cache, context.num_slots + num_nodes)
-                shape = (*tree.tokens.shape, capacity(replaced[CACHE_NAME]))
-                stack.enter_context(compiled_decoder(self.decoder, shape))
-            masks = self._tree_masks(tree, context, capacity(replaced[CACHE_NAME]) if replaced else None)
-            position_ids = next_position + tree.depths
-            verification = self._forward_tree(tree, cache, masks, position_ids, replaced, output_flags)
-        if not replaced:
-            return verification
+        if static_nodes is None or output_flags:
+            masks = self._tree_masks(tree, context)
+            return self._forward_tree(tree, cache, masks, next_position + tree.depths, {}, output_flags)
+        num_nodes, start = tree.tokens.shape[1], context.num_slots
+        buffers = reserve(cache, static_nodes)
+        try:
+            verification = self.verify_in_buffers(
+                tree.padded(static_nodes),
+                cache,
+                buffers,
+                torch.full((1,), start, device=tree.tokens.device),
+                context,
+                next_position,
+                cuda_graphs=True,
+            )
+        finally:
+            close_slots(cache, start + num_nodes)
         # Copies: they outlive the next compiled call.
         hidden_states = verification.hidden_states[:, :num_nodes].clone()
         return TargetVerification(verification.logits[:, :num_nodes], hidden_states, verification.outputs)
@@ -285,33 +264,35 @@ class TargetAdapter:
         tree: CandidateTree,
         cache: Cache,
         buffers: Sequence[Buffers],
-        lengths: torch.Tensor,
-        prompt_mask: torch.Tensor | None,
+        first_slot: torch.Tensor,
+        context: ContextSlots,
         next_position: torch.Tensor,
+        cuda_graphs: bool = False,
     ) -> TargetVerification:
         """
-        The same with a compiled decoder, for one row, on the device alone: nothing of it depends on numbers that the
-        host has to know.
+        The same with a compiled decoder and whole buffers.
 
         Args:
             tree (`CandidateTree`): N nodes.
             cache (`Cache`): the target's. Is not written to, its buffers are.
             buffers (`Sequence[tuple[torch.Tensor, torch.Tensor]]`): keys and values of each layer of the cache, with
                 room for the nodes.
-            lengths (`torch.LongTensor` of shape `[1]`): slots of them that are filled.
-            prompt_mask (`torch.BoolTensor` of shape `[1, L]`, *optional*): false at padding.
-            next_position (`torch.LongTensor` of shape `[..., 1, 1]`): position of the root.
+            first_slot (`torch.LongTensor` of shape `[1]`): where the nodes go: behind what is filled. The host need
+                not know it for a single row.
+            context (`ContextSlots`): padding, and slots that some rows do not use.
+            next_position (`torch.LongTensor` of shape `[..., B, 1]`): position of the root.
+            cuda_graphs (`bool`): see [`run_compiled`].
         """
         num_nodes, num_slots = tree.tokens.shape[1], buffers[0][0].shape[2]
         masks = {
             kind: buffer_attention_mask(
-                tree.ancestors, tree.depths, lengths, prompt_mask, num_slots, self._dtype, window
+                tree.ancestors, tree.depths, first_slot, context, num_slots, self._dtype, window
             )
             for kind, window in self.windows.items()
         }
-        places = lengths + torch.arange(num_nodes, device=lengths.device)
+        places = first_slot + torch.arange(num_nodes, device=first_slot.device)
         replaced = {CACHE_NAME: whole_buffers(buffers, places)}
-        with compiled_decoder(self.decoder, (*tree.tokens.shape, num_slots), cuda_graphs=False):
+        with compiled_decoder(self.decoder, (*tree.tokens.shape, num_slots), cuda_graphs):
             return self._forward_tree(tree, cache, masks, next_position + tree.depths, replaced, {})
 
     def _forward_tree(
@@ -348,20 +329,14 @@ class TargetAdapter:
             )
         return TargetVerification(outputs.logits, seen.hidden_states, outputs)
 
-    def _tree_masks(
-        self, tree: CandidateTree, context: ContextSlots, num_slots: int | None
-    ) -> dict[str, torch.Tensor] | None:
-        """Masks by kind of layer: for buffers of `num_slots`, if there are such. `None` if all nodes see all."""
-        sees_all = tree.tokens.shape[1] == 1 and not context.hides_slots and not any(self.windows.values())
-        if sees_all and num_slots is None:
+    def _tree_masks(self, tree: CandidateTree, context: ContextSlots) -> dict[str, torch.Tensor] | None:
+        """Masks by kind of layer; `None` if all nodes see all."""
+        if tree.tokens.shape[1] == 1 and not context.hides_slots and not any(self.windows.values()):
             return None  # as in a step of `generate`: attention is faster without a mask
-        masks = {
+        return {
             kind: tree_attention_mask(tree.ancestors, context, self._dtype, window, tree.depths)
             for kind, window in self.windows.items()
         }
-        if num_slots is not None:
-            masks = {kind: widen_mask(mask, num_slots) for kind, mask in masks.items()}
-        return masks
 
     def _tree_attention(self, is_static: bool) -> str:
         """The attention implementation for trees: the target's own, unless it takes no tree mask; and in place of sdpa
@@ -392,41 +367,9 @@ class TargetAdapter:
         finally:
             config._attn_implementation = before
 
-    @contextmanager
-    def observe(self, **replaced_inputs: Any) -> Iterator[TargetObservation]:
+    def observe(self, **replaced_inputs: Any) -> AbstractContextManager[TargetObservation]:
         """Watches the forwards inside the block; the decoder gets `replaced_inputs` in place of its own."""
-        seen = TargetObservation()
-        thread = threading.get_ident()  # another one may run the same target meanwhile
-
-        def before(module, args, kwargs):
-            if threading.get_ident() != thread:
-                return None
-            seen.inputs = {**dict(zip(self._decoder_inputs, args, strict=False)), **kwargs}
-            return (), {**seen.inputs, **replaced_inputs}
-
-        def after(module, args, kwargs, output):
-            if threading.get_ident() == thread:
-                seen.last_hidden_state = output[0]
-
-        def after_layer(layer):
-            def keep(module, args, output):
-                if threading.get_ident() == thread:
-                    seen.layer_states[layer] = output[0] if isinstance(output, tuple) else output
-
-            return keep
-
-        handles: list[Any] = [
-            self.decoder.register_forward_pre_hook(before, with_kwargs=True),
-            self.decoder.register_forward_hook(after, with_kwargs=True),
-            *(self.decoder.layers[layer].register_forward_hook(after_layer(layer)) for layer in self.feature_layers),
-        ]
-        with ExitStack() as stack:
-            for handle in handles:
-                stack.callback(handle.remove)
-            if self._is_compiled:
-                # A compiled forward does not look at hooks that came after its compilation.
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            yield seen
+        return observed(self.decoder, self.feature_layers, self._decoder_inputs, self._is_compiled, replaced_inputs)
 
 
 def _device_of(module: nn.Module) -> torch.device:
@@ -436,4 +379,4 @@ def _device_of(module: nn.Module) -> torch.device:
     return torch.device(module.weight.device if device is None else device)  # type: ignore[arg-type]
 
 
-__all__ = ["TargetAdapter", "TargetFeatures", "TargetObservation", "TargetPrefill", "TargetVerification"]
+__all__ = ["TargetAdapter", "TargetFeatures", "TargetPrefill", "TargetVerification"]

@@ -7,7 +7,7 @@ children, and the accepted path is an increasing list of nodes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -245,24 +245,20 @@ class CandidateTree:
 
     def clone(self) -> CandidateTree:
         """A copy."""
-        return CandidateTree(
-            tokens=self.tokens.clone(),
-            parents=self.parents.clone(),
-            depths=self.depths.clone(),
-            ancestors=self.ancestors.clone(),
-            max_depth=self.max_depth,
-            scores=None if self.scores is None else self.scores.clone(),
-        )
+        return self._changed(torch.clone)
 
     def to(self, device: torch.device) -> CandidateTree:
         """The tree on another device."""
+        return self._changed(lambda part: part.to(device))
+
+    def _changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> CandidateTree:
         return CandidateTree(
-            tokens=self.tokens.to(device),
-            parents=self.parents.to(device),
-            depths=self.depths.to(device),
-            ancestors=self.ancestors.to(device),
+            tokens=change(self.tokens),
+            parents=change(self.parents),
+            depths=change(self.depths),
+            ancestors=change(self.ancestors),
             max_depth=self.max_depth,
-            scores=self.scores,
+            scores=None if self.scores is None else change(self.scores),
         )
 
 

@@ -16,11 +16,11 @@ from msd_hf.cache import CACHE_NAME, keep_paths
 from msd_hf.static_cache import (
     StaticSlotsLayer,
     close_slots,
-    joined,
     make_static,
     move_slots,
-    open_slots,
+    parts_of,
     reserve,
+    whole_buffers,
 )
 from msd_hf.targets import TargetAdapter
 
@@ -360,7 +360,8 @@ def test_slots_are_kept_within_the_buffers(monkeypatch):
     expected, context = prompt, ContextSlots([5])
     for number in range(6):
         nodes = torch.randn(1, 2, 4, 4)
-        whole = open_slots(cache, 4)
+        start = cache.get_seq_length()
+        whole = whole_buffers(reserve(cache, 4), torch.arange(start, start + 4))
         slots = [whole.update(nodes, nodes, layer)[0].shape[2] for layer in range(2)]
         assert slots == 2 * [max(8, 1 << (expected.shape[2] + 3).bit_length())]
         close_slots(cache, expected.shape[2] + 3)
@@ -383,18 +384,19 @@ def test_slots_of_all_layers_move(is_joined, monkeypatch):
         cache.update(prompt + layer, prompt - layer, layer)
     for count in (3, 20):  # both need new buffers
         buffers = reserve(cache, count)
-        assert joined(buffers).shape == (4, 1, 2, 8 if count == 3 else 32, 4)
+        (together,) = parts_of(buffers)
+        assert together.shape == (4, 1, 2, 8 if count == 3 else 32, 4)
     for number, layer in enumerate(cache.layers):
         assert torch.equal(layer.keys, prompt + number) and torch.equal(layer.values, prompt - number)
     if not is_joined:
         buffers = [tuple(part.clone() for part in pair) for pair in buffers]
-        assert joined(buffers) is None
+        assert len(parts_of(buffers)) == 4
     for part in (part for pair in buffers for part in pair):
         part.normal_()
     expected = [[part.clone() for part in pair] for pair in buffers]
     for part in (part for pair in expected for part in pair):
         part[:, :, [4, 5, 6]] = part[:, :, [6, 9, 4]]
-    move_slots(buffers, torch.tensor([6, 9, 4]), torch.tensor([4, 5, 6]))
+    move_slots(parts_of(buffers), torch.tensor([6, 9, 4]), torch.tensor([4, 5, 6]))
     for pair, wanted in zip(buffers, expected, strict=True):
         assert all(torch.equal(part, other) for part, other in zip(pair, wanted, strict=True))
 

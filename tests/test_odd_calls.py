@@ -9,7 +9,7 @@ from family_drafts import family_pair
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
-from msd_hf import MSDDraftConfig, MSDDraftModel
+from msd_hf import MSDDraftConfig, MSDDraftModel, compiled
 from msd_hf.cache import CACHE_NAME
 from msd_hf.errors import MSDPairingError, MSDUnsupportedError
 
@@ -199,6 +199,17 @@ def test_learned_positions_may_be_filled_to_their_end(length):
     target, draft = small_target("opt", **fields), small_draft()
     draft.generation_config.suffix_nodes = 8  # so that rows accept different numbers of tokens
     ids = torch.randint(3, 79, (3, length), generator=torch.Generator().manual_seed(1))
+    expected = target.generate(ids, max_length=48)
+    assert target.generate(ids, max_length=48, assistant_model=draft).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("length", range(30, 48))
+def test_learned_positions_may_be_filled_to_their_end_by_the_device(length, monkeypatch):
+    monkeypatch.setattr(compiled, "_compile", lambda function, mode: function)
+    fields = {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 48}
+    target, draft = small_target("opt", **fields), small_draft()
+    draft.generation_config.compile = True
+    ids = torch.randint(3, 79, (1, length), generator=torch.Generator().manual_seed(1))
     expected = target.generate(ids, max_length=48)
     assert target.generate(ids, max_length=48, assistant_model=draft).tolist() == expected.tolist()
 

@@ -14,9 +14,10 @@ from transformers.generation import CandidateGenerator
 
 from ..cache import CACHE_NAME
 from ..candidate_generator import MSDCandidateGenerator
+from ..decoder_observation import TargetObservation
 from ..modeling_msd import MSDDraftModel
 from ..target_support import check_pair, check_target
-from ..targets import TargetAdapter, TargetObservation
+from ..targets import TargetAdapter
 from ..tree import TreeSettings
 from ..tree_growth import TreeGrowth
 from ..tree_policy import TreePolicy
