@@ -11,8 +11,9 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
 from msd_hf import MSDDraftModel, MSDUnsupportedError, compiled, static_cache
-from msd_hf.attention_mask import ContextSlots
+from msd_hf.attention_mask import ContextSlots, buffer_attention_mask, tree_attention_mask
 from msd_hf.cache import CACHE_NAME, keep_paths
+from msd_hf.draft_head import DraftHead
 from msd_hf.static_cache import (
     StaticSlotsLayer,
     close_slots,
@@ -23,6 +24,7 @@ from msd_hf.static_cache import (
     whole_buffers,
 )
 from msd_hf.targets import TargetAdapter
+from msd_hf.tree import CandidateTree
 
 
 PAIR = 3  # the draft has two layers
@@ -204,9 +206,10 @@ def test_conversation_with_compiled_turns_and_others():
             ids = torch.cat([got, tiny.make_prompt(10 + turn, 5)["input_ids"]], dim=1)
 
 
-def test_a_draft_that_joins_late(monkeypatch):
-    """It holds fewer slots than there are positions."""
-    monkeypatch.setattr(static_cache, "MIN_CAPACITY", 16)
+@pytest.mark.parametrize("capacity", [16, 64])
+def test_a_draft_that_joins_late(capacity, monkeypatch):
+    """It holds fewer slots than there are positions, and may have room for more when these need a larger table."""
+    monkeypatch.setattr(static_cache, "MIN_CAPACITY", capacity)
     target, draft = build_pair()
     caches = [DynamicCache(config=target.config.get_text_config()) for _ in range(2)]
     ids = tiny.make_prompt(0, 40)["input_ids"]
@@ -370,6 +373,37 @@ def test_slots_are_kept_within_the_buffers(monkeypatch):
         expected = torch.cat([expected, nodes[:, :, path]], dim=2)
         for layer in cache.layers:
             assert torch.equal(layer.keys, expected) and torch.equal(layer.values, expected)
+
+
+@pytest.mark.parametrize("window", [None, 2, 4, 9, 30])
+@pytest.mark.parametrize("lengths", [[12], [12, 12], [9, 12]])
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_masks_of_buffers_are_those_of_the_slots_that_are_filled(window, lengths, is_padded):
+    parents = torch.tensor([[0, 0, 0, 1, 3, 4, 5]]).expand(len(lengths), -1)
+    tree = CandidateTree.from_parents(parents, parents, max_depth=5)
+    prompt_mask = torch.ones(len(lengths), 6, dtype=torch.bool)
+    prompt_mask[0, :2] = False
+    context = ContextSlots(lengths, prompt_mask if is_padded else None)
+    dtype = torch.float32
+    expected = tree_attention_mask(tree.ancestors, context, dtype, window, tree.depths)
+    first_slot = torch.tensor([context.num_slots])
+    mask = buffer_attention_mask(tree.ancestors, tree.depths, first_slot, context, 32, dtype, window)
+    assert torch.equal(mask[..., : expected.shape[3]], expected)
+    assert (mask[..., expected.shape[3] :] == torch.finfo(dtype).min).all()
+
+
+@pytest.mark.parametrize("vocab_size", [32_000, 32_064, 4_000, 997, 60])
+@pytest.mark.parametrize("top_k", [1, 10])
+def test_the_best_candidates_are_found_in_blocks(vocab_size, top_k):
+    """Where the vocabulary can be divided, and where it cannot."""
+    torch.manual_seed(0)
+    target = tiny.build_target(vocab_size=vocab_size)
+    head = DraftHead(tiny.build_draft(target), TargetAdapter(target))
+    states = 3 * torch.randn(2, 5, 32, dtype=torch.float64)
+    scores, tokens = head.static_top_k(states, top_k)
+    expected = head.top_k(states, top_k)
+    assert torch.equal(tokens, expected[1])
+    torch.testing.assert_close(scores, expected[0])
 
 
 @pytest.mark.parametrize("is_joined", [True, False])

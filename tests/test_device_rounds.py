@@ -114,18 +114,38 @@ class Length(StoppingCriteria):
 
 
 def test_conversation(rounds):
+    """The draft goes on where it stood, as it does without compilation."""
     pair = tiny.pair(1)
     draft = pair.with_tree(12, 3, 4)
-    caches = [DynamicCache(config=pair.target.config.get_text_config()) for _ in range(2)]
+    caches = [DynamicCache(config=pair.target.config.get_text_config()) for _ in range(3)]
     ids = tiny.make_prompt(4, 6)["input_ids"]
+    options = {"max_new_tokens": 12, "return_dict_in_generate": True}
     for turn in range(4):
-        expected = pair.target.generate(ids, max_new_tokens=12, **{CACHE_NAME: caches[0]})
+        expected = pair.target.generate(ids, **options, **{CACHE_NAME: caches[0]}).sequences
         with compilation(draft):
-            got = pair.target.generate(ids, max_new_tokens=12, assistant_model=draft, **{CACHE_NAME: caches[1]})
-        assert torch.equal(got, expected)
+            got = pair.target.generate(ids, **options, assistant_model=draft, **{CACHE_NAME: caches[1]})
+        by_host = pair.target.generate(ids, **options, assistant_model=draft, **{CACHE_NAME: caches[2]})
+        assert torch.equal(got.sequences, expected)
+        assert got.acceptance_lengths[0][:-1] == by_host.acceptance_lengths[0][:-1]
         assert caches[0].get_seq_length() == caches[1].get_seq_length()
-        ids = torch.cat([got, tiny.make_prompt(10 + turn, 5)["input_ids"]], dim=1)
+        ours, theirs = (cache._msd_draft_memory for cache in caches[1:])
+        assert ours.rows == theirs.rows
+        for layer, wanted in zip(ours.cache.layers, theirs.cache.layers, strict=True):
+            torch.testing.assert_close(layer.keys, wanted.keys)
+        torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state)
+        ids = torch.cat([expected, tiny.make_prompt(10 + turn, 5)["input_ids"]], dim=1)
     assert len(rounds) == 4
+
+
+def test_repetitions_are_left_to_the_host(rounds):
+    pair = tiny.pair(1)
+    draft = pair.with_tree(12, 3, 4)
+    draft.generation_config.suffix_nodes = 4
+    try:
+        expected, got = both(pair.target, draft, tiny.make_prompt(0, 8))
+    finally:
+        draft.generation_config.suffix_nodes = None
+    assert torch.equal(got, expected) and not rounds
 
 
 def test_rounds_are_those_of_the_host(rounds):
