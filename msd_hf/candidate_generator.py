@@ -17,7 +17,7 @@ from .drafting_step import DraftingStep
 from .modeling_msd import MSDDraftModel
 from .phases import phase
 from .plain_modules import function_at
-from .static_cache import close_slots, make_static
+from .static_cache import make_static
 from .static_drafting import StaticDrafting
 from .targets import TargetAdapter, TargetPrefill
 from .tree import CandidateTree, TreeSettings
@@ -204,7 +204,6 @@ class MSDCandidateGenerator:
         self._context = context
         self._next_position = self._next_position + num_fed
         self._last_position += num_fed
-        close_slots(self.cache, context.num_slots)
         self.accept(tokens, hidden_states, counts)
 
     @torch.inference_mode()  # as for `propose`

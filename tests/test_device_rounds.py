@@ -11,7 +11,7 @@ from families import FAMILIES
 from family_drafts import family_pair
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from msd_hf import compiled, generation, split_attention, static_cache
+from msd_hf import compiled, generation, split_attention, static_cache, static_drafting
 from msd_hf.cache import CACHE_NAME
 from msd_hf.device_rounds import DeviceRounds
 from msd_hf.split_attention import find_live_slots
@@ -55,15 +55,19 @@ def both(target, draft, inputs, **options):
 def test_every_family(name, attention, returns_dict, rounds, monkeypatch):
     """With a cache that someone may look at, and without; through buffers that become too small."""
     monkeypatch.setattr(static_cache, "MIN_CAPACITY", 16)
-    told = []  # of each attention to whole buffers, whether it was told which slots are live, and is right
+    told, draft_told = [], []  # of each attention to buffers, whether it was told which slots are live, and is right
 
-    def look(queries, keys, values, mask, scale, live_slots=None):
-        first, end = find_live_slots(mask).tolist()
-        told.append(live_slots is not None and live_slots[0] <= first and end <= live_slots[1])
-        return attend(queries, keys, values, mask, scale, live_slots)
+    def looking(told):
+        def look(queries, keys, values, mask, scale, live_slots=None):
+            first, end = find_live_slots(mask).tolist()
+            told.append(live_slots is not None and live_slots[0] <= first and end <= live_slots[1])
+            return attend(queries, keys, values, mask, scale, live_slots)
+
+        return look
 
     attend = split_attention.split_attention
-    monkeypatch.setattr(split_attention, "split_attention", look)
+    monkeypatch.setattr(split_attention, "split_attention", looking(told))
+    monkeypatch.setattr(static_drafting, "split_attention", looking(draft_told))
     pair = family_pair(name)
     before = pair.family.attentions[0]
     pair.target.set_attn_implementation(attention)
@@ -84,6 +88,7 @@ def test_every_family(name, attention, returns_dict, rounds, monkeypatch):
         pair.target.set_attn_implementation(before)
     assert len(rounds) == 2
     assert all(told) and bool(told) == (attention == "sdpa")
+    assert all(draft_told) and draft_told
 
 
 @pytest.mark.parametrize("number", range(4))

@@ -186,7 +186,7 @@ def interpreted_answers() -> dict[str, list[list[int]]]:
     draft = tiny.fit_draft(tiny.build_draft(target), target)
     settings = draft.generation_config
     settings.num_assistant_tokens, settings.tree_depth, settings.tree_top_k = 12, 2, 4
-    answers: dict[str, list[list[int]]] = {"alone": [], "with the draft": [], "lengths": []}
+    answers: dict[str, list[list[int]]] = {"alone": [], "with the draft": [], "lengths": [], "lengths by sdpa": []}
     for seed, images_at in ((0, ()), (1, (2,))):
         inputs = tiny.make_prompt(seed, 8, images_at, dtype=torch.float32, padding=2 * seed)
         options = {"max_new_tokens": 16, "return_dict_in_generate": True}
@@ -197,6 +197,8 @@ def interpreted_answers() -> dict[str, list[list[int]]]:
         split._DEVICE = "cuda"
         answers["with the draft"] += output.sequences.tolist()
         answers["lengths"] += output.acceptance_lengths
+        by_sdpa = target.generate(**inputs, **options, assistant_model=draft)
+        answers["lengths by sdpa"] += by_sdpa.acceptance_lengths
     num_rounds = sum(map(len, answers["lengths"]))
     # Each layer of the target, and the draft's for accepted tokens and each level.
     assert len(num_live) == num_rounds * (target.config.get_text_config().num_hidden_layers + 1 + 2)
@@ -229,6 +231,7 @@ def test_kernels_with_odd_inputs(interpreted, case):
 def test_answers_through_the_kernels_are_those_of_the_target(interpreted):
     answers = interpreted["answers"]
     assert answers["with the draft"] == answers["alone"]
+    assert answers["lengths"] == answers["lengths by sdpa"]  # the draft sees what it is to see
     assert any(length > 1 for lengths in answers["lengths"] for length in lengths)
 
 
