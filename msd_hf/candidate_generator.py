@@ -285,21 +285,34 @@ class MSDCandidateGenerator:
             nothing = torch.ones(batch_size, 1, 0, dtype=torch.bool, device=states.device)
             mask = tree_attention_mask(nothing, self._context, dtype)[:, 0]
         positions = self._next_position + self._steps_below(settings.depth)
+        own = self._own_mask("nodes", batch_size, settings.top_k)
         for level in range(settings.depth):
             width = policy.width(growth)
             if width == 0:
                 break
-            tokens, above = growth.descend(width)
+            if width < settings.top_k:
+                growth.narrow(width)
+            tokens, above = growth.frontier_tokens, growth.above
             width = tokens.shape[1]  # a small vocabulary has fewer candidates
             if mask is None and width > 1:
                 mask = states.new_zeros(batch_size, 1, self._context.num_slots + level)
+            if above is None:
+                states = states.expand(-1, width, -1)
+                mask = None if mask is None else mask.expand(-1, width, -1)
+            else:
+                assert mask is not None
+                if batch_size == 1:
+                    states, mask = states.index_select(1, above), mask.index_select(1, above)
+                else:
+                    states, mask = rows_of(states, above, width), rows_of(mask, above, width)
+            seen = None
             if mask is not None:
-                mask = torch.cat([rows_of(mask, above, width), self._own_mask("nodes", batch_size, width)], dim=2)
-            seen = None if mask is None else mask.view(batch_size, 1, width, -1)
+                if own.shape[1] != width:
+                    own = self._own_mask("nodes", batch_size, width)
+                mask = torch.cat([mask, own], dim=2)
+                seen = mask.unsqueeze(1)
             last_position = self._last_position + level + 1
-            states = self._step(
-                tokens, rows_of(states, above, width), positions.narrow(1, level, 1), seen, last_position
-            )
+            states = self._step(tokens, states, positions.narrow(1, level, 1), seen, last_position)
             growth.expand(*self._head.top_k(states, settings.top_k))
         self._tables = growth.tables
         with phase("cache"):

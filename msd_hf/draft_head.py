@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from .modeling_msd import MSDDraftModel
 from .phases import phase
-from .plain_modules import function_at
+from .plain_modules import TensorFunction, function_at
 from .targets import TargetAdapter
 
 
@@ -41,6 +41,10 @@ class DraftHead:
         # Logits that nobody else may hold are overwritten: on a CPU, new memory takes time.
         is_own = self._rows is not None or at_hand not in (None, target.head_module)
         self._overwrites = is_own and weight.device.type == "cpu" and weight.dtype not in _HALF
+        self._scores: TensorFunction = self.logits
+        is_plain = self._rows is not None and self._rows[1] is None and target.logit_cap is None
+        if is_plain and self._overwrites and weight.device == self._device and weight.dtype == draft.dtype:
+            self._scores = _ProductInPlace(weight)
         self._is_here = weight.device == self._device
 
     def keep_address(self) -> None:
@@ -61,14 +65,14 @@ class DraftHead:
     def top_k(self, states: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and tokens `[B, F, K]` of the best candidates after each of `states` `[B, F, H]`."""
         with phase("draft head"):
-            logits = self.logits(states)
+            logits = self._scores(states)
         if self._overwrites:
             log_probs = torch.log_softmax(logits, -1, out=logits)
         else:
             if logits.dtype in _HALF:
                 logits = logits.float()
             log_probs = logits.log_softmax(-1)
-        log_probs, tokens = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1)
+        log_probs, tokens = log_probs.topk(min(top_k, log_probs.shape[2]))
         if self._tokens is not None:
             tokens = self._tokens.take(tokens)
         if self._is_here:
@@ -84,6 +88,23 @@ class DraftHead:
         if self._tokens is not None:
             tokens = self._tokens.take(tokens)
         return best - logits.logsumexp(-1, keepdim=True), tokens
+
+
+class _ProductInPlace:
+    """`functional.linear`, whose results stand in the same memory each time."""
+
+    def __init__(self, weight: torch.Tensor):
+        self.weight = weight.t()
+        self.room = weight.new_empty(0, weight.shape[0])
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        batch_size, width, hidden_size = states.shape
+        num_rows = batch_size * width
+        if num_rows > self.room.shape[0]:
+            with torch.inference_mode(False):  # for calls outside of it too
+                self.room = self.room.new_empty(num_rows, self.room.shape[1])
+        room = self.room.narrow(0, 0, num_rows)
+        return torch.mm(states.reshape(num_rows, hidden_size), self.weight, out=room).view(batch_size, width, -1)
 
 
 def _blocked_top_k(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:

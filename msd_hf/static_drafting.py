@@ -214,7 +214,7 @@ def _draft_tree(
     growth = TreeGrowth(roots, settings)
     growth.expand(*head.static_top_k(states, settings.top_k))
     for level in range(settings.depth):
-        level_tokens, above = growth.descend(settings.top_k)
+        level_tokens, above = growth.frontier_tokens, growth.above
         width = level_tokens.shape[1]
         own = slots == (first.unsqueeze(1) + steps[:width]).unsqueeze(2)  # [B, F, S]
         mask = torch.where(own, 0.0, rows_of(mask, above, width))

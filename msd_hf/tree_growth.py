@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from .errors import MSDError
 from .tree import CandidateTree, TreeSettings
 
 
@@ -47,7 +46,19 @@ class TreeGrowth:
         root (`torch.LongTensor` of shape `[B]`): the last emitted token.
         settings (`TreeSettings`): the size of the tree.
         tables (`TreeTables`, *optional*): those of an earlier tree, to be used again if they fit.
+
+    Attributes:
+        frontier_scores (`torch.Tensor` of shape `[B, F]`): cumulative log-probabilities of the frontier, best first;
+            NaN where the draft overflowed. From the first `expand` on, up to the deepest level that is expanded.
+        frontier_tokens (`torch.LongTensor` of shape `[B, F]`): its tokens.
+        above (`torch.LongTensor` of shape `[B * F]`, *optional*): for each of its nodes the row of the node above it
+            among the B * F rows of the frontier before; `None` if that was one node.
     """
+
+    # Behind forwards of a large model each call of a function costs as much as a small operation: a level is one call.
+    frontier_scores: torch.Tensor
+    frontier_tokens: torch.Tensor
+    above: torch.Tensor | None
 
     def __init__(self, root: torch.Tensor, settings: TreeSettings, tables: TreeTables | None = None):
         self.root = root
@@ -57,21 +68,9 @@ class TreeGrowth:
         self._tokens: list[torch.Tensor] = []
         self._scores: list[torch.Tensor] = []
         self._num_candidates = 1
-        self._width, self._top_k = 0, 0  # F of the last level, and K: a small vocabulary has fewer than is set
-        # Of the nodes that were expanded, level by level: places among the candidates of their level, [B, F].
-        self._expanded: list[torch.Tensor] = []
-        self._frontier: tuple[torch.Tensor, ...] | None = None  # scores, tokens and places, best first
+        self._places: torch.Tensor  # of the frontier among the candidates of its level, [B, F]
+        self._expanded: list[torch.Tensor] = []  # these places, of the levels that were expanded
         self._ranking: tuple[torch.Tensor, torch.Tensor] | None = None  # scores and numbers of all, best first
-
-    @property
-    def frontier_scores(self) -> torch.Tensor:
-        """Cumulative log-probabilities of the frontier, `[B, K]`, best first; NaN where the draft overflowed."""
-        return self._best_of_level()[0]
-
-    @property
-    def frontier_tokens(self) -> torch.Tensor:
-        """The tokens of the frontier, `[B, K]`."""
-        return self._best_of_level()[1]
 
     @property
     def num_nodes(self) -> int:
@@ -87,40 +86,45 @@ class TreeGrowth:
 
         Args:
             log_probs (`torch.Tensor` of shape `[B, F, K]`): the K best log-probabilities, best first, at each of the F
-                nodes of the frontier (F is 1 at the root, after it what `descend` was told).
+                nodes of the frontier (F is 1 at the root, after it K or what `narrow` was told).
             tokens (`torch.LongTensor` of shape `[B, F, K]`): their tokens.
         """
-        batch_size, self._width, self._top_k = log_probs.shape
+        batch_size, width, top_k = log_probs.shape
         if self._scores:
-            assert self._frontier is not None
-            log_probs = log_probs + self._frontier[0].unsqueeze(2)
+            self._expanded.append(self._places)
+            log_probs = log_probs + self.frontier_scores.unsqueeze(2)
         else:
             # Places among the candidates of a level in all rows, and numbers of all candidates with K for the root.
-            count = max(batch_size, self.settings.depth + 2) * self._top_k * max(self.settings.top_k, self._top_k)
+            count = max(batch_size, self.settings.depth + 2) * top_k * max(self.settings.top_k, top_k)
             if self.tables is None or not self.tables.fits(log_probs, count):
                 self.tables = TreeTables.like(log_probs, count)
             self._scores.append(self.tables.root_scores)
+        scores = log_probs.view(batch_size, -1)
         self._tokens.append(tokens)
-        self._scores.append(log_probs.reshape(batch_size, -1))
-        self._num_candidates += self._width * self._top_k
-        self._frontier = self._ranking = None
-
-    def descend(self, width: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Moves the frontier to the `width` best candidates of the last level.
-
-        Returns:
-            Their tokens (`[B, width]`), and for each the row of the node above it among the B * F rows of the frontier
-            before (`[B * width]`); `None` if that was one node.
-        """
-        frontier = self._best_of_level()
-        if width < self._top_k:
-            frontier = self._frontier = tuple(part[:, :width] for part in frontier)
-        _, tokens, places = frontier
-        self._expanded.append(places)
-        if self._width == 1:
-            return tokens, None
+        self._scores.append(scores)
+        self._num_candidates += width * top_k
+        self._ranking = None
+        if len(self._expanded) == self.settings.depth:
+            return
         assert self.tables is not None
-        return tokens, self.tables.groups.take(self._among_all(places)).view(-1)
+        if width == 1:  # behind a single node they are in order
+            self.frontier_scores, self.frontier_tokens = scores, tokens.view(batch_size, -1)
+            self._places, self.above = self.tables.in_order, None
+            return
+        self.frontier_scores, self._places = scores, places = scores.topk(top_k)
+        if batch_size > 1:  # among the candidates of all rows
+            places = places + torch.arange(0, tokens.numel(), width * top_k, device=places.device).unsqueeze(1)
+        self.frontier_tokens = tokens.take(places)
+        self.above = self.tables.groups.take(places).view(-1)
+
+    def narrow(self, width: int) -> None:
+        """Keeps the `width` best nodes of the frontier."""
+        batch_size = self._places.shape[0]
+        self.frontier_scores = self.frontier_scores[:, :width]
+        self.frontier_tokens = self.frontier_tokens[:, :width]
+        self._places = self._places[:, :width]
+        if self.above is not None:
+            self.above = self.above.view(batch_size, -1)[:, :width].reshape(-1)
 
     def finish(self, num_nodes: int | None = None) -> CandidateTree:
         """Keeps the best candidates of all levels, in flat order: as many as set, or fewer (`num_nodes`)."""
@@ -136,26 +140,6 @@ class TreeGrowth:
         return CandidateTree.from_parents(
             tokens.gather(1, kept), parents, max_depth=len(self._tokens), scores=scores.gather(1, order)
         )
-
-    def _best_of_level(self) -> tuple[torch.Tensor, ...]:
-        if self._frontier is None:
-            if not self._scores:
-                raise MSDError("The root has not been expanded yet.")
-            scores, tokens = self._scores[-1], self._tokens[-1]
-            if self._width > 1:
-                scores, places = scores.topk(self._top_k, dim=1)
-                self._frontier = scores, tokens.take(self._among_all(places)), places
-            else:  # behind a single node they are in order
-                assert self.tables is not None
-                self._frontier = scores, tokens.reshape(tokens.shape[0], -1), self.tables.in_order
-        return self._frontier
-
-    def _among_all(self, places: torch.Tensor) -> torch.Tensor:
-        """Places `[B, n]` among the candidates of the last level in each row, as places among those of all rows."""
-        if places.shape[0] == 1:
-            return places
-        size = self._width * self._top_k
-        return places + torch.arange(0, places.shape[0] * size, size, device=places.device).unsqueeze(1)
 
     def _ranked(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self._ranking is None:
@@ -174,11 +158,12 @@ class TreeGrowth:
             above.append(places + first)
             first += scores.shape[1]
         # Each of these has K candidates below it, but for the first, the root's parent.
-        return torch.cat(above, dim=1).gather(1, self.tables.groups.take(numbers + (self._top_k - 1)))
+        top_k = self.tables.in_order.shape[1]
+        return torch.cat(above, dim=1).gather(1, self.tables.groups.take(numbers + (top_k - 1)))
 
 
 def rows_of(states: torch.Tensor, index: torch.Tensor | None, count: int) -> torch.Tensor:
-    """Of `[B, T, N]`, among all B * T rows, those of `index` `[B * count]`, as `TreeGrowth.descend` gives it:
+    """Of `[B, T, N]`, among all B * T rows, those of `index` `[B * count]`, as `TreeGrowth.above` is:
     `[B, count, N]`. Without one T is 1."""
     if index is None:
         return states.expand(-1, count, -1)

@@ -49,6 +49,22 @@ def test_candidates_are_the_best_of_the_vocabulary(tokens):
     assert torch.equal(found, ids[expected.indices])
 
 
+def test_memory_for_scores_is_kept_for_levels_of_any_size():
+    tokens = list(range(3, 40, 2))
+    pair, draft = with_vocab(tokens)
+    head = DraftHead(draft, TargetAdapter(pair.target))
+    results = []
+    for number, shape in enumerate([(1, 1), (1, 6), (2, 5), (1, 3), (3, 1)]):
+        states = torch.randn(*shape, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
+        with torch.inference_mode(number % 2 == 1), torch.no_grad():
+            results.append((states, *head.top_k(states, 4)))
+    for states, log_probs, found in results:  # those of earlier calls have not been overwritten
+        scores = torch.nn.functional.linear(states, pair.target.get_output_embeddings().weight[tokens])
+        expected = scores.log_softmax(-1).topk(4)
+        torch.testing.assert_close(log_probs, expected.values)
+        assert torch.equal(found, torch.tensor(tokens)[expected.indices])
+
+
 @pytest.mark.parametrize("is_hooked", [False, True])
 def test_logits_that_someone_else_holds_stay_as_they_are(is_hooked):
     """Those of a plain head are overwritten with log-probabilities, those that a hook has seen are not."""

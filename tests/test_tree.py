@@ -80,7 +80,7 @@ def random_growth(
     for level in range(settings.depth + 1):
         if level:
             frontier = min(settings.top_k, widths[level % len(widths)])
-            growth.descend(frontier)
+            growth.narrow(frontier)
         logits = sharpness * torch.randn(batch_size, frontier, vocab_size)
         growth.expand(*logits.log_softmax(-1).topk(settings.top_k))
     return growth
@@ -134,7 +134,7 @@ def test_a_sure_draft_gives_a_chain_down_to_the_last_level():
     growth = TreeGrowth(torch.tensor([9]), settings)
     for level in range(6):
         if level:
-            growth.descend(4)
+            growth.narrow(4)
         log_probs = torch.full((1, 1 if level == 0 else 4, 4), -torch.inf)
         log_probs[..., 0] = 0.0
         growth.expand(log_probs, torch.arange(4).expand_as(log_probs).contiguous())

@@ -153,7 +153,7 @@ def test_a_draft_that_overflows_still_gives_a_tree():
     policy = AdaptiveTreePolicy(settings, taught(FLAT))
     growth = TreeGrowth(torch.zeros(1, dtype=torch.long), policy.begin_round(None, 100))
     growth.expand(torch.tensor([[[0.0, -1.0, -torch.inf, -torch.inf]]]), torch.arange(4).view(1, 1, 4))
-    growth.descend(2)
+    growth.narrow(2)
     growth.expand(torch.full((1, 2, 4), torch.nan), torch.arange(4).expand(1, 2, 4))
     assert policy.width(growth) == 0
     tree = growth.finish(policy.num_nodes(growth))
@@ -172,7 +172,7 @@ def test_behind_an_unsure_token_a_tree_may_go_on():
     for level, probability in enumerate([0.99, 0.4]):
         if level:
             assert policy.width(growth) > 0
-            growth.descend(1)
+            growth.narrow(1)
         # Most of what is left is among tokens that are no candidates.
         growth.expand(torch.tensor([[[probability, 1e-3, 1e-3, 1e-3]]]).log(), torch.arange(4).view(1, 1, 4))
     assert policy.width(growth) > 0
@@ -213,7 +213,7 @@ def grow(probabilities: list[float], policy: AdaptiveTreePolicy) -> tuple[int, i
             width = policy.width(growth)
             if width == 0:
                 break
-            growth.descend(width)
+            growth.narrow(width)
         rest = (1 - probability) / 3
         log_probs = torch.tensor([probability, rest, rest, rest]).log().expand(1, width, 4)
         growth.expand(log_probs, torch.arange(4).expand(1, width, 4))
@@ -272,7 +272,7 @@ def test_nodes_are_weighed_by_what_other_rounds_would_emit():
         policy.begin_round(None, 100)
         for level, probability in enumerate(probabilities):
             if level:
-                growth.descend(1)
+                growth.narrow(1)
             log_probs = torch.tensor([probability, 0.35 if probability < 0.9 else 1e-4, 1e-4, 1e-4]).log()
             growth.expand(log_probs.view(1, 1, 4), torch.arange(4).view(1, 1, 4))
         kept.append(policy.num_nodes(growth) - len(probabilities))
