@@ -133,9 +133,8 @@ def buffer_attention_mask(
     batch_size, num_nodes = depths.shape
     device = depths.device
     slots = torch.arange(num_slots, device=device)
-    ends = (context.row_lengths(device) if context.is_ragged else first_slot).unsqueeze(
-        1
-    )  # of the context, [B or 1, 1]
+    ends = context.row_lengths(device) if context.is_ragged else first_slot  # of the context
+    ends = ends.unsqueeze(1)  # [B, 1], or one for all rows
     seen = (slots < ends).unsqueeze(1)
     if context.prompt_mask is not None:
         missing = num_slots - context.prompt_mask.shape[1]

@@ -296,17 +296,9 @@ class MSDCandidateGenerator:
             width = tokens.shape[1]  # a small vocabulary has fewer candidates
             if mask is None and width > 1:
                 mask = states.new_zeros(batch_size, 1, self._context.num_slots + level)
-            if above is None:
-                states = states.expand(-1, width, -1)
-                mask = None if mask is None else mask.expand(-1, width, -1)
-            else:
-                assert mask is not None
-                if batch_size == 1:
-                    states, mask = states.index_select(1, above), mask.index_select(1, above)
-                else:
-                    states, mask = rows_of(states, above, width), rows_of(mask, above, width)
             seen = None
             if mask is not None:
+                states, mask = rows_of(above, width, states, mask)
                 if own.shape[1] != width:
                     own = self._own_mask("nodes", batch_size, width)
                 mask = torch.cat([mask, own], dim=2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -17,7 +16,7 @@ _NOT_TIMED: AbstractContextManager[None] = nullcontext()
 
 def phase(name: str) -> AbstractContextManager[None]:
     """Marks the block under it as a phase. Does nothing unless a [`PhaseTimer`] is active."""
-    return _NOT_TIMED if _active is None else _active._sections[name]
+    return _NOT_TIMED if _active is None else _Section(_active, name)
 
 
 class PhaseTimer:
@@ -39,7 +38,6 @@ class PhaseTimer:
             self._now = partial(_time_on, device)
         # Ends of phases (their names where they begin), added up later: the timer is not to take time itself.
         self._marks: list[tuple[float, str | None]] = []
-        self._sections = _Sections(self._now, self._marks)
         self._seconds: dict[tuple[str, ...], float] = defaultdict(float)
         self._path: list[str] = []
         self._since = 0.0
@@ -47,7 +45,8 @@ class PhaseTimer:
     @property
     def seconds(self) -> dict[tuple[str, ...], float]:
         """Seconds so far of each phase, by its path."""
-        for now, name in self._marks:
+        marks, self._marks = self._marks, []
+        for now, name in marks:
             if self._path:
                 self._seconds[tuple(self._path)] += now - self._since
             self._since = now
@@ -55,7 +54,6 @@ class PhaseTimer:
                 self._path.pop()
             else:
                 self._path.append(name)
-        self._marks.clear()
         return self._seconds
 
     def clear(self) -> None:
@@ -90,28 +88,19 @@ def _time_on(device: torch.device) -> float:
     return time.perf_counter()
 
 
-class _Section:
+class _Section(AbstractContextManager[None]):
     # No more calls than it takes: behind forwards of a large model each costs microseconds, which would count as part
     # of a round.
-    __slots__ = ("mark", "name", "now")
-
-    def __init__(self, now: Callable[[], float], marks: list[tuple[float, str | None]], name: str):
-        self.now, self.mark, self.name = now, marks.append, name
+    def __init__(self, timer: PhaseTimer, name: str):
+        self.timer, self.name = timer, name
 
     def __enter__(self) -> None:
-        self.mark((self.now(), self.name))
+        timer = self.timer
+        timer._marks.append((timer._now(), self.name))
 
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self.mark((self.now(), None))
-
-
-class _Sections(dict[str, _Section]):
-    def __init__(self, now: Callable[[], float], marks: list[tuple[float, str | None]]):
-        self.now, self.marks = now, marks
-
-    def __missing__(self, name: str) -> _Section:
-        section = self[name] = _Section(self.now, self.marks, name)
-        return section
+    def __exit__(self, *error: object) -> None:
+        timer = self.timer
+        timer._marks.append((timer._now(), None))
 
 
 __all__ = ["PhaseTimer", "phase"]

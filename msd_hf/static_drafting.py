@@ -217,9 +217,10 @@ def _draft_tree(
         level_tokens, above = growth.frontier_tokens, growth.above
         width = level_tokens.shape[1]
         own = slots == (first.unsqueeze(1) + steps[:width]).unsqueeze(2)  # [B, F, S]
-        mask = torch.where(own, 0.0, rows_of(mask, above, width))
+        states, mask = rows_of(above, width, states, mask)
+        mask = torch.where(own, 0.0, mask)
         positions = (next_position + level).expand(-1, width)
-        states = run(level_tokens, rows_of(states, above, width), positions, mask, first)
+        states = run(level_tokens, states, positions, mask, first)
         first = first + width
         growth.expand(*head.static_top_k(states, settings.top_k))
     tree = growth.finish()

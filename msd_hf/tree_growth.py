@@ -162,14 +162,14 @@ class TreeGrowth:
         return torch.cat(above, dim=1).gather(1, self.tables.groups.take(numbers + (top_k - 1)))
 
 
-def rows_of(states: torch.Tensor, index: torch.Tensor | None, count: int) -> torch.Tensor:
-    """Of `[B, T, N]`, among all B * T rows, those of `index` `[B * count]`, as `TreeGrowth.above` is:
+def rows_of(index: torch.Tensor | None, count: int, *parts: torch.Tensor) -> list[torch.Tensor]:
+    """Of each part `[B, T, N]`, among all B * T rows, those of `index` `[B * count]`, as `TreeGrowth.above` is:
     `[B, count, N]`. Without one T is 1."""
     if index is None:
-        return states.expand(-1, count, -1)
-    if states.shape[0] == 1:
-        return states.index_select(1, index)
-    return states.flatten(0, 1).index_select(0, index).view(states.shape[0], count, -1)
+        return [part.expand(-1, count, -1) for part in parts]
+    if parts[0].shape[0] == 1:
+        return [part.index_select(1, index) for part in parts]
+    return [part.flatten(0, 1).index_select(0, index).view(part.shape[0], count, -1) for part in parts]
 
 
 __all__ = ["TreeGrowth", "TreeTables", "rows_of"]

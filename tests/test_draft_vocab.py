@@ -54,7 +54,7 @@ def test_memory_for_scores_is_kept_for_levels_of_any_size():
     pair, draft = with_vocab(tokens)
     head = DraftHead(draft, TargetAdapter(pair.target))
     results = []
-    for number, shape in enumerate([(1, 1), (1, 6), (2, 5), (1, 3), (3, 1)]):
+    for number, shape in enumerate([(1, 1), (2, 5), (1, 6), (1, 3), (3, 1)]):
         states = torch.randn(*shape, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
         with torch.inference_mode(number % 2 == 1), torch.no_grad():
             results.append((states, *head.top_k(states, 4)))
