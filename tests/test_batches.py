@@ -13,6 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.generation.streamers import BaseStreamer
 
 from msd_hf.cache import CACHE_NAME
+from msd_hf.tree_policy import TreePolicy
 
 
 TREES = [(59, 5, 10), (24, 4, 4), (12, 6, 2), (7, 5, 1), (1, 0, 1)]
@@ -230,10 +231,19 @@ def test_rows_that_have_ended_cost_nothing_more():
     assert sizes[0] == 8 and sizes == sorted(sizes, reverse=True) and len(set(sizes)) >= 3
 
 
-def test_rows_of_a_batch_are_drafted_as_they_are_alone():
+@pytest.mark.parametrize("widths", [(3, 3, 3, 3), (3, 2, 1, 2)])
+def test_rows_of_a_batch_are_drafted_as_they_are_alone(widths, monkeypatch):
     """A row whose tree were grown from another row's states would still be verified, and accepted less."""
+    sizes = set()
+
+    def num_nodes(policy, growth):
+        sizes.add(growth.num_nodes)
+        return 12
+
+    monkeypatch.setattr(TreePolicy, "width", lambda policy, growth: widths[len(growth._tokens) - 1])
+    monkeypatch.setattr(TreePolicy, "num_nodes", num_nodes)
     pair = tiny.pair(0)
-    tree = pair.with_tree(12, 4, 3)
+    tree = pair.with_tree(60, 4, 3)
     prompts = [tiny.make_prompt(seed, 6) for seed in range(4)]
     options = {"max_new_tokens": 30, "assistant_model": tree, "return_dict_in_generate": True}
     batch = pair.target.generate(**tiny.left_padded(prompts), **options).acceptance_lengths
@@ -246,3 +256,4 @@ def test_rows_of_a_batch_are_drafted_as_they_are_alone():
     assert [with_full_trees(lengths) for lengths in batch] == [with_full_trees(lengths) for lengths in alone]
     assert all(sum(with_full_trees(lengths)) > 20 for lengths in alone)
     assert max(max(lengths) for lengths in alone) > 2
+    assert max(sizes) == 1 + 3 * (1 + sum(widths))
