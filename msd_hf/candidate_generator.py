@@ -26,6 +26,7 @@ from .tree_policy import TreePolicy
 
 
 _LONGEST_KEPT = 64  # masks of that many tokens are kept
+_LEVELS_AHEAD = 16  # of which the positions are made along with those of accepted tokens
 
 
 @dataclass
@@ -91,7 +92,7 @@ class MSDCandidateGenerator:
         self._steps = torch.arange(_LONGEST_KEPT, device=self._device)
         self._pending: list[tuple[torch.Tensor, torch.Tensor, Sequence[int]]] = []  # what `accept` takes
         self._context: ContextSlots  # accepted rows; drafted ones come behind
-        self._next_position: torch.Tensor  # [B, 1]
+        self._next_positions: torch.Tensor  # [B, P]: the next one, and P - 1 behind it
         self._last_position = 0  # no row is beyond it
         self._last_state: torch.Tensor  # [B, 1, H], from which the first level of the next tree is drafted
         self.last_hidden_state: torch.Tensor  # [1, 1, (1 + K) * H]: of a single row, the target's at its last slot
@@ -128,7 +129,7 @@ class MSDCandidateGenerator:
             prompt_mask = prompt_mask.to(device)
             position_ids = (prompt_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
             prompt_mask = prompt_mask[:, -length:]
-        self._next_position = position_ids[:, -1:] + 1
+        self._next_positions = position_ids[:, -1:] + 1
         self._context = ContextSlots([num_held] * batch_size)
         # Behind what is held already, a mask of ones for the new rows alone would not do.
         mask = self._chain_mask(length) if num_held else prompt_mask
@@ -148,7 +149,7 @@ class MSDCandidateGenerator:
         self.last_hidden_state = hidden_states[:, -1:].clone()
         if self._static is not None:
             # The last row again, as the first one that was accepted: the first round is like all others then.
-            self._next_position = self._next_position - 1
+            self._next_positions = self._next_positions - 1
             mask = None if prompt_mask is None else prompt_mask[:, :-1]
             self._context = ContextSlots([num_held + length - 1] * batch_size, mask)
             missing = self._static.max_tokens - 1
@@ -184,7 +185,7 @@ class MSDCandidateGenerator:
             tokens,
             self._to_draft(hidden_states),
             list(counts),
-            self._next_position,
+            self._positions_ahead(1),
             self._last_position,
             replace(self._context),
         )
@@ -202,7 +203,7 @@ class MSDCandidateGenerator:
         num_fed = context.num_slots - self._context.num_slots
         self._pending = []
         self._context = context
-        self._next_position = self._next_position + num_fed
+        self._next_positions = self._next_positions + num_fed
         self._last_position += num_fed
         self.accept(tokens, hidden_states, counts)
 
@@ -223,7 +224,7 @@ class MSDCandidateGenerator:
 
     def _feed(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> None:
         length = tokens.shape[1]
-        positions = self._next_position + self._steps_below(length + 1)
+        positions = self._positions_ahead(length + _LEVELS_AHEAD)
         # One row after rows that are all seen needs no mask.
         needs_mask = length > 1 or self._context.is_ragged or self._context.prompt_mask is not None
         mask = self._chain_mask(length) if needs_mask else None
@@ -232,12 +233,12 @@ class MSDCandidateGenerator:
         with phase("cache"):
             keep_paths(self.cache, self._context, None, counts)
         if min(counts) == length:
-            self._next_position = positions.narrow(1, length, 1)
+            self._next_positions = positions.narrow(1, length, _LEVELS_AHEAD)
             self._last_state = states.narrow(1, length - 1, 1)
             self.last_hidden_state = hidden_states.narrow(1, length - 1, 1)
         else:
             last = torch.tensor(counts, device=self._device).unsqueeze(1)  # [B, 1]
-            self._next_position = self._next_position + last
+            self._next_positions = self._next_positions + last
             self._last_state = states.gather(1, (last - 1).unsqueeze(2).expand(-1, -1, states.shape[2]))
 
     def keep_rows(self, places: Sequence[int]) -> None:
@@ -247,7 +248,7 @@ class MSDCandidateGenerator:
             (tokens[list(places)], states[list(places)], [counts[place] for place in places])
             for tokens, states, counts in self._pending
         ]
-        self._next_position = self._next_position[list(places)]
+        self._next_positions = self._next_positions[list(places)]
         self._last_state = self._last_state[list(places)]
 
     @torch.inference_mode()  # in which many small operations take an eighth less time
@@ -284,7 +285,7 @@ class MSDCandidateGenerator:
         if self._context.hides_slots:
             nothing = torch.ones(batch_size, 1, 0, dtype=torch.bool, device=states.device)
             mask = tree_attention_mask(nothing, self._context, dtype)[:, 0]
-        positions = self._next_position + self._steps_below(settings.depth)
+        positions = self._positions_ahead(settings.depth)
         own = self._own_mask("nodes", batch_size, settings.top_k)
         for level in range(settings.depth):
             width = policy.width(growth)
@@ -316,18 +317,20 @@ class MSDCandidateGenerator:
         ((tokens, hidden_states, counts),) = self._pending
         self._pending = []
         states = self._to_draft(hidden_states)
-        position = self._next_position
+        position = self._positions_ahead(1)
         # Before the host goes ahead of the device: a tensor that is made of a list waits for it.
-        self._next_position = position + torch.tensor(counts, device=states.device).unsqueeze(1)
+        self._next_positions = position + torch.tensor(counts, device=states.device).unsqueeze(1)
         tree = static.propose(tokens, states, counts, position, self._last_position, self._context, self.cache)
         self._last_position += max(counts)
         return tree
 
-    def _steps_below(self, count: int) -> torch.Tensor:
-        """0, 1, ... `[count]`."""
-        if count > self._steps.shape[0]:
-            self._steps = torch.arange(count, device=self._device)
-        return self._steps.narrow(0, 0, count)
+    def _positions_ahead(self, count: int) -> torch.Tensor:
+        """The next positions of each row, `[B, count]`."""
+        if count > self._next_positions.shape[1]:
+            if count > self._steps.shape[0]:
+                self._steps = torch.arange(count, device=self._device)
+            self._next_positions = self._next_positions.narrow(1, 0, 1) + self._steps.narrow(0, 0, count)
+        return self._next_positions.narrow(1, 0, count)
 
     def _own_mask(self, kind: str, batch_size: int, size: int) -> torch.Tensor:
         """An additive mask `[B, size, size]`: `"nodes"` of a level see themselves alone, those of a `"chain"` also the
@@ -341,7 +344,7 @@ class MSDCandidateGenerator:
 
     def _chain_mask(self, length: int) -> torch.Tensor:
         """The mask of `length` rows that follow each other behind the context."""
-        batch_size = self._next_position.shape[0]
+        batch_size = self._next_positions.shape[0]
         if length <= _LONGEST_KEPT and not self._context.hides_slots:
             own = self._own_mask("chain", batch_size, length)
             return torch.cat([own.new_zeros(batch_size, length, self._context.num_slots), own], dim=2).unsqueeze(1)

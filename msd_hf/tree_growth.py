@@ -162,14 +162,18 @@ class TreeGrowth:
         return torch.cat(above, dim=1).gather(1, self.tables.groups.take(numbers + (top_k - 1)))
 
 
-def rows_of(index: torch.Tensor | None, count: int, *parts: torch.Tensor) -> list[torch.Tensor]:
-    """Of each part `[B, T, N]`, among all B * T rows, those of `index` `[B * count]`, as `TreeGrowth.above` is:
+def rows_of(
+    index: torch.Tensor | None, count: int, states: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of both `[B, T, N]`, among all B * T rows, those of `index` `[B * count]`, as `TreeGrowth.above` is:
     `[B, count, N]`. Without one T is 1."""
     if index is None:
-        return [part.expand(-1, count, -1) for part in parts]
-    if parts[0].shape[0] == 1:
-        return [part.index_select(1, index) for part in parts]
-    return [part.flatten(0, 1).index_select(0, index).view(part.shape[0], count, -1) for part in parts]
+        return states.expand(-1, count, -1), mask.expand(-1, count, -1)
+    batch_size = states.shape[0]
+    if batch_size == 1:
+        return states.index_select(1, index), mask.index_select(1, index)
+    states, mask = states.flatten(0, 1).index_select(0, index), mask.flatten(0, 1).index_select(0, index)
+    return states.view(batch_size, count, -1), mask.view(batch_size, count, -1)
 
 
 __all__ = ["TreeGrowth", "TreeTables", "rows_of"]
