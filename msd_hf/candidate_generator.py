@@ -273,7 +273,7 @@ class MSDCandidateGenerator:
             return CandidateTree.bare(roots)
         if self._static is not None:
             return self._propose_static(self._static)
-        policy = policy or TreePolicy(settings)
+        adaptive = None if policy is None or policy.is_fixed else policy
         growth = TreeGrowth(roots, settings, self._tables)
         self._feed_pending()
         batch_size, dtype = roots.shape[0], self._dtype
@@ -285,14 +285,15 @@ class MSDCandidateGenerator:
         if self._context.hides_slots:
             nothing = torch.ones(batch_size, 1, 0, dtype=torch.bool, device=states.device)
             mask = tree_attention_mask(nothing, self._context, dtype)[:, 0]
-        positions = self._positions_ahead(settings.depth)
+        positions = self._positions_ahead(settings.depth).split(1, dim=1)
         own = self._own_mask("nodes", batch_size, settings.top_k)
         for level in range(settings.depth):
-            width = policy.width(growth)
-            if width == 0:
-                break
-            if width < settings.top_k:
-                growth.narrow(width)
+            if adaptive is not None:
+                width = adaptive.width(growth)
+                if width == 0:
+                    break
+                if width < settings.top_k:
+                    growth.narrow(width)
             tokens, above = growth.frontier_tokens, growth.above
             width = tokens.shape[1]  # a small vocabulary has fewer candidates
             if mask is None and width > 1:
@@ -305,12 +306,12 @@ class MSDCandidateGenerator:
                 mask = torch.cat([mask, own], dim=2)
                 seen = mask.unsqueeze(1)
             last_position = self._last_position + level + 1
-            states = self._step(tokens, states, positions.narrow(1, level, 1), seen, last_position)
+            states = self._step(tokens, states, positions[level], seen, last_position)
             growth.expand(*self._head.top_k(states, settings.top_k))
         self._tables = growth.tables
         with phase("cache"):
             truncate(self.cache, self._context.num_slots)
-        tree = growth.finish(policy.num_nodes(growth))
+        tree = growth.finish(None if adaptive is None else adaptive.num_nodes(growth))
         return tree.with_best_path_first() if best_path_first and settings.top_k > 1 and tree.max_depth else tree
 
     def _propose_static(self, static: StaticDrafting) -> CandidateTree:

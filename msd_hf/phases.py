@@ -36,8 +36,9 @@ class PhaseTimer:
         self._now = time.perf_counter
         if device is not None and device.type == "cuda":
             self._now = partial(_time_on, device)
-        # Ends of phases (their names where they begin), added up later: the timer is not to take time itself.
-        self._marks: list[tuple[float, str | None]] = []
+        # Ends of phases (their names where they begin), added up later. When each was reached, and when it was noted:
+        # what lies between is the timer's own, and is nobody's time.
+        self._marks: list[tuple[float, float, str | None]] = []
         self._seconds: dict[tuple[str, ...], float] = defaultdict(float)
         self._path: list[str] = []
         self._since = 0.0
@@ -46,10 +47,10 @@ class PhaseTimer:
     def seconds(self) -> dict[tuple[str, ...], float]:
         """Seconds so far of each phase, by its path."""
         marks, self._marks = self._marks, []
-        for now, name in marks:
+        for reached, noted, name in marks:
             if self._path:
-                self._seconds[tuple(self._path)] += now - self._since
-            self._since = now
+                self._seconds[tuple(self._path)] += reached - self._since
+            self._since = noted
             if name is None:
                 self._path.pop()
             else:
@@ -92,15 +93,17 @@ class _Section(AbstractContextManager[None]):
     # No more calls than it takes: behind forwards of a large model each costs microseconds, which would count as part
     # of a round.
     def __init__(self, timer: PhaseTimer, name: str):
+        self.reached = timer._now()
         self.timer, self.name = timer, name
 
     def __enter__(self) -> None:
         timer = self.timer
-        timer._marks.append((timer._now(), self.name))
+        timer._marks.append((self.reached, timer._now(), self.name))
 
     def __exit__(self, *error: object) -> None:
         timer = self.timer
-        timer._marks.append((timer._now(), None))
+        reached = timer._now()
+        timer._marks.append((reached, timer._now(), None))
 
 
 __all__ = ["PhaseTimer", "phase"]

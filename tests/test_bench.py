@@ -13,6 +13,8 @@ import torch
 from tiny import VOCAB_SIZE, build_draft, build_target, make_prompt, pair
 from transformers import BatchFeature
 
+from msd_hf import compiled
+from msd_hf.device_rounds import DeviceRounds
 from msd_hf.errors import MSDDataError, MSDError
 from msd_hf.evaluation import comparison as comparison_module
 from msd_hf.evaluation import methods as methods_module
@@ -23,6 +25,7 @@ from msd_hf.evaluation.methods import (
     ASSISTED_CHAIN,
     AUTO,
     CHAIN,
+    COMPILED,
     METHODS,
     PROMPT_LOOKUP,
     TREE,
@@ -129,6 +132,21 @@ def test_a_method_changes_the_draft_only_while_it_runs():
     assert draft.generation_config is before and before.tree_top_k == 3 and before.num_assistant_tokens == 12
     with pytest.raises(MSDError, match="'tree' needs a draft"), TREE.prepared(target, None):
         pass
+
+
+@pytest.mark.parametrize(("own", "depth", "used"), [(12, 3, (12, 3)), ("auto", 40, (None, None))])
+def test_compiled_trees_are_of_one_shape(own, depth, used, monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    served = []
+    serve = DeviceRounds.run
+    monkeypatch.setattr(DeviceRounds, "run", lambda self: served.append(serve(self)))
+    target, draft = pair(0).target, pair(0).with_tree(own, depth, 3)
+    with COMPILED.prepared(target, draft) as arguments:
+        settings = arguments["assistant_model"].generation_config
+        assert settings.compile and (settings.num_assistant_tokens, settings.tree_depth) == used
+    alone, run = (timed_generate(target, prompt(*TEXT), draft, method, **ARGUMENTS) for method in (VANILLA, COMPILED))
+    assert run.tokens == alone.tokens and len(served) == 1
+    assert draft.generation_config.num_assistant_tokens == own
 
 
 def test_a_useless_draft_is_the_same_one_in_all_runs():

@@ -183,6 +183,7 @@ def test_the_command_compares_on_conversations(tmp_path, run):
         (("--data", "x.json"), "--data needs a --target and its --draft"),
         (("--toy", "--plots"), "--plots needs a folder"),
         (("--toy", "--baseline", "beam"), "Unknown baseline 'beam'"),
+        (("--toy", "--compile"), "--compile is for --shape. On prompts, add --baseline compiled."),
         (("--shape", "huge"), "Unknown shape 'huge'"),
         (("--shape", "small", "--nodes", "1,x"), "--nodes '1,x' is not a list of numbers"),
         (("--shape", "small", "--assume-tau", "x"), "--assume-tau 'x' is not a number like 3.8, or a list like 3,4,5"),

@@ -1,5 +1,7 @@
 """The timer of the decoding loop's phases."""
 
+import itertools
+
 import pytest
 from tiny import make_prompt, pair
 
@@ -30,6 +32,17 @@ def test_time_counts_for_the_innermost_phase(clock):
         clock.now += 1000  # in no phase
     assert timer.inside("decode") == {"decode": 6, "tree": 60, "head": 200}
     assert timer.inside("prefill") == {}
+
+
+def test_the_timer_does_not_count_itself(monkeypatch):
+    """A second passes between any two looks at the clock, and between phases the timer looks twice."""
+    clock = itertools.count()
+    monkeypatch.setattr(phases.time, "perf_counter", lambda: next(clock))
+    with PhaseTimer() as timer, phase("decode"):
+        for _ in range(3):
+            with phase("tree"):
+                pass
+    assert timer.inside("decode") == {"decode": 4, "tree": 3}
 
 
 def test_the_same_phase_is_kept_apart_by_what_it_is_in(clock):

@@ -80,6 +80,8 @@ def bench(
         if output is None:
             raise MSDError("--plots needs a folder: add --output.")
         check_matplotlib()
+    if compile and shape is None:
+        raise MSDError("--compile is for --shape. On prompts, add --baseline compiled.")
     logging.disable_progress_bar()
     if shape is not None:
         report = _bench_shape(shape, context, assume_tau, nodes, repeats, compile, draft_vocab_size, dtype, device)

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import MSDError
 from ..modeling_msd import MSDDraftModel
+from ..tree import AUTO as ANY_SIZE
 from .assisted_chain import assisted_chain
 
 
@@ -74,6 +75,9 @@ class Method:
         try:
             for name, value in self.tree.items():
                 setattr(draft.generation_config, name, value)
+            if self.tree.get("compile") and own.num_assistant_tokens == ANY_SIZE:
+                # Of one shape: the default.
+                draft.generation_config.num_assistant_tokens = draft.generation_config.tree_depth = None
             with assisted_chain(target, draft) if self.assisted else nullcontext(draft) as assistant:
                 yield {**self.arguments, "assistant_model": assistant}
         finally:
@@ -109,6 +113,12 @@ AUTO = Method(
     drafted=True,
     tree={"num_assistant_tokens": "auto"},
 )
+COMPILED = Method(
+    "compiled",
+    'the draft with `compile=True`, in trees of the default size where its own setting is "auto"',
+    drafted=True,
+    tree={"compile": True},
+)
 
 _random_drafts: weakref.WeakKeyDictionary[PreTrainedModel, MSDDraftModel] = weakref.WeakKeyDictionary()
 
@@ -131,7 +141,8 @@ USELESS_DRAFT = Method(
 )
 
 METHODS = {
-    method.name: method for method in (VANILLA, PROMPT_LOOKUP, ASSISTED_CHAIN, CHAIN, TREE, AUTO, USELESS_DRAFT)
+    method.name: method
+    for method in (VANILLA, PROMPT_LOOKUP, ASSISTED_CHAIN, CHAIN, TREE, AUTO, COMPILED, USELESS_DRAFT)
 }
 DEFAULT_BASELINES = ("prompt-lookup", "chain")
 
@@ -180,6 +191,7 @@ __all__ = [
     "ASSISTED_CHAIN",
     "AUTO",
     "CHAIN",
+    "COMPILED",
     "DEFAULT_BASELINES",
     "METHODS",
     "PROMPT_LOOKUP",
