@@ -232,3 +232,36 @@ def test_tokens_that_are_fed_together_see_those_before_them():
     torch.testing.assert_close(*keys)
     torch.testing.assert_close(trees[0].scores, trees[1].scores)
     assert torch.equal(trees[0].tokens, trees[1].tokens)
+
+
+def test_each_row_of_a_batch_gets_the_tree_that_it_gets_alone():
+    """To the last digits, which the masks and states of other rows would change."""
+    pair = next(pair for pair in map(tiny.pair, range(tiny.NUM_PAIRS)) if len(pair.draft.layers) > 1)
+    adapter, length, batch_size = TargetAdapter(pair.target), 7, 3
+    size = pair.draft.config.hidden_size
+    torch.manual_seed(0)
+    embeds, states = (torch.randn(batch_size, length, size, dtype=pair.draft.dtype) for _ in range(2))
+    tokens = torch.tensor([5, 9, 23])
+
+    def draft(rows):
+        generator = MSDCandidateGenerator(pair.draft, adapter)
+        prefill = TargetPrefill(
+            logits=None,
+            inputs_embeds=embeds[rows],
+            hidden_states=states[rows],
+            visual_mask=torch.zeros(len(tokens[rows]), length, dtype=torch.bool),
+            prompt_mask=None,
+            next_position=None,
+            num_slots=length,
+            outputs=None,
+        )
+        with torch.no_grad():
+            generator.prefill(prefill, tokens[rows])
+            return generator.propose(tokens[rows], TreeSettings(25, 4, 3))
+
+    together = draft(slice(None))
+    for row in range(batch_size):
+        alone = draft(slice(row, row + 1))
+        assert torch.equal(together.tokens[row], alone.tokens[0])
+        assert torch.equal(together.parents[row], alone.parents[0])
+        torch.testing.assert_close(together.scores[row], alone.scores[0])
