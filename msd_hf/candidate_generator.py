@@ -273,7 +273,7 @@ class MSDCandidateGenerator:
             return CandidateTree.bare(roots)
         if self._static is not None:
             return self._propose_static(self._static)
-        adaptive = None if policy is None or policy.is_fixed else policy
+        policy = policy or TreePolicy(settings)
         growth = TreeGrowth(roots, settings, self._tables)
         self._feed_pending()
         batch_size, dtype = roots.shape[0], self._dtype
@@ -288,12 +288,11 @@ class MSDCandidateGenerator:
         positions = self._positions_ahead(settings.depth).split(1, dim=1)
         own = self._own_mask("nodes", batch_size, settings.top_k)
         for level in range(settings.depth):
-            if adaptive is not None:
-                width = adaptive.width(growth)
-                if width == 0:
-                    break
-                if width < settings.top_k:
-                    growth.narrow(width)
+            width = policy.width(growth)
+            if width == 0:
+                break
+            if width < settings.top_k:
+                growth.narrow(width)
             tokens, above = growth.frontier_tokens, growth.above
             width = tokens.shape[1]  # a small vocabulary has fewer candidates
             if mask is None and width > 1:
@@ -311,7 +310,7 @@ class MSDCandidateGenerator:
         self._tables = growth.tables
         with phase("cache"):
             truncate(self.cache, self._context.num_slots)
-        tree = growth.finish(None if adaptive is None else adaptive.num_nodes(growth))
+        tree = growth.finish(policy.num_nodes(growth))
         return tree.with_best_path_first() if best_path_first and settings.top_k > 1 and tree.max_depth else tree
 
     def _propose_static(self, static: StaticDrafting) -> CandidateTree:

@@ -27,8 +27,6 @@ class TreePolicy:
         settings (`TreeSettings`): the size.
     """
 
-    is_fixed = True  # nobody needs to ask while trees grow
-
     def __init__(self, settings: TreeSettings):
         self.settings = settings
 
@@ -69,8 +67,6 @@ class AdaptiveTreePolicy(TreePolicy):
         experience (`Experience`): of earlier rounds and calls.
         eos_token_ids (`Collection[int]`): tokens behind which nothing is emitted.
     """
-
-    is_fixed = False
 
     def __init__(
         self,

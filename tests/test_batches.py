@@ -240,7 +240,6 @@ def test_rows_of_a_batch_are_drafted_as_they_are_alone(widths, monkeypatch):
         sizes.add(growth.num_nodes)
         return 12
 
-    monkeypatch.setattr(TreePolicy, "is_fixed", False)
     monkeypatch.setattr(TreePolicy, "width", lambda policy, growth: widths[len(growth._tokens) - 1])
     monkeypatch.setattr(TreePolicy, "num_nodes", num_nodes)
     pair = tiny.pair(0)

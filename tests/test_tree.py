@@ -199,6 +199,19 @@ def test_levels_that_could_not_be_emitted_are_not_drafted():
     assert settings.limited_to(1).num_nodes == 1
 
 
+def prefill_of_text(embeds, states):
+    return TargetPrefill(
+        logits=None,
+        inputs_embeds=embeds,
+        hidden_states=states,
+        visual_mask=torch.zeros(embeds.shape[:2], dtype=torch.bool),
+        prompt_mask=None,
+        next_position=None,
+        num_slots=embeds.shape[1],
+        outputs=None,
+    )
+
+
 def test_tokens_that_are_fed_together_see_those_before_them():
     """With two layers, what the second one holds of a token depends on what the token saw."""
     pair = next(pair for pair in map(tiny.pair, range(tiny.NUM_PAIRS)) if len(pair.draft.layers) > 1)
@@ -209,21 +222,11 @@ def test_tokens_that_are_fed_together_see_those_before_them():
         torch.randn(1, rows, size, dtype=pair.draft.dtype) for rows in (length, length, num_tokens)
     )
     tokens = torch.randint(3, 40, (1, num_tokens))
-    prefill = TargetPrefill(
-        logits=None,
-        inputs_embeds=embeds,
-        hidden_states=states,
-        visual_mask=torch.zeros(1, length, dtype=torch.bool),
-        prompt_mask=None,
-        next_position=None,
-        num_slots=length,
-        outputs=None,
-    )
     trees, keys = [], []
     for parts in ([num_tokens], [1] * num_tokens):
         generator = MSDCandidateGenerator(pair.draft, adapter)
         with torch.no_grad():
-            generator.prefill(prefill, torch.tensor([5]))
+            generator.prefill(prefill_of_text(embeds, states), torch.tensor([5]))
             for part, part_states in zip(tokens.split(parts, 1), new_states.split(parts, 1), strict=True):
                 generator.accept(part, part_states, [part.shape[1]])
                 generator.feed_pending()
@@ -245,18 +248,8 @@ def test_each_row_of_a_batch_gets_the_tree_that_it_gets_alone():
 
     def draft(rows):
         generator = MSDCandidateGenerator(pair.draft, adapter)
-        prefill = TargetPrefill(
-            logits=None,
-            inputs_embeds=embeds[rows],
-            hidden_states=states[rows],
-            visual_mask=torch.zeros(len(tokens[rows]), length, dtype=torch.bool),
-            prompt_mask=None,
-            next_position=None,
-            num_slots=length,
-            outputs=None,
-        )
         with torch.no_grad():
-            generator.prefill(prefill, tokens[rows])
+            generator.prefill(prefill_of_text(embeds[rows], states[rows]), tokens[rows])
             return generator.propose(tokens[rows], TreeSettings(25, 4, 3))
 
     together = draft(slice(None))

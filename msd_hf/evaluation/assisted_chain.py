@@ -159,8 +159,6 @@ class ChainPolicy(TreePolicy):
         eos_token_ids (`Sequence[int]`): of the target.
     """
 
-    is_fixed = False
-
     def __init__(self, settings: TreeSettings, threshold: float, eos_token_ids: Sequence[int]):
         super().__init__(settings)
         self.threshold = threshold

@@ -16,7 +16,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import MSDError
 from ..modeling_msd import MSDDraftModel
-from ..tree import AUTO as ANY_SIZE
 from .assisted_chain import assisted_chain
 
 
@@ -75,7 +74,7 @@ class Method:
         try:
             for name, value in self.tree.items():
                 setattr(draft.generation_config, name, value)
-            if self.tree.get("compile") and own.num_assistant_tokens == ANY_SIZE:
+            if self.tree.get("compile") and own.num_assistant_tokens == "auto":
                 # Of one shape: the default.
                 draft.generation_config.num_assistant_tokens = draft.generation_config.tree_depth = None
             with assisted_chain(target, draft) if self.assisted else nullcontext(draft) as assistant:
