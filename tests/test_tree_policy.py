@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import groupby
 
 import pytest
 import tiny
@@ -11,9 +12,10 @@ import torch
 
 from msd_hf import MSDDraftModel
 from msd_hf.experience import Experience
+from msd_hf.targets import TargetAdapter
 from msd_hf.tree import AUTO_NUM_ASSISTANT_TOKENS, AUTO_TREE_DEPTH, TreeSettings
 from msd_hf.tree_growth import TreeGrowth
-from msd_hf.tree_policy import AdaptiveTreePolicy
+from msd_hf.tree_policy import AdaptiveTreePolicy, make_tree_policy
 
 
 def auto(draft: MSDDraftModel, **settings) -> MSDDraftModel:
@@ -298,27 +300,62 @@ def test_nodes_are_kept_where_they_cost_little():
     assert 1 < dear < 8 < 30 < cheap
 
 
-def test_drafting_pauses_where_it_does_not_pay_and_is_tried_again():
-    experience = taught(FLAT, tokens_a_round=1.05)
+def play(experience: Experience, num_rounds: int, tokens: float) -> list[bool]:
+    """Which of so many rounds drafted; those emit so many tokens in 1.3 seconds, others one token in 1."""
     drafted = []
-    for _ in range(400):
+    for _ in range(num_rounds):
         drafts = experience.drafting_pays()
         drafted.append(drafts)
-        experience.add_round(drafts, 1.05 if drafts else 1.0, 1.3 if drafts else 1.0)
-    assert 0 < sum(drafted) < 12 and not any(drafted[-100:-80])
+        experience.add_round(drafts, tokens if drafts else 1.0, 1.3 if drafts else 1.0)
+    return drafted
+
+
+def test_drafting_pauses_where_it_does_not_pay_and_is_tried_again():
+    """In two rounds behind each pause; pauses become longer up to a bound, or a text that changes would not be
+    noticed."""
+    drafted = play(taught(FLAT, tokens_a_round=1.05), 4000, tokens=1.05)
+    runs = [(drafts, len(list(run))) for drafts, run in groupby(drafted)][:-1]
+    assert [length for drafts, length in runs if drafts] == [2] * (len(runs) // 2)
+    # The round in which drafting is found not to pay comes before its pause.
+    assert [length - 1 for drafts, length in runs if not drafts] == [16, 32, 64, 128, 256, *[512] * 6]
     experience = taught(FLAT, tokens_a_round=3.0)
     assert all(experience.drafting_pays() for _ in range(50))
 
 
 def test_drafting_comes_back_when_it_pays_again():
+    """With the first trial after that, for good."""
     experience = taught(FLAT, tokens_a_round=1.0)
-    drafted = []
-    for number in range(300):
-        drafts = experience.drafting_pays()
-        drafted.append(drafts)
-        tokens = 1.0 if number < 100 else 4.0
-        experience.add_round(drafts, tokens if drafts else 1.0, 1.3 if drafts else 1.0)
-    assert sum(drafted[:100]) < 12 and all(drafted[-50:])
+    assert sum(play(experience, 100, tokens=1.0)) < 12
+    drafted = play(experience, 200, tokens=4.0)
+    assert drafted.index(True) <= 64 and all(drafted[drafted.index(True) :])
+
+
+def test_a_trial_after_a_pause_is_judged_by_itself():
+    """What was emitted before the pause would outweigh two rounds that pay, but not by much."""
+    experience = taught(FLAT, tokens_a_round=1.0)
+    while any(play(experience, 5, tokens=1.0)):
+        pass  # up to somewhere in a pause
+    drafted = play(experience, 200, tokens=1.6)
+    assert True in drafted[:64] and all(drafted[drafted.index(True) :])
+
+
+def test_after_drafting_has_paid_the_next_pause_is_a_short_one():
+    experience = taught(FLAT, tokens_a_round=1.0)
+    play(experience, 300, tokens=1.0)
+    play(experience, 600, tokens=4.0)
+    drafted = play(experience, 200, tokens=0.5)
+    runs = [(drafts, len(list(run))) for drafts, run in groupby(drafted)]
+    assert runs[1] == (False, 17)
+
+
+def test_what_is_learnt_is_kept_apart_by_batch_size():
+    """A verification of a batch costs more, and its rows are accepted otherwise."""
+    pair = tiny.pair(1)
+    adapter, settings = TargetAdapter(pair.target), TreeSettings(64, 15, 4, is_auto=True)
+    sizes = (1, 2, 4, 1, 2, 4)
+    learnt = [make_tree_policy(settings, pair.draft, adapter, batch_size).experience for batch_size in sizes]
+    assert all(one is other for one, other in zip(learnt[:3], learnt[3:], strict=True))
+    assert len(set(map(id, learnt))) == 3
 
 
 def test_a_useless_draft_is_hardly_run():
