@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from transformers import Cache
@@ -57,17 +59,26 @@ def test_is_the_forward_of_the_draft(kind, batch_size, attention):
 
 
 def test_positions_beyond_the_tables_make_longer_ones():
+    """With something to attend to: a token that only sees itself has the same states at any position."""
+    torch.manual_seed(0)
     draft = MSDDraftModel(MSDDraftConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4)).eval()
+    for weight in draft.layers[0].self_attn.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
     step, cache = DraftingStep(draft), Cache(layers=[InPlaceLayer()])
+    with torch.no_grad():
+        draft(*torch.randn(2, 1, 6, 32), past_key_values=cache)
     embeds, states = torch.randn(2, 1, 1, 32)
+    seen = []
     for position in (3, 5000, 20000):
         positions = torch.tensor([[position]])
         got = step(embeds, states, positions, None, cache, position)
-        truncate(cache, 0)
+        truncate(cache, 6)
         with torch.no_grad():
             expected = draft(embeds, states, position_ids=positions, past_key_values=cache).last_hidden_state
-        truncate(cache, 0)
+        truncate(cache, 6)
         torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
+        seen.append(got)
+    assert all((one - other).abs().max() > 1e-3 for one, other in pairwise(seen))
 
 
 @pytest.mark.parametrize("kind", ["hook", "forward", "subclass"])

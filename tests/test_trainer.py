@@ -241,7 +241,8 @@ def test_best_checkpoint_early_stopping_and_provenance(small_target, toy_process
     trainer.train()
     taus = [entry["eval_tau"] for entry in trainer.state.log_history if "eval_tau" in entry]
     assert trainer.state.best_metric == max(taus)
-    assert trainer.state.global_step == taus.index(max(taus)) + 3 or trainer.state.global_step == 10
+    # Two evaluations without an improvement are the last ones, if there are so many steps.
+    assert len(taus) == trainer.state.global_step == min(taus.index(max(taus)) + 3, 10)
     assert len(list(tmp_path.glob("checkpoint-*"))) <= 2
     trainer.save_model()
     names = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
