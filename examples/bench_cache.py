@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache, HfArgumentParser
 
-from msd_hf.attention_mask import ContextSlots
-from msd_hf.cache import keep_paths, make_in_place, truncate
+from msd_hf.kv.in_place import keep_paths, make_in_place, truncate
+from msd_hf.kv.slots import ContextSlots
 
 
 @dataclass

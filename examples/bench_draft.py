@@ -21,14 +21,15 @@ from rich.table import Table
 from transformers import Cache, HfArgumentParser
 from transformers.utils import ModelOutput
 
-from msd_hf.attention_mask import ContextSlots, tree_attention_mask
-from msd_hf.cache import InPlaceLayer, truncate
-from msd_hf.candidate_generator import MSDCandidateGenerator
-from msd_hf.drafting_step import DraftingStep
+from msd_hf.attention.masks import tree_attention_mask
+from msd_hf.drafting.generator import MSDCandidateGenerator
+from msd_hf.drafting.step import DraftingStep
 from msd_hf.evaluation.shapes import build_pair, shape_config
+from msd_hf.kv.in_place import InPlaceLayer, truncate
+from msd_hf.kv.slots import ContextSlots
 from msd_hf.phases import PhaseTimer, phase
-from msd_hf.targets import TargetAdapter, TargetPrefill
-from msd_hf.tree import TreeSettings
+from msd_hf.target.adapter import TargetAdapter, TargetPrefill
+from msd_hf.tree.settings import TreeSettings
 
 
 WARM_UP = 2

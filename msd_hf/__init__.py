@@ -3,11 +3,11 @@
 `import msd_hf` is enough for `generate(assistant_model=draft)` to work; `unregister()` takes it back.
 """
 
-from .configuration_msd import MSDDraftConfig
+from .decoding.result import MSDGenerateOutput
+from .draft.configuration_msd import MSDDraftConfig
+from .draft.modeling_msd import MSDDraftModel
 from .errors import MSDCheckpointError, MSDError, MSDPairingError, MSDUnsupportedError
-from .generation import MSDGenerateOutput
-from .integration import register, unregister
-from .modeling_msd import MSDDraftModel
+from .hook.register import register, unregister
 from .version import __version__
 
 

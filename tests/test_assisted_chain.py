@@ -11,7 +11,7 @@ from tiny import IMAGE_TOKEN_ID, NUM_PAIRS, build_draft, build_target, is_fitted
 from transformers import AutoModelForImageTextToText, GenerationMixin
 
 from msd_hf import MSDDraftModel, MSDPairingError
-from msd_hf.candidate_generator import MSDCandidateGenerator
+from msd_hf.drafting.generator import MSDCandidateGenerator
 from msd_hf.evaluation.methods import ASSISTED_CHAIN, Method
 from msd_hf.evaluation.observation import observe
 from msd_hf.evaluation.timed_run import timed_generate

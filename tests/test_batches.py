@@ -12,8 +12,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from msd_hf.cache import CACHE_NAME
-from msd_hf.tree_policy import TreePolicy
+from msd_hf.release import CACHE_NAME
+from msd_hf.tree.policy import TreePolicy
 
 
 TREES = [(59, 5, 10), (24, 4, 4), (12, 6, 2), (7, 5, 1), (1, 0, 1)]

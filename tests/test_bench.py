@@ -13,8 +13,8 @@ import torch
 from tiny import VOCAB_SIZE, build_draft, build_target, make_prompt, pair
 from transformers import BatchFeature
 
-from msd_hf import compiled
-from msd_hf.device_rounds import DeviceRounds
+from msd_hf.compiled.compile import compile as compiled
+from msd_hf.decoding.device_rounds import DeviceRounds
 from msd_hf.errors import MSDDataError, MSDError
 from msd_hf.evaluation import comparison as comparison_module
 from msd_hf.evaluation import methods as methods_module

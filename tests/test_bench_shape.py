@@ -7,24 +7,20 @@ import pytest
 import torch
 from tiny import make_prompt, pair
 
-from msd_hf import MSDDraftModel, compiled
-from msd_hf.batch_selection import BatchSelector
-from msd_hf.draft_head import DraftHead
+from msd_hf import MSDDraftModel
+from msd_hf.compiled.compile import compile as compiled
+from msd_hf.decoding.batch_selection import BatchSelector
+from msd_hf.drafting.head import DraftHead
 from msd_hf.errors import MSDError
 from msd_hf.evaluation import simulation
 from msd_hf.evaluation.intercepted_loop import run_intercepted
 from msd_hf.evaluation.shape_bench import bench_shape, bytes_read_per_step
 from msd_hf.evaluation.shapes import SHAPES, build_pair, random_prompt, shape_config
-from msd_hf.evaluation.simulation import (
-    FIRST_ROUNDS,
-    check_assumed_length,
-    lengths_of_mean,
-    simulated_rounds,
-    steer,
-)
+from msd_hf.evaluation.simulation import FIRST_ROUNDS, check_assumed_length, lengths_of_mean, simulated_rounds, steer
 from msd_hf.evaluation.verification_cost import verification_seconds
-from msd_hf.targets import TargetAdapter
-from msd_hf.tree import CandidateTree, TreeSettings
+from msd_hf.target.adapter import TargetAdapter
+from msd_hf.tree.candidate import CandidateTree
+from msd_hf.tree.settings import TreeSettings
 
 
 @pytest.mark.parametrize("mean", [1.0, 2.5, 3.8, 6.0])

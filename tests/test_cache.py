@@ -7,8 +7,8 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from msd_hf.attention_mask import ContextSlots
-from msd_hf.cache import InPlaceLayer, keep_paths, make_in_place, put_rows, select_rows, take_row, truncate
+from msd_hf.kv.in_place import InPlaceLayer, keep_paths, make_in_place, put_rows, select_rows, take_row, truncate
+from msd_hf.kv.slots import ContextSlots
 
 
 def states(length: int, batch_size: int = 2, heads: int = 3) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,21 +10,17 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
-from msd_hf import MSDDraftModel, MSDUnsupportedError, compiled, static_cache
-from msd_hf.attention_mask import ContextSlots, buffer_attention_mask, tree_attention_mask
-from msd_hf.cache import CACHE_NAME, keep_paths
-from msd_hf.draft_head import DraftHead
-from msd_hf.static_cache import (
-    StaticSlotsLayer,
-    close_slots,
-    make_static,
-    move_slots,
-    parts_of,
-    reserve,
-    whole_buffers,
-)
-from msd_hf.targets import TargetAdapter
-from msd_hf.tree import CandidateTree
+from msd_hf import MSDDraftModel, MSDUnsupportedError
+from msd_hf.attention.masks import buffer_attention_mask, tree_attention_mask
+from msd_hf.compiled.compile import compile as compiled
+from msd_hf.drafting.head import DraftHead
+from msd_hf.kv import fixed as static_cache
+from msd_hf.kv.fixed import StaticSlotsLayer, close_slots, make_static, move_slots, parts_of, reserve, whole_buffers
+from msd_hf.kv.in_place import keep_paths
+from msd_hf.kv.slots import ContextSlots
+from msd_hf.release import CACHE_NAME
+from msd_hf.target.adapter import TargetAdapter
+from msd_hf.tree.candidate import CandidateTree
 
 
 PAIR = 3  # the draft has two layers

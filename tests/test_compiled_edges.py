@@ -7,8 +7,9 @@ import tiny
 import torch
 from transformers import DynamicCache
 
-from msd_hf import compiled, static_cache
-from msd_hf.cache import CACHE_NAME
+from msd_hf.compiled import compile as compiled
+from msd_hf.kv import fixed as static_cache
+from msd_hf.release import CACHE_NAME
 
 
 WORD = 7

@@ -15,11 +15,12 @@ from test_odd_calls import Interrupt
 from transformers import DynamicCache, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from msd_hf import compiled
-from msd_hf.attention_mask import ContextSlots, buffer_attention_mask, tree_attention_mask
-from msd_hf.cache import CACHE_NAME
-from msd_hf.tree import CandidateTree
-from msd_hf.verification import logits_shown
+from msd_hf.attention.masks import buffer_attention_mask, tree_attention_mask
+from msd_hf.compiled import compile as compiled
+from msd_hf.decoding.verification import logits_shown
+from msd_hf.kv.slots import ContextSlots
+from msd_hf.release import CACHE_NAME
+from msd_hf.tree.candidate import CandidateTree
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,14 @@ from families import FAMILIES
 from family_drafts import family_pair
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from msd_hf import compiled, generation, split_attention, static_cache, static_drafting
-from msd_hf.cache import CACHE_NAME
-from msd_hf.device_rounds import DeviceRounds
-from msd_hf.split_attention import find_live_slots
+from msd_hf.attention import split as split_attention
+from msd_hf.attention.split import find_live_slots
+from msd_hf.compiled.compile import compile as compiled
+from msd_hf.decoding import loop as generation
+from msd_hf.decoding.device_rounds import DeviceRounds
+from msd_hf.drafting import fixed as static_drafting
+from msd_hf.kv import fixed as static_cache
+from msd_hf.release import CACHE_NAME
 
 
 @pytest.fixture(autouse=True)

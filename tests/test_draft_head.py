@@ -8,8 +8,8 @@ import torch
 from families import FAMILIES
 
 from msd_hf import MSDDraftModel
-from msd_hf.draft_head import DraftHead
-from msd_hf.targets import TargetAdapter
+from msd_hf.drafting.head import DraftHead
+from msd_hf.target.adapter import TargetAdapter
 
 
 TOP_K = 4

@@ -11,9 +11,9 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from msd_hf import MSDDraftModel, MSDError, MSDPairingError
-from msd_hf.draft_head import DraftHead
+from msd_hf.drafting.head import DraftHead
 from msd_hf.prompts import build_inputs
-from msd_hf.targets import TargetAdapter
+from msd_hf.target.adapter import TargetAdapter
 from msd_hf.toy import DRAFT_DIR, TARGET_DIR
 from msd_hf.training import load_conversations
 from msd_hf.training.data.encoding import ConversationEncoder

@@ -9,8 +9,8 @@ import torch
 from transformers import Cache
 
 from msd_hf import MSDDraftConfig, MSDDraftModel
-from msd_hf.cache import InPlaceLayer, truncate
-from msd_hf.drafting_step import DraftingStep
+from msd_hf.drafting.step import DraftingStep
+from msd_hf.kv.in_place import InPlaceLayer, truncate
 
 
 KINDS = {

@@ -11,11 +11,12 @@ import torch
 from families import FAMILIES, FIRST_TEXT_TOKEN_ID, NUM_TEXT_TOKENS
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from msd_hf.cache import CACHE_NAME, make_in_place
-from msd_hf.running_rows import RunningRows
-from msd_hf.targets import TargetAdapter
-from msd_hf.tree import CandidateTree
-from msd_hf.verification import Verification
+from msd_hf.decoding.running_rows import RunningRows
+from msd_hf.decoding.verification import Verification
+from msd_hf.kv.in_place import make_in_place
+from msd_hf.release import CACHE_NAME
+from msd_hf.target.adapter import TargetAdapter
+from msd_hf.tree.candidate import CandidateTree
 
 
 NUM_ROUNDS, NUM_NODES = 3, 9

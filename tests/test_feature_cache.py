@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from msd_hf import MSDDraftModel
 from msd_hf.errors import MSDDataError, MSDError
-from msd_hf.targets import TargetAdapter
+from msd_hf.target.adapter import TargetAdapter
 from msd_hf.toy import TARGET_DIR, write_dataset
 from msd_hf.training.data.conversations import load_conversations
 from msd_hf.training.data.encoding import ConversationEncoder, collate_conversations

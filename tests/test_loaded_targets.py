@@ -27,9 +27,10 @@ from transformers import AttentionInterface, LlavaForConditionalGeneration, Torc
 from transformers.integrations.flex_attention import WrappedFlexAttention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from msd_hf import MSDUnsupportedError, targets
+from msd_hf import MSDUnsupportedError
 from msd_hf.evaluation import find_disagreement
-from msd_hf.targets import TargetAdapter
+from msd_hf.target import adapter as targets
+from msd_hf.target.adapter import TargetAdapter
 
 
 PROMPTS = ((1, ()), (2, (2,)), (3, (0, 5)))

@@ -22,14 +22,14 @@ from transformers import (
     WatermarkingConfig,
 )
 
-from msd_hf.batch_selection import BatchSelector
-from msd_hf.cache import CACHE_NAME
-from msd_hf.candidate_generator import MSDCandidateGenerator
+from msd_hf.decoding.batch_selection import BatchSelector
+from msd_hf.decoding.loop import MSDGenerateOutput
+from msd_hf.decoding.verification import verify
+from msd_hf.drafting.generator import MSDCandidateGenerator
 from msd_hf.evaluation.methods import ASSISTED_CHAIN, TREE, Method
-from msd_hf.generation import MSDGenerateOutput
-from msd_hf.targets import TargetAdapter
-from msd_hf.tree import TreeSettings
-from msd_hf.verification import verify
+from msd_hf.release import CACHE_NAME
+from msd_hf.target.adapter import TargetAdapter
+from msd_hf.tree.settings import TreeSettings
 
 
 class CountingProcessor(LogitsProcessor):

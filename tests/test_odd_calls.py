@@ -9,9 +9,10 @@ from family_drafts import family_pair
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
-from msd_hf import MSDDraftConfig, MSDDraftModel, compiled
-from msd_hf.cache import CACHE_NAME
+from msd_hf import MSDDraftConfig, MSDDraftModel
+from msd_hf.compiled.compile import compile as compiled
 from msd_hf.errors import MSDPairingError, MSDUnsupportedError
+from msd_hf.release import CACHE_NAME
 
 
 class MixRows(LogitsProcessor):

@@ -9,8 +9,8 @@ from collections import defaultdict
 import pytest
 import torch
 
-from msd_hf import recorded_step
-from msd_hf.recorded_step import RecordedStep, Recorder
+from msd_hf.compiled.compile import cuda_graphs as recorded_step
+from msd_hf.compiled.cuda_graphs import RecordedStep, Recorder
 
 
 class Graph:

@@ -28,9 +28,9 @@ from transformers.generation import utils
 
 import msd_hf
 from msd_hf import MSDDraftModel, MSDError
-from msd_hf.cache import CACHE_NAME
-from msd_hf.integration import REFUSED_ARGUMENTS
-from msd_hf.targets import TargetAdapter
+from msd_hf.hook.refusals import REFUSED_ARGUMENTS
+from msd_hf.release import CACHE_NAME
+from msd_hf.target.adapter import TargetAdapter
 
 
 # Where refusals are raised, each by a `raise` of its own.

@@ -16,8 +16,8 @@ from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from msd_hf import split_attention as split
-from msd_hf.split_attention import SPLIT_SDPA, split_attention
+from msd_hf.attention import split as split
+from msd_hf.attention.split import SPLIT_SDPA, split_attention
 
 
 # Heads, heads of keys, T, S, D, and which slots are seen: from, up to; `None` for one slot of each row.
@@ -130,7 +130,7 @@ def test_bounds_of_live_slots(shape, dtype):
 
 def interpreted_distances() -> dict[str, float]:
     """Of each case, how far the kernels are from sdpa; runs where `TRITON_INTERPRET` is set."""
-    from msd_hf import split_attention_kernels as kernels
+    from msd_hf.attention import split_kernels as kernels
 
     launch, num_parts = kernels.attend_in_parts, []
     kernels.attend_in_parts = lambda *args: num_parts.append(args[-1]) or launch(*args)
@@ -176,8 +176,8 @@ def interpreted_answers() -> dict[str, list[list[int]]]:
     `TRITON_INTERPRET` is set."""
     import tiny
 
-    from msd_hf import compiled
-    from msd_hf import split_attention_kernels as kernels
+    from msd_hf.attention import split_kernels as kernels
+    from msd_hf.compiled.compile import compile as compiled
 
     launch, num_live = kernels.attend_in_parts, []
     kernels.attend_in_parts = lambda *args: num_live.append(args[4]) or launch(*args)

@@ -12,9 +12,10 @@ from test_tree import random_growth
 from transformers import DynamicCache
 
 from msd_hf import MSDDraftModel, MSDError
-from msd_hf.cache import CACHE_NAME
-from msd_hf.suffix_branch import SuffixIndex
-from msd_hf.tree import CandidateTree, TreeSettings
+from msd_hf.release import CACHE_NAME
+from msd_hf.tree.candidate import CandidateTree
+from msd_hf.tree.settings import TreeSettings
+from msd_hf.tree.suffix import SuffixIndex
 
 
 def with_suffix(draft: MSDDraftModel, suffix_nodes: int, num_nodes: int = 8, **settings) -> MSDDraftModel:

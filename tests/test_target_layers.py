@@ -7,7 +7,7 @@ from tiny import build_draft, build_target, make_prompt
 
 from msd_hf import MSDDraftModel
 from msd_hf.errors import MSDError, MSDPairingError
-from msd_hf.targets import TargetAdapter
+from msd_hf.target.adapter import TargetAdapter
 from msd_hf.training import MSDTrainingArguments
 from msd_hf.training.trainer import new_draft
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
-from msd_hf import MSDDraftModel, running_rows
+from msd_hf import MSDDraftModel
+from msd_hf.decoding import running_rows
 from msd_hf.evaluation import mean_acceptance_length
 from msd_hf.prompts import build_inputs
 from msd_hf.toy import DRAFT_DIR, TARGET_DIR

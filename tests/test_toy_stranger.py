@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from msd_hf import MSDDraftModel
 from msd_hf.prompts import build_chat_inputs
-from msd_hf.target_support import check_target
+from msd_hf.target.support import check_target
 from msd_hf.toy import TARGET_DIR, make_prompts, make_samples
 from msd_hf.toy.stranger import IMAGE_TOKEN, build_stranger, build_stranger_processor
 from msd_hf.toy.target import encode_sample

@@ -12,13 +12,7 @@ from msd_hf import MSDDraftModel
 from msd_hf.errors import MSDDataError, MSDError
 from msd_hf.evaluation import mean_acceptance_length
 from msd_hf.prompts import build_chat_inputs
-from msd_hf.training import (
-    RECIPES,
-    FeatureCache,
-    MSDTrainingArguments,
-    extract_features,
-    load_conversations,
-)
+from msd_hf.training import RECIPES, FeatureCache, MSDTrainingArguments, extract_features, load_conversations
 from msd_hf.training.acceptance import first_prompt
 from msd_hf.training.checkpointing import last_complete_checkpoint
 

@@ -5,7 +5,7 @@ import torch
 from tiny import build_draft, build_target
 from torch.nn import functional
 
-from msd_hf.targets import TargetAdapter
+from msd_hf.target.adapter import TargetAdapter
 from msd_hf.training import MSDTrainingArguments
 from msd_hf.training.objective import DraftObjective
 from msd_hf.training.rows import draft_rows

@@ -4,10 +4,11 @@ import pytest
 import torch
 from tiny import build_draft, build_target
 
-from msd_hf.attention_mask import ContextSlots, tree_attention_mask
-from msd_hf.cache import truncate
-from msd_hf.candidate_generator import MSDCandidateGenerator
-from msd_hf.targets import TargetAdapter
+from msd_hf.attention.masks import tree_attention_mask
+from msd_hf.drafting.generator import MSDCandidateGenerator
+from msd_hf.kv.in_place import truncate
+from msd_hf.kv.slots import ContextSlots
+from msd_hf.target.adapter import TargetAdapter
 from msd_hf.training.rows import draft_rows
 from msd_hf.training.unrolling import unrolled_states
 

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from msd_hf import MSDError
-from msd_hf.attention_mask import ContextSlots, tree_attention_mask
-from msd_hf.candidate_generator import MSDCandidateGenerator
-from msd_hf.targets import TargetAdapter, TargetPrefill
-from msd_hf.tree import CandidateTree, TreeSettings
-from msd_hf.tree_growth import TreeGrowth
+from msd_hf.attention.masks import tree_attention_mask
+from msd_hf.drafting.generator import MSDCandidateGenerator
+from msd_hf.kv.slots import ContextSlots
+from msd_hf.target.adapter import TargetAdapter, TargetPrefill
+from msd_hf.tree.candidate import CandidateTree
+from msd_hf.tree.growth import TreeGrowth
+from msd_hf.tree.settings import TreeSettings
 
 
 TREES = [

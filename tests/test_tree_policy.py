@@ -11,11 +11,12 @@ import tiny
 import torch
 
 from msd_hf import MSDDraftModel
-from msd_hf.experience import Experience
-from msd_hf.targets import TargetAdapter
-from msd_hf.tree import AUTO_NUM_ASSISTANT_TOKENS, AUTO_TREE_DEPTH, TreeSettings
-from msd_hf.tree_growth import TreeGrowth
-from msd_hf.tree_policy import AdaptiveTreePolicy, make_tree_policy
+from msd_hf.decoding.sizing import make_tree_policy
+from msd_hf.target.adapter import TargetAdapter
+from msd_hf.tree.experience import Experience
+from msd_hf.tree.growth import TreeGrowth
+from msd_hf.tree.policy import AdaptiveTreePolicy
+from msd_hf.tree.settings import AUTO_NUM_ASSISTANT_TOKENS, AUTO_TREE_DEPTH, TreeSettings
 
 
 def auto(draft: MSDDraftModel, **settings) -> MSDDraftModel:

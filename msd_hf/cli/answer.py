@@ -11,13 +11,13 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.utils import logging
 
+from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
 from ..evaluation import Comparison, compare, mean_acceptance_length
-from ..modeling_msd import MSDDraftModel
 from ..prompts import build_inputs, read_image
-from ..streaming import AcceptanceStreamer
-from ..target_support import check_pair
+from ..target.support import check_pair
 from .options import Device, Dtype, MaxNewTokens, Repeats, Seed, Temperature, console, parse_device, parse_dtype
+from .streaming import AcceptanceStreamer
 
 
 DEMO_PROMPT = "Describe the picture."

@@ -11,10 +11,10 @@ import typer
 from transformers import AutoConfig, AutoProcessor
 from transformers.utils import logging
 
+from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
 from ..evaluation import METHODS
-from ..modeling_msd import MSDDraftModel
-from ..target_support import check_pair
+from ..target.support import check_pair
 from .options import (
     Device,
     Dtype,

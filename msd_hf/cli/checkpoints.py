@@ -9,10 +9,10 @@ import typer
 from transformers import AutoConfig, AutoProcessor
 from transformers.utils import logging
 
+from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
-from ..modeling_msd import MSDDraftModel
 from ..saving import replaced_folder
-from ..target_support import check_pair
+from ..target.support import check_pair
 from .options import ImageFolder, Strict, console, print_skipped
 
 
@@ -44,13 +44,7 @@ def draft_vocab(
 ) -> None:
     """Give a draft a vocabulary of its own, the tokens that are frequent in answers: its candidates cost less."""
     from ..training.data.conversations import load_conversations
-    from ..training.draft_vocab import (
-        LARGEST_PAYING_SHARE,
-        check_size,
-        count_answer_tokens,
-        coverage,
-        frequent_tokens,
-    )
+    from ..training.draft_vocab import LARGEST_PAYING_SHARE, check_size, count_answer_tokens, coverage, frequent_tokens
 
     if size != "auto" and not size.lstrip("-").isdecimal():
         raise MSDError(f"--size {size!r} is neither a number nor auto.")

@@ -1,9 +1,9 @@
 """Measuring a pair of target and draft."""
 
+from ..decoding.result import mean_acceptance_length
 from .agreement import Disagreement, find_disagreement
 from .comparison import Comparison, compare
 from .methods import METHODS, Method
-from .metrics import mean_acceptance_length
 from .timed_run import TimedRun, timed_generate
 
 

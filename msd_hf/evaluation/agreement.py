@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..modeling_msd import MSDDraftModel
+from ..draft.modeling_msd import MSDDraftModel
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,15 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.generation import CandidateGenerator
 
-from ..cache import CACHE_NAME
-from ..candidate_generator import MSDCandidateGenerator
-from ..decoder_observation import TargetObservation
-from ..modeling_msd import MSDDraftModel
-from ..target_support import check_pair, check_target
-from ..targets import TargetAdapter
-from ..tree import TreeSettings
-from ..tree_growth import TreeGrowth
-from ..tree_policy import TreePolicy
+from ..draft.modeling_msd import MSDDraftModel
+from ..drafting.generator import MSDCandidateGenerator
+from ..release import CACHE_NAME
+from ..target.adapter import TargetAdapter
+from ..target.observation import TargetObservation
+from ..target.support import check_pair, check_target
+from ..tree.growth import TreeGrowth
+from ..tree.policy import TreePolicy
+from ..tree.settings import TreeSettings
 
 
 class ChainAssistant:

@@ -9,8 +9,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
-from ..modeling_msd import MSDDraftModel
 from .bench_prompts import BenchPrompt
 from .comparison import Comparison, compare
 from .differences import Difference, describe_difference, first_difference

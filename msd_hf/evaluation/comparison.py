@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..modeling_msd import MSDDraftModel
+from ..draft.modeling_msd import MSDDraftModel
 from .methods import TREE, VANILLA, Method
 from .timed_run import TimedRun, timed_generate
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedModel
 
-from ..modeling_msd import MSDDraftModel
-from ..targets import TargetAdapter
-from ..tree import CandidateTree
+from ..draft.modeling_msd import MSDDraftModel
+from ..target.adapter import TargetAdapter
+from ..tree.candidate import CandidateTree
 
 
 class LoopEnd(Exception):

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..modeling_msd import MSDDraftModel
-from ..tree import TreeSettings
+from ..draft.modeling_msd import MSDDraftModel
+from ..tree.settings import TreeSettings
 from .bench import run_bench
 from .bench_prompts import BenchPrompt
 from .environment import describe_environment

@@ -14,8 +14,8 @@ import transformers
 from packaging import version
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
-from ..modeling_msd import MSDDraftModel
 from .assisted_chain import assisted_chain
 
 

@@ -9,21 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
-def mean_acceptance_length(acceptance_lengths: Iterable[Sequence[int]]) -> float:
-    """
-    tau: tokens emitted per verification forward of the target, the bonus token included. Its least value is 1; the
-    mean number of accepted draft tokens, which some papers print instead, is `tau - 1`.
-
-    Args:
-        acceptance_lengths: one list a sequence, as in `MSDGenerateOutput.acceptance_lengths`.
-
-    Returns:
-        `float`: the mean over all verifications; `nan` if there was none.
-    """
-    lengths = [length for sequence in acceptance_lengths for length in sequence]
-    return sum(lengths) / len(lengths) if lengths else float("nan")
-
-
 def acceptance_histogram(acceptance_lengths: Iterable[Sequence[int]]) -> dict[int, int]:
     """How many verifications emitted 1, 2, 3, ... tokens, up to the longest."""
     counts = Counter(length for sequence in acceptance_lengths for length in sequence)
@@ -88,6 +73,5 @@ __all__ = [
     "Spread",
     "acceptance_by_depth",
     "acceptance_histogram",
-    "mean_acceptance_length",
     "spread",
 ]

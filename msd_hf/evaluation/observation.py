@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from ..modeling_msd import MSDDraftModel
+from ..draft.modeling_msd import MSDDraftModel
 from ..phases import PhaseTimer
 from .memory import PeakMemory
 from .methods import Method

@@ -12,9 +12,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..modeling_msd import MSDDraftModel
+from ..draft.modeling_msd import MSDDraftModel
 from ..phases import PhaseTimer
-from ..tree import TreeSettings
+from ..tree.settings import TreeSettings
 from .intercepted_loop import compilation
 from .memory import PeakMemory
 from .metrics import spread

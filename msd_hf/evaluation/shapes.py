@@ -15,8 +15,8 @@ from transformers import (
     Qwen2VLConfig,
 )
 
+from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
-from ..modeling_msd import MSDDraftModel
 
 
 # Of logits that are spread like this the largest has a probability of about 0.6 at a vocabulary of 32,000.

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..decoding.verification import logits_shown
+from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
-from ..modeling_msd import MSDDraftModel
-from ..tree import CandidateTree, TreeSettings
-from ..verification import logits_shown
+from ..tree.candidate import CandidateTree
+from ..tree.settings import TreeSettings
 from .intercepted_loop import LoopEnd
 from .timed_run import synchronize
 

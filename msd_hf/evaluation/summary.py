@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ..decoding.result import mean_acceptance_length
 from .bench import BenchResult, PromptResult
 from .methods import VANILLA, Method
-from .metrics import acceptance_by_depth, acceptance_histogram, mean_acceptance_length, spread
+from .metrics import acceptance_by_depth, acceptance_histogram, spread
 from .round_timing import RoundTiming
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedModel
 
-from ..cache import truncate
-from ..modeling_msd import MSDDraftModel
-from ..tree import CandidateTree
+from ..draft.modeling_msd import MSDDraftModel
+from ..kv.in_place import truncate
+from ..tree.candidate import CandidateTree
 from .intercepted_loop import LoopEnd, run_intercepted
 from .timed_run import synchronize
 

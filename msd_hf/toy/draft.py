@@ -10,7 +10,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from ..modeling_msd import MSDDraftModel
+from ..draft.modeling_msd import MSDDraftModel
 from ..saving import replaced_folder
 from ..training import (
     FeatureCache,

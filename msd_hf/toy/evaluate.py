@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils import logging
 
+from ..draft.modeling_msd import MSDDraftModel
 from ..evaluation import Comparison, compare, mean_acceptance_length
 from ..evaluation.bench_prompts import BenchPrompt
-from ..modeling_msd import MSDDraftModel
 from ..prompts import build_inputs
 from . import DRAFT_DIR, TARGET_DIR
 from .accuracy import make_evaluation_prompts

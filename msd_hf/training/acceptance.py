@@ -9,8 +9,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDDataError
-from ..modeling_msd import MSDDraftModel
 from ..prompts import build_chat_inputs
 from .curriculum import SampleKind
 from .data.conversations import Conversation

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..targets import TargetAdapter
+from ..target.adapter import TargetAdapter
 from .arguments import MSDTrainingArguments
 from .losses import LossSums, add_uniform_noise, loss_sums
 from .rows import DraftRows, draft_rows

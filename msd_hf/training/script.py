@@ -23,9 +23,9 @@ from transformers import (
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
+from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
-from ..modeling_msd import MSDDraftModel
-from ..tree import TreeSettings
+from ..tree.settings import TreeSettings
 from .arguments import MSDTrainingArguments
 from .data.conversations import Conversations, load_conversations
 from .features.cache import FeatureCache

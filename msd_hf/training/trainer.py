@@ -14,11 +14,11 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from ..decoding.result import mean_acceptance_length
+from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDDataError, MSDError
-from ..evaluation.metrics import mean_acceptance_length
-from ..modeling_msd import MSDDraftModel
-from ..target_support import check_pair, check_target
-from ..targets import TargetAdapter
+from ..target.adapter import TargetAdapter
+from ..target.support import check_pair, check_target
 from .acceptance import acceptance_lengths
 from .arguments import MSDTrainingArguments
 from .checkpointing import last_complete_checkpoint

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ...errors import MSDDataError, MSDError
-from ...targets import TargetAdapter
+from ...target.adapter import TargetAdapter
 from ..data.conversations import Conversations
 from ..data.encoding import ConversationEncoder
 from .disk_estimate import DiskEstimate, check_disk, estimate_disk

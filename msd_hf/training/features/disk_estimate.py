@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ...errors import MSDError
-from ...targets import TargetAdapter
+from ...target.adapter import TargetAdapter
 from ..data.conversations import Conversations
 from ..data.encoding import ConversationEncoder
 from .extraction import iterate_encoded, sample_visual_mask

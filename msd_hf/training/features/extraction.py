@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
 from ...errors import MSDDataError, MSDError
-from ...targets import TargetAdapter
+from ...target.adapter import TargetAdapter
 from ..data.conversations import Conversations
 from ..data.encoding import ConversationEncoder, collate_conversations
 from .storage import pack, stored_rows

@@ -1,0 +1,1 @@
+"""The draft model: configuration, module, checkpoints."""

@@ -1,0 +1,165 @@
+"""Configuration of an MSD draft model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import MSDError
+
+
+# Rotary settings that only exist for multi-dimensional positions; a draft counts positions in one dimension.
+_MULTIMODAL_ROPE_KEYS = ("mrope_section", "mrope_interleaved")
+
+
+@strict
+class MSDDraftConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`MSDDraftModel`], the draft of *Speculative Decoding Reimagined for Multimodal Large Language
+    Models* (section 3.2). The defaults are those of the published draft for LLaVA-1.5-7B.
+
+    Args:
+        vocab_size (`int`, defaults to 32000):
+            Vocabulary the draft was trained with. For information: embedding and head are the target's.
+        hidden_size (`int`, defaults to 4096):
+            Width of the draft, which is the width of the target's decoder.
+        intermediate_size (`int`, defaults to 11008):
+            Width of the MLP.
+        num_hidden_layers (`int`, defaults to 1):
+            Decoder layers.
+        num_attention_heads, num_key_value_heads, head_dim (`int`):
+            Attention heads, as in `LlamaConfig`.
+        hidden_act, max_position_embeddings, initializer_range, rms_norm_eps, attention_dropout, mlp_bias:
+            As in `LlamaConfig`.
+        rope_parameters (`dict`, *optional*):
+            As in `LlamaConfig`. Positions are one-dimensional, also for targets with M-RoPE.
+        attention_bias (`bool`, defaults to `False`):
+            Biases on the query, key and value projections, as in Qwen2. The output projection has none.
+        input_layernorm (`bool`, defaults to `False`):
+            Whether the first layer normalises its input. The published LLaVA drafts do not, those for Qwen2-VL do.
+        decouple_visual_tokens (`bool`, defaults to `True`):
+            Feed visual positions as they are, without `fc` and target hidden state. `False` is plain EAGLE.
+        target_layers (`list[int]`, *optional*):
+            Decoder layers of the target, counted from 0, whose outputs the draft reads besides the last hidden state.
+            Where the draft's own output stands in for the target's, it does without. The paper has none.
+        draft_vocab_size (`int`, *optional*):
+            Size of the draft's own vocabulary, among which it looks for candidates; see
+            [`~MSDDraftModel.set_draft_vocab`]. `None`: all of the target's.
+        target_model_type (`str`, *optional*):
+            `model_type` of the target that the draft belongs to. `None`: not known, and not checked.
+        target_text_model_type (`str`, *optional*):
+            `model_type` of the target's decoder.
+
+    Example:
+
+    ```python
+    >>> from msd_hf import MSDDraftConfig
+    >>> config = MSDDraftConfig.from_target(target, intermediate_size=2048)
+    ```
+    """
+
+    model_type = "msd_draft"
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 1
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_dropout: int | float = 0.0
+    mlp_bias: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    input_layernorm: bool = False
+    decouple_visual_tokens: bool = True
+    target_layers: list[int] | None = None
+    draft_vocab_size: int | None = None
+    target_model_type: str | None = None
+    target_text_model_type: str | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation."""
+        if self.num_attention_heads % (self.num_key_value_heads or 1) != 0:
+            raise ValueError(
+                f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
+                f"({self.num_key_value_heads})."
+            )
+        if self.num_hidden_layers < 1:
+            raise ValueError(f"A draft needs at least one decoder layer, got {self.num_hidden_layers}.")
+
+    @classmethod
+    def from_target(cls, target: PreTrainedModel | PreTrainedConfig, **overrides: Any) -> MSDDraftConfig:
+        """
+        The configuration of a draft of the right shape for a target.
+
+        Args:
+            target (`PreTrainedModel` or `PreTrainedConfig`): the target, or its configuration.
+            overrides: fields of the draft's configuration that shall differ from the target's decoder.
+
+        Raises:
+            MSDError: when the target's configuration has no decoder of the usual kind.
+        """
+        config = target.config if isinstance(target, PreTrainedModel) else target
+        text_config = config.get_text_config(decoder=True)
+        required = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+        missing = [name for name in required if getattr(text_config, name, None) is None]
+        if missing:
+            raise MSDError(
+                f"Cannot derive a draft from a `{type(config).__name__}`: its decoder configuration "
+                f"(`{type(text_config).__name__}`) has no {', '.join(missing)}."
+            )
+        # The layer kinds of the published drafts: Qwen2 layers as they are, LLaMA layers without the first norm.
+        is_qwen2_kind = text_config.model_type.startswith("qwen2")
+        fields: dict[str, Any] = {
+            "attention_bias": is_qwen2_kind,
+            "input_layernorm": is_qwen2_kind,
+            "target_model_type": config.model_type,
+            "target_text_model_type": text_config.model_type,
+            "rope_parameters": _one_dimensional_rope(text_config),
+        }
+        copied = ("num_key_value_heads", "head_dim", "max_position_embeddings", "initializer_range", "rms_norm_eps")
+        for name in (*required, *copied, "pad_token_id", "bos_token_id", "eos_token_id"):
+            if getattr(text_config, name, None) is not None:
+                fields[name] = getattr(text_config, name)
+        # Gemma's name comes first: where a configuration has both, it is the one that counts.
+        activations = (getattr(text_config, name, None) for name in ("hidden_activation", "hidden_act"))
+        fields["hidden_act"] = next((name for name in activations if name), "silu")
+        return cls(**{**fields, **overrides})
+
+
+def _one_dimensional_rope(text_config: PreTrainedConfig) -> dict[str, Any] | None:
+    """The target's rotary settings, scaling included, for a draft of one dimension and full attention."""
+    rope = getattr(text_config, "rope_parameters", None)
+    if not rope:
+        return None
+    if all(isinstance(value, dict) for value in rope.values()):  # one entry per layer type
+        rope = rope.get("full_attention") or next(iter(rope.values()))
+    rope = {key: value for key, value in rope.items() if key not in _MULTIMODAL_ROPE_KEYS}
+    # The draft's layers rotate whole heads: scalings that were made for a part of a head do not fit them.
+    partial = rope.pop("partial_rotary_factor", None) or getattr(text_config, "partial_rotary_factor", None)
+    if rope.get("rope_type") in (None, "mrope") or partial not in (None, 1.0):
+        return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    return rope
+
+
+__all__ = ["MSDDraftConfig"]

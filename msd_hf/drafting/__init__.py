@@ -1,0 +1,1 @@
+"""From hidden states of the target to a candidate tree."""

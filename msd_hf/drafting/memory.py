@@ -1,0 +1,125 @@
+"""What a draft keeps of a conversation between calls of `generate` that share a cache."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from ..draft.modeling_msd import MSDDraftModel
+from ..kv.in_place import truncate
+
+
+_ATTRIBUTE = "_msd_draft_memory"
+_UNKNOWN = -1  # a token of which only the target's cache knows
+
+
+@dataclass
+class DraftMemory:
+    """
+    The draft's side of a conversation, carried by the target's cache. For one sequence without padding.
+
+    Args:
+        draft (`weakref.ref`): the draft that made it.
+        cache (`Cache`): the draft's, one slot for each of `rows`.
+        rows (`list[int]`): which draft rows there are; row j is of the token at position j + 1 and the target's hidden
+            state at position j. All of them, but where the draft came late to the conversation.
+        tokens (`list[int]`): of the P slots of the target's cache, and the one after them.
+        last_hidden_state (`torch.Tensor` of shape `[1, 1, (1 + K) * H]`): the target's at position P - 1.
+    """
+
+    draft: weakref.ref[MSDDraftModel]
+    cache: Cache
+    rows: list[int]
+    tokens: list[int]
+    last_hidden_state: torch.Tensor
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DraftMemory:
+        cache = copy.deepcopy(self.cache, memo)
+        return DraftMemory(self.draft, cache, list(self.rows), list(self.tokens), self.last_hidden_state.clone())
+
+    def __reduce__(self):  # a cache can be stored without it
+        return type(None), ()
+
+
+class Conversation:
+    """
+    One call's view of a conversation of one sequence: what the draft still knows of its past, and what it shall know
+    the next time.
+
+    Args:
+        cache (`Cache`): the target's, before the call; S slots are filled.
+        draft (`MSDDraftModel`): the draft.
+        input_ids (`torch.LongTensor` of shape `[1, L]`): the whole conversation, or what of it the cache lacks.
+        num_slots (`int`): slots of the cache once the prompt is in it.
+
+    Attributes:
+        draft_cache (`Cache`, *optional*): the draft's, holding `rows`.
+        rows (`list[int]`): draft rows that are still right.
+        hidden_state (`torch.Tensor` of shape `[1, 1, (1 + K) * H]`, *optional*): the target's at position S - 1, given
+            where the draft has to be fed row S - 1 (again), because another token follows now.
+    """
+
+    def __init__(self, cache: Cache, draft: MSDDraftModel, input_ids: torch.Tensor, num_slots: int):
+        self.draft = draft
+        self.draft_cache: Cache | None = None
+        self.rows: list[int] = []
+        self.hidden_state: torch.Tensor | None = None
+        num_past = cache.get_seq_length()
+        memory = getattr(cache, _ATTRIBUTE, None)
+        if memory is not None:
+            delattr(cache, _ATTRIBUTE)
+            if memory.draft() is not draft or num_past == 0 or not _fits(memory.cache, draft):
+                memory = None
+        self._tokens = input_ids[0].tolist()
+        missing = num_slots - len(self._tokens)
+        if missing:
+            known = memory.tokens[:missing] if memory is not None else []
+            self._tokens = [*known, *[_UNKNOWN] * (missing - len(known)), *self._tokens]
+        if memory is not None:
+            self._resume(memory, num_past)
+
+    def _resume(self, memory: DraftMemory, num_past: int) -> None:
+        common = next(
+            (place for place, pair in enumerate(zip(memory.tokens, self._tokens, strict=False)) if pair[0] != pair[1]),
+            min(len(memory.tokens), len(self._tokens)),
+        )
+        # Row j needs the token at j + 1 to be the same, and the hidden state at j to be of this past.
+        kept = bisect_left(memory.rows, min(common - 1, num_past))
+        truncate(memory.cache, kept)
+        self.draft_cache, self.rows = memory.cache, memory.rows[:kept]
+        is_whole = num_past == len(memory.tokens) - 1
+        if is_whole and (not self.rows or self.rows[-1] < num_past - 1):
+            self.hidden_state = memory.last_hidden_state
+
+    def remember(self, cache: Cache, draft_cache: Cache, emitted: list[int], last_hidden_state: torch.Tensor) -> None:
+        """
+        Leaves on the target's cache what the draft knows after the call.
+
+        Args:
+            cache (`Cache`): the target's.
+            draft_cache (`Cache`): the draft's.
+            emitted (`list[int]`): the tokens of this call.
+            last_hidden_state (`torch.Tensor` of shape `[1, 1, (1 + K) * H]`): the target's at the last slot.
+        """
+        num_slots = cache.get_seq_length()
+        first_new = num_slots - (draft_cache.get_seq_length() - len(self.rows))
+        rows = [*self.rows, *range(first_new, num_slots)]
+        memory = DraftMemory(
+            weakref.ref(self.draft), draft_cache, rows, [*self._tokens, *emitted], last_hidden_state.clone()
+        )
+        setattr(cache, _ATTRIBUTE, memory)
+
+
+def _fits(draft_cache: Cache, draft: MSDDraftModel) -> bool:
+    """Whether a draft can go on with a cache of its own: it may have been moved or cast in between."""
+    keys = [layer.keys for layer in draft_cache.layers if layer.is_initialized]
+    return all((part.dtype, part.device) == (draft.dtype, draft.device) for part in keys)
+
+
+__all__ = ["Conversation", "DraftMemory"]

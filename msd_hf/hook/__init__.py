@@ -1,0 +1,1 @@
+"""The hook into transformers, and the refusals."""

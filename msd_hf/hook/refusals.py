@@ -1,0 +1,185 @@
+"""Arguments of `generate`, settings of a draft and pairs that cannot be served, each with its sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.generation import GenerationMode
+
+from ..compiled.compile import has_compiled_part
+from ..draft.modeling_msd import MSDDraftModel
+from ..errors import MSDUnsupportedError
+from ..release import CACHE_NAME
+from ..tree.settings import TreeSettings
+
+
+# Fields of a `GenerationConfig` that cannot be combined with an MSD draft: values that leave them off, and why. What
+# `generate` fills in by itself leaves them off too.
+REFUSED_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "prompt_lookup_num_tokens": ((None,), "prompt lookup is another way of drafting: choose one of the two"),
+    "max_matching_ngram_size": ((None,), "it belongs to prompt lookup, another way of drafting"),
+    "assistant_early_exit": ((None,), "early exit is another way of drafting: choose one of the two"),
+    "use_mtp": ((None, False), "multi-token prediction is another way of drafting: choose one of the two"),
+    "speculation_type": ((None,), "it selects another way of drafting: choose one of the two"),
+    "assistant_ensemble_weight": ((None,), "it would change the output, which an MSD draft never does"),
+    "assistant_lookbehind": ((None,), "it is for assistants with a tokenizer of their own; a draft has none"),
+    "target_lookbehind": ((None,), "it is for assistants with a tokenizer of their own; a draft has none"),
+    "dola_layers": ((None,), "DoLa needs the hidden states of every layer at each step"),
+    "prefill_chunk_size": ((None,), "the draft reads the hidden states of the whole prompt from one prefill"),
+    "guidance_scale": ((None, 1, 1.0), "classifier-free guidance runs the target a second time for each token"),
+    "use_cache": ((None, True), "candidates are verified against cached keys and values"),
+    "cache_implementation": (
+        (None, "dynamic", "dynamic_full"),
+        "slots are moved within a dynamic cache; static, offloaded and quantized ones cannot do that",
+    ),
+    "num_assistant_tokens": ((None,), "set `draft.generation_config.num_assistant_tokens`"),
+    "tree_depth": ((None,), "set `draft.generation_config.tree_depth`"),
+    "tree_top_k": ((None,), "set `draft.generation_config.tree_top_k`"),
+    "suffix_nodes": ((None,), "set `draft.generation_config.suffix_nodes`"),
+    "num_assistant_tokens_schedule": (
+        (None, "constant"),
+        "every tree has the size that `draft.generation_config` sets",
+    ),
+    "assistant_confidence_threshold": (
+        (None, 0),
+        "a tree keeps its most confident candidates up to the size that `draft.generation_config` sets",
+    ),
+    "token_healing": ((None, False), "it rewrites the prompt after the draft's inputs were prepared"),
+    "is_assistant": ((None, False), "it is for models that draft; the draft of this call is `assistant_model`"),
+}
+
+_DRAFT_SETTINGS = ("num_assistant_tokens", "tree_depth", "tree_top_k", "suffix_nodes", "compile")
+# A draft's generation config may name these, as every model's does; they are the target's.
+_SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+
+
+def check_call(custom_generate: Any, kwargs: dict[str, Any]) -> None:
+    """
+    Refuses what `generate` would not hand on, and what cannot be told from a default later.
+
+    Args:
+        custom_generate (`str` or `Callable`, *optional*): as given to `generate`.
+        kwargs (`dict[str, Any]`): its keyword arguments, as they were given.
+
+    Raises:
+        MSDUnsupportedError: names the argument, its value, and what to do.
+    """
+    if callable(custom_generate):
+        raise MSDUnsupportedError(
+            "`custom_generate` cannot be used with an MSD draft: `generate` does not hand `assistant_model` on to a "
+            "function. Leave one of the two out."
+        )
+    for name in REFUSED_ARGUMENTS:
+        _check_argument(name, kwargs.get(name))
+    if kwargs.get(CACHE_NAME) is not None:
+        check_inputs(kwargs)
+        kwargs[CACHE_NAME]._is_user_defined = True  # as `generate` itself marks it from 5.24 on
+
+
+def _check_argument(name: str, value: Any, default: Any = None) -> None:
+    off, reason = REFUSED_ARGUMENTS[name]
+    if value not in off and value != default:
+        raise MSDUnsupportedError(f"`{name}={value!r}` cannot be used with an MSD draft: {reason}.")
+
+
+def check_generation_mode(
+    generation_mode: GenerationMode, generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]
+) -> None:
+    """
+    Refuses generation arguments that do not work with a draft.
+
+    Raises:
+        MSDUnsupportedError: names the argument, its value, and what to do.
+    """
+    defaults = GenerationConfig._get_default_generation_params()
+    for name in REFUSED_ARGUMENTS:
+        _check_argument(name, getattr(generation_config, name, None), defaults.get(name))
+    if generation_mode != GenerationMode.ASSISTED_GENERATION:
+        raise MSDUnsupportedError(
+            f"An MSD draft works with greedy decoding and sampling, not with {generation_mode.value!r}: leave out "
+            "what asks for it (`num_beams`, `penalty_alpha`, `constraints`, `force_words_ids`), or `assistant_model`."
+        )
+    if generation_mode_kwargs.get("assistant_tokenizer") is not None:
+        raise MSDUnsupportedError("Leave `assistant_tokenizer` out: an MSD draft uses the target's tokens.")
+    if generation_mode_kwargs.get("synced_gpus"):
+        raise MSDUnsupportedError(
+            "`synced_gpus=True` cannot be used with an MSD draft: processes would run different numbers of forwards. "
+            "Load the target whole on each, or with `tp_plan` or `device_map`."
+        )
+
+
+def check_draft_settings(generation_config: GenerationConfig) -> None:
+    """
+    Refuses settings of a draft that would be ignored.
+
+    Args:
+        generation_config (`GenerationConfig`): the draft's.
+
+    Raises:
+        MSDError: when a setting of the tree is out of its range.
+        MSDUnsupportedError: names the setting, its value, and what to do.
+    """
+    TreeSettings.from_generation_config(generation_config)
+    defaults = GenerationConfig._get_default_generation_params()
+    del defaults["assistant_confidence_threshold"]  # nobody fills it in here
+    for name, value in vars(generation_config).items():
+        if name.startswith("_") or name in (*_DRAFT_SETTINGS, *_SPECIAL_TOKENS, "transformers_version"):
+            continue
+        if value not in (None, False, defaults.get(name)):
+            raise MSDUnsupportedError(
+                f"`draft.generation_config.{name}={value!r}` has no effect: of a draft's settings only "
+                f"{', '.join(f'`{setting}`' for setting in _DRAFT_SETTINGS)} are read. Set it to None; what shall "
+                "change the output is an argument of `generate`."
+            )
+
+
+def check_inputs(model_kwargs: dict[str, Any]) -> None:
+    """
+    Refuses caches that the loop cannot serve, which are only known once `generate` has prepared its inputs.
+
+    Raises:
+        MSDUnsupportedError: names the cache and what to do.
+    """
+    cache: Any = model_kwargs.get(CACHE_NAME)
+    layers = getattr(cache, "layers", [])
+    is_dynamic = type(cache) is DynamicCache and not getattr(cache, "offloading", False)
+    if not is_dynamic or not all(isinstance(layer, DynamicLayer) for layer in layers):
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
+        raise MSDUnsupportedError(
+            f"A `{type(cache).__name__}` (layers: {kinds}) cannot be used with an MSD draft, which moves accepted "
+            "slots within the cache: use a plain `DynamicCache`, or leave the cache out."
+        )
+
+
+def check_compilable(target: PreTrainedModel, draft: MSDDraftModel) -> None:
+    """
+    Refuses pairs that cannot be compiled.
+
+    Raises:
+        MSDUnsupportedError: says why and what to do.
+    """
+    reason = None
+    if TreeSettings.from_generation_config(draft.generation_config).is_auto:
+        reason = '`num_assistant_tokens="auto"` gives each tree another shape: set a number of nodes'
+    elif draft.config.target_layers:
+        reason = "the draft reads `target_layers` by hooks in the target's decoder, which compiled code passes over"
+    elif any(hasattr(module, "_hf_hook") for module in (*target.modules(), *draft.modules())):
+        reason = "accelerate moves weights or inputs of single modules: load target and draft whole on one device"
+    elif has_compiled_part(target):
+        reason = "the target is compiled already: use it as it was loaded"
+    elif target.device != draft.device:
+        reason = f"the target is on {target.device}, the draft on {draft.device}: put both on one device"
+    if reason is not None:
+        raise MSDUnsupportedError(f"`draft.generation_config.compile=True` cannot be used here: {reason}.")
+
+
+__all__ = [
+    "REFUSED_ARGUMENTS",
+    "check_call",
+    "check_compilable",
+    "check_draft_settings",
+    "check_generation_mode",
+    "check_inputs",
+]

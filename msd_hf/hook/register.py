@@ -1,0 +1,126 @@
+"""The hook into `GenerationMixin`: `generate(assistant_model=draft)` runs our loop, or says why it cannot.
+
+`generate` looks its methods up on the class, so the hook is three wrapped methods of `GenerationMixin` itself: one
+reads the arguments, one validates them, one decodes. They act on `MSDDraftModel` assistants alone and pass every other
+call on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import AutoConfig, AutoModel, GenerationMixin
+from transformers.generation import GenerationMode
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.utils import logging
+
+from ..compiled.compile import is_compiled
+from ..decoding.loop import msd_decoding
+from ..draft.configuration_msd import MSDDraftConfig
+from ..draft.modeling_msd import MSDDraftModel
+from ..target.support import check_pair, check_target
+from .refusals import check_call, check_compilable, check_draft_settings, check_generation_mode, check_inputs
+
+
+logger = logging.get_logger(__name__)
+
+_originals: dict[str, Any] = {}
+_wrappers: dict[str, Any] = {}
+
+
+def register() -> None:
+    """Teaches `generate` and the Auto classes about MSD drafts. `import msd_hf` does it; twice is the same as once."""
+    AutoConfig.register(MSDDraftConfig.model_type, MSDDraftConfig, exist_ok=True)
+    AutoModel.register(MSDDraftConfig, MSDDraftModel, exist_ok=True)
+    if _originals:
+        return
+    for name, wrap in (
+        ("_extract_generation_mode_kwargs", _wrap_extract_generation_mode_kwargs),
+        ("_validate_generation_mode", _wrap_validate_generation_mode),
+        ("_assisted_decoding", _wrap_assisted_decoding),
+    ):
+        _originals[name] = GenerationMixin.__dict__[name]
+        _wrappers[name] = wrap(_originals[name])
+        setattr(GenerationMixin, name, _wrappers[name])
+
+
+def unregister() -> None:
+    """Puts `GenerationMixin` and the Auto classes back as they were before `import msd_hf`."""
+    CONFIG_MAPPING._extra_content.pop(MSDDraftConfig.model_type, None)
+    MODEL_MAPPING._extra_content.pop(MSDDraftConfig, None)
+    for name, original in _originals.items():
+        if GenerationMixin.__dict__[name] is _wrappers[name]:
+            setattr(GenerationMixin, name, original)
+        else:  # undoing ours would undo theirs
+            logger.warning(f"`GenerationMixin.{name}` was replaced by another library after msd_hf; left as it is.")
+    _originals.clear()
+    _wrappers.clear()
+
+
+def _wrap_extract_generation_mode_kwargs(original):
+    @functools.wraps(original)
+    def _extract_generation_mode_kwargs(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer):
+        if isinstance(assistant_model, MSDDraftModel):
+            check_call(custom_generate, kwargs)
+        return original(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer)
+
+    return _extract_generation_mode_kwargs
+
+
+def _wrap_validate_generation_mode(original):
+    @functools.wraps(original)
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        draft = generation_mode_kwargs.get("assistant_model")
+        if not isinstance(draft, MSDDraftModel):
+            return original(self, generation_mode, generation_config, generation_mode_kwargs)
+        # Everything here comes before the first forward.
+        check_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+        check_target(self)
+        check_pair(self.config, draft.config)
+        check_draft_settings(draft.generation_config)
+        if is_compiled(draft.generation_config):
+            check_compilable(self, draft)
+        # The original compares vocabularies and asks for tokenizers; embedding and head are the target's here.
+        # It also refuses several sequences a prompt in assisted generation, which are no different here.
+        others = {key: value for key, value in generation_mode_kwargs.items() if key != "assistant_model"}
+        mode = GenerationMode.SAMPLE if generation_config.do_sample else GenerationMode.GREEDY_SEARCH
+        return original(self, mode, generation_config, others)
+
+    return _validate_generation_mode
+
+
+def _wrap_assisted_decoding(original):
+    @functools.wraps(original)
+    def _assisted_decoding(self, input_ids, *args, assistant_model=None, **kwargs):
+        if not isinstance(assistant_model, MSDDraftModel):
+            return original(self, input_ids, *args, assistant_model=assistant_model, **kwargs)
+        # `generate` passes everything else by name.
+        for name in ("inputs_tensor", "assistant_tokenizer", "tokenizer"):
+            kwargs.pop(name, None)
+        check_inputs(kwargs)
+        kwargs.pop("synced_gpus", None)
+        # It warns of a `compile_config`, which has no effect with a dynamic cache.
+        self._valid_auto_compile_criteria(kwargs, kwargs["generation_config"])
+        with _evaluating(assistant_model):
+            return msd_decoding(self, input_ids, draft=assistant_model, **kwargs)
+
+    return _assisted_decoding
+
+
+@contextmanager
+def _evaluating(draft: MSDDraftModel) -> Iterator[None]:
+    """A draft as it is made is in training mode, in which dropout would draw from the random numbers of the call."""
+    training = [module for module in draft.modules() if module.training]
+    draft.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+__all__ = ["register", "unregister"]

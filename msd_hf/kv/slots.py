@@ -1,0 +1,69 @@
+"""Which cache slots hold the context of each row.
+
+A slot is not a position: rows of a batch accept different numbers of tokens, so a row may leave the last slots of the
+cache unused, and padding takes slots at the front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class ContextSlots:
+    """
+    The slots of a KV cache that hold the context of each of B rows.
+
+    Args:
+        lengths (`list[int]`): how many slots, from the first one on, each row uses.
+        prompt_mask (`torch.BoolTensor` of shape `[B, L]`, *optional*): false at the padding among the first L slots;
+            `None` if there is none.
+    """
+
+    lengths: list[int]
+    prompt_mask: torch.Tensor | None = None
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the cache, S."""
+        return max(self.lengths)
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether some rows use fewer slots than others."""
+        return min(self.lengths) != max(self.lengths)
+
+    @property
+    def hides_slots(self) -> bool:
+        """Whether there are slots that some row may not see."""
+        return self.prompt_mask is not None or self.is_ragged
+
+    def grow(self, counts: Sequence[int]) -> None:
+        """Adds to each row's slots."""
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+
+    def select(self, rows: Sequence[int]) -> ContextSlots:
+        """Those of some rows."""
+        mask = None if self.prompt_mask is None else self.prompt_mask[list(rows)]
+        return ContextSlots([self.lengths[row] for row in rows], mask)
+
+    def row_lengths(self, device: torch.device) -> torch.Tensor:
+        """`lengths` as `[B]`."""
+        return torch.tensor(self.lengths, device=device)
+
+    def mask(self, device: torch.device) -> torch.Tensor | None:
+        """Which of the S slots each row may see, `[B, S]`; `None` if all rows may see all of them."""
+        visible = None
+        if self.is_ragged:
+            visible = torch.arange(self.num_slots, device=device) < self.row_lengths(device).unsqueeze(1)
+        if self.prompt_mask is not None:
+            if visible is None:
+                visible = torch.ones(len(self.lengths), self.num_slots, dtype=torch.bool, device=device)
+            visible[:, : self.prompt_mask.shape[1]] &= self.prompt_mask.to(device)
+        return visible
+
+
+__all__ = ["ContextSlots"]

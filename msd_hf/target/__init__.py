@@ -1,0 +1,1 @@
+"""What is asked of a target: prefill, verification, hidden states, whether it can be served."""

@@ -1,0 +1,213 @@
+"""Which targets a draft can be used with: kinds of models, layers and attention, and whether the pair fits."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..draft.configuration_msd import MSDDraftConfig
+from ..errors import MSDPairingError, MSDUnsupportedError
+
+
+# Attention implementations that take an additive mask; the others give way to sdpa while a tree is verified.
+TREE_ATTENTION = ("sdpa", "eager")
+
+# Kinds of targets of which the tests show that a tree is verified correctly. Any other one is tried at its first call.
+KNOWN_MODEL_TYPES = frozenset(
+    {
+        "aya_vision",
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "idefics3",
+        "internvl",
+        "llama",
+        "llava",
+        "llava_next",
+        "llava_onevision",
+        "mistral",
+        "mistral3",
+        "paligemma",
+        "qwen2",
+        "qwen2_5_vl",
+        "qwen2_vl",
+        "qwen3",
+        "qwen3_vl",
+        "smolvlm",
+        "vipllava",
+    }
+)
+
+# Kinds of rotary embeddings whose frequencies depend on the length of the text.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+def attention_windows(text_config: PreTrainedConfig) -> dict[str, int | None]:
+    """The kinds of layers of a decoder and the window of each, in tokens; `None`: no window."""
+    window = getattr(text_config, "sliding_window", None)
+    layer_types = getattr(text_config, "layer_types", None)
+    if layer_types is None:  # Mistral has a window on every layer, without a list of layer types
+        layer_types = [_FULL if window is None else _SLIDING]
+    return {kind: window if kind == _SLIDING else None for kind in sorted(set(layer_types))}
+
+
+def layer_windows(text_config: PreTrainedConfig) -> list[int | None]:
+    """The window of each layer of a decoder."""
+    windows = attention_windows(text_config)
+    layer_types = getattr(text_config, "layer_types", None)
+    if layer_types is None:
+        return [next(iter(windows.values()))] * text_config.num_hidden_layers
+    return [windows[kind] for kind in layer_types]
+
+
+def decoder_inputs(decoder: nn.Module) -> list[str]:
+    """The names of what a decoder's forward takes, in order."""
+    return list(inspect.signature(decoder.forward).parameters)
+
+
+def takes_any_argument(decoder: nn.Module) -> bool:
+    """Whether a decoder's forward takes arguments that it does not know, and hands them on to its attention."""
+    parameters = inspect.signature(decoder.forward).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def check_target(target: PreTrainedModel) -> None:
+    """
+    Refuses targets that the decoding loop cannot serve.
+
+    Raises:
+        MSDUnsupportedError: names the target's kind or its layers, and what to do.
+    """
+    name = f"`{type(target).__name__}` (model_type {target.config.model_type!r})"
+    advice = "Call `generate` without `assistant_model`."
+    if target.config.is_encoder_decoder:
+        raise MSDUnsupportedError(f"{name} is an encoder-decoder model, of which MSD drafts know nothing. {advice}")
+    if target.get_output_embeddings() is None or target.get_decoder() is target:
+        raise MSDUnsupportedError(
+            f"{name} has no decoder (`get_decoder()`) with a language-model head (`get_output_embeddings()`) behind "
+            f"it, which MSD drafts read and use. {advice}"
+        )
+    if "position_ids" not in decoder_inputs(target.get_decoder()):
+        raise MSDUnsupportedError(
+            f"The decoder of {name} takes no `position_ids`, so that siblings in a candidate tree cannot stand at the "
+            f"same position. {advice}"
+        )
+    _check_adapters(target, name, advice)
+    text_config = target.config.get_text_config(decoder=True)
+    embedding_size = getattr(target.get_input_embeddings(), "embedding_dim", text_config.hidden_size)
+    if embedding_size != text_config.hidden_size:
+        raise MSDUnsupportedError(
+            f"The embeddings of {name} have {embedding_size} dimensions and its hidden states "
+            f"{text_config.hidden_size}: an MSD draft reads both as one size. {advice}"
+        )
+    others = attention_windows(text_config).keys() - {_FULL, _SLIDING}
+    if others or target._is_stateful:
+        kinds = f"layers of type {', '.join(sorted(others))}" if others else "a recurrent state"
+        raise MSDUnsupportedError(
+            f"The decoder of {name} has {kinds}, which cannot keep one branch of a candidate tree; full and "
+            f"sliding-window attention can. {advice}"
+        )
+
+
+def check_positions(
+    text_config: PreTrainedConfig,
+    prompt_length: int,
+    last_length: int,
+    batch_size: int,
+    attention_mask: torch.Tensor | None = None,
+) -> None:
+    """
+    Refuses calls in which rotary embeddings change with the length of the text: token by token they change at one
+    position, and a tree has several positions.
+
+    Args:
+        text_config (`PreTrainedConfig`): of the decoder.
+        prompt_length (`int`): positions of the prompt.
+        last_length (`int`): positions at the length limit of the call.
+        batch_size (`int`): rows, of which the longest one counts for all.
+        attention_mask (`torch.Tensor`, *optional*): of the prompt; there may be padding among its positions.
+
+    Raises:
+        MSDUnsupportedError: says from which length on, and what to do.
+    """
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    for rope in (parameters, *parameters.values()):  # some decoders have them by kind of layer
+        rope_type = rope.get("rope_type") if isinstance(rope, dict) else None
+        if rope_type not in LENGTH_DEPENDENT_ROPE:
+            continue
+        limit = text_config.max_position_embeddings
+        if rope_type == "longrope":
+            limit = rope.get("original_max_position_embeddings") or limit
+            is_full = attention_mask is None or bool(attention_mask.all())
+            if prompt_length > limit and batch_size == 1 and is_full:
+                continue  # it is long from the beginning
+        if last_length > limit:
+            raise MSDUnsupportedError(
+                f"Rotary embeddings of kind {rope_type!r} change where a text gets longer than {limit} tokens, which "
+                f"this call may do (it has {prompt_length} and may reach {last_length}); a candidate tree cannot "
+                "follow that. Lower `max_new_tokens` or `max_length`, or call `generate` without `assistant_model`."
+            )
+
+
+def _check_adapters(target: PreTrainedModel, name: str, advice: str) -> None:
+    # peft lends its model's method to the target for the time of a call.
+    owner = getattr(target.prepare_inputs_for_generation, "__self__", target)
+    adapter: Any = getattr(owner, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise MSDUnsupportedError(
+            f"{name} has an adapter of kind {adapter.peft_type.value}, which puts virtual tokens before the prompt "
+            f"that MSD drafts know nothing of; LoRA and its like change weights, and can be used. {advice}"
+        )
+    # Each layer gets these from a hook, for the rows and positions of a call without a draft.
+    for hook in (hook for module in target.modules() for hook in module._forward_pre_hooks.values()):
+        for argument in ("adapter_names", "alora_offsets"):
+            if getattr(hook, "keywords", {}).get(argument) is not None:
+                raise MSDUnsupportedError(
+                    f"{name} is called with `{argument}`, with which peft adapts some rows or positions of a batch "
+                    "only; MSD drafts drop rows that have ended and verify several positions at once. Use one "
+                    f"adapter for the whole call (`set_adapter`). {advice}"
+                )
+
+
+def check_pair(target_config: PreTrainedConfig, draft_config: MSDDraftConfig) -> None:
+    """
+    Refuses a draft that was made for another target. Needs no weights, so it can come before loading them.
+
+    Raises:
+        MSDPairingError: says what differs.
+    """
+    text_config = target_config.get_text_config(decoder=True)
+    advice = "Use the draft that was trained for this target."
+    if draft_config.hidden_size != text_config.hidden_size:
+        raise MSDPairingError(
+            f"The draft's hidden size {draft_config.hidden_size} does not match the target's "
+            f"{text_config.hidden_size}. {advice}"
+        )
+    for name, expected, got in (
+        ("target", target_config.model_type, draft_config.target_model_type),
+        ("decoder", text_config.model_type, draft_config.target_text_model_type),
+    ):
+        if got is not None and got != expected:
+            raise MSDPairingError(
+                f"The draft was made for a {name} of kind {got!r}, but this target's is {expected!r}. {advice}"
+            )
+
+
+__all__ = [
+    "KNOWN_MODEL_TYPES",
+    "LENGTH_DEPENDENT_ROPE",
+    "TREE_ATTENTION",
+    "attention_windows",
+    "check_pair",
+    "check_positions",
+    "check_target",
+    "decoder_inputs",
+    "layer_windows",
+    "takes_any_argument",
+]

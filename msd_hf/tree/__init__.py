@@ -1,0 +1,1 @@
+"""Candidate trees: their settings, growth and size."""

@@ -1,0 +1,179 @@
+"""The candidate tree.
+
+Nodes are numbered in *flat order*: the root is node 0, then level by level, then a branch from its top to its end; or
+with the path that the draft believes in most before all others. So a parent always has a smaller number than its
+children, and the accepted path is an increasing list of nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import functional
+
+
+@dataclass
+class CandidateTree:
+    """A batch of candidate trees.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `[B, N]`): token of each node; node 0 is the root, the last emitted token.
+        parents (`torch.LongTensor` of shape `[B, N]`): parent node of each node; the root is its own parent.
+        depths (`torch.LongTensor` of shape `[B, N]`): levels below the root.
+        ancestors (`torch.BoolTensor` of shape `[B, N, N]`): `[b, i, j]` is true if node j is node i or above it.
+        max_depth (`int`): an upper bound of `depths`, known without reading them back from the device.
+        scores (`torch.Tensor` of shape `[B, D]`, *optional*): the draft's cumulative log-probability of each node that
+            it proposed. These come first.
+    """
+
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    depths: torch.Tensor
+    ancestors: torch.Tensor
+    max_depth: int
+    scores: torch.Tensor | None = None
+
+    @classmethod
+    def from_parents(
+        cls, tokens: torch.Tensor, parents: torch.Tensor, max_depth: int, scores: torch.Tensor | None = None
+    ) -> CandidateTree:
+        """Completes a tree of which tokens and parents are known (both `[B, N]`, root first, in flat order)."""
+        above = [parents]  # the nodes 1, 2, ... levels above; the root is above itself
+        for _ in range(max_depth - 1):
+            above.append(parents.gather(1, above[-1]))
+        ancestors = torch.zeros(*tokens.shape, tokens.shape[1], dtype=torch.bool, device=tokens.device)
+        ancestors.scatter_(2, torch.stack(above, dim=2), True)
+        ancestors.diagonal(dim1=1, dim2=2).fill_(True)
+        return cls(tokens, parents, ancestors.sum(-1) - 1, ancestors, max_depth, scores)
+
+    @classmethod
+    def bare(cls, roots: torch.Tensor) -> CandidateTree:
+        """Trees of a root (`[B]`) alone."""
+        tokens = roots.unsqueeze(1)
+        zeros = torch.zeros_like(tokens)
+        return cls(tokens, zeros, zeros, torch.ones_like(tokens, dtype=torch.bool).unsqueeze(2), max_depth=0)
+
+    @classmethod
+    def chain(cls, tokens: torch.Tensor) -> CandidateTree:
+        """A chain of `tokens` (`[B, N]`) in each row."""
+        num_nodes = tokens.shape[1]
+        parents = (torch.arange(num_nodes, device=tokens.device) - 1).clamp(min=0)
+        return cls.from_parents(tokens, parents.expand_as(tokens), max_depth=num_nodes - 1)
+
+    def with_chain(self, rows: Sequence[int], token: int) -> CandidateTree:
+        """The same trees but for some rows, which become a chain of one token below their root."""
+        num_nodes = self.tokens.shape[1]
+        index = torch.tensor(rows, device=self.tokens.device)
+        numbers = torch.arange(num_nodes, device=self.tokens.device)
+        tokens, parents, depths, ancestors = (
+            part.index_copy(0, index, chain.expand(len(rows), *part.shape[1:]))
+            for part, chain in (
+                (self.tokens, torch.full_like(numbers, token)),
+                (self.parents, (numbers - 1).clamp(min=0)),
+                (self.depths, numbers),
+                (self.ancestors, torch.ones_like(self.ancestors[0]).tril()),
+            )
+        )
+        tokens[:, 0] = self.tokens[:, 0]
+        return CandidateTree(tokens, parents, depths, ancestors, max(self.max_depth, num_nodes - 1))
+
+    def with_branch(self, tokens: torch.Tensor, num_nodes: int) -> CandidateTree:
+        """
+        The same trees with more nodes, so that each has a path of tokens as far down as these reach.
+
+        Args:
+            tokens (`torch.LongTensor` of shape `[B, P]`): below the root; P is at least `max_depth + num_nodes`.
+            num_nodes (`int`): nodes that are added behind those that carry the path already.
+        """
+        num_held = self.tokens.shape[1]
+        carries = self.tokens == tokens.gather(1, (self.depths - 1).clamp(min=0))
+        held = self.path(carries)  # [B, N]
+        depth = held.sum(1, keepdim=True) - 1  # [B, 1]
+        numbers = torch.arange(num_held + num_nodes, device=self.tokens.device)
+        # Flat order makes the last node of a path the one with the largest number.
+        last = torch.where(held, numbers[:num_held], 0).amax(1, keepdim=True)
+        below = depth + numbers[:num_nodes]  # [B, M]: their places in `tokens`
+        above = self.ancestors.gather(1, last.unsqueeze(2).expand(-1, -1, num_held)).expand(-1, num_nodes, -1)
+        own = torch.ones_like(self.ancestors[:, :1, :1]).expand(-1, num_nodes, num_nodes).tril()
+        ancestors = torch.cat([functional.pad(self.ancestors, (0, num_nodes)), torch.cat([above, own], dim=2)], dim=1)
+        return CandidateTree(
+            torch.cat([self.tokens, tokens.gather(1, below)], dim=1),
+            torch.cat([self.parents, last, numbers[num_held:-1].expand(len(last), -1)], dim=1),
+            torch.cat([self.depths, below + 1], dim=1),
+            ancestors,
+            self.max_depth + num_nodes,
+            self.scores,
+        )
+
+    def with_best_path_first(self) -> CandidateTree:
+        """The same trees, renumbered so that the path to the best of the deepest nodes comes first: where it is
+        accepted, its slots are in place already."""
+        assert self.scores is not None
+        best = (self.depths + self.scores.exp()).argmax(1)  # a probability is at most a level
+        is_last = self.ancestors.gather(1, best.view(-1, 1, 1).expand(-1, -1, self.ancestors.shape[2])).squeeze(1)
+        order = is_last.sort(dim=1, descending=True, stable=True).indices  # [B, N]: which node each was
+        numbers = order.argsort(dim=1)
+        square = order.unsqueeze(2).expand_as(self.ancestors)
+        return CandidateTree(
+            self.tokens.gather(1, order),
+            numbers.gather(1, self.parents.gather(1, order)),
+            self.depths.gather(1, order),
+            self.ancestors.gather(1, square).gather(2, square.transpose(1, 2)),
+            self.max_depth,
+            self.scores.gather(1, order),
+        )
+
+    def with_emittable_depths(self, tokens_left: Sequence[int] | None) -> CandidateTree:
+        """The same trees, where nodes so deep that they cannot be emitted stand no deeper than those that can: there
+        may be no positions for them.
+
+        Args:
+            tokens_left (`Sequence[int]`, *optional*): how many tokens each row may still emit, the bonus token
+                included; `None`: any number.
+        """
+        if tokens_left is None or min(tokens_left) > self.max_depth:
+            return self
+        deepest = torch.tensor(tokens_left, device=self.depths.device).unsqueeze(1) - 1
+        return replace(self, depths=self.depths.minimum(deepest.clamp(min=0)))
+
+    def path(self, matches: torch.Tensor) -> torch.Tensor:
+        """Of nodes that match (`[B, N]`, at most one of any siblings), those that are connected to the root by such
+        nodes, and the root: one path, `[B, N]`."""
+        matches = matches.clone()
+        matches[:, 0] = True
+        return (matches.unsqueeze(1) | ~self.ancestors).all(-1)
+
+    def padded(self, num_nodes: int) -> CandidateTree:
+        """The same trees with nodes added that are of no use: they see themselves alone, and nobody sees them."""
+        count = num_nodes - self.tokens.shape[1]
+        if count == 0:
+            return self
+        tokens, parents, depths = (
+            functional.pad(part, (0, count)) for part in (self.tokens, self.parents, self.depths)
+        )
+        ancestors = functional.pad(self.ancestors, (0, count, 0, count))
+        ancestors.diagonal(dim1=1, dim2=2)[:, num_nodes - count :] = True
+        return CandidateTree(tokens, parents, depths, ancestors, self.max_depth)
+
+    def clone(self) -> CandidateTree:
+        """A copy."""
+        return self._changed(torch.clone)
+
+    def to(self, device: torch.device) -> CandidateTree:
+        """The tree on another device."""
+        return self._changed(lambda part: part.to(device))
+
+    def _changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> CandidateTree:
+        return CandidateTree(
+            tokens=change(self.tokens),
+            parents=change(self.parents),
+            depths=change(self.depths),
+            ancestors=change(self.ancestors),
+            max_depth=self.max_depth,
+            scores=None if self.scores is None else change(self.scores),
+        )
+
+
+__all__ = ["CandidateTree"]

@@ -1,0 +1,94 @@
+"""The settings of the candidate tree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..errors import MSDError
+
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+DEFAULT_NUM_ASSISTANT_TOKENS = 59
+DEFAULT_TREE_DEPTH = 5
+DEFAULT_TREE_TOP_K = 10
+
+# `num_assistant_tokens="auto"`, and the bounds that it sets.
+AUTO = "auto"
+AUTO_NUM_ASSISTANT_TOKENS = 64
+AUTO_TREE_DEPTH = 40
+
+
+@dataclass(frozen=True)
+class TreeSettings:
+    """How large the candidate tree may grow.
+
+    Args:
+        num_nodes (`int`): nodes of the tree, the root included. 1 means no drafting at all.
+        depth (`int`): expansions after the first; nodes reach at most `depth + 1` levels below the root.
+        top_k (`int`): candidates per expanded node, and nodes expanded per level. 1 makes the tree a chain.
+        is_auto (`bool`): whether these are bounds, within which each tree gets the size that pays.
+        suffix_nodes (`int`): nodes that are added where the text goes on as it did before. 0: none.
+    """
+
+    num_nodes: int = DEFAULT_NUM_ASSISTANT_TOKENS
+    depth: int = DEFAULT_TREE_DEPTH
+    top_k: int = DEFAULT_TREE_TOP_K
+    is_auto: bool = False
+    suffix_nodes: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, minimum in (
+            ("num_assistant_tokens", self.num_nodes, 1),
+            ("tree_depth", self.depth, 0),
+            ("tree_top_k", self.top_k, 1),
+            ("suffix_nodes", self.suffix_nodes, 0),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+                raise MSDError(
+                    f"`draft.generation_config.{name}` must be an integer of at least {minimum}, got {value!r}."
+                )
+
+    @classmethod
+    def from_generation_config(cls, generation_config: GenerationConfig) -> TreeSettings:
+        """Reads `num_assistant_tokens` (which may be `"auto"`), `tree_depth`, `tree_top_k` and `suffix_nodes` of a
+        draft's generation config.
+
+        Raises:
+            MSDError: when one of them is not an integer in its range.
+        """
+
+        def read(name: str, default: int) -> int:
+            value = getattr(generation_config, name, None)
+            return default if value is None else value
+
+        num_nodes = read("num_assistant_tokens", DEFAULT_NUM_ASSISTANT_TOKENS)
+        is_auto = num_nodes == AUTO
+        return cls(
+            num_nodes=AUTO_NUM_ASSISTANT_TOKENS if is_auto else num_nodes,
+            depth=read("tree_depth", AUTO_TREE_DEPTH if is_auto else DEFAULT_TREE_DEPTH),
+            top_k=read("tree_top_k", DEFAULT_TREE_TOP_K),
+            is_auto=is_auto,
+            suffix_nodes=read("suffix_nodes", 0),
+        )
+
+    @property
+    def num_candidates(self) -> int:
+        """Slots that the draft needs for one tree."""
+        return self.depth * self.top_k
+
+    def limited_to(self, tokens_left: int | None) -> TreeSettings:
+        """The same settings for a tree of which every node may be emitted: near the length limit deeper ones could
+        not."""
+        if tokens_left is None:
+            return self
+        num_levels = tokens_left - 1  # the bonus token is the last one
+        if num_levels <= 0:
+            return replace(self, num_nodes=1, depth=0, suffix_nodes=0)
+        depth = min(self.depth, num_levels - 1)
+        return replace(self, depth=depth, suffix_nodes=min(self.suffix_nodes, num_levels - depth - 1))
+
+
+__all__ = ["TreeSettings"]
