@@ -78,7 +78,7 @@ MEMORY_SHAPE = "--hidden 128 --heads 4 --intermediate 352 --layers 8 --vocabular
 @pytest.mark.parametrize("limit", [0, 300])
 def test_draft_and_tree_take_no_more_memory_than_allowed(run, limit):
     """Also where the answer ends long before its limit."""
-    printed = run("bench_memory.py", *MEMORY_SHAPE.split(), "--new-tokens", "12", "--limit", str(limit))
+    printed = run("studies/bench_memory.py", *MEMORY_SHAPE.split(), "--new-tokens", "12", "--limit", str(limit))
     figures = {
         name: float(value)
         for line in printed.splitlines()
@@ -94,7 +94,7 @@ def test_draft_and_tree_take_no_more_memory_than_allowed(run, limit):
 
 
 def test_peak_memory_counts_what_is_held_at_a_time():
-    example = runpy.run_path(str(EXAMPLES / "bench_memory.py"))
+    example = runpy.run_path(str(EXAMPLES / "studies" / "bench_memory.py"))
     before = torch.ones(1000)
 
     def function():

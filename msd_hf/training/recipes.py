@@ -32,7 +32,7 @@ class Recipe:
 
 RECIPES = {
     "paper": Recipe(),
-    # What raised tau on the toy world (`examples/ablation.py --study recipes`). Several layers and target-written
+    # What raised tau on the toy world (`examples/studies/ablation.py --study recipes`). Several layers and target-written
     # answers did not.
     "recommended": Recipe(
         noise=0.0,

@@ -2,7 +2,7 @@
 What `draft.generation_config.suffix_nodes` brings: rounds, tau and tokens/s with and without it, in turns, on toy
 questions that are asked again in a conversation, on follow-up questions, and on single ones.
 
-    python examples/bench_suffix.py --suffix_nodes 8
+    python examples/studies/bench_suffix.py --suffix_nodes 8
 """
 
 import statistics

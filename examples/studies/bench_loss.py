@@ -1,7 +1,7 @@
 """
 Peak memory and tokens/s of the loss: our chunks over trained positions against the plain form over all positions.
 
-    python examples/bench_loss.py --batch 2 --length 1024 --hidden 1024 --vocabulary 32000
+    python examples/studies/bench_loss.py --batch 2 --length 1024 --hidden 1024 --vocabulary 32000
 
 Forward and backward of the loss alone, each form in a process of its own; memory is the growth of the process's peak
 (on a GPU: of the allocator's). A third of the positions are trained, as in a usual conversation.

@@ -2,7 +2,7 @@
 What draft and tree add to the peak memory of `generate` alone, against what is allowed: the draft's weights, its keys
 and values, and 64 slots of the target's, and a tenth more.
 
-    python examples/bench_memory.py --context 1000 --new-tokens 128
+    python examples/studies/bench_memory.py --context 1000 --new-tokens 128
 
 Weights are random: hardly any candidate is accepted, so that there are as many rounds as new tokens.
 """

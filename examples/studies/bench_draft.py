@@ -3,7 +3,7 @@ Drafting one tree: milliseconds of the draft's layers, of the head and of everyt
 with that of a draft vocabulary, and the ratio to the same layer forwards and full head calls timed bare in the same
 run, all in turns.
 
-    python examples/bench_draft.py --threads 1 --draft-vocab 8000
+    python examples/studies/bench_draft.py --threads 1 --draft-vocab 8000
 
 Drafting is what a round does besides verifying: the accepted tokens are fed with the target's hidden states, then the
 tree grows level by level. That is `depth + 1` forwards of the layers and as many calls of the head.

@@ -2,7 +2,7 @@
 `compile=True` of the toy pair's draft against the same draft without it, and against the target alone, in turns on the
 same held-out prompts, after a first call that compiles.
 
-    python examples/bench_compile.py --prompts 8
+    python examples/studies/bench_compile.py --prompts 8
 """
 
 import statistics

@@ -2,7 +2,7 @@
 Cache upkeep of a round by the length of the context: append the nodes of a tree, keep the accepted slots, drop the
 rest; in place as here, and by the concatenation of a `DynamicCache`.
 
-    python examples/bench_cache.py --contexts 500 1000 2000 4000 8000
+    python examples/studies/bench_cache.py --contexts 500 1000 2000 4000 8000
 """
 
 import statistics
