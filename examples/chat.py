@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, TextStreamer
 
 from msd_hf import MSDDraftModel
-from msd_hf.release import CACHE_NAME
+from msd_hf.compat import CACHE_NAME
 from msd_hf.toy import DRAFT_DIR, TARGET_DIR
 
 

@@ -3,6 +3,7 @@
 `import msd_hf` is enough for `generate(assistant_model=draft)` to work; `unregister()` takes it back.
 """
 
+from .decoding.pair import release
 from .decoding.result import MSDGenerateOutput
 from .draft.configuration_msd import MSDDraftConfig
 from .draft.modeling_msd import MSDDraftModel
@@ -23,5 +24,6 @@ __all__ = [
     "MSDUnsupportedError",
     "__version__",
     "register",
+    "release",
     "unregister",
 ]

@@ -11,7 +11,7 @@ from tiny import IMAGE_TOKEN_ID, NUM_PAIRS, build_draft, build_target, is_fitted
 from transformers import AutoModelForImageTextToText, GenerationMixin
 
 from msd_hf import MSDDraftModel, MSDPairingError
-from msd_hf.drafting.generator import MSDCandidateGenerator
+from msd_hf.drafting.growing import GrowingDrafter
 from msd_hf.evaluation.methods import ASSISTED_CHAIN, Method
 from msd_hf.evaluation.observation import observe
 from msd_hf.evaluation.timed_run import timed_generate
@@ -38,7 +38,7 @@ def forwards_of(target):
 @contextmanager
 def chains_of():
     """Keeps what is proposed: the candidates of each round, and how sure the draft is of each."""
-    chains, original = [], MSDCandidateGenerator.propose
+    chains, original = [], GrowingDrafter.propose
 
     def propose(*args, **kwargs):
         tree = original(*args, **kwargs)
@@ -47,11 +47,11 @@ def chains_of():
         chains.append((tree.tokens[0, 1:].tolist(), torch.tensor(sure).exp().tolist()))
         return tree
 
-    MSDCandidateGenerator.propose = propose
+    GrowingDrafter.propose = propose
     try:
         yield chains
     finally:
-        MSDCandidateGenerator.propose = original
+        GrowingDrafter.propose = original
 
 
 @pytest.mark.parametrize("number", range(NUM_PAIRS))

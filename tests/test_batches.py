@@ -12,7 +12,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from msd_hf.release import CACHE_NAME
+from msd_hf.compat import CACHE_NAME
 from msd_hf.tree.policy import TreePolicy
 
 

@@ -7,8 +7,9 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from msd_hf.kv.in_place import InPlaceLayer, keep_paths, make_in_place, put_rows, select_rows, take_row, truncate
+from msd_hf.kv.in_place import InPlaceLayer, make_in_place, truncate
 from msd_hf.kv.slots import ContextSlots
+from msd_hf.kv.transaction import CacheTransaction
 
 
 def states(length: int, batch_size: int = 2, heads: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,7 +148,7 @@ def test_a_dynamic_cache_is_turned_in_place_as_the_same_object(lazy):
     for layer_idx in range(2):
         cache.update(*states(20), layer_idx)
     assert isinstance(cache, Cache) and [type(layer) for layer in cache.layers] == [InPlaceLayer, InPlaceLayer]
-    keep_paths(cache, ContextSlots([5, 5]), torch.tensor([[3], [1]]), [1, 1])
+    CacheTransaction(cache, ContextSlots([5, 5])).commit([1, 1], torch.tensor([[3], [1]]))
     assert cache.get_seq_length() == 6
     truncate(cache, 2)
     assert cache.get_seq_length() == 2
@@ -180,26 +181,25 @@ def test_rows_that_accept_different_numbers_of_slots():
     keys, values = states(9, batch_size=3)
     cache.update(keys[:, :, :4], values[:, :, :4], 0)
     cache.update(keys[:, :, 4:], values[:, :, 4:], 0)
-    context = ContextSlots([4, 4, 4])
-    keep_paths(cache, context, torch.tensor([[0, 2, 4], [1, 0, 0], [0, 3, 0]]), [3, 1, 2])
-    assert context.lengths == [7, 5, 6] and cache.get_seq_length() == 7
+    slots_of = CacheTransaction(cache, ContextSlots([4, 4, 4]))
+    slots_of.commit([3, 1, 2], torch.tensor([[0, 2, 4], [1, 0, 0], [0, 3, 0]]))
+    assert slots_of.context.lengths == [7, 5, 6] and cache.get_seq_length() == 7
     expected = [[0, 1, 2, 3, 4, 6, 8], [0, 1, 2, 3, 5], [0, 1, 2, 3, 4, 7]]
     for row, slots in enumerate(expected):
         assert torch.equal(cache.layers[0].keys[row, :, : len(slots)], keys[row, :, slots])
         assert torch.equal(cache.layers[0].values[row, :, : len(slots)], values[row, :, slots])
-    assert context.mask(torch.device("cpu")).sum(1).tolist() == [7, 5, 6]
-    first = take_row(cache, 0, 7)
-    context = select_rows(cache, context, [1, 2])
-    assert context.lengths == [5, 6] and cache.get_seq_length() == 6
+    assert slots_of.context.mask(torch.device("cpu")).sum(1).tolist() == [7, 5, 6]
+    slots_of.keep_rows([1, 2], store_others=True)
+    assert slots_of.context.lengths == [5, 6] and cache.get_seq_length() == 6 and slots_of.rows == [1, 2]
     # The next nodes come behind the longest row, and move to their own.
     new = states(3)
     cache.update(*new, 0)
-    keep_paths(cache, context, torch.tensor([[0, 2], [0, 1]]), [2, 1])
-    assert context.lengths == [7, 7]
+    slots_of.commit([2, 1], torch.tensor([[0, 2], [0, 1]]))
+    assert slots_of.context.lengths == [7, 7]
     assert torch.equal(cache.layers[0].keys[0, :, 5:7], new[0][0][:, [0, 2]])
     assert torch.equal(cache.layers[0].keys[1, :, 6:7], new[0][1][:, [0]])
-    rows = [first, take_row(cache, 0, 7), take_row(cache, 1, 7)]
-    put_rows(cache, rows)
+    slots_of.restore_rows()
+    assert slots_of.context.lengths == [7, 7, 7] and slots_of.rows == [0, 1, 2]
     assert cache.layers[0].keys.shape == (3, 3, 7, 4)
     for row, slots in enumerate(expected):
         assert torch.equal(cache.layers[0].keys[row, :, : len(slots)], keys[row, :, slots])

@@ -12,13 +12,23 @@ from transformers import DynamicCache
 
 from msd_hf import MSDDraftModel, MSDUnsupportedError
 from msd_hf.attention.masks import buffer_attention_mask, tree_attention_mask
-from msd_hf.compiled.compile import compile as compiled
+from msd_hf.compat import CACHE_NAME
+from msd_hf.compiled import compile as compiled
+from msd_hf.decoding.pair import state_of
 from msd_hf.drafting.head import DraftHead
 from msd_hf.kv import fixed as static_cache
-from msd_hf.kv.fixed import StaticSlotsLayer, close_slots, make_static, move_slots, parts_of, reserve, whole_buffers
-from msd_hf.kv.in_place import keep_paths
+from msd_hf.kv.fixed import (
+    FixedLayer,
+    SpareBuffers,
+    close_slots,
+    make_fixed,
+    move_slots,
+    parts_of,
+    reserve,
+    whole_buffers,
+)
 from msd_hf.kv.slots import ContextSlots
-from msd_hf.release import CACHE_NAME
+from msd_hf.kv.transaction import CacheTransaction
 from msd_hf.target.adapter import TargetAdapter
 from msd_hf.tree.candidate import CandidateTree
 
@@ -53,6 +63,12 @@ def warm_up(target, draft) -> None:
     prompts = [tiny.make_prompt(seed, 8) for seed in range(4)]
     outputs = [generate(target, draft, inputs, max_new_tokens=20) for inputs in prompts]
     assert {1, 5} <= {length for output in outputs for length in output.acceptance_lengths[0]}
+
+
+def spares(target, draft):
+    """The buffers that the last call left, of the target and of the draft."""
+    pair = state_of(target, draft)
+    return pair.target_buffers._buffers, pair.draft_buffers._buffers
 
 
 def num_graphs() -> int:
@@ -228,13 +244,13 @@ def test_buffers_are_left_when_a_call_fails():
 
     with pytest.raises(RuntimeError, match="of the user"):
         generate(target, draft, inputs, logits_processor=[fail], return_dict_in_generate=False)
-    assert target.get_decoder() in static_cache._spare_buffers and draft in static_cache._spare_buffers
+    assert all(spares(target, draft))
 
 
 def test_a_prompt_goes_into_buffers_that_are_there():
     target, draft = build_pair()
     generate(target, draft, tiny.make_prompt(0, 8), return_dict_in_generate=False)
-    spares = static_cache._spare_buffers[target.get_decoder()]
+    buffers, _ = spares(target, draft)
     seen = []
     prefill = TargetAdapter.prefill
 
@@ -246,7 +262,7 @@ def test_a_prompt_goes_into_buffers_that_are_there():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TargetAdapter, "prefill", look)
         generate(target, draft, tiny.make_prompt(1, 8), return_dict_in_generate=False)
-    assert seen == [keys.data_ptr() for keys, _ in spares]
+    assert seen == [keys.data_ptr() for keys, _ in buffers]
 
 
 def test_returned_caches_are_not_used_again():
@@ -264,13 +280,13 @@ def test_other_caches_keep_their_addresses_and_nothing_else(monkeypatch):
     target, draft = build_pair()
     inputs = tiny.make_prompt(0, 8)
     expected = generate(target, draft, inputs, return_dict_in_generate=False)
-    for model in (target.get_decoder(), draft):
-        spare = static_cache._spare_buffers[model]
+    for number in range(2):
+        spare = spares(target, draft)[number]
         addresses = [buffer.data_ptr() for pair in spare for buffer in pair]
         for buffer in (buffer for pair in spare for buffer in pair):
             buffer.fill_(float("nan"))
         assert torch.equal(generate(target, draft, inputs, return_dict_in_generate=False), expected)
-        spare = static_cache._spare_buffers[model]
+        spare = spares(target, draft)[number]
         assert [buffer.data_ptr() for pair in spare for buffer in pair] == addresses
 
 
@@ -350,13 +366,13 @@ def test_slots_are_kept_within_the_buffers(monkeypatch):
     """Behind any number of rounds, what the layers hold is what was accepted, in place."""
     monkeypatch.setattr(static_cache, "MIN_CAPACITY", 8)
     torch.manual_seed(0)
-    cache, model = DynamicCache(), torch.nn.Identity()
-    make_static(cache, model, 2)
-    assert all(isinstance(layer, StaticSlotsLayer) for layer in cache.layers)
+    cache = DynamicCache()
+    make_fixed(cache, SpareBuffers(), 2)
+    assert all(isinstance(layer, FixedLayer) for layer in cache.layers)
     prompt = torch.randn(1, 2, 5, 4)
     for layer in range(2):
         cache.update(prompt, prompt, layer)
-    expected, context = prompt, ContextSlots([5])
+    expected, transaction = prompt, CacheTransaction(cache, ContextSlots([5]))
     for number in range(6):
         nodes = torch.randn(1, 2, 4, 4)
         start = cache.get_seq_length()
@@ -365,7 +381,7 @@ def test_slots_are_kept_within_the_buffers(monkeypatch):
         assert slots == 2 * [max(8, 1 << (expected.shape[2] + 3).bit_length())]
         close_slots(cache, expected.shape[2] + 3)
         path = [0, 2] if number % 2 else [0, 1, 2]
-        keep_paths(cache, context, torch.tensor([path]), [len(path)])
+        transaction.commit([len(path)], torch.tensor([path]))
         expected = torch.cat([expected, nodes[:, :, path]], dim=2)
         for layer in cache.layers:
             assert torch.equal(layer.keys, expected) and torch.equal(layer.values, expected)
@@ -396,7 +412,7 @@ def test_the_best_candidates_are_found_in_blocks(vocab_size, top_k):
     target = tiny.build_target(vocab_size=vocab_size)
     head = DraftHead(tiny.build_draft(target), TargetAdapter(target))
     states = 3 * torch.randn(2, 5, 32, dtype=torch.float64)
-    scores, tokens = head.static_top_k(states, top_k)
+    scores, tokens = head.compiled_top_k(states, top_k)
     expected = head.top_k(states, top_k)
     assert torch.equal(tokens, expected[1])
     torch.testing.assert_close(scores, expected[0])
@@ -407,8 +423,8 @@ def test_slots_of_all_layers_move(is_joined, monkeypatch):
     """At once where the buffers lie behind each other, as new ones do."""
     monkeypatch.setattr(static_cache, "MIN_CAPACITY", 8)
     torch.manual_seed(0)
-    cache, model = DynamicCache(), torch.nn.Identity()
-    make_static(cache, model, 2)
+    cache = DynamicCache()
+    make_fixed(cache, SpareBuffers(), 2)
     prompt = torch.randn(1, 2, 5, 4)
     for layer in range(2):
         cache.update(prompt + layer, prompt - layer, layer)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import tiny
 import torch
 from transformers import DynamicCache
 
+from msd_hf.compat import CACHE_NAME
 from msd_hf.compiled import compile as compiled
+from msd_hf.decoding import pair as pair_states
 from msd_hf.kv import fixed as static_cache
-from msd_hf.release import CACHE_NAME
 
 
 WORD = 7
@@ -19,7 +22,7 @@ WORD = 7
 def uncompiled(monkeypatch):
     """What is compiled runs as it is: here it is about what goes in and out."""
     monkeypatch.setattr(compiled, "_compile", lambda function, mode: function)
-    monkeypatch.setattr(compiled, "_compiled", {})
+    monkeypatch.setattr(pair_states, "_pairs", weakref.WeakKeyDictionary())  # nothing compiled is kept
 
 
 def one_word_pair(num_nodes: int, depth: int, top_k: int = 1, suffix_nodes: int = 0) -> tiny.Pair:

@@ -12,7 +12,7 @@ import tiny
 import torch
 from transformers import DynamicCache
 
-from msd_hf.release import CACHE_NAME
+from msd_hf.compat import CACHE_NAME
 
 
 NUM_TURNS = 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 
 import pytest
 import tiny
@@ -16,10 +17,11 @@ from transformers import DynamicCache, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from msd_hf.attention.masks import buffer_attention_mask, tree_attention_mask
+from msd_hf.compat import CACHE_NAME
 from msd_hf.compiled import compile as compiled
-from msd_hf.decoding.verification import logits_shown
+from msd_hf.decoding import pair as pair_states
 from msd_hf.kv.slots import ContextSlots
-from msd_hf.release import CACHE_NAME
+from msd_hf.observer import observing
 from msd_hf.tree.candidate import CandidateTree
 
 
@@ -27,7 +29,7 @@ from msd_hf.tree.candidate import CandidateTree
 def uncompiled(monkeypatch):
     """What is compiled runs as it is: here it is about what goes in and out."""
     monkeypatch.setattr(compiled, "_compile", lambda function, mode: function)
-    monkeypatch.setattr(compiled, "_compiled", {})
+    monkeypatch.setattr(pair_states, "_pairs", weakref.WeakKeyDictionary())  # nothing compiled is kept
 
 
 @contextlib.contextmanager
@@ -246,7 +248,7 @@ def test_a_branch_of_text_that_repeats_itself_ends_before_an_image():
     inputs["input_ids"][0, -2:] = 7  # and, with the next token, at the end
     options = {"max_new_tokens": 8, "suppress_tokens": [token for token in range(tiny.VOCAB_SIZE) if token != 7]}
     proposed: list[list[int]] = []
-    with logits_shown(lambda tree, logits: proposed.append(tree.tokens[0, 1:].tolist())):
+    with observing(on_logits=lambda tree, logits: proposed.append(tree.tokens[0, 1:].tolist())):
         output = pair.target.generate(**inputs, **options, assistant_model=draft)
     assert output[0, -8:].tolist() == [7] * 8
     assert not any(tiny.IMAGE_TOKEN_ID in tokens for tokens in proposed)

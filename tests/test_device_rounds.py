@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 
 import pytest
 import tiny
@@ -13,12 +14,13 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from msd_hf.attention import split as split_attention
 from msd_hf.attention.split import find_live_slots
-from msd_hf.compiled.compile import compile as compiled
+from msd_hf.compat import CACHE_NAME
+from msd_hf.compiled import compile as compiled
 from msd_hf.decoding import loop as generation
+from msd_hf.decoding import pair as pair_states
 from msd_hf.decoding.device_rounds import DeviceRounds
 from msd_hf.drafting import fixed as static_drafting
 from msd_hf.kv import fixed as static_cache
-from msd_hf.release import CACHE_NAME
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +35,7 @@ def rounds(monkeypatch):
 
     monkeypatch.setattr(generation, "DeviceRounds", Counted)
     monkeypatch.setattr(compiled, "_compile", lambda function, mode: function)
-    monkeypatch.setattr(compiled, "_compiled", {})
+    monkeypatch.setattr(pair_states, "_pairs", weakref.WeakKeyDictionary())  # nothing compiled is kept
     return served
 
 

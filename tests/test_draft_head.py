@@ -21,7 +21,7 @@ def best_candidates(draft, target, states, is_compiled: bool) -> tuple[torch.Ten
     if not is_compiled:
         return head.top_k(states, TOP_K)
     head.keep_address()
-    return head.static_top_k(states, TOP_K)
+    return head.compiled_top_k(states, TOP_K)
 
 
 @pytest.mark.parametrize("vocabulary", [None, OWN_VOCABULARY], ids=["whole", "own"])

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.generation import ContinuousBatchingConfig, EosTokenCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from msd_hf.release import CACHE_NAME
+from msd_hf.compat import CACHE_NAME
 
 
 FIELDS = {name for name in vars(GenerationConfig()) if not name.startswith("_")}

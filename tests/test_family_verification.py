@@ -11,10 +11,12 @@ import torch
 from families import FAMILIES, FIRST_TEXT_TOKEN_ID, NUM_TEXT_TOKENS
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from msd_hf.compat import CACHE_NAME
 from msd_hf.decoding.running_rows import RunningRows
 from msd_hf.decoding.verification import Verification
 from msd_hf.kv.in_place import make_in_place
-from msd_hf.release import CACHE_NAME
+from msd_hf.kv.slots import ContextSlots
+from msd_hf.kv.transaction import CacheTransaction
 from msd_hf.target.adapter import TargetAdapter
 from msd_hf.tree.candidate import CandidateTree
 
@@ -51,7 +53,9 @@ def decode_trees(target: PreTrainedModel, input_ids: torch.Tensor, *args: Any, r
     rows = range(len(input_ids))
     tokens = [[random_token(rng)] for _ in rows]
     logits: list[list[torch.Tensor]] = [[] for _ in rows]
-    running = RunningRows(cache, prefill.prompt_mask, prefill.next_position, [row[-1] for row in tokens])
+    slots = CacheTransaction(cache, ContextSlots([0] * len(tokens)))
+    slots.commit_prompt(prefill.prompt_mask)
+    running = RunningRows(slots, prefill.next_position, [row[-1] for row in tokens])
     for number in range(NUM_ROUNDS):
         num_nodes = 1 if number % 3 == 2 else NUM_NODES  # a root alone may need no mask
         tree = CandidateTree.from_parents(

@@ -186,8 +186,9 @@ def test_a_draft_learns_the_same_from_the_cache(
         (embeds, cached["hidden_states"], cached["visual_mask"]),
         (features.inputs_embeds, features.hidden_states, features.visual_mask),
     ):
-        rows = draft_rows(*batch, trained)
-        states = draft(rows.inputs_embeds, rows.hidden_states, rows.visual_mask).last_hidden_state
+        rows = draft_rows(*batch, trained, adapter.reads)
+        layer_states, last = adapter.reads.split(rows.hidden_states)
+        states = draft(rows.inputs_embeds, last, rows.visual_mask, layer_states=layer_states).last_hidden_state
         results.append((states[trained], rows.goals[trained]))
     assert features.visual_mask.any() and trained.sum() > 50
     torch.testing.assert_close(results[0], results[1], atol=1e-8, rtol=1e-8)

@@ -32,7 +32,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from msd_hf import MSDDraftModel, MSDError, MSDGenerateOutput, MSDPairingError
-from msd_hf.release import CACHE_NAME
+from msd_hf.compat import CACHE_NAME
 
 
 TREES = [(59, 5, 10), (7, 5, 1), (1, 0, 1)]

@@ -22,12 +22,12 @@ from transformers import (
     WatermarkingConfig,
 )
 
+from msd_hf.compat import CACHE_NAME
 from msd_hf.decoding.batch_selection import BatchSelector
-from msd_hf.decoding.loop import MSDGenerateOutput
+from msd_hf.decoding.result import MSDGenerateOutput
 from msd_hf.decoding.verification import verify
-from msd_hf.drafting.generator import MSDCandidateGenerator
+from msd_hf.drafting.growing import GrowingDrafter
 from msd_hf.evaluation.methods import ASSISTED_CHAIN, TREE, Method
-from msd_hf.release import CACHE_NAME
 from msd_hf.target.adapter import TargetAdapter
 from msd_hf.tree.settings import TreeSettings
 
@@ -374,7 +374,7 @@ def propose_tree(pair: tiny.Pair, adapter: TargetAdapter, first: int):
     prompt, target = small_prompt()["input_ids"], pair.target
     config = target._prepare_generation_config(None)[0]
     prefill = adapter.prefill(prompt, config, {CACHE_NAME: DynamicCache(), "use_cache": True, "attention_mask": None})
-    generator = MSDCandidateGenerator(pair.draft, adapter)
+    generator = GrowingDrafter(pair.draft, adapter)
     generator.prefill(prefill, torch.tensor([first]))
     return generator.propose(torch.tensor([first]), TreeSettings(*SMALL_TREE))
 

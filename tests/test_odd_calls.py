@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LogitsP
 from transformers.generation.streamers import BaseStreamer
 
 from msd_hf import MSDDraftConfig, MSDDraftModel
-from msd_hf.compiled.compile import compile as compiled
+from msd_hf.compat import CACHE_NAME
+from msd_hf.compiled import compile as compiled
 from msd_hf.errors import MSDPairingError, MSDUnsupportedError
-from msd_hf.release import CACHE_NAME
 
 
 class MixRows(LogitsProcessor):

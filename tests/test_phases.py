@@ -5,8 +5,9 @@ import itertools
 import pytest
 from tiny import make_prompt, pair
 
-from msd_hf import phases
-from msd_hf.phases import PhaseTimer, phase
+from msd_hf.evaluation import phase_timer as phases
+from msd_hf.evaluation.phase_timer import PhaseTimer
+from msd_hf.observer import phase
 
 
 @pytest.fixture

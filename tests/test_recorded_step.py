@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections import defaultdict
 
 import pytest
 import torch
 
-from msd_hf.compiled.compile import cuda_graphs as recorded_step
-from msd_hf.compiled.cuda_graphs import RecordedStep, Recorder
+from msd_hf.compiled.cuda_graphs import RecordedStep, Recorder, RecordingMemory
 
 
 class Graph:
@@ -61,8 +59,7 @@ def recorder(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: None)
-    monkeypatch.setattr(recorded_step, "_spare_rooms", defaultdict(list))
-    return Recorder(torch.device("cuda"))
+    return Recorder(torch.device("cuda"), RecordingMemory())
 
 
 def step_of(recorder, name="call"):
@@ -91,7 +88,7 @@ def test_steps_and_later_recorders_share_the_memory(recorder):
         for step in steps:
             step.close()
         recorder.close()
-        recorder = Recorder(recorder.device)
+        recorder = Recorder(recorder.device, recorder._memory)
     assert Graph.made == 5
 
 
@@ -107,7 +104,7 @@ def test_no_step_is_recorded_behind_one_that_cannot_be(recorder, monkeypatch, fa
     assert (first._graph is not None) == (failing == 2) and second._graph is None
     assert not recorder.is_recording and gc.isenabled()
     recorder.close()
-    assert not recorded_step._spare_rooms[recorder.device]  # its memory is not trusted any more
+    assert not recorder._memory._arenas  # its memory is not trusted any more
 
 
 @pytest.mark.parametrize("ends", [True, False])
@@ -129,7 +126,7 @@ def test_errors_of_the_function_are_not_hidden(recorder, monkeypatch, ends):
 
 def test_elsewhere_it_is_called_each_time():
     calls = []
-    recorder = Recorder(torch.device("cpu"))
+    recorder = Recorder(torch.device("cpu"), RecordingMemory())
     step = RecordedStep(lambda: calls.append(0), recorder)
     for _ in range(3):
         step()

@@ -28,8 +28,8 @@ from transformers.generation import utils
 
 import msd_hf
 from msd_hf import MSDDraftModel, MSDError
+from msd_hf.compat import CACHE_NAME
 from msd_hf.hook.refusals import REFUSED_ARGUMENTS
-from msd_hf.release import CACHE_NAME
 from msd_hf.target.adapter import TargetAdapter
 
 

@@ -12,7 +12,7 @@ from test_tree import random_growth
 from transformers import DynamicCache
 
 from msd_hf import MSDDraftModel, MSDError
-from msd_hf.release import CACHE_NAME
+from msd_hf.compat import CACHE_NAME
 from msd_hf.tree.candidate import CandidateTree
 from msd_hf.tree.settings import TreeSettings
 from msd_hf.tree.suffix import SuffixIndex

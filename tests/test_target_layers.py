@@ -35,15 +35,20 @@ def test_a_new_draft_reads_the_last_state_alone_until_it_is_trained(tmp_path):
     assert without.feature_proj is None
     without.load_state_dict({k: v for k, v in with_layers.state_dict().items() if "feature_proj" not in k})
     inputs = make_prompt(0, images_at=(2,))
-    wide = TargetAdapter(target, [0, 1]).features(**inputs)
+    adapter = TargetAdapter(target, [0, 1])
+    wide = adapter.features(**inputs)
+    layer_states, last = adapter.reads.split(wide.hidden_states)
     narrow = TargetAdapter(target).features(**inputs)
-    given = (wide.inputs_embeds, wide.hidden_states, wide.visual_mask)
-    torch.testing.assert_close(with_layers(*given)[0], without(given[0], narrow.hidden_states, given[2])[0])
+    given = {"inputs_embeds": wide.inputs_embeds, "hidden_states": last, "visual_mask": wide.visual_mask}
+    assert torch.equal(last, narrow.hidden_states)
+    given["layer_states"] = layer_states
+    expected = without(wide.inputs_embeds, narrow.hidden_states, wide.visual_mask)[0]
+    torch.testing.assert_close(with_layers(**given)[0], expected)
     torch.nn.init.normal_(with_layers.feature_proj.weight)
-    assert not torch.allclose(with_layers(*given)[0], without(given[0], narrow.hidden_states, given[2])[0])
+    assert not torch.allclose(with_layers(**given)[0], expected)
     with_layers.save_pretrained(tmp_path)
     loaded = MSDDraftModel.from_pretrained(tmp_path)
-    torch.testing.assert_close(loaded(*given)[0], with_layers(*given)[0])
+    torch.testing.assert_close(loaded(**given)[0], with_layers(**given)[0])
 
 
 @pytest.mark.parametrize("do_sample", [False, True])

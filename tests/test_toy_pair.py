@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from msd_hf import MSDDraftModel
-from msd_hf.decoding import running_rows
+from msd_hf.decoding.running_rows import RunningRows
 from msd_hf.evaluation import mean_acceptance_length
 from msd_hf.prompts import build_inputs
 from msd_hf.toy import DRAFT_DIR, TARGET_DIR
@@ -57,10 +57,15 @@ def test_slots_of_the_path_that_the_draft_believes_in_need_not_move(pair, monkey
     draft = copy.deepcopy(draft)
     draft.generation_config.update(num_assistant_tokens=24, tree_depth=6, tree_top_k=4)
     in_place = []
-    keep_paths = running_rows.keep_paths
-    monkeypatch.setattr(
-        running_rows, "keep_paths", lambda *arguments: (in_place.append(arguments[2] is None), keep_paths(*arguments))
-    )
+    commit = RunningRows.settle
+
+    def look(running):
+        unsettled = running._unsettled
+        if unsettled is not None:
+            in_place.append(all(path[-1] == len(path) - 1 for path in unsettled[0].paths))
+        commit(running)
+
+    monkeypatch.setattr(RunningRows, "settle", look)
     for prompt in make_evaluation_prompts(prompts_per_kind=1, seed=3)[:4]:
         target.generate(
             **build_inputs(processor, prompt.question, prompt.image), assistant_model=draft, max_new_tokens=60

@@ -1,11 +1,11 @@
-"""Unrolled passes against what drafting does: `MSDCandidateGenerator` growing a chain from each row."""
+"""Unrolled passes against what drafting does: `GrowingDrafter` growing a chain from each row."""
 
 import pytest
 import torch
 from tiny import build_draft, build_target
 
 from msd_hf.attention.masks import tree_attention_mask
-from msd_hf.drafting.generator import MSDCandidateGenerator
+from msd_hf.drafting.growing import GrowingDrafter
 from msd_hf.kv.in_place import truncate
 from msd_hf.kv.slots import ContextSlots
 from msd_hf.target.adapter import TargetAdapter
@@ -26,15 +26,17 @@ def test_pass_k_equals_drafting_k_tokens_deep(attention, target_layers):
     features = adapter.features(tokens)
     visual_mask = torch.zeros_like(tokens, dtype=torch.bool)
     visual_mask[:, 2:4] = True
-    rows = draft_rows(features.inputs_embeds, features.hidden_states, visual_mask, ~visual_mask)
+    rows = draft_rows(features.inputs_embeds, features.hidden_states, visual_mask, ~visual_mask, adapter.reads)
+    layer_states, last_states = adapter.reads.split(rows.hidden_states)
     passes = list(unrolled_states(draft, rows, num_passes))
     # The oracle: feed rows 0..i with true states, then the following tokens one by one with the draft's own output.
     for last_true in range(3, length - num_passes):
-        generator = MSDCandidateGenerator(draft, adapter)
+        generator = GrowingDrafter(draft, adapter)
         states = draft(
             rows.inputs_embeds[:, : last_true + 1],
-            rows.hidden_states[:, : last_true + 1],
+            last_states[:, : last_true + 1],
             rows.visual_mask[:, : last_true + 1],
+            layer_states=None if layer_states is None else layer_states[:, : last_true + 1],
             past_key_values=generator.cache,
         ).last_hidden_state[:, -1:]
         torch.testing.assert_close(passes[0][:, last_true : last_true + 1], states, atol=2e-6, rtol=0)

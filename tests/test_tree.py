@@ -10,7 +10,7 @@ from torch import nn
 
 from msd_hf import MSDError
 from msd_hf.attention.masks import tree_attention_mask
-from msd_hf.drafting.generator import MSDCandidateGenerator
+from msd_hf.drafting.growing import GrowingDrafter
 from msd_hf.kv.slots import ContextSlots
 from msd_hf.target.adapter import TargetAdapter, TargetPrefill
 from msd_hf.tree.candidate import CandidateTree
@@ -44,7 +44,7 @@ def test_trees_of_three_rounds_reproduce_the_original(name, dtype, tmp_path):
         head_module=head_module,
         logit_cap=None,
     )
-    generator = MSDCandidateGenerator(draft, target)
+    generator = GrowingDrafter(draft, target)
     settings = TreeSettings(info["total_tokens_arg"], info["depth"], info["top_k"])
 
     token = torch.tensor([info["sample_token"]])
@@ -226,7 +226,7 @@ def test_tokens_that_are_fed_together_see_those_before_them():
     tokens = torch.randint(3, 40, (1, num_tokens))
     trees, keys = [], []
     for parts in ([num_tokens], [1] * num_tokens):
-        generator = MSDCandidateGenerator(pair.draft, adapter)
+        generator = GrowingDrafter(pair.draft, adapter)
         with torch.no_grad():
             generator.prefill(prefill_of_text(embeds, states), torch.tensor([5]))
             for part, part_states in zip(tokens.split(parts, 1), new_states.split(parts, 1), strict=True):
@@ -249,7 +249,7 @@ def test_each_row_of_a_batch_gets_the_tree_that_it_gets_alone():
     tokens = torch.tensor([5, 9, 23])
 
     def draft(rows):
-        generator = MSDCandidateGenerator(pair.draft, adapter)
+        generator = GrowingDrafter(pair.draft, adapter)
         with torch.no_grad():
             generator.prefill(prefill_of_text(embeds[rows], states[rows]), tokens[rows])
             return generator.propose(tokens[rows], TreeSettings(25, 4, 3))

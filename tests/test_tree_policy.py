@@ -11,8 +11,7 @@ import tiny
 import torch
 
 from msd_hf import MSDDraftModel
-from msd_hf.decoding.sizing import make_tree_policy
-from msd_hf.target.adapter import TargetAdapter
+from msd_hf.decoding.pair import state_of
 from msd_hf.tree.experience import Experience
 from msd_hf.tree.growth import TreeGrowth
 from msd_hf.tree.policy import AdaptiveTreePolicy
@@ -352,11 +351,13 @@ def test_after_drafting_has_paid_the_next_pause_is_a_short_one():
 def test_what_is_learnt_is_kept_apart_by_batch_size():
     """A verification of a batch costs more, and its rows are accepted otherwise."""
     pair = tiny.pair(1)
-    adapter, settings = TargetAdapter(pair.target), TreeSettings(64, 15, 4, is_auto=True)
-    sizes = (1, 2, 4, 1, 2, 4)
-    learnt = [make_tree_policy(settings, pair.draft, adapter, batch_size).experience for batch_size in sizes]
-    assert all(one is other for one, other in zip(learnt[:3], learnt[3:], strict=True))
-    assert len(set(map(id, learnt))) == 3
+    draft = auto(pair.draft)
+    seen = []
+    for batch_size in (1, 2, 4, 1, 2, 4):
+        inputs = tiny.left_padded([tiny.make_prompt(seed, 5) for seed in range(batch_size)])
+        pair.target.generate(**inputs, max_new_tokens=4, assistant_model=draft)
+        seen.append(len(state_of(pair.target, draft).experiences))
+    assert seen == [1, 2, 3, 3, 3, 3]
 
 
 def test_a_useless_draft_is_hardly_run():

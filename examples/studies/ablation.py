@@ -1,8 +1,8 @@
 """
 What each part of the training brings, on the toy world: a table, a JSON file and a plot for each study.
 
-    python examples/studies/ablation.py --study paper     # {decoupled, not} x {text, visual, mixed, two-stage}
-    python examples/studies/ablation.py --study recipes   # the paper's recipe, each addition to it, and the recommended one
+    python examples/studies/ablation.py --study paper    # {decoupled, not} x {text, visual, mixed, two-stage}
+    python examples/studies/ablation.py --study recipes  # the paper's, each addition to it, and the recommended one
 
 Every draft is trained for the same number of steps on cached features of the same conversations, with the same
 optimizer, and measured on held-out prompts: tau, and speedup from interleaved runs. Finished parts are kept in the

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache, HfArgumentParser
 
-from msd_hf.kv.in_place import keep_paths, make_in_place, truncate
+from msd_hf.kv.in_place import make_in_place, truncate
 from msd_hf.kv.slots import ContextSlots
+from msd_hf.kv.transaction import CacheTransaction
 
 
 @dataclass
@@ -53,7 +54,7 @@ def round_milliseconds(args: BenchArguments, context: int, in_place: bool) -> fl
         for layer in range(args.layers):
             cache.update(nodes, nodes, layer)
         if in_place:
-            keep_paths(cache, slots, path, [args.accepted])
+            CacheTransaction(cache, slots).commit([args.accepted], path)
         else:
             cache.crop(args.accepted - args.nodes)  # a chain: the accepted slots are the first already
         wait(device)

@@ -15,7 +15,7 @@ from rich.table import Table
 from transformers import AutoProcessor, HfArgumentParser, LlavaForConditionalGeneration
 
 from msd_hf import MSDDraftModel
-from msd_hf.phases import PhaseTimer
+from msd_hf.evaluation.phase_timer import PhaseTimer
 from msd_hf.prompts import build_inputs
 from msd_hf.toy import DRAFT_DIR, TARGET_DIR
 from msd_hf.toy.accuracy import make_evaluation_prompts

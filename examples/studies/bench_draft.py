@@ -22,12 +22,13 @@ from transformers import Cache, HfArgumentParser
 from transformers.utils import ModelOutput
 
 from msd_hf.attention.masks import tree_attention_mask
-from msd_hf.drafting.generator import MSDCandidateGenerator
+from msd_hf.drafting.growing import GrowingDrafter
 from msd_hf.drafting.step import DraftingStep
+from msd_hf.evaluation.phase_timer import PhaseTimer
 from msd_hf.evaluation.shapes import build_pair, shape_config
 from msd_hf.kv.in_place import InPlaceLayer, truncate
 from msd_hf.kv.slots import ContextSlots
-from msd_hf.phases import PhaseTimer, phase
+from msd_hf.observer import phase
 from msd_hf.target.adapter import TargetAdapter, TargetPrefill
 from msd_hf.tree.settings import TreeSettings
 
@@ -94,7 +95,7 @@ class Drafting:
     """Rounds of drafting, as the decoding loop makes them."""
 
     def __init__(self, args: BenchArguments, adapter: TargetAdapter, draft):
-        self.generator = MSDCandidateGenerator(draft, adapter)
+        self.drafter = GrowingDrafter(draft, adapter, best_path_first=True)
         self.settings = TreeSettings(args.nodes, args.depth, args.top_k)
         self.tokens = torch.randint(args.vocabulary, (1, args.accepted), device=draft.device)
         self.roots = self.tokens[:, -1].clone()
@@ -111,12 +112,12 @@ class Drafting:
             num_slots=length,
             outputs=ModelOutput(),
         )
-        self.generator.prefill(prefill, torch.tensor([1], device=draft.device))
+        self.drafter.prefill(prefill, torch.tensor([1], device=draft.device))
 
     def __call__(self) -> None:
         with phase("decode"):
-            self.generator.accept(self.tokens, self.hidden_states, [self.tokens.shape[1]])
-            self.generator.propose(self.roots, self.settings, best_path_first=True)
+            self.drafter.accept(self.tokens, self.hidden_states, [self.tokens.shape[1]])
+            self.drafter.propose(self.roots, self.settings)
 
     def measure(self, device: torch.device) -> dict[str, float]:
         """Milliseconds of a tree as it is, and of the phases of another one."""

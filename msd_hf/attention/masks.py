@@ -1,4 +1,8 @@
-"""Additive attention masks of candidate trees over a cached context."""
+"""Additive attention masks of chains and candidate trees over a cached context.
+
+Additive and in the model's dtype, because eager attention adds a mask as it is, and sdpa on a CPU misreads other
+dtypes.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,17 @@ import torch
 from torch.nn import functional
 
 from ..kv.slots import ContextSlots
+
+
+def additive_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where `visible` (bool, any shape) is true, the dtype's minimum elsewhere."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+def chain_visibility(length: int, device: torch.device) -> torch.Tensor:
+    """Which nodes of a chain each node sees, itself included: `[length, length]`."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
 def tree_attention_mask(
@@ -16,19 +31,18 @@ def tree_attention_mask(
     depths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    The additive attention mask of tree nodes over a cached context and the nodes themselves. Additive and in the
-    model's dtype because eager attention adds a mask as it is, and because sdpa on CPU mistakes other dtypes.
+    The mask of tree nodes over a cached context and the nodes themselves.
 
     Args:
         visible (`torch.BoolTensor` of shape `[B, T, E]`): which of E nodes behind the context each of T queries sees.
-        context (`ContextSlots`): of S slots, which come before the nodes.
+        context (`ContextSlots`): S slots, which come before the nodes.
         dtype (`torch.dtype`): dtype of the model.
-        window (`int`, *optional*): of a sliding-window layer: no token sees another one `window` or more before it.
-        depths (`torch.LongTensor` of shape `[B, E]`, *optional*): with a window, where T = E: how far behind the
-            context each node stands.
+        window (`int`, *optional*): of a sliding-window layer: a token sees fewer than `window` tokens back.
+        depths (`torch.LongTensor` of shape `[B, E]`, *optional*): needed with a window, where T = E: the distance of
+            each node from the end of the context.
 
     Returns:
-        `torch.Tensor` of shape `[B, 1, T, S + E]`: 0 where attention is allowed, the dtype's minimum elsewhere.
+        `torch.Tensor` of shape `[B, 1, T, S + E]`.
     """
     batch_size, num_queries, num_nodes = visible.shape
     num_slots, device = context.num_slots, visible.device
@@ -36,7 +50,7 @@ def tree_attention_mask(
     lowest = torch.finfo(dtype).min
     if window is not None:
         assert depths is not None
-        visible = visible & (depths.unsqueeze(2) - depths.unsqueeze(1) < window)
+        visible = _within_window(visible, depths, window)
         first = context.row_lengths(device).unsqueeze(1) + depths - window + 1  # [B, T]: first slot in the window
         outside = torch.arange(num_slots, device=device) < first.unsqueeze(2)  # [B, T, S]
         mask[..., :num_slots].masked_fill_(outside.unsqueeze(1), lowest)
@@ -57,22 +71,21 @@ def buffer_attention_mask(
     window: int | None = None,
 ) -> torch.Tensor:
     """
-    The same for whole buffers, into which the nodes go at a place that only the device has to know.
+    The mask of tree nodes over whole buffers. Only the device has to know where the nodes lie in them.
 
     Args:
         visible (`torch.BoolTensor` of shape `[B, N, N]`): which nodes each node sees.
-        depths (`torch.LongTensor` of shape `[B, N]`): how far behind the context each node stands.
-        first_slot (`torch.LongTensor` of shape `[1]`): of the nodes.
-        context (`ContextSlots`): gives padding; and what each row uses, if some use less than others. Otherwise the
-            context reaches up to the nodes.
-        num_slots (`int`): of the buffers, S.
+        depths (`torch.LongTensor` of shape `[B, N]`): the distance of each node from the end of the context.
+        first_slot (`torch.LongTensor` of shape `[1]`): the slot of the first node.
+        context (`ContextSlots`): gives padding, and the slots of each row if they differ. Otherwise the context
+            reaches up to the nodes.
+        num_slots (`int`): slots of the buffers, S.
         dtype, window: as in [`tree_attention_mask`].
 
     Returns:
         `torch.Tensor` of shape `[B, 1, N, S]`.
     """
-    batch_size, num_nodes = depths.shape
-    device = depths.device
+    num_nodes, device = depths.shape[1], depths.device
     slots = torch.arange(num_slots, device=device)
     ends = context.row_lengths(device) if context.is_ragged else first_slot  # of the context
     ends = ends.unsqueeze(1)  # [B, 1], or one for all rows
@@ -81,13 +94,17 @@ def buffer_attention_mask(
         missing = num_slots - context.prompt_mask.shape[1]
         seen = seen & functional.pad(context.prompt_mask.to(device), (0, missing), value=True).unsqueeze(1)
     if window is not None:
-        visible = visible & (depths.unsqueeze(2) - depths.unsqueeze(1) < window)
+        visible = _within_window(visible, depths, window)
         seen = seen & (slots >= (ends + depths - window + 1).unsqueeze(2))
-    nodes = slots - first_slot  # which node has that slot
+    nodes = slots - first_slot  # the node in each slot
     is_node = (nodes >= 0) & (nodes < num_nodes)
     seen = torch.where(is_node, visible.index_select(2, nodes.clamp(0, num_nodes - 1)), seen)
-    mask = torch.zeros(batch_size, num_nodes, num_slots, dtype=dtype, device=device)
-    return mask.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
+    return additive_mask(seen, dtype).unsqueeze(1)
 
 
-__all__ = ["buffer_attention_mask", "tree_attention_mask"]
+def _within_window(visible: torch.Tensor, depths: torch.Tensor, window: int) -> torch.Tensor:
+    """Nodes that are visible and less than `window` levels above the query."""
+    return visible & (depths.unsqueeze(2) - depths.unsqueeze(1) < window)
+
+
+__all__ = ["additive_mask", "buffer_attention_mask", "chain_visibility", "tree_attention_mask"]

@@ -1,9 +1,8 @@
-"""Forwards of fixed shapes under `torch.compile`: with CUDA graphs on a GPU, as larger kernels on a CPU."""
+"""Forwards of fixed shapes under `torch.compile`: as CUDA graphs on a GPU, as larger kernels on a CPU."""
 
 from __future__ import annotations
 
 import types
-import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,10 +15,6 @@ from ..errors import MSDUnsupportedError
 
 
 BACKEND = "inductor"
-
-# Of models, the compiled functions by shape: Dynamo would go through all compilations of one function at each call,
-# and not compile any more after the eighth.
-_compiled: weakref.WeakKeyDictionary[nn.Module, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
 
 
 def is_compiled(generation_config: Any) -> bool:
@@ -34,60 +29,67 @@ def is_compiled(generation_config: Any) -> bool:
     return bool(value)
 
 
-def run_compiled(
-    function: Callable[..., Any],
-    shape: tuple[Hashable, ...],
-    device: torch.device,
-    model: nn.Module,
-    *args: Any,
-    cuda_graphs: bool = True,
-) -> Any:
-    """
-    Calls a function of the module level, compiled for the shapes of its arguments.
+class CompiledFunctions:
+    """The compiled functions of a pair, by function and shapes.
 
-    On a GPU what it returns lies in the memory of a CUDA graph, where the next compiled call overwrites it: copy what
-    is needed longer.
-
-    Args:
-        function (`Callable`): is compiled.
-        shape (`tuple[Hashable, ...]`): all that differs from call to call in the shapes of its arguments, and in
-            those that are no tensors.
-        device (`torch.device`): of them.
-        model (`nn.Module`): its first argument.
-        args: the others.
-        cuda_graphs (`bool`): not where the caller records one that this call is part of.
+    One compilation for each shape: Dynamo would test all compilations of one function at each call, and would not
+    compile any more after the eighth.
     """
-    mode = None
-    if cuda_graphs and device.type == "cuda" and BACKEND == "inductor":
-        mode = "reduce-overhead"  # CUDA graphs
-        torch.compiler.cudagraph_mark_step_begin()
-    of_model = _compiled.setdefault(model, {})
-    key = (function, shape, BACKEND, mode)
-    if key not in of_model:
-        of_model[key] = _compile(function, mode)
-    return of_model[key](model, *args)
+
+    def __init__(self) -> None:
+        self._functions: dict[Hashable, Callable[..., Any]] = {}
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        shape: tuple[Hashable, ...],
+        device: torch.device,
+        *args: Any,
+        cuda_graphs: bool = True,
+    ) -> Any:
+        """
+        Calls a function of the module level, compiled for the shapes of its arguments.
+
+        On a GPU the result lies in the memory of a CUDA graph, which the next compiled call overwrites: copy what is
+        needed longer.
+
+        Args:
+            function (`Callable`): is compiled.
+            shape (`tuple[Hashable, ...]`): everything that differs from call to call in the shapes of the arguments,
+                and in arguments that are not tensors.
+            device (`torch.device`): of the arguments.
+            args: of the function.
+            cuda_graphs (`bool`): `False` where the caller records a graph that this call is part of.
+        """
+        mode = None
+        if cuda_graphs and device.type == "cuda" and BACKEND == "inductor":
+            mode = "reduce-overhead"  # CUDA graphs
+            torch.compiler.cudagraph_mark_step_begin()
+        key = (function, shape, BACKEND, mode)
+        if key not in self._functions:
+            self._functions[key] = _compile(function, mode)
+        return self._functions[key](*args)
+
+    @contextmanager
+    def compiled_decoder(self, decoder: nn.Module, shape: tuple[int, ...], cuda_graphs: bool = True) -> Iterator[None]:
+        """Compiles the forward of a decoder inside the `with` block; see `run`. Hooks on the decoder itself run around
+        the compiled code."""
+
+        def forward(**kwargs: Any) -> Any:
+            device = kwargs["position_ids"].device
+            return self.run(_decoder_forward, shape, device, decoder, kwargs, cuda_graphs=cuda_graphs)
+
+        decoder.forward = forward  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del decoder.forward
 
 
 def _compile(function: Callable[..., Any], mode: str | None) -> Callable[..., Any]:
-    # Dynamo keeps its compilations with the code object.
+    # Dynamo keeps its compilations with the code object, so each compilation gets a code object of its own.
     own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     return torch.compile(own, backend=BACKEND, mode=mode, dynamic=False)
-
-
-@contextmanager
-def compiled_decoder(decoder: nn.Module, shape: tuple[int, ...], cuda_graphs: bool = True) -> Iterator[None]:
-    """Compiles the forward of a decoder as long as this is open, see [`run_compiled`]. Hooks on the decoder itself run
-    around it."""
-
-    def forward(**kwargs: Any) -> Any:
-        device = kwargs["position_ids"].device
-        return run_compiled(_decoder_forward, shape, device, decoder, kwargs, cuda_graphs=cuda_graphs)
-
-    decoder.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del decoder.forward
 
 
 def _decoder_forward(decoder: nn.Module, kwargs: dict[str, Any]) -> Any:
@@ -95,9 +97,9 @@ def _decoder_forward(decoder: nn.Module, kwargs: dict[str, Any]) -> Any:
 
 
 def has_compiled_part(target: PreTrainedModel) -> bool:
-    """Whether somebody has compiled a target, or modules of it, before."""
+    """Whether the user has compiled the target or one of its modules."""
     return any(
-        # `vars`, since modules answer slowly for what they lack.
+        # `vars`, because a module is slow to say that it lacks an attribute.
         vars(module).get("_compiled_call_impl") is not None
         or isinstance(module, torch._dynamo.OptimizedModule)
         or hasattr(vars(module).get("forward", type(module).forward), "_torchdynamo_orig_callable")
@@ -105,4 +107,4 @@ def has_compiled_part(target: PreTrainedModel) -> bool:
     )
 
 
-__all__ = ["compiled_decoder", "has_compiled_part", "is_compiled", "run_compiled"]
+__all__ = ["CompiledFunctions", "has_compiled_part", "is_compiled"]

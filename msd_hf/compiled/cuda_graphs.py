@@ -1,9 +1,8 @@
-"""Work that is the same each time, as CUDA graphs."""
+"""Steps that are the same in every round, recorded as CUDA graphs."""
 
 from __future__ import annotations
 
 import gc
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
@@ -17,61 +16,77 @@ logger = logging.get_logger(__name__)
 Result = TypeVar("Result")
 
 
+class RecordingMemory:
+    """Memory for recorded graphs that earlier calls have left, by device."""
+
+    def __init__(self) -> None:
+        self._arenas: dict[torch.device, list[_Arena]] = {}
+
+    def take(self, device: torch.device) -> _Arena:
+        """Memory that no recorder uses."""
+        spare = self._arenas.get(device)
+        return spare.pop() if spare else _Arena(device)
+
+    def leave(self, arena: _Arena) -> None:
+        """Keeps the memory for the next recorder."""
+        self._arenas.setdefault(arena.device, []).append(arena)
+
+
 class Recorder:
     """
-    What steps share that run one after the other, each with what those before it gave. On a GPU their graphs lie in
-    one memory, which later recorders of the device use again. With the first step that cannot be recorded all
-    recording ends: a graph must not read what is made anew each time.
+    Shared by steps that run one after the other, each with the results of those before it. On a GPU their graphs lie
+    in one block of memory. After the first step that cannot be recorded nothing is recorded any more: a graph must not
+    read tensors that are made anew each time.
 
     Args:
         device (`torch.device`): where the steps run.
+        memory (`RecordingMemory`): of earlier calls.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, memory: RecordingMemory):
         self.device = device
         self.is_recording = device.type == "cuda"
-        self._room: _Room | None = None
+        self._memory = memory
+        self._arena: _Arena | None = None
 
     def record(self, function: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result] | None:
-        """
-        Calls a function while the device does nothing but note what it would have to do. `None` where that is not
-        possible.
-        """
+        """Calls a function while the device only notes what it would have to do. `None` where that is impossible."""
         current = torch.cuda.current_stream(self.device)
         try:
-            if self._room is None:
-                self._room = _spare_rooms[self.device].pop() if _spare_rooms[self.device] else _Room(self.device)
-            self._room.stream.wait_stream(current)
-            graph, result = _captured(function, self._room.stream, self._room.pool)
+            if self._arena is None:
+                self._arena = self._memory.take(self.device)
+            self._arena.stream.wait_stream(current)
+            graph, result = _captured(function, self._arena.stream, self._arena.pool)
         except RuntimeError as error:  # something in the target waits for the device
             self.is_recording = False
-            self._room = None  # who knows what state it is in
+            self._arena = None  # its state is unknown
             logger.warning_once(
                 f"A round could not be recorded as a CUDA graph, and runs more slowly without: {error}"
             )
             return None
-        current.wait_stream(self._room.stream)
+        current.wait_stream(self._arena.stream)
         return graph, result
 
     def close(self) -> None:
-        """Leaves the memory to the next one."""
-        if self._room is not None:
-            _spare_rooms[self.device].append(self._room)
-            self._room = None
+        """Leaves the memory to the next recorder."""
+        if self._arena is not None:
+            self._memory.leave(self._arena)
+            self._arena = None
 
 
 class RecordedStep(Generic[Result]):
     """
-    A function that takes nothing and does not wait for the device. What it reads and writes stays where it is, or is
-    what earlier steps of the recorder gave. On a GPU it is called once as it is, for whatever has to be made ready;
-    then it is recorded, and replayed from then on. Elsewhere it is called each time.
+    A function without arguments that does not wait for the device. What it reads and writes keeps its address, or is
+    the result of an earlier step of the recorder. On a GPU the first call runs the function as it is, so that
+    everything is set up; the second call records it, and later calls replay the recording. Elsewhere every call runs
+    the function.
 
     Args:
-        function (`Callable`): what is done.
+        function (`Callable`): the work.
         recorder (`Recorder`): shared with the other steps of a round.
 
     Attributes:
-        result: what the function gave. Tensors that a recorded function made are overwritten each time.
+        result: what the function gave. A replay overwrites the tensors that the recorded function made.
     """
 
     result: Result
@@ -95,32 +110,31 @@ class RecordedStep(Generic[Result]):
         return self.result
 
     def close(self) -> None:
-        """Lets go of what was recorded, which a reference to itself would keep until garbage is collected."""
+        """Drops the recording at once. The function may refer back to this step, so that without this it would live
+        until the next garbage collection."""
         self._graph = None
         del self._function
 
 
-class _Room:
-    """A stream to record on, and memory for what is recorded. A graph of its own, of nothing much, keeps the memory
-    when the others are gone: it would not be used again, nor given back before all other memory is taken."""
+class _Arena:
+    """A stream to record on, and the memory of the graphs. A small graph of its own keeps the memory when the others
+    are gone; otherwise the memory would neither be used again nor be given back before the device runs out."""
 
     def __init__(self, device: torch.device):
+        self.device = device
         self.stream = torch.cuda.Stream(device)
         self._graph, self._kept = _captured(lambda: torch.zeros(1, device=device), self.stream, None)
         self.pool = self._graph.pool()
 
 
-_spare_rooms: defaultdict[torch.device, list[_Room]] = defaultdict(list)
-
-
 def _captured(
     function: Callable[[], Result], stream: torch.cuda.Stream, pool: object
 ) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """Not `torch.cuda.graph`, which collects garbage first: that takes longer than some rounds."""
+    """Not `torch.cuda.graph`, which collects garbage first; that takes longer than some rounds."""
     graph = torch.cuda.CUDAGraph()
     failure: BaseException | None = None
     with _no_garbage_collection(), torch.cuda.stream(stream):
-        # What other threads do with the device meanwhile is not our business.
+        # Other threads may use the device meanwhile.
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # type: ignore[arg-type]
         try:
             result = function()
@@ -137,7 +151,7 @@ def _captured(
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """An old graph that is found to be garbage during a recording, and deleted, would end it."""
+    """A garbage collection during a recording may delete an old graph, which would end the recording."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -147,4 +161,4 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-__all__ = ["RecordedStep", "Recorder"]
+__all__ = ["RecordedStep", "Recorder", "RecordingMemory"]

@@ -1,4 +1,4 @@
-"""Verification: a walk from the root that takes the target's choice at every node until it leaves the tree.
+"""Acceptance: a walk from the root that takes the target's choice at every node until it leaves the tree.
 
 One rule serves greedy decoding and sampling. For a tree that does not depend on the random draws, taking the target's
 own choice at each node has the law of the target, and the acceptance probability of recursive rejection sampling.
@@ -6,8 +6,6 @@ own choice at each node has the law of the target, and the acceptance probabilit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,17 +15,14 @@ from .batch_selection import BatchSelector
 from .token_selection import TokenSelector
 
 
-_shown_to: Callable[[CandidateTree, torch.Tensor], None] | None = None
-
-
 @dataclass
 class Verification:
-    """What one verification forward gave, for each running row.
+    """The outcome of one verification, for each running row.
 
     Args:
         paths (`list[list[int]]`): the nodes whose slots stay in the cache: the root, then accepted ones.
-        tokens (`list[list[int]]`): the emitted tokens, as many; the last one has no slot yet.
-        num_draft_tokens (`list[int]`): how many of them were drafted.
+        tokens (`list[list[int]]`): the emitted tokens, one for each node of the path; the last one has no slot yet.
+        num_draft_tokens (`list[int]`): how many of the tokens were drafted.
     """
 
     paths: list[list[int]]
@@ -45,64 +40,46 @@ def verify(tree: CandidateTree, logits: torch.Tensor, selector: BatchSelector) -
     Walks the trees and emits tokens through `selector`.
 
     Args:
-        tree (`CandidateTree`): a tree of N nodes for each of the selector's running rows.
+        tree (`CandidateTree`): a tree of N nodes for each running row of the selector.
         logits (`torch.Tensor` of shape `[B, N, V]`): the target's, at each node.
         selector (`BatchSelector`): chooses and emits.
     """
-    show_logits(tree, logits)
     if selector.is_plain_argmax:
         return _verify_argmax(tree, logits, selector)
     return _verify_in_sequence(tree, logits, selector)
 
 
-def match_argmax(tree: CandidateTree, choices: torch.Tensor) -> torch.Tensor:
+def accepted_by_argmax(tree: CandidateTree, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The accepted path, without reading anything back from the device.
+    The accepted path of greedy decoding, without reading anything back from the device.
 
     Args:
         tree (`CandidateTree`): a batch of trees.
-        choices (`torch.LongTensor` of shape `[B, N]`): the target's choice at each node.
+        logits (`torch.Tensor` of shape `[B, N, V]`): the target's, at each node.
 
     Returns:
-        `torch.BoolTensor` of shape `[B, N]`: true at the root and at accepted nodes.
+        `torch.LongTensor` of shape `[B, N]`: the target's choice at each node; and `torch.BoolTensor` of shape
+        `[B, N]`: true at the root and at accepted nodes.
     """
-    # Siblings differ in their tokens.
-    return tree.path(tree.tokens == choices.gather(1, tree.parents))
+    choices = _argmax(logits)
+    # At most one of a node's children carries its choice, because siblings differ in their tokens.
+    return choices, tree.path(tree.tokens == choices.gather(1, tree.parents))
 
 
-def argmax_choices(logits: torch.Tensor) -> torch.Tensor:
-    """The target's choice at each node, of logits `[..., V]`."""
-    # float32 as `generate` does: a tie that arises there is resolved there. None arises from fewer bits.
+def _argmax(logits: torch.Tensor) -> torch.Tensor:
+    # In float32 as in `generate`: a tie that arises in float32 is resolved there. Lower precisions make no new tie.
     return (logits.float() if logits.dtype == torch.float64 else logits).argmax(-1)
 
 
-@contextmanager
-def logits_shown(to: Callable[[CandidateTree, torch.Tensor], None]) -> Iterator[None]:
-    """For measurements: as long as this is open, each verification hands its tree and the logits `[B, N, V]` at its
-    nodes to a function, which may change them."""
-    global _shown_to
-    before, _shown_to = _shown_to, to
-    try:
-        yield
-    finally:
-        _shown_to = before
-
-
-def show_logits(tree: CandidateTree, logits: torch.Tensor) -> None:
-    """See `logits_shown`."""
-    if _shown_to is not None:
-        _shown_to(tree, logits)
-
-
 def _verify_argmax(tree: CandidateTree, logits: torch.Tensor, selector: BatchSelector) -> Verification:
-    choices = argmax_choices(logits)
-    if choices.shape[1] == 1:
-        accepted_lists, choice_lists = [[0]] * len(choices), choices.tolist()
+    if logits.shape[1] == 1:
+        choice_lists = _argmax(logits).tolist()
+        accepted_lists = [[0]] * len(choice_lists)
     else:
-        accepted = match_argmax(tree, choices)
-        numbers = torch.arange(accepted.shape[1], device=accepted.device)
+        choices, accepted = accepted_by_argmax(tree, logits)
+        numbered = torch.arange(accepted.shape[1], device=accepted.device)
         # One read-back a round. Flat order makes an increasing list of nodes a path.
-        accepted_lists, choice_lists = torch.stack([torch.where(accepted, numbers, -1), choices]).tolist()
+        accepted_lists, choice_lists = torch.stack([torch.where(accepted, numbered, -1), choices]).tolist()
     result = Verification([], [], [])
     for group, (place,), _ in selector.groups():
         nodes = [node for node in accepted_lists[place] if node >= 0]
@@ -135,7 +112,7 @@ def _walk(
     keeps_ended_rows: bool,
     result: Verification,
 ) -> None:
-    """Walks the trees of the rows of one group in step, until one of them is left."""
+    """Walks the trees of one group's rows in step, until a row leaves its tree."""
     nodes = dict.fromkeys(places, 0)
     row_of = dict(zip(places, rows, strict=True))
     while True:
@@ -158,4 +135,4 @@ def _walk(
             return
 
 
-__all__ = ["Verification", "argmax_choices", "logits_shown", "match_argmax", "show_logits", "verify"]
+__all__ = ["Verification", "accepted_by_argmax", "verify"]

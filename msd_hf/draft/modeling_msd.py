@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,15 +14,22 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from ..compat import CACHE_NAME
 from ..errors import MSDError, MSDPairingError
-from ..release import CACHE_NAME
 from ..tree.settings import DEFAULT_NUM_ASSISTANT_TOKENS, DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K
 from .checkpoints import check_loading_info, read_original_config
 from .configuration_msd import MSDDraftConfig
+from .interface import TargetReads, register_draft
+from .plain_forward import PlainForward, PlainLayer
+from .plain_modules import TensorFunction
+
+
+# Kinds of rotary embeddings whose frequencies depend on the length of the text: they have no table of positions.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 class MSDDraftAttention(LlamaAttention):
-    """LLaMA attention of which only the query, key and value projections may have biases (the Qwen2 kind)."""
+    """LLaMA attention. Only the query, key and value projections may have biases, as in Qwen2."""
 
     def __init__(self, config: MSDDraftConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -137,15 +144,15 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
 
     def set_draft_vocab(self, tokens: Sequence[int] | torch.Tensor | None) -> None:
         """
-        Gives the draft a vocabulary of its own: candidates are looked for among these tokens alone, which makes the
-        target's head, as long as it takes to draft, as much shorter. The output stays what it is, since the target
-        verifies with all of its head. Saved with the draft.
+        Gives the draft a vocabulary of its own. Candidates come from these tokens alone, so drafting computes fewer
+        rows of the target's head. The output does not change, because the target verifies with its whole head. The
+        vocabulary is saved with the draft.
 
         Args:
-            tokens (`Sequence[int]`): ids, best the most frequent ones; `None`: all of the target's.
+            tokens (`Sequence[int]`): token ids, best the most frequent ones; `None`: the target's whole vocabulary.
 
         Raises:
-            MSDError: when there are none, or one comes twice, or is negative.
+            MSDError: when there is no id, or an id is repeated or negative.
         """
         if tokens is None:
             self.config.draft_vocab_size, self.draft_vocab = None, None
@@ -158,14 +165,14 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
 
     def head_rows(self, head: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """
-        The rows of a target's head (`[V', H]`, and its bias) that belong to the draft's own vocabulary. Copied once
-        for a head, or not at all where they are its first ones.
+        The rows of a target's head (weight `[V', H]`, and bias) that belong to the draft's own vocabulary. They are
+        copied once for a head, or not at all if they are its first rows.
 
         Returns:
-            `None` where the head is quantised, sharded or kept elsewhere, so that its rows cannot be taken.
+            `None` if rows of the head cannot be taken, because it is quantised, sharded or offloaded.
 
         Raises:
-            MSDPairingError: when the head has no such row.
+            MSDPairingError: when the head has too few rows.
         """
         assert self.draft_vocab is not None
         weight: Any = head.weight
@@ -183,7 +190,7 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         bias: Any = getattr(head, "bias", None)
         taken = weight.detach()[index]
         if taken.device.type == "cpu" and not isinstance(index, slice):
-            # A product of few rows reads it faster this way round: 8,000 rows of 1,024 took 6.1 ms for 8.4.
+            # A product of few rows reads the transposed layout faster: 8,000 rows of 1,024 took 6.1 ms instead of 8.4.
             taken = taken.t().contiguous().t()
         rows = (taken, None if bias is None else bias.detach()[index])
         self._head_rows = (weakref.ref(weight), weight._version, rows)
@@ -251,35 +258,82 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
             draft.generation_config = _default_settings()
         return (draft, loading_info) if return_loading_info else draft
 
+    @property
+    def reads(self) -> TargetReads:
+        """The hidden states of the target that the draft reads."""
+        return TargetReads(tuple(sorted(self.config.target_layers or ())), self.config.hidden_size)
+
+    @property
+    def num_cache_layers(self) -> int:
+        """Layers that keep keys and values."""
+        return len(self.layers)
+
+    def read_target(self, states: torch.Tensor) -> torch.Tensor:
+        """
+        Hidden states of the target as one input of the draft.
+
+        Args:
+            states (`torch.Tensor` of shape `[B, T, W]`): see [`TargetReads`].
+
+        Returns:
+            `torch.Tensor` of shape `[B, T, H]`.
+        """
+        layer_states, last = self.reads.split(states)
+        return self._with_layers(last, layer_states)
+
+    def _with_layers(self, hidden_states: torch.Tensor, layer_states: torch.Tensor | None) -> torch.Tensor:
+        if self.feature_proj is None or layer_states is None:
+            return hidden_states
+        return hidden_states + self.feature_proj(layer_states)
+
     def fuse(
         self,
         inputs_embeds: torch.Tensor,
         hidden_states: torch.Tensor,
         visual_mask: torch.Tensor | None = None,
+        layer_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        The input of the first layer: `fc([embedding ; hidden state])` at text positions, the projected image
-        embedding as it is at visual positions.
+        The input of the first layer: `fc([embedding ; hidden state])` at text positions, the projected image embedding
+        as it is at visual positions (paper section 3.2).
 
         Args:
             inputs_embeds (`torch.Tensor` of shape `[B, T, H]`): row j is the embedding at sequence position j + 1.
-            hidden_states (`torch.Tensor` of shape `[B, T, H]`): row j is the last hidden state (after the final norm)
-                of the target at position j. With `target_layers`, `[B, T, (1 + K) * H]`: the outputs of those K layers
-                before it, where the target's are at hand.
+            hidden_states (`torch.Tensor` of shape `[B, T, H]`): row j is the last hidden state of the target at
+                position j, after the final norm; or the output of the draft in its place.
             visual_mask (`torch.BoolTensor` of shape `[B, T]`, *optional*): true where row j is visual, that is where
                 position j + 1 is.
+            layer_states (`torch.Tensor` of shape `[B, T, K * H]`, *optional*): outputs of the K `target_layers` at
+                position j. Left out where the draft's own output stands in for the target's.
 
         Returns:
             `torch.Tensor` of shape `[B, T, H]`.
         """
-        if self.feature_proj is not None and hidden_states.shape[-1] != self.config.hidden_size:
-            hidden_size = self.config.hidden_size
-            layer_states, hidden_states = hidden_states[..., :-hidden_size], hidden_states[..., -hidden_size:]
-            hidden_states = hidden_states + self.feature_proj(layer_states)
+        hidden_states = self._with_layers(hidden_states, layer_states)
         fused = self.fc(torch.cat([inputs_embeds, hidden_states], dim=-1))
         if visual_mask is None or not self.config.decouple_visual_tokens:
             return fused
         return torch.where(visual_mask.unsqueeze(-1), inputs_embeds, fused)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether `plain_forward` computes what `forward` computes."""
+        return (
+            self.config._attn_implementation == "sdpa"
+            and self.rotary_emb.rope_type not in LENGTH_DEPENDENT_ROPE
+            and all(type(layer) is MSDDraftDecoderLayer for layer in self.layers)
+            # With hooks of accelerate, weights are elsewhere.
+            and not any(hasattr(module, "_hf_hook") for module in self.modules())
+        )
+
+    def plain_forward(self, convert: Callable[[nn.Module], TensorFunction] = lambda module: module) -> PlainForward:
+        """The forward over a few nodes of a tree, with `convert(module)` in place of each module."""
+        layers: Any = self.layers
+        fc = convert(self.fc)
+        fuse: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = self.fuse
+        if fc is not self.fc and type(self).fuse is MSDDraftModel.fuse:
+            fuse = lambda embeds, states: fc(torch.cat([embeds, states], dim=-1))  # noqa: E731
+        return PlainForward(fuse, [PlainLayer.of(layer, convert) for layer in layers])
 
     def forward(
         self,
@@ -290,13 +344,14 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        layer_states: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
         One pass of the draft.
 
         Args:
-            inputs_embeds, hidden_states, visual_mask: see [`~MSDDraftModel.fuse`].
+            inputs_embeds, hidden_states, visual_mask, layer_states: see [`~MSDDraftModel.fuse`].
             attention_mask (`torch.Tensor`, *optional*): `[B, S + T]` with 1 for slots that may be seen, or an additive
                 mask `[B, 1, T, S + T]` in the draft's dtype. Without one, attention is causal.
             position_ids (`torch.LongTensor` of shape `[B, T]`, *optional*): default: the slots of the cache.
@@ -304,12 +359,12 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
             use_cache (`bool`, *optional*): make a cache when none is given.
 
         Returns:
-            [`~transformers.modeling_outputs.BaseModelOutputWithPast`] with `last_hidden_state` of shape `[B, T, H]`,
-            of which row j, given to the target's head, predicts the token at position j + 2.
+            [`~transformers.modeling_outputs.BaseModelOutputWithPast`] with `last_hidden_state` of shape `[B, T, H]`.
+            Its row j, given to the target's head, predicts the token at position j + 2.
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        states = self.fuse(inputs_embeds, hidden_states, visual_mask)
+        states = self.fuse(inputs_embeds, hidden_states, visual_mask, layer_states)
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(states.shape[1], device=states.device).unsqueeze(0) + past_length
@@ -340,6 +395,9 @@ def _default_settings() -> GenerationConfig:
         tree_depth=DEFAULT_TREE_DEPTH,
         tree_top_k=DEFAULT_TREE_TOP_K,
     )
+
+
+register_draft(MSDDraftConfig, MSDDraftModel)
 
 
 __all__ = ["MSDDraftModel", "MSDDraftPreTrainedModel"]

@@ -1,194 +1,293 @@
-"""The drafting of a round with fixed shapes, as one compiled function: the pass over accepted tokens, all levels and
-the finished tree. On a GPU the host then has one graph to launch instead of hundreds of small kernels."""
+"""Drafting with fixed shapes: all drafting of a round is one compiled function, from the accepted tokens to the tree.
+
+On a GPU the host then launches one graph instead of hundreds of small kernels.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import Cache
 
+from ..attention.masks import additive_mask
 from ..attention.split import split_attention
-from ..compiled.compile import run_compiled
-from ..draft.modeling_msd import MSDDraftModel
-from ..kv.fixed import Buffers, close_slots, reserve
+from ..compiled.compile import CompiledFunctions
+from ..draft.interface import Draft
+from ..kv.fixed import SpareBuffers, close_slots, make_fixed, reserve
+from ..kv.in_place import KeysAndValues
 from ..kv.slots import ContextSlots
-from ..phases import phase
+from ..observer import phase
+from ..target.adapter import TargetAdapter, TargetPrefill
 from ..tree.candidate import CandidateTree
 from ..tree.growth import TreeGrowth, rows_of
+from ..tree.policy import TreePolicy
 from ..tree.settings import TreeSettings
+from .drafter import Drafter
 from .head import DraftHead
-from .step import DraftParts, draft_forward
+from .levels import grow_levels
+from .memory import ChatMemory
+from .step import rotary_table
 
 
-class StaticDrafting:
+@dataclass
+class FixedState:
     """
-    Drafts trees that are always as large as they may be.
+    Where the drafter stands between two rounds.
 
     Args:
-        head (`DraftHead`): of a draft that is plain, see [`DraftingStep`].
-        settings (`TreeSettings`): the size of each tree, not automatic.
+        tokens (`torch.LongTensor` of shape `[B, A]`): tokens to feed next, then padding.
+        hidden_states (`torch.Tensor` of shape `[B, A, H]`): what the draft reads with each token, from the target's
+            states at the position before.
+        counts (`list[int]`): tokens of each row.
+        next_position (`torch.LongTensor` of shape `[B, 1]`): position of the first of them.
+        last_position (`int`): no row is beyond it.
+        context (`ContextSlots`): of the draft's cache.
     """
 
-    def __init__(self, head: DraftHead, settings: TreeSettings):
-        self.head = head
-        self.settings = settings
-        self.max_tokens = settings.depth + 2 + settings.suffix_nodes  # that a round may emit
-        self.num_slots = self.max_tokens + settings.num_candidates  # that a drafting needs
-        self.num_positions = self.max_tokens + settings.depth + 1  # that it goes beyond the last one
-        self._rotations = torch.empty(0)  # cosines and sines of each position, [P, 2, head_dim]
-        head.keep_address()
-
-    def propose(
-        self,
-        tokens: torch.Tensor,
-        hidden_states: torch.Tensor,
-        counts: Sequence[int],
-        next_position: torch.Tensor,
-        last_position: int,
-        context: ContextSlots,
-        cache: Cache,
-    ) -> CandidateTree:
-        """
-        Feeds the tokens that were emitted with the target's hidden states, which get slots behind the context, and
-        grows trees from the last of them.
-
-        Args:
-            tokens (`torch.LongTensor` of shape `[B, max_tokens]`): the emitted tokens; then anything.
-            hidden_states (`torch.Tensor` of shape `[B, max_tokens, H]`): the target's, at the position before each.
-            counts (`Sequence[int]`): how many tokens each row has.
-            next_position (`torch.LongTensor` of shape `[B, 1]`): position of the first of them.
-            last_position (`int`): a bound of `next_position`, known without reading it back.
-            context (`ContextSlots`): what the cache holds; is extended by these tokens.
-            cache (`Cache`): the draft's, of `StaticSlotsLayer`s.
-        """
-        room = self.reserve(cache, context, last_position, hidden_states)
-        # Tensors of inference mode, contiguous: with others all would be compiled anew.
-        tokens, hidden_states, next_position = (
-            part.clone(memory_format=torch.contiguous_format) for part in (tokens, hidden_states, next_position)
-        )
-        numbers = torch.tensor([list(counts), context.lengths], device=tokens.device)
-        with phase("draft forward"):
-            tree = self.draw(tokens, hidden_states, numbers, next_position, room)
-        context.grow(counts)
-        close_slots(cache, context.num_slots)
-        return tree.clone()  # outlives the next compiled call
-
-    @torch.inference_mode()  # whoever calls: with other tensors all would be compiled anew
-    def reserve(self, cache: Cache, context: ContextSlots, last_position: int, states: torch.Tensor) -> DraftRoom:
-        """
-        Where the next tree can be drafted.
-
-        Args:
-            cache, context, last_position: as in `propose`.
-            states (`torch.Tensor`): gives device and dtype.
-        """
-        buffers = reserve(cache, self.num_slots)
-        capacity = buffers[0][0].shape[2]
-        # The draft may hold fewer slots than there are positions. A power of two again, so that few are compiled.
-        num_positions = max(capacity, last_position + self.num_positions)
-        num_positions = 1 << (num_positions - 1).bit_length()
-        if len(self._rotations) != num_positions:
-            positions = torch.arange(num_positions, device=states.device).unsqueeze(0)
-            cos, sin = self.head.draft.rotary_emb(states, positions)
-            self._rotations = torch.stack([cos[0], sin[0]], dim=1)
-        return DraftRoom(buffers, self._rotations, _padding(context, capacity, states.device))
-
-    def draw(
-        self,
-        tokens: torch.Tensor,
-        hidden_states: torch.Tensor,
-        numbers: torch.Tensor,
-        next_position: torch.Tensor,
-        room: DraftRoom,
-        cuda_graphs: bool = True,
-    ) -> CandidateTree:
-        """
-        What `propose` does, on the device alone.
-
-        Args:
-            tokens, hidden_states, next_position: as in `propose`.
-            numbers (`torch.LongTensor` of shape `[2, B]`): tokens of each row, and slots of its context.
-            room (`DraftRoom`): what `reserve` gave.
-            cuda_graphs (`bool`): see [`run_compiled`].
-        """
-        draft, settings = self.head.draft, self.settings
-        capacity = room.buffers[0][0].shape[2]
-        shape = (len(tokens), capacity, len(room.rotations), room.padding is None, settings)
-        inputs = (tokens, hidden_states, numbers, next_position, room.padding, room.rotations, room.buffers)
-        tokens, parents, depths, ancestors, scores = run_compiled(
-            _draft_tree, shape, tokens.device, draft, self.head, settings, *inputs, cuda_graphs=cuda_graphs
-        )
-        return CandidateTree(tokens, parents, depths, ancestors, settings.depth + 1, scores)
+    tokens: torch.Tensor
+    hidden_states: torch.Tensor
+    counts: list[int]
+    next_position: torch.Tensor
+    last_position: int
+    context: ContextSlots
 
 
 @dataclass
 class DraftRoom:
     """
-    What a compiled drafting works in.
+    The tensors that a compiled drafting works in.
 
     Args:
         buffers (`list[tuple[torch.Tensor, torch.Tensor]]`): keys and values of each layer, `[B, heads, S, head_dim]`.
         rotations (`torch.Tensor` of shape `[P, 2, head_dim]`): cosines and sines of each position.
-        padding (`torch.BoolTensor` of shape `[B, S]`, *optional*): slots that hold padding.
+        padding (`torch.BoolTensor` of shape `[B, S]`, *optional*): true at slots that hold padding.
     """
 
-    buffers: list[Buffers]
+    buffers: list[KeysAndValues]
     rotations: torch.Tensor
     padding: torch.Tensor | None
 
 
+class FixedDrafter(Drafter):
+    """
+    Drafts trees that always have the same shape.
+
+    Args:
+        draft (`Draft`): a plain draft, see [`Draft.is_plain`], that reads the last hidden state alone.
+        target, max_slots: see [`Drafter`].
+        settings (`TreeSettings`): the size of every tree, not automatic. Near the length limit trees keep this size;
+            the limits of a round only say whether to draft.
+        compiled (`CompiledFunctions`): keeps the compiled drafting.
+        spares (`SpareBuffers`): of earlier calls of the draft.
+    """
+
+    def __init__(
+        self,
+        draft: Draft,
+        target: TargetAdapter,
+        settings: TreeSettings,
+        compiled: CompiledFunctions,
+        spares: SpareBuffers,
+        max_slots: int | None = None,
+    ):
+        super().__init__(draft, target, max_slots)
+        self.settings = settings
+        self.max_tokens = settings.depth + 2 + settings.suffix_nodes  # that a round may emit
+        self.num_slots = self.max_tokens + settings.num_candidates  # that a drafting writes to
+        self.num_positions = self.max_tokens + settings.depth + 1  # that a drafting goes beyond the last position
+        self._compiled = compiled
+        self._spares = spares
+        self._rotations = torch.empty(0)
+        self._pending: list[tuple[torch.Tensor, torch.Tensor, Sequence[int]]] = []  # arguments of `accept`
+        self._head.keep_address()
+
+    @property
+    def block_length(self) -> int:
+        return self.max_tokens
+
+    def prefill(self, prefill: TargetPrefill, tokens: torch.Tensor, past: ChatMemory | None = None) -> None:
+        prompt = self._feed_prompt(prefill, tokens, past)
+        self.last_hidden_state = prompt.hidden_states[:, -1:].clone()
+        # The last row becomes the first accepted one again, so that the first round is like all others.
+        context, missing = self._slots.context, self.max_tokens - 1
+        mask = None if context.prompt_mask is None else context.prompt_mask[:, :-1]
+        self._slots.context = ContextSlots([length - 1 for length in context.lengths], mask)
+        self._slots.abort()
+        self._next_positions = self._next_positions - 1
+        row = functional.pad(tokens.unsqueeze(1).to(self._device), (0, missing))
+        states = functional.pad(self.last_hidden_state, (0, 0, 0, missing))
+        self._pending = [(row, states, [1] * len(tokens))]
+
+    def _prepare_cache(self) -> None:
+        make_fixed(self.cache, self._spares, self.draft.num_cache_layers)
+
+    def accept(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> None:
+        self._pending.append((tokens, hidden_states, counts))
+        if len(counts) == 1:
+            self.last_hidden_state = hidden_states[:, counts[0] - 1 : counts[0]]
+
+    @torch.inference_mode()  # as for `propose`
+    def feed_pending(self) -> None:
+        pending, self._pending = self._pending, []
+        for tokens, hidden_states, counts in pending:
+            length = max(counts)
+            self._feed(tokens.narrow(1, 0, length), hidden_states.narrow(1, 0, length), counts)
+
+    def keep_rows(self, places: Sequence[int]) -> None:
+        self._slots.keep_rows(places)
+        self._pending = [
+            (tokens[list(places)], states[list(places)], [counts[place] for place in places])
+            for tokens, states, counts in self._pending
+        ]
+        self._next_positions = self._next_positions[list(places)]
+
+    @torch.inference_mode()  # whoever calls: tensors of another mode would be compiled for anew
+    def propose(self, roots: torch.Tensor, limits: TreeSettings) -> CandidateTree:
+        if limits.num_nodes == 1:
+            return CandidateTree.bare(roots)
+        state = self.state
+        self._pending = []
+        counts, context = state.counts, self._slots.context
+        # Before the host runs ahead of the device: a tensor that is made of a list waits for it.
+        self._next_positions = state.next_position + torch.tensor(counts, device=self._device).unsqueeze(1)
+        room = self.reserve(context, state.last_position, state.hidden_states)
+        # Copies are contiguous tensors of inference mode; any others would be compiled for anew.
+        tokens, hidden_states, next_position = (
+            part.clone(memory_format=torch.contiguous_format)
+            for part in (state.tokens, state.hidden_states, state.next_position)
+        )
+        lengths = torch.tensor([counts, context.lengths], device=self._device)
+        with phase("draft forward"):
+            tree = self.draft_tree(tokens, hidden_states, lengths, next_position, room)
+        context.grow(counts)
+        close_slots(self.cache, context.num_slots)
+        self._last_position += max(counts)
+        return tree.clone()  # outlives the next compiled call
+
+    @property
+    def state(self) -> FixedState:
+        """Where the drafter stands, for code that goes on by itself and then calls `resume`."""
+        ((tokens, hidden_states, counts),) = self._pending
+        given = self.draft.read_target(self._to_draft(hidden_states))
+        return FixedState(
+            tokens, given, list(counts), self._positions_ahead(1), self._last_position, replace(self._slots.context)
+        )
+
+    def resume(
+        self, context: ContextSlots, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]
+    ) -> None:
+        """
+        Goes on after other code has drafted from `state`.
+
+        Args:
+            context (`ContextSlots`): of the draft's cache now, for a single row.
+            tokens, hidden_states, counts: of the last round, see `accept`.
+        """
+        num_fed = context.num_slots - self._slots.context.num_slots
+        self._pending = []
+        self._slots.context = context
+        self._next_positions = self._next_positions + num_fed
+        self._last_position += num_fed
+        self.accept(tokens, hidden_states, counts)
+
+    @torch.inference_mode()
+    def reserve(self, context: ContextSlots, last_position: int, states: torch.Tensor) -> DraftRoom:
+        """
+        Room for the next tree.
+
+        Args:
+            context (`ContextSlots`): of the draft's cache.
+            last_position (`int`): no row is beyond it.
+            states (`torch.Tensor`): gives device and dtype.
+        """
+        buffers = reserve(self.cache, self.num_slots)
+        capacity = buffers[0][0].shape[2]
+        # The draft may hold fewer slots than there are positions. A power of two, so that few shapes are compiled.
+        num_positions = max(capacity, last_position + self.num_positions)
+        num_positions = 1 << (num_positions - 1).bit_length()
+        if len(self._rotations) != num_positions:
+            self._rotations = rotary_table(self.draft.rotary_emb, num_positions, states)
+        return DraftRoom(buffers, self._rotations, _padding(context, capacity, states.device))
+
+    def draft_tree(
+        self,
+        tokens: torch.Tensor,
+        hidden_states: torch.Tensor,
+        lengths: torch.Tensor,
+        next_position: torch.Tensor,
+        room: DraftRoom,
+        cuda_graphs: bool = True,
+    ) -> CandidateTree:
+        """
+        Feeds the emitted tokens and grows trees from the last of them, on the device alone.
+
+        Args:
+            tokens, hidden_states, next_position: as in [`FixedState`].
+            lengths (`torch.LongTensor` of shape `[2, B]`): tokens of each row, and slots of its context.
+            room (`DraftRoom`): what `reserve` gave.
+            cuda_graphs (`bool`): see [`CompiledFunctions.run`].
+        """
+        settings = self.settings
+        capacity = room.buffers[0][0].shape[2]
+        shape = (len(tokens), capacity, len(room.rotations), room.padding is None, settings)
+        inputs = (tokens, hidden_states, lengths, next_position, room.padding, room.rotations, room.buffers)
+        tokens, parents, depths, ancestors, scores = self._compiled.run(
+            _draft_tree, shape, tokens.device, self.draft, self._head, settings, *inputs, cuda_graphs=cuda_graphs
+        )
+        return CandidateTree(tokens, parents, depths, ancestors, settings.depth + 1, scores)
+
+
 def _padding(context: ContextSlots, num_slots: int, device: torch.device) -> torch.Tensor | None:
-    """Of so many slots those that hold padding, `[B, num_slots]`; `None` if none does."""
+    """Which of `num_slots` slots hold padding, `[B, num_slots]`; `None` without padding."""
     mask = context.prompt_mask
     return None if mask is None else ~functional.pad(mask.to(device), (0, num_slots - mask.shape[1]), value=True)
 
 
 class _PlacedSlots:
-    """The draft's cache inside of compiled code: new slots go to given places, and attention gets all slots there are.
+    """The draft's cache inside compiled code: new slots go to given places, and attention gets the whole buffers.
 
     Args:
         buffers (`Sequence[tuple[torch.Tensor, torch.Tensor]]`): keys and values of each layer.
         places (`torch.LongTensor` of shape `[B, T]`): of the new slots in each row.
     """
 
-    def __init__(self, buffers: Sequence[Buffers], places: torch.Tensor):
+    def __init__(self, buffers: Sequence[KeysAndValues], places: torch.Tensor):
         self.buffers = buffers
         self.places = places
         self.rows = torch.arange(len(places), device=places.device).unsqueeze(1)
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> Buffers:
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> KeysAndValues:
         keys, values = self.buffers[layer_idx]
-        # What an odd candidate makes overflow stays in its slot, and what a mask hides is still multiplied by 0.
+        # A candidate that overflows stays in its slot, and what a mask hides is still multiplied by 0.
         keys[self.rows, :, self.places] = key_states.transpose(1, 2).nan_to_num(0.0, 0.0, 0.0)
         values[self.rows, :, self.places] = value_states.transpose(1, 2).nan_to_num(0.0, 0.0, 0.0)
         return keys, values
 
 
 def _draft_tree(
-    draft: MSDDraftModel,
+    draft: Draft,
     head: DraftHead,
     settings: TreeSettings,
     tokens: torch.Tensor,
     hidden_states: torch.Tensor,
-    numbers: torch.Tensor,
+    lengths: torch.Tensor,
     next_position: torch.Tensor,
     padding: torch.Tensor | None,
     rotations: torch.Tensor,
-    buffers: Sequence[Buffers],
+    buffers: Sequence[KeysAndValues],
 ) -> tuple[torch.Tensor, ...]:
-    counts, lengths = numbers.unbind(0)
+    """See `FixedDrafter.draft_tree`. Compiled as a whole."""
+    counts, held = lengths.unbind(0)
     num_tokens, device, dtype = tokens.shape[1], tokens.device, draft.dtype
     steps = torch.arange(max(num_tokens, settings.top_k), device=device)
     slots = torch.arange(buffers[0][0].shape[2], device=device)
-    lowest = torch.finfo(dtype).min
-    parts = DraftParts.modules(draft)
+    plain_forward = draft.plain_forward()
 
     def run(tokens, states, positions, mask, first):
-        """One forward; its rows take the slots from `first` (`[B]`) on."""
+        """One forward. The nodes of each row take the slots from `first` (`[B]`) on."""
         embeds = head.target.embed(tokens).to(dtype)
         cos, sin = rotations[positions].unsqueeze(1).unbind(3)
         cache: Any = _PlacedSlots(buffers, first.unsqueeze(1) + steps[: tokens.shape[1]])
@@ -197,33 +296,34 @@ def _draft_tree(
         def attend(queries, keys, values, mask, scale):
             return split_attention(queries, keys, values, mask, scale, live_slots)
 
-        return draft_forward(parts, embeds, states, cos, sin, mask.unsqueeze(1), cache, attend)
+        return plain_forward(embeds, states, cos, sin, mask.unsqueeze(1), cache, attend)
 
-    # A token sees the context, those before it and itself.
-    hidden = slots > (lengths.unsqueeze(1) + steps[:num_tokens]).unsqueeze(2)  # [B, A, S]
+    # An accepted token sees the context, the tokens before it and itself.
+    visible = slots <= (held.unsqueeze(1) + steps[:num_tokens]).unsqueeze(2)  # [B, A, S]
     if padding is not None:
-        hidden = hidden | padding.unsqueeze(1)
-    mask = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, lowest)
-    states = run(tokens, hidden_states, next_position + steps[:num_tokens], mask, lengths)
-    last = (counts - 1).unsqueeze(1)  # of each row's tokens
+        visible = visible & ~padding.unsqueeze(1)
+    mask = additive_mask(visible, dtype)
+    states = run(tokens, hidden_states, next_position + steps[:num_tokens], mask, held)
+    last = (counts - 1).unsqueeze(1)  # the last token of each row
     roots = tokens.gather(1, last).squeeze(1)
     states = states.gather(1, last.unsqueeze(2).expand(-1, 1, states.shape[2]))
     mask = mask.gather(1, last.unsqueeze(2).expand(-1, 1, mask.shape[2]))
     next_position = next_position + counts.unsqueeze(1)
-    first = lengths + counts
-
+    first = held + counts
     growth = TreeGrowth(roots, settings)
-    growth.expand(*head.static_top_k(states, settings.top_k))
-    for level in range(settings.depth):
-        level_tokens, above = growth.frontier_tokens, growth.above
-        width = level_tokens.shape[1]
+
+    def forward(level, states):
+        nonlocal mask, first
+        width = growth.frontier_tokens.shape[1]
         own = slots == (first.unsqueeze(1) + steps[:width]).unsqueeze(2)  # [B, F, S]
-        states, mask = rows_of(above, width, states, mask)
+        states, mask = rows_of(growth.above, width, states, mask)
         mask = torch.where(own, 0.0, mask)
         positions = (next_position + level).expand(-1, width)
-        states = run(level_tokens, states, positions, mask, first)
+        states = run(growth.frontier_tokens, states, positions, mask, first)
         first = first + width
-        growth.expand(*head.static_top_k(states, settings.top_k))
+        return states
+
+    grow_levels(growth, states, TreePolicy(settings), head.compiled_top_k, forward)
     tree = growth.finish()
     if settings.top_k > 1:
         tree = tree.with_best_path_first()
@@ -231,4 +331,4 @@ def _draft_tree(
     return tree.tokens, tree.parents, tree.depths, tree.ancestors, tree.scores
 
 
-__all__ = ["StaticDrafting"]
+__all__ = ["DraftRoom", "FixedDrafter", "FixedState"]

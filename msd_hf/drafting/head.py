@@ -1,14 +1,14 @@
-"""The candidates after a draft state: the target's head, or of its rows those of the draft's own vocabulary."""
+"""The candidates after a draft state: scores of the target's head, or of the rows for the draft's own vocabulary."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn import functional
 
-from ..draft.modeling_msd import MSDDraftModel
-from ..phases import phase
+from ..draft.interface import Draft
+from ..draft.plain_modules import TensorFunction, function_at
+from ..observer import phase
 from ..target.adapter import TargetAdapter
-from .plain_modules import TensorFunction, function_at
 
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -21,16 +21,16 @@ class DraftHead:
     Scores candidates. The output of `generate` does not depend on it: the target verifies with its full head.
 
     Args:
-        draft (`MSDDraftModel`): with a `draft_vocab`, or without.
+        draft (`Draft`): with or without a `draft_vocab`.
         target (`TargetAdapter`): lends its head.
     """
 
-    def __init__(self, draft: MSDDraftModel, target: TargetAdapter):
+    def __init__(self, draft: Draft, target: TargetAdapter):
         self.target = target
         self.draft = draft
         self._device = draft.device
         self._rows = None if draft.draft_vocab is None else draft.head_rows(target.head_module)
-        self._tokens: torch.Tensor | None = None  # of these rows
+        self._tokens: torch.Tensor | None = None  # the target's ids of these rows
         at_hand = function_at(target.head_module, draft) if target.logit_cap is None else None
         self._head = at_hand or target.head
         weight = target.head_module.weight
@@ -38,7 +38,7 @@ class DraftHead:
             assert draft.draft_vocab is not None
             weight = self._rows[0]
             self._tokens = draft.draft_vocab.to(weight.device)
-        # Logits that nobody else may hold are overwritten: on a CPU, new memory takes time.
+        # Logits that no other code can hold are overwritten: on a CPU, new memory takes time.
         is_own = self._rows is not None or at_hand not in (None, target.head_module)
         self._overwrites = is_own and weight.device.type == "cpu" and weight.dtype not in _HALF
         self._scores: TensorFunction = self.logits
@@ -48,7 +48,7 @@ class DraftHead:
         self._is_here = weight.device == self._device
 
     def keep_address(self) -> None:
-        """For compiled code: lets CUDA graphs read weights, or the rows of the draft's own vocabulary, in place."""
+        """For compiled code: lets CUDA graphs read weights, or the rows for the draft's own vocabulary, in place."""
         self._head = self.target.head
         self._overwrites = False
         for part in self._rows or ():
@@ -56,14 +56,14 @@ class DraftHead:
                 torch._dynamo.mark_static_address(part)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Scores of all candidates after each of `states` `[B, F, H]`."""
+        """Scores `[B, F, V]` of all candidates after each state `[B, F, H]`."""
         if self._rows is None:
             return self._head(states)
         weight, bias = self._rows
         return self.target.cap(functional.linear(states.to(weight), weight, bias))
 
     def top_k(self, states: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and tokens `[B, F, K]` of the best candidates after each of `states` `[B, F, H]`."""
+        """Log-probabilities and tokens `[B, F, K]` of the best candidates after each state `[B, F, H]`."""
         with phase("draft head"):
             logits = self._scores(states)
         if self._overwrites:
@@ -79,8 +79,8 @@ class DraftHead:
             return log_probs, tokens
         return log_probs.to(self._device), tokens.to(self._device)
 
-    def static_top_k(self, states: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same as compiled code is to have it, for head and draft on one device."""
+    def compiled_top_k(self, states: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`top_k` in a form for compiled code, with head and draft on one device."""
         logits = self.logits(states)
         if logits.dtype in _HALF:
             logits = logits.float()
@@ -91,7 +91,7 @@ class DraftHead:
 
 
 class _ProductInPlace:
-    """`functional.linear`, whose results stand in the same memory each time."""
+    """`functional.linear` that writes its results to the same memory each time."""
 
     def __init__(self, weight: torch.Tensor):
         self.weight = weight.t()
@@ -101,15 +101,15 @@ class _ProductInPlace:
         batch_size, width, hidden_size = states.shape
         num_rows = batch_size * width
         if num_rows > self.room.shape[0]:
-            with torch.inference_mode(False):  # for calls outside of it too
+            with torch.inference_mode(False):  # so that calls outside of inference mode can use it too
                 self.room = self.room.new_empty(num_rows, self.room.shape[1])
         room = self.room.narrow(0, 0, num_rows)
         return torch.mm(states.reshape(num_rows, hidden_size), self.weight, out=room).view(batch_size, width, -1)
 
 
 def _blocked_top_k(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`topk` of `[B, F, V]` within the blocks whose maxima are the best: `topk` of a whole vocabulary takes twenty
-    kernels on a GPU, and as long as the projections of a layer."""
+    """`topk` of `[B, F, V]`, searched only in the blocks with the best maxima. `topk` of a whole vocabulary takes
+    twenty kernels on a GPU, and as long as the projections of a layer."""
     vocab_size = scores.shape[-1]
     size, least = 1, vocab_size + top_k
     for divisor in range(1, LARGEST_BLOCK + 1):

@@ -1,4 +1,4 @@
-"""What a draft keeps of a conversation between calls of `generate` that share a cache."""
+"""What a draft keeps of a chat between calls of `generate` that share a cache."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from ..draft.modeling_msd import MSDDraftModel
+from ..draft.interface import Draft
 from ..kv.in_place import truncate
 
 
 _ATTRIBUTE = "_msd_draft_memory"
-_UNKNOWN = -1  # a token of which only the target's cache knows
+_UNKNOWN = -1  # a token that only the target's cache knows
 
 
 @dataclass
 class DraftMemory:
     """
-    The draft's side of a conversation, carried by the target's cache. For one sequence without padding.
+    The draft's side of a chat, carried by the target's cache. For one sequence without padding.
 
     Args:
         draft (`weakref.ref`): the draft that made it.
         cache (`Cache`): the draft's, one slot for each of `rows`.
-        rows (`list[int]`): which draft rows there are; row j is of the token at position j + 1 and the target's hidden
-            state at position j. All of them, but where the draft came late to the conversation.
-        tokens (`list[int]`): of the P slots of the target's cache, and the one after them.
-        last_hidden_state (`torch.Tensor` of shape `[1, 1, (1 + K) * H]`): the target's at position P - 1.
+        rows (`list[int]`): the draft's rows in the cache. Row j holds the token at position j + 1 and the target's
+            hidden state at position j. Rows are missing where the draft joined the chat late.
+        tokens (`list[int]`): the tokens of the P slots of the target's cache, and the token after them.
+        last_hidden_state (`torch.Tensor` of shape `[1, 1, W]`): the target's at position P - 1.
     """
 
-    draft: weakref.ref[MSDDraftModel]
+    draft: weakref.ref[Any]
     cache: Cache
     rows: list[int]
     tokens: list[int]
@@ -43,29 +43,28 @@ class DraftMemory:
         cache = copy.deepcopy(self.cache, memo)
         return DraftMemory(self.draft, cache, list(self.rows), list(self.tokens), self.last_hidden_state.clone())
 
-    def __reduce__(self):  # a cache can be stored without it
+    def __reduce__(self):  # a cache that is saved does without it
         return type(None), ()
 
 
-class Conversation:
+class ChatMemory:
     """
-    One call's view of a conversation of one sequence: what the draft still knows of its past, and what it shall know
-    the next time.
+    The memory of one call: what the draft still knows of earlier turns, and what it leaves to the next turn.
 
     Args:
         cache (`Cache`): the target's, before the call; S slots are filled.
-        draft (`MSDDraftModel`): the draft.
-        input_ids (`torch.LongTensor` of shape `[1, L]`): the whole conversation, or what of it the cache lacks.
+        draft (`Draft`): the draft.
+        input_ids (`torch.LongTensor` of shape `[1, L]`): the whole chat, or the part that the cache lacks.
         num_slots (`int`): slots of the cache once the prompt is in it.
 
     Attributes:
         draft_cache (`Cache`, *optional*): the draft's, holding `rows`.
-        rows (`list[int]`): draft rows that are still right.
-        hidden_state (`torch.Tensor` of shape `[1, 1, (1 + K) * H]`, *optional*): the target's at position S - 1, given
-            where the draft has to be fed row S - 1 (again), because another token follows now.
+        rows (`list[int]`): the draft's rows that are still valid.
+        hidden_state (`torch.Tensor` of shape `[1, 1, W]`, *optional*): the target's at position S - 1. Given if the
+            draft has to be fed row S - 1 (again), because another token follows now.
     """
 
-    def __init__(self, cache: Cache, draft: MSDDraftModel, input_ids: torch.Tensor, num_slots: int):
+    def __init__(self, cache: Cache, draft: Draft, input_ids: torch.Tensor, num_slots: int):
         self.draft = draft
         self.draft_cache: Cache | None = None
         self.rows: list[int] = []
@@ -89,7 +88,7 @@ class Conversation:
             (place for place, pair in enumerate(zip(memory.tokens, self._tokens, strict=False)) if pair[0] != pair[1]),
             min(len(memory.tokens), len(self._tokens)),
         )
-        # Row j needs the token at j + 1 to be the same, and the hidden state at j to be of this past.
+        # Row j is valid if the token at j + 1 is the same and the hidden state at j belongs to this past.
         kept = bisect_left(memory.rows, min(common - 1, num_past))
         truncate(memory.cache, kept)
         self.draft_cache, self.rows = memory.cache, memory.rows[:kept]
@@ -105,7 +104,7 @@ class Conversation:
             cache (`Cache`): the target's.
             draft_cache (`Cache`): the draft's.
             emitted (`list[int]`): the tokens of this call.
-            last_hidden_state (`torch.Tensor` of shape `[1, 1, (1 + K) * H]`): the target's at the last slot.
+            last_hidden_state (`torch.Tensor` of shape `[1, 1, W]`): the target's at the last slot.
         """
         num_slots = cache.get_seq_length()
         first_new = num_slots - (draft_cache.get_seq_length() - len(self.rows))
@@ -116,10 +115,10 @@ class Conversation:
         setattr(cache, _ATTRIBUTE, memory)
 
 
-def _fits(draft_cache: Cache, draft: MSDDraftModel) -> bool:
-    """Whether a draft can go on with a cache of its own: it may have been moved or cast in between."""
+def _fits(draft_cache: Cache, draft: Draft) -> bool:
+    """Whether a draft can go on with its own cache: it may have been moved or cast in between."""
     keys = [layer.keys for layer in draft_cache.layers if layer.is_initialized]
     return all((part.dtype, part.device) == (draft.dtype, draft.device) for part in keys)
 
 
-__all__ = ["Conversation", "DraftMemory"]
+__all__ = ["ChatMemory", "DraftMemory"]

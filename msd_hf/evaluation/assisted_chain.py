@@ -12,9 +12,9 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.generation import CandidateGenerator
 
+from ..compat import CACHE_NAME
 from ..draft.modeling_msd import MSDDraftModel
-from ..drafting.generator import MSDCandidateGenerator
-from ..release import CACHE_NAME
+from ..drafting.growing import GrowingDrafter
 from ..target.adapter import TargetAdapter
 from ..target.observation import TargetObservation
 from ..target.support import check_pair, check_target
@@ -97,7 +97,7 @@ class ChainCandidateGenerator(CandidateGenerator):
         eos_token_ids = getattr(generation_config, "_eos_token_tensor", None)
         self.eos_token_ids: list[int] = [] if eos_token_ids is None else eos_token_ids.tolist()
         self.max_length: int = generation_config.max_length
-        self._generator = MSDCandidateGenerator(draft, adapter)
+        self._drafter = GrowingDrafter(draft, adapter)
         self._adapter = adapter
         self._seen = seen
         self._device = draft.device
@@ -126,8 +126,8 @@ class ChainCandidateGenerator(CandidateGenerator):
             return input_ids, None
         self._feed(input_ids, model_outputs)
         settings = TreeSettings(num_nodes=1 + num_tokens, depth=num_tokens - 1, top_k=1)
-        policy = ChainPolicy(settings, self.confidence_threshold, self.eos_token_ids)
-        tree = self._generator.propose(input_ids[:, -1].to(self._device), settings, policy)
+        self._drafter.policy = ChainPolicy(settings, self.confidence_threshold, self.eos_token_ids)
+        tree = self._drafter.propose(input_ids[:, -1].to(self._device), settings)
         return torch.cat([input_ids, tree.tokens[:, 1:].to(input_ids.device)], dim=1), None
 
     def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
@@ -140,11 +140,11 @@ class ChainCandidateGenerator(CandidateGenerator):
         tokens = input_ids[:, self._fed_ids.shape[1] :].to(self._device)
         if self._prompt_kwargs:
             prefill = self._adapter.read_prefill(self._seen, model_outputs, self._fed_ids, self._prompt_kwargs)
-            self._generator.prefill(prefill, tokens[:, 0])
+            self._drafter.prefill(prefill, tokens[:, 0])
             self._prompt_kwargs = {}
         else:
             count = tokens.shape[1]
-            self._generator.accept(tokens, self._seen.hidden_states[:, :count], [count])
+            self._drafter.accept(tokens, self._seen.hidden_states[:, :count], [count])
         self._fed_ids = input_ids
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from ..draft.modeling_msd import MSDDraftModel
-from ..target.adapter import TargetAdapter
+from ..observer import observing
 from ..tree.candidate import CandidateTree
 
 
@@ -26,31 +26,22 @@ def run_intercepted(
     max_new_tokens: int,
 ) -> None:
     """
-    Calls `generate` with a draft, and `on_verify(verify, tree, cache)` instead of each verification, until that raises
-    [`LoopEnd`]. `verify(tree)` is the verification itself. Nothing is compiled: a device would verify by itself.
+    Calls `generate` with a draft, and `on_verify(verify, tree, cache)` in place of each verification, until
+    `on_verify` raises [`LoopEnd`]. `verify(tree)` is the verification itself.
 
     Args:
         target (`PreTrainedModel`), draft (`MSDDraftModel`): the pair. The target must not end an answer.
         inputs (`Mapping`): inputs of `generate` for one prompt.
         on_verify (`Callable`): gives what `TargetAdapter.verify` gives.
-        max_new_tokens (`int`): more than what is emitted until the end: near it trees get smaller.
+        max_new_tokens (`int`): more than the calls emit: near the length limit trees get smaller.
     """
-    original = TargetAdapter.verify
-
-    def verify(self, tree, cache, *args, **kwargs):
-        return on_verify(lambda other: original(self, other, cache, *args, **kwargs), tree, cache)
-
-    TargetAdapter.verify = verify  # type: ignore[method-assign]
-    try:
-        with torch.no_grad(), suppress(LoopEnd), compilation(draft, False):
-            target.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, assistant_model=draft)
-    finally:
-        TargetAdapter.verify = original  # type: ignore[method-assign]
+    with torch.no_grad(), suppress(LoopEnd), observing(on_verify=on_verify):
+        target.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, assistant_model=draft)
 
 
 @contextmanager
 def compilation(draft: MSDDraftModel, value: bool) -> Iterator[None]:
-    """Sets `compile` of a draft for a while."""
+    """Sets `compile` of a draft inside the block."""
     before = getattr(draft.generation_config, "compile", None)
     draft.generation_config.compile = value
     try:

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ..draft.modeling_msd import MSDDraftModel
-from ..phases import PhaseTimer
 from .memory import PeakMemory
 from .methods import Method
+from .phase_timer import PhaseTimer
 from .round_timing import RoundTiming
 
 

@@ -13,11 +13,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..draft.modeling_msd import MSDDraftModel
-from ..phases import PhaseTimer
 from ..tree.settings import TreeSettings
 from .intercepted_loop import compilation
 from .memory import PeakMemory
 from .metrics import spread
+from .phase_timer import PhaseTimer
 from .round_timing import RoundTiming
 from .simulation import SimulatedRounds, check_assumed_length, lengths_of_mean, simulated_rounds
 from .summary import summarize_rounds

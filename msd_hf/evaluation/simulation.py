@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..decoding.verification import logits_shown
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
+from ..observer import observing
 from ..tree.candidate import CandidateTree
 from ..tree.settings import TreeSettings
 from .intercepted_loop import LoopEnd
@@ -105,7 +105,7 @@ def simulated_rounds(
         emitted.append(steer(logits, tree, wanted[number]))
 
     room = sum(wanted) + 2 * TreeSettings.from_generation_config(draft.generation_config).depth + 4
-    with torch.no_grad(), suppress(LoopEnd), logits_shown(on_logits):
+    with torch.no_grad(), suppress(LoopEnd), observing(on_logits=on_logits):
         target.generate(**inputs, max_new_tokens=room, do_sample=False, assistant_model=draft)
     first, started, ended = clock
     return SimulatedRounds(ended - started, torch.stack(emitted[FIRST_ROUNDS:]).tolist(), started - first)

@@ -8,15 +8,15 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMode
 
+from ..compat import CACHE_NAME
 from ..compiled.compile import has_compiled_part
-from ..draft.modeling_msd import MSDDraftModel
+from ..draft.interface import Draft
 from ..errors import MSDUnsupportedError
-from ..release import CACHE_NAME
 from ..tree.settings import TreeSettings
 
 
-# Fields of a `GenerationConfig` that cannot be combined with an MSD draft: values that leave them off, and why. What
-# `generate` fills in by itself leaves them off too.
+# Fields of a `GenerationConfig` that cannot be combined with an MSD draft: the values that switch the field off, and
+# the reason. A value that `generate` fills in by itself counts as off too.
 REFUSED_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "prompt_lookup_num_tokens": ((None,), "prompt lookup is another way of drafting: choose one of the two"),
     "max_matching_ngram_size": ((None,), "it belongs to prompt lookup, another way of drafting"),
@@ -51,17 +51,17 @@ REFUSED_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 _DRAFT_SETTINGS = ("num_assistant_tokens", "tree_depth", "tree_top_k", "suffix_nodes", "compile")
-# A draft's generation config may name these, as every model's does; they are the target's.
+# A draft's generation config may contain these, as every model's does; the target's values are used.
 _SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 
 
 def check_call(custom_generate: Any, kwargs: dict[str, Any]) -> None:
     """
-    Refuses what `generate` would not hand on, and what cannot be told from a default later.
+    Refuses arguments that `generate` would not hand on, or that cannot be told from a default later.
 
     Args:
         custom_generate (`str` or `Callable`, *optional*): as given to `generate`.
-        kwargs (`dict[str, Any]`): its keyword arguments, as they were given.
+        kwargs (`dict[str, Any]`): the keyword arguments of `generate`, as given.
 
     Raises:
         MSDUnsupportedError: names the argument, its value, and what to do.
@@ -123,7 +123,7 @@ def check_draft_settings(generation_config: GenerationConfig) -> None:
     """
     TreeSettings.from_generation_config(generation_config)
     defaults = GenerationConfig._get_default_generation_params()
-    del defaults["assistant_confidence_threshold"]  # nobody fills it in here
+    del defaults["assistant_confidence_threshold"]  # `generate` does not fill it in here
     for name, value in vars(generation_config).items():
         if name.startswith("_") or name in (*_DRAFT_SETTINGS, *_SPECIAL_TOKENS, "transformers_version"):
             continue
@@ -137,7 +137,7 @@ def check_draft_settings(generation_config: GenerationConfig) -> None:
 
 def check_inputs(model_kwargs: dict[str, Any]) -> None:
     """
-    Refuses caches that the loop cannot serve, which are only known once `generate` has prepared its inputs.
+    Refuses caches that the loop cannot serve.
 
     Raises:
         MSDUnsupportedError: names the cache and what to do.
@@ -153,7 +153,7 @@ def check_inputs(model_kwargs: dict[str, Any]) -> None:
         )
 
 
-def check_compilable(target: PreTrainedModel, draft: MSDDraftModel) -> None:
+def check_compilable(target: PreTrainedModel, draft: Draft) -> None:
     """
     Refuses pairs that cannot be compiled.
 
@@ -163,7 +163,7 @@ def check_compilable(target: PreTrainedModel, draft: MSDDraftModel) -> None:
     reason = None
     if TreeSettings.from_generation_config(draft.generation_config).is_auto:
         reason = '`num_assistant_tokens="auto"` gives each tree another shape: set a number of nodes'
-    elif draft.config.target_layers:
+    elif draft.reads.layers:
         reason = "the draft reads `target_layers` by hooks in the target's decoder, which compiled code passes over"
     elif any(hasattr(module, "_hf_hook") for module in (*target.modules(), *draft.modules())):
         reason = "accelerate moves weights or inputs of single modules: load target and draft whole on one device"

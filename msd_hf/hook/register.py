@@ -1,8 +1,7 @@
 """The hook into `GenerationMixin`: `generate(assistant_model=draft)` runs our loop, or says why it cannot.
 
-`generate` looks its methods up on the class, so the hook is three wrapped methods of `GenerationMixin` itself: one
-reads the arguments, one validates them, one decodes. They act on `MSDDraftModel` assistants alone and pass every other
-call on.
+`generate` looks its methods up on the class, so the hook consists of three wrapped methods of `GenerationMixin`: one
+reads the arguments, one validates them, one decodes. They act on calls with a draft and pass every other call on.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from transformers.utils import logging
 
 from ..compiled.compile import is_compiled
 from ..decoding.loop import msd_decoding
-from ..draft.configuration_msd import MSDDraftConfig
-from ..draft.modeling_msd import MSDDraftModel
+from ..draft.interface import Draft, draft_kinds, is_draft
 from ..target.support import check_pair, check_target
 from .refusals import check_call, check_compilable, check_draft_settings, check_generation_mode, check_inputs
 
@@ -33,9 +31,10 @@ _wrappers: dict[str, Any] = {}
 
 
 def register() -> None:
-    """Teaches `generate` and the Auto classes about MSD drafts. `import msd_hf` does it; twice is the same as once."""
-    AutoConfig.register(MSDDraftConfig.model_type, MSDDraftConfig, exist_ok=True)
-    AutoModel.register(MSDDraftConfig, MSDDraftModel, exist_ok=True)
+    """Makes `generate` and the Auto classes know drafts. `import msd_hf` does it; a second call changes nothing."""
+    for config_class, model_class in draft_kinds().items():
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModel.register(config_class, model_class, exist_ok=True)
     if _originals:
         return
     for name, wrap in (
@@ -50,12 +49,13 @@ def register() -> None:
 
 def unregister() -> None:
     """Puts `GenerationMixin` and the Auto classes back as they were before `import msd_hf`."""
-    CONFIG_MAPPING._extra_content.pop(MSDDraftConfig.model_type, None)
-    MODEL_MAPPING._extra_content.pop(MSDDraftConfig, None)
+    for config_class in draft_kinds():
+        CONFIG_MAPPING._extra_content.pop(config_class.model_type, None)
+        MODEL_MAPPING._extra_content.pop(config_class, None)
     for name, original in _originals.items():
         if GenerationMixin.__dict__[name] is _wrappers[name]:
             setattr(GenerationMixin, name, original)
-        else:  # undoing ours would undo theirs
+        else:  # removing our wrapper would remove the other library's too
             logger.warning(f"`GenerationMixin.{name}` was replaced by another library after msd_hf; left as it is.")
     _originals.clear()
     _wrappers.clear()
@@ -64,7 +64,7 @@ def unregister() -> None:
 def _wrap_extract_generation_mode_kwargs(original):
     @functools.wraps(original)
     def _extract_generation_mode_kwargs(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer):
-        if isinstance(assistant_model, MSDDraftModel):
+        if is_draft(assistant_model):
             check_call(custom_generate, kwargs)
         return original(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer)
 
@@ -75,17 +75,17 @@ def _wrap_validate_generation_mode(original):
     @functools.wraps(original)
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         draft = generation_mode_kwargs.get("assistant_model")
-        if not isinstance(draft, MSDDraftModel):
+        if not is_draft(draft):
             return original(self, generation_mode, generation_config, generation_mode_kwargs)
-        # Everything here comes before the first forward.
+        # All checks come before the first forward.
         check_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
         check_target(self)
         check_pair(self.config, draft.config)
         check_draft_settings(draft.generation_config)
         if is_compiled(draft.generation_config):
             check_compilable(self, draft)
-        # The original compares vocabularies and asks for tokenizers; embedding and head are the target's here.
-        # It also refuses several sequences a prompt in assisted generation, which are no different here.
+        # The original compares vocabularies and asks for tokenizers, but embedding and head are the target's here. It
+        # also refuses several sequences a prompt in assisted generation, which our loop serves.
         others = {key: value for key, value in generation_mode_kwargs.items() if key != "assistant_model"}
         mode = GenerationMode.SAMPLE if generation_config.do_sample else GenerationMode.GREEDY_SEARCH
         return original(self, mode, generation_config, others)
@@ -96,9 +96,9 @@ def _wrap_validate_generation_mode(original):
 def _wrap_assisted_decoding(original):
     @functools.wraps(original)
     def _assisted_decoding(self, input_ids, *args, assistant_model=None, **kwargs):
-        if not isinstance(assistant_model, MSDDraftModel):
+        if not is_draft(assistant_model):
             return original(self, input_ids, *args, assistant_model=assistant_model, **kwargs)
-        # `generate` passes everything else by name.
+        # The loop does not need these; it gets all other arguments by name.
         for name in ("inputs_tensor", "assistant_tokenizer", "tokenizer"):
             kwargs.pop(name, None)
         check_inputs(kwargs)
@@ -112,8 +112,9 @@ def _wrap_assisted_decoding(original):
 
 
 @contextmanager
-def _evaluating(draft: MSDDraftModel) -> Iterator[None]:
-    """A draft as it is made is in training mode, in which dropout would draw from the random numbers of the call."""
+def _evaluating(draft: Draft) -> Iterator[None]:
+    """Sets the draft to evaluation mode. A new draft is in training mode, in which dropout would use up random numbers
+    of the call."""
     training = [module for module in draft.modules() if module.training]
     draft.eval()
     try:

@@ -1,34 +1,30 @@
-"""A KV cache whose tensors keep their shapes and addresses from round to round, as compiled code needs them."""
+"""A KV cache in buffers of fixed shape, as compiled code needs it: tensors keep shape and address between rounds."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from .in_place import InPlaceLayer
+from .in_place import InPlaceLayer, KeysAndValues
 
 
 MIN_CAPACITY = 256
 
-Buffers = tuple[torch.Tensor, torch.Tensor]
 
-
-class StaticSlotsLayer(InPlaceLayer):
-    """An `InPlaceLayer` of which compiled code may use the whole buffers. Their number of slots is a power of two, so
-    that few shapes are compiled; they hold no NaN, since what a mask hides is still multiplied by 0.
+class FixedLayer(InPlaceLayer):
+    """An `InPlaceLayer` whose whole buffers compiled code may use. The number of slots is a power of two, so that few
+    shapes are compiled. The buffers hold no NaN: a hidden slot is still multiplied by 0.
 
     Args:
-        spare (`tuple[torch.Tensor, torch.Tensor]`, *optional*): buffers of an earlier call, used again where they
-            have the right shape: a CUDA graph is recorded for one address.
+        spare (`tuple[torch.Tensor, torch.Tensor]`, *optional*): buffers of an earlier call, used again if they have
+            the right shape, because a CUDA graph is recorded for one address.
     """
 
-    def __init__(self, spare: Buffers | None = None):
+    def __init__(self, spare: KeysAndValues | None = None):
         super().__init__()
         self._spare = spare
 
@@ -38,7 +34,7 @@ class StaticSlotsLayer(InPlaceLayer):
             return False
         return self.get_seq_length() + count <= self._buffers[0].shape[-2]
 
-    def reserve(self, count: int) -> Buffers:
+    def reserve(self, count: int) -> KeysAndValues:
         """The buffers, with room for `count` more slots."""
         held = self.get_seq_length()
         if self._buffers is None or not self.has_room(count):
@@ -46,33 +42,33 @@ class StaticSlotsLayer(InPlaceLayer):
             self.show(held)
         return self._buffers
 
-    def offer(self, buffers: Buffers) -> None:
-        """Gives the layer buffers to use when it needs new ones, if they have the right shape."""
+    def offer(self, buffers: KeysAndValues) -> None:
+        """Gives the layer buffers that it uses when it needs new ones of their shape."""
         self._spare = buffers
         for buffer in buffers:
             torch._dynamo.mark_static_address(buffer)
 
     def was_offered(self, states: torch.Tensor, needed: int) -> bool:
-        """Whether it was given buffers for so many slots of such states."""
+        """Whether the layer was given buffers for `needed` slots of such states."""
         return self._spare is not None and _fits(self._spare[0], states, _capacity_for(needed))
 
     def show(self, length: int) -> None:
-        """Makes the first `length` slots of the buffers what the layer holds."""
+        """Makes the first `length` slots of the buffers the content of the layer."""
         assert self._buffers is not None
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
 
     def _holds_as_it_came(self, states: torch.Tensor) -> bool:
-        # Or there is room already.
+        # A buffer with room for the prompt saves the copy that would follow.
         return not self.was_offered(states, states.shape[-2]) and super()._holds_as_it_came(states)
 
     @property
-    def buffers(self) -> Buffers | None:
-        """What the layer holds its slots in, or was given to do so; `None` if something else took their place."""
+    def buffers(self) -> KeysAndValues | None:
+        """The buffers of the layer, or those offered to it; `None` if another tensor took their place."""
         if self._buffers is None:
             return self._spare
         return self._buffers if self._shows_buffers() else None
 
-    def _reserve(self, key_states: torch.Tensor, value_states: torch.Tensor, held: int, needed: int) -> Buffers:
+    def _reserve(self, key_states: torch.Tensor, value_states: torch.Tensor, held: int, needed: int) -> KeysAndValues:
         num_slots = _capacity_for(needed)
         spare = self._spare or (None, None)
         self._spare = None
@@ -90,7 +86,7 @@ def _capacity_for(needed: int) -> int:
 
 
 def _zeros(states: torch.Tensor, num_slots: int, spare: torch.Tensor | None, count: int | None = None) -> torch.Tensor:
-    """A buffer like the states, or as many as are to lie behind each other."""
+    """A zeroed buffer for states of this kind; with `count`, that many buffers in one tensor."""
     if spare is not None and _fits(spare, states, num_slots):
         return spare.zero_()
     shape = (*states.shape[:-2], num_slots, states.shape[-1])
@@ -105,31 +101,68 @@ def _fits(buffer: torch.Tensor, states: torch.Tensor, num_slots: int) -> bool:
     return (buffer.shape, buffer.dtype, buffer.device) == (shape, states.dtype, states.device)
 
 
-class _WholeBuffers(DynamicLayer):
-    """A layer as compiled code sees it: new slots go to given places, and attention gets all slots there are."""
+class SpareBuffers:
+    """Buffers that one call of a model leaves to its next call. Whoever uses them takes them out."""
 
-    def __init__(self, buffers: Buffers, places: torch.Tensor):
-        super().__init__()
-        self.keys, self.values = buffers
-        self.places = places
-        self.is_initialized = True
+    def __init__(self) -> None:
+        self._buffers: list[KeysAndValues] = []
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> Buffers:
-        self.keys.index_copy_(2, self.places, key_states)
-        self.values.index_copy_(2, self.places, value_states)
-        return self.keys, self.values
+    def take(self, num_layers: int) -> Sequence[KeysAndValues | None]:
+        """The buffers of each layer, or `None` for each."""
+        taken, self._buffers = self._buffers, []
+        return taken if len(taken) == num_layers else [None] * num_layers
+
+    def leave(self, cache: Cache) -> None:
+        """Keeps the buffers of a cache that is not needed any more."""
+        layers = [layer for layer in cache.layers if isinstance(layer, FixedLayer)]
+        buffers = [layer.buffers for layer in layers if layer.buffers is not None]
+        if layers and len(buffers) == len(layers):
+            self._buffers = buffers
 
 
-def reserve(cache: Cache, count: int) -> list[Buffers]:
+@contextmanager
+def buffers_left(wanted: bool, *caches: tuple[Cache, SpareBuffers]) -> Iterator[None]:
+    """Leaves the buffers of caches to later calls when the block ends, also by an exception."""
+    try:
+        yield
+    finally:
+        if wanted:
+            for cache, spares in caches:
+                spares.leave(cache)
+
+
+def make_fixed(cache: Cache, spares: SpareBuffers, num_layers: int) -> None:
     """
-    The buffers of all layers, with room for `count` more slots. New ones lie behind each other in memory, so that
-    `move_slots` can reach all of them at once.
+    Turns the layers of a cache into `FixedLayer`s. The cache stays the same object.
 
     Args:
-        cache (`Cache`): of `StaticSlotsLayer`s on one device.
+        cache (`Cache`): of `DynamicLayer`s, or empty.
+        spares (`SpareBuffers`): of earlier calls of the model.
+        num_layers (`int`): layers of the model.
+    """
+    old: list[DynamicLayer | None] = [*cache.layers, *[None] * (num_layers - len(cache.layers))]
+    cache.layers = [_fixed(layer, spare) for layer, spare in zip(old, spares.take(len(old)), strict=True)]
+    cache.layer_class_to_replicate = None
+
+
+def _fixed(layer: DynamicLayer | None, spare: KeysAndValues | None) -> FixedLayer:
+    made = FixedLayer(spare)
+    if layer is not None and layer.get_seq_length():
+        made.lazy_initialization(layer.keys, layer.values)
+        made.keys, made.values = layer.keys, layer.values
+    return made
+
+
+def reserve(cache: Cache, count: int) -> list[KeysAndValues]:
+    """
+    The buffers of all layers, with room for `count` more slots. New buffers share one block of memory, so that
+    `move_slots` reaches all of them at once.
+
+    Args:
+        cache (`Cache`): of `FixedLayer`s on one device.
         count (`int`): slots.
     """
-    layers: list[StaticSlotsLayer] = cache.layers  # type: ignore[assignment]
+    layers: list[FixedLayer] = cache.layers  # type: ignore[assignment]
     first = layers[0]
     needed = first.get_seq_length() + count
     if not first.has_room(count) and not first.was_offered(first.keys, needed):
@@ -141,9 +174,15 @@ def reserve(cache: Cache, count: int) -> list[Buffers]:
     return [layer.reserve(count) for layer in layers]
 
 
-def parts_of(buffers: Sequence[Buffers]) -> list[torch.Tensor]:
-    """Keys and values of all layers, `[..., heads, slots, head_dim]`: as one tensor if they lie behind each other in
-    memory."""
+def close_slots(cache: Cache, length: int) -> None:
+    """Makes the first `length` slots of the buffers the content of a cache of `FixedLayer`s."""
+    for layer in cache.layers:
+        layer.show(length)
+
+
+def parts_of(buffers: Sequence[KeysAndValues]) -> list[torch.Tensor]:
+    """Keys and values of all layers, `[..., heads, slots, head_dim]`: one tensor if they share a block of memory, else
+    one tensor each."""
     parts = [part for pair in buffers for part in pair]
     first, size = parts[0], parts[0].numel()
     for number, part in enumerate(parts):
@@ -155,15 +194,29 @@ def parts_of(buffers: Sequence[Buffers]) -> list[torch.Tensor]:
 
 
 def move_slots(parts: Sequence[torch.Tensor], sources: torch.Tensor, places: torch.Tensor) -> None:
-    """Copies the slots `sources` `[A]` of what `parts_of` gave to `places` `[A]`."""
+    """Copies slots within what `parts_of` gave, from `sources` `[A]` to `places` `[A]`."""
     for part in parts:
         part.index_copy_(-2, places, part.index_select(-2, sources))
 
 
-def whole_buffers(buffers: Sequence[Buffers], places: torch.Tensor) -> Cache:
+class _WholeBuffers(DynamicLayer):
+    """A layer as compiled code sees it: new slots go to given places, and attention gets the whole buffers."""
+
+    def __init__(self, buffers: KeysAndValues, places: torch.Tensor):
+        super().__init__()
+        self.keys, self.values = buffers
+        self.places = places
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> KeysAndValues:
+        self.keys.index_copy_(2, self.places, key_states)
+        self.values.index_copy_(2, self.places, value_states)
+        return self.keys, self.values
+
+
+def whole_buffers(buffers: Sequence[KeysAndValues], places: torch.Tensor) -> Cache:
     """
-    The cache for one compiled forward, which fills some slots. They are part of the cache itself once `close_slots` is
-    called.
+    The cache for one compiled forward. The slots that it fills become part of the real cache with `close_slots`.
 
     Args:
         buffers (`Sequence[tuple[torch.Tensor, torch.Tensor]]`): keys and values of each layer.
@@ -172,65 +225,12 @@ def whole_buffers(buffers: Sequence[Buffers], places: torch.Tensor) -> Cache:
     return Cache(layers=[_WholeBuffers(pair, places) for pair in buffers])
 
 
-def close_slots(cache: Cache, length: int) -> None:
-    """Makes the first `length` slots what the cache holds."""
-    for layer in cache.layers:
-        layer.show(length)
-
-
-# Of models, the buffers that their last call used. Whoever uses them takes them out.
-_spare_buffers: weakref.WeakKeyDictionary[nn.Module, list[Buffers]] = weakref.WeakKeyDictionary()
-
-
-def make_static(cache: Cache, model: nn.Module, num_layers: int) -> None:
-    """
-    Turns the layers of a cache into `StaticSlotsLayer`s, without replacing the cache object itself.
-
-    Args:
-        cache (`Cache`): of `DynamicLayer`s, or empty.
-        model (`nn.Module`): whose cache it is; buffers that it left are used again.
-        num_layers (`int`): layers of the model.
-    """
-    spares: Sequence[Buffers | None] = _spare_buffers.pop(model, [])
-    old: list[DynamicLayer | None] = [*cache.layers, *[None] * (num_layers - len(cache.layers))]
-    if len(spares) != len(old):
-        spares = [None] * len(old)
-    cache.layers = [_static(layer, spare) for layer, spare in zip(old, spares, strict=True)]
-    cache.layer_class_to_replicate = None
-
-
-def leave_buffers(cache: Cache, model: nn.Module) -> None:
-    """Keeps the buffers of a cache that nobody needs any more for the model's next call."""
-    layers = [layer for layer in cache.layers if isinstance(layer, StaticSlotsLayer)]
-    buffers = [layer.buffers for layer in layers if layer.buffers is not None]
-    if layers and len(buffers) == len(layers):
-        _spare_buffers[model] = buffers
-
-
-@contextmanager
-def buffers_left(wanted: bool, *caches: tuple[Cache, nn.Module]) -> Iterator[None]:
-    """Leaves the buffers of caches to the next calls of their models when the block ends, however it does."""
-    try:
-        yield
-    finally:
-        if wanted:
-            for cache, model in caches:
-                leave_buffers(cache, model)
-
-
-def _static(layer: DynamicLayer | None, spare: Buffers | None) -> StaticSlotsLayer:
-    made = StaticSlotsLayer(spare)
-    if layer is not None and layer.get_seq_length():
-        made.lazy_initialization(layer.keys, layer.values)
-        made.keys, made.values = layer.keys, layer.values
-    return made
-
-
 __all__ = [
-    "StaticSlotsLayer",
+    "FixedLayer",
+    "SpareBuffers",
     "buffers_left",
     "close_slots",
-    "make_static",
+    "make_fixed",
     "move_slots",
     "parts_of",
     "reserve",

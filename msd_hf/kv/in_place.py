@@ -9,26 +9,27 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .slots import ContextSlots
 
-
-# A full buffer is replaced by one with room for so many slots more, or for this part of those that it needs. Twice the
-# size would hold a whole second context that may never come: answers end before their length limit.
+# A full buffer is replaced by a larger one. Its room is this many slots, or this share of the slots that it needs.
+# Doubling would hold a second context that may never come: answers end before their length limit.
 MIN_ROOM = 64
 ROOM = 1 / 8
+
+KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 
 class InPlaceLayer(DynamicLayer):
     """A `DynamicLayer` whose `keys` and `values` (`[B, heads, slots, head_dim]`) are views of preallocated buffers.
 
-    `DynamicLayer.update` concatenates, which copies the whole layer at every step. Here new slots are written behind
-    the old ones, and a buffer that is full is replaced by one with more room. A whole prompt is held as it came,
-    without a copy: a forward over a prompt is where most memory is needed. Everything else that `generate` does with a
-    layer (crop, reorder, repeat) is inherited: it may replace `keys` by another tensor, which the next update takes
-    over.
+    `DynamicLayer.update` concatenates, which copies the whole layer at every step. This layer writes new slots behind
+    the old ones and replaces a full buffer by a larger one. It holds a whole prompt as it came, without a copy, since
+    the forward over a prompt is where most memory is needed. Everything else that `generate` does with a layer (crop,
+    reorder, repeat) is inherited; it may replace `keys` by another tensor, which the next update copies into a buffer.
+
+    The methods below `update` are what [`CacheTransaction`] asks of every kind of layer.
 
     Args:
-        max_slots (`int`, *optional*): no more than this many slots are allocated ahead of need.
+        max_slots (`int`, *optional*): bound of what is allocated ahead of need.
     """
 
     keys: torch.Tensor
@@ -37,12 +38,10 @@ class InPlaceLayer(DynamicLayer):
     def __init__(self, max_slots: int | None = None):
         super().__init__()
         self.max_slots = max_slots
-        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._views: tuple[torch.Tensor, torch.Tensor] | None = None  # of the buffers, as the last update left them
+        self._buffers: KeysAndValues | None = None
+        self._views: KeysAndValues | None = None  # of the buffers, as the last update left them
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> KeysAndValues:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, length = self.get_seq_length(), key_states.shape[-2]
@@ -58,19 +57,24 @@ class InPlaceLayer(DynamicLayer):
         key_buffer.narrow(2, start, length).copy_(key_states)
         value_buffer.narrow(2, start, length).copy_(value_states)
         self.keys, self.values = self._views = key_buffer.narrow(2, 0, end), value_buffer.narrow(2, 0, end)
-        # A whole prompt is attended to as it came: not every attention kernel likes gaps between heads.
+        # Attention reads a whole prompt as it came: not every attention kernel takes gaps between heads.
         return (self.keys, self.values) if start else (key_states, value_states)
 
     def keep_slots(self, start: int, slots: torch.Tensor) -> None:
-        """Keeps the slots before `start` and, of those from `start` on, only `slots` (`[B, A]`, counted from
-        `start`), which move to `start, start + 1, ...`. The rest is dropped. Copies A slots."""
+        """
+        Moves accepted slots to `start, start + 1, ...` and drops what lies behind them. Copies A slots.
+
+        Args:
+            start (`int`): number of slots that stay untouched.
+            slots (`torch.LongTensor` of shape `[B, A]`): the accepted slots, counted from `start`.
+        """
         if not self.is_initialized:
             return
         self._own()
         end = start + slots.shape[1]
         slots = slots + start
         for states in (self.keys, self.values):
-            if len(slots) == 1:  # half the time of a gather
+            if len(slots) == 1:  # takes half the time of a gather
                 kept = states.index_select(2, slots[0])
             else:
                 kept = states.gather(2, slots[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
@@ -78,12 +82,13 @@ class InPlaceLayer(DynamicLayer):
         self.truncate(end)
 
     def move_slots(self, start: int, slots: torch.Tensor, places: torch.Tensor, length: int) -> None:
-        """Like `keep_slots`, with a place of its own for each slot.
+        """
+        Like `keep_slots`, with a place for each slot.
 
         Args:
-            start (`int`): slots are counted from here.
-            slots (`torch.LongTensor` of shape `[B, A]`): what is kept of those from `start` on.
-            places (`torch.LongTensor` of shape `[B, A]`): where it goes, counted from 0.
+            start (`int`): `slots` are counted from here.
+            slots (`torch.LongTensor` of shape `[B, A]`): the accepted slots.
+            places (`torch.LongTensor` of shape `[B, A]`): where each goes, counted from the first slot of the cache.
             length (`int`): slots of the cache afterwards.
         """
         if not self.is_initialized:
@@ -100,13 +105,33 @@ class InPlaceLayer(DynamicLayer):
         if self.is_initialized and length < self.get_seq_length():
             self.keys, self.values = self.keys.narrow(2, 0, length), self.values.narrow(2, 0, length)
 
+    def select_rows(self, rows: Sequence[int], length: int) -> None:
+        """Keeps the given rows of the batch, in that order, and their first `length` slots."""
+        if self.is_initialized:
+            self.truncate(length)
+            self.batch_select_indices(torch.tensor(rows, device=self.device))
+
+    def take_row(self, row: int, length: int) -> KeysAndValues:
+        """Copies of the keys and values `[1, heads, length, head_dim]` of a row."""
+        if not self.is_initialized:
+            return torch.empty(0), torch.empty(0)
+        return self.keys[row : row + 1, :, :length].clone(), self.values[row : row + 1, :, :length].clone()
+
+    def put_rows(self, rows: Sequence[KeysAndValues]) -> None:
+        """Replaces the content by rows that `take_row` gave, with zeros behind shorter rows."""
+        if self.is_initialized:
+            self.keys, self.values = (
+                pad_sequence([row[kind][0].transpose(0, 1) for row in rows], batch_first=True).transpose(1, 2)
+                for kind in (0, 1)
+            )
+
     def reset(self) -> None:
         super().reset()
         self._buffers = self._views = None
 
     def _holds_as_it_came(self, states: torch.Tensor) -> bool:
-        """Whether a prompt's keys or values are held as they are: they keep no more memory than their own elements,
-        and may be written to outside of inference mode."""
+        """Whether keys or values of a prompt can be held without a copy: they keep no more memory alive than their own
+        elements, and they may be written to outside of inference mode."""
         return states.untyped_storage().nbytes() == states.nbytes and not states.is_inference()
 
     def _own(self) -> None:
@@ -118,19 +143,17 @@ class InPlaceLayer(DynamicLayer):
         """Whether `keys` and `values` still are views of the buffers, and not tensors that someone put there."""
         assert self._buffers is not None
         if self._views is not None and self.keys is self._views[0] and self.values is self._views[1]:
-            return True  # the same is found below, in more time
+            return True  # Fast path; the check below gives the same answer.
         return all(
             view.shape[:-2] == buffer.shape[:-2] and view.data_ptr() == buffer.data_ptr()
             for view, buffer in zip((self.keys, self.values), self._buffers, strict=True)
         )
 
-    def _reserve(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, held: int, needed: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _reserve(self, key_states: torch.Tensor, value_states: torch.Tensor, held: int, needed: int) -> KeysAndValues:
         slots = needed + max(int(ROOM * needed), MIN_ROOM) if held else needed
         if self.max_slots is not None:
             slots = max(min(slots, self.max_slots), needed)
-        # Values may have another head size than keys. One may be written to outside of inference mode too.
+        # Values may have another head size than keys. Outside of inference mode, so that both may be written later.
         with torch.inference_mode(False):
             key_buffer = key_states.new_empty(*key_states.shape[:-2], slots, key_states.shape[-1])
             value_buffer = value_states.new_empty(*value_states.shape[:-2], slots, value_states.shape[-1])
@@ -141,10 +164,10 @@ class InPlaceLayer(DynamicLayer):
 
 
 def make_in_place(cache: DynamicCache, max_slots: int) -> None:
-    """Turns the layers of a `DynamicCache` into `InPlaceLayer`s, without replacing the cache object itself.
+    """Turns the layers of a `DynamicCache` into `InPlaceLayer`s. The cache stays the same object.
 
-    Sliding-window layers become full ones, which their masks make equal: a branch of a tree that is not taken must not
-    push slots out of the window. Slots that have left a window already are filled with zeros, which no mask shows.
+    A sliding-window layer becomes a full one, which its mask makes equal: a rejected branch of a tree must not push
+    slots out of the window. Slots that have left a window already are filled with zeros, and masks hide them.
     """
     cache.layers = [_in_place(layer, max_slots) for layer in cache.layers]
     # A cache that was made without a config adds layers on first use.
@@ -168,71 +191,10 @@ def _in_place(layer: DynamicLayer, max_slots: int) -> InPlaceLayer:
     return made
 
 
-def keep_paths(cache: Cache, context: ContextSlots, paths: torch.Tensor | None, counts: Sequence[int]) -> None:
-    """
-    Keeps, of the slots behind the context, those of accepted nodes. The context is extended last: if this is
-    interrupted, it still says which slots are untouched.
-
-    Args:
-        cache (`Cache`): of `InPlaceLayer`s.
-        context (`ContextSlots`): is extended by them.
-        paths (`torch.LongTensor` of shape `[B, A]`, *optional*): slots behind the context, in order; anything behind a
-            row's own. `None` if they are the first ones in every row.
-        counts (`Sequence[int]`): how many of them are each row's own.
-    """
-    start = context.num_slots
-    if not context.is_ragged and min(counts) == max(counts):
-        for layer in cache.layers:
-            if paths is None:  # none has to move
-                layer.truncate(start + counts[0])
-            else:
-                layer.keep_slots(start, paths.to(layer.device))
-        context.grow(counts)
-        return
-    if paths is None:
-        paths = torch.arange(max(counts), device=cache.layers[0].device).expand(len(counts), -1)
-    places = context.row_lengths(paths.device).unsqueeze(1) + torch.arange(paths.shape[1], device=paths.device)
-    length = max(held + count for held, count in zip(context.lengths, counts, strict=True))
-    for layer in cache.layers:
-        layer.move_slots(start, paths.to(layer.device), places.to(layer.device), length)
-    context.grow(counts)
-
-
 def truncate(cache: Cache, length: int) -> None:
     """`InPlaceLayer.truncate` on every layer of a cache."""
     for layer in cache.layers:
         layer.truncate(length)
 
 
-def select_rows(cache: Cache, context: ContextSlots, rows: Sequence[int]) -> ContextSlots:
-    """Keeps some rows of a batch, in the order given, and the slots that they use. Returns their context."""
-    selected = context.select(rows)
-    for layer in cache.layers:
-        if layer.is_initialized:
-            layer.truncate(selected.num_slots)
-            layer.batch_select_indices(torch.tensor(rows, device=layer.device))
-    return selected
-
-
-def take_row(cache: Cache, row: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Copies of the keys and values `[1, heads, length, head_dim]` of a row, for each layer."""
-    return [
-        (layer.keys[row : row + 1, :, :length].clone(), layer.values[row : row + 1, :, :length].clone())
-        if layer.is_initialized
-        else (torch.empty(0), torch.empty(0))
-        for layer in cache.layers
-    ]
-
-
-def put_rows(cache: Cache, rows: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]]) -> None:
-    """Makes a cache hold rows that `take_row` gave, each from the first slot on; zeros behind shorter ones."""
-    for number, layer in enumerate(cache.layers):
-        if not layer.is_initialized:
-            continue
-        layer.keys, layer.values = (
-            pad_sequence([row[number][kind][0].transpose(0, 1) for row in rows], batch_first=True).transpose(1, 2)
-            for kind in (0, 1)
-        )
-
-
-__all__ = ["InPlaceLayer", "keep_paths", "make_in_place", "put_rows", "select_rows", "take_row"]
+__all__ = ["InPlaceLayer", "KeysAndValues", "make_in_place", "truncate"]

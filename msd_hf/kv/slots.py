@@ -1,7 +1,7 @@
-"""Which cache slots hold the context of each row.
+"""Which slots of a KV cache hold the context of each row.
 
-A slot is not a position: rows of a batch accept different numbers of tokens, so a row may leave the last slots of the
-cache unused, and padding takes slots at the front.
+A slot is not a position. The rows of a batch accept different numbers of tokens, so a row may leave the last slots of
+the cache unused, and padding takes slots at the front.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 @dataclass
 class ContextSlots:
     """
-    The slots of a KV cache that hold the context of each of B rows.
+    The slots that hold the context of each of B rows.
 
     Args:
-        lengths (`list[int]`): how many slots, from the first one on, each row uses.
-        prompt_mask (`torch.BoolTensor` of shape `[B, L]`, *optional*): false at the padding among the first L slots;
-            `None` if there is none.
+        lengths (`list[int]`): for each row, the number of slots that it uses, counted from the first slot.
+        prompt_mask (`torch.BoolTensor` of shape `[B, L]`, *optional*): false at padding among the first L slots;
+            `None` without padding.
     """
 
     lengths: list[int]
@@ -28,7 +28,7 @@ class ContextSlots:
 
     @property
     def num_slots(self) -> int:
-        """Slots of the cache, S."""
+        """Slots of the cache, S: those of the longest row."""
         return max(self.lengths)
 
     @property
@@ -38,24 +38,24 @@ class ContextSlots:
 
     @property
     def hides_slots(self) -> bool:
-        """Whether there are slots that some row may not see."""
+        """Whether some row may not see some slot."""
         return self.prompt_mask is not None or self.is_ragged
 
     def grow(self, counts: Sequence[int]) -> None:
-        """Adds to each row's slots."""
+        """Adds slots to each row."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
     def select(self, rows: Sequence[int]) -> ContextSlots:
-        """Those of some rows."""
+        """The context of the given rows."""
         mask = None if self.prompt_mask is None else self.prompt_mask[list(rows)]
         return ContextSlots([self.lengths[row] for row in rows], mask)
 
     def row_lengths(self, device: torch.device) -> torch.Tensor:
-        """`lengths` as `[B]`."""
+        """`lengths` as a tensor of shape `[B]`."""
         return torch.tensor(self.lengths, device=device)
 
     def mask(self, device: torch.device) -> torch.Tensor | None:
-        """Which of the S slots each row may see, `[B, S]`; `None` if all rows may see all of them."""
+        """Which of the S slots each row may see, `[B, S]`; `None` if every row may see every slot."""
         visible = None
         if self.is_ragged:
             visible = torch.arange(self.num_slots, device=device) < self.row_lengths(device).unsqueeze(1)

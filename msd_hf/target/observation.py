@@ -1,4 +1,4 @@
-"""What goes into a target's decoder and what comes out, by hooks that are in place for one forward at a time."""
+"""The inputs and outputs of a target's decoder, read by hooks that exist for one forward at a time."""
 
 from __future__ import annotations
 
@@ -10,35 +10,37 @@ from typing import Any
 
 import torch
 
+from ..draft.interface import TargetReads
+
 
 @dataclass
 class TargetObservation:
-    """What went into the decoder in the last forward, and what came out.
+    """The inputs and outputs of the decoder in the last forward.
 
     Args:
-        inputs (`dict[str, Any]`): the decoder's, by name.
+        reads (`TargetReads`): the hidden states that are kept.
+        inputs (`dict[str, Any]`): the decoder's inputs, by name.
         last_hidden_state (`torch.Tensor` of shape `[B, T, H]`): after the final norm; `None` before the first forward.
-        layer_states (`dict[int, torch.Tensor]`): the outputs of the feature layers.
+        layer_states (`dict[int, torch.Tensor]`): the outputs of the layers that are read.
     """
 
+    reads: TargetReads
     inputs: dict[str, Any] = field(default_factory=dict)
     last_hidden_state: torch.Tensor | None = None
     layer_states: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def hidden_states(self) -> torch.Tensor:
-        """`[B, T, (1 + K) * H]`, as in [`TargetPrefill`]."""
-        assert self.last_hidden_state is not None
-        if not self.layer_states:
-            return self.last_hidden_state
-        layers = [self.layer_states[layer].to(self.last_hidden_state.device) for layer in sorted(self.layer_states)]
-        return torch.cat([*layers, self.last_hidden_state], dim=-1)
+        """The hidden states that are read, `[B, T, W]`, see [`TargetReads`]."""
+        last = self.last_hidden_state
+        assert last is not None
+        return self.reads.join([self.layer_states[layer].to(last.device) for layer in self.reads.layers], last)
 
 
 @contextmanager
 def observed(
     decoder: Any,
-    feature_layers: Sequence[int],
+    reads: TargetReads,
     input_names: Sequence[str],
     is_compiled: bool,
     replaced_inputs: Mapping[str, Any],
@@ -47,14 +49,14 @@ def observed(
     Watches the forwards inside the block.
 
     Args:
-        decoder (`nn.Module`): the target's.
-        feature_layers (`Sequence[int]`): layers of which the outputs are kept.
-        input_names (`Sequence[str]`): of what its forward takes, in order.
-        is_compiled (`bool`): whether somebody has compiled it before.
-        replaced_inputs (`Mapping[str, Any]`): what it gets in place of its own inputs.
+        decoder (`nn.Module`): the target's decoder.
+        reads (`TargetReads`): the hidden states to keep.
+        input_names (`Sequence[str]`): names of the decoder's positional inputs, in order.
+        is_compiled (`bool`): whether the user has compiled the target.
+        replaced_inputs (`Mapping[str, Any]`): inputs that the decoder gets in place of its own.
     """
-    seen = TargetObservation()
-    thread = threading.get_ident()  # another one may run the same target meanwhile
+    seen = TargetObservation(reads)
+    thread = threading.get_ident()  # another thread may run the same target meanwhile
 
     def before(module, args, kwargs):
         if threading.get_ident() != thread:
@@ -76,13 +78,13 @@ def observed(
     handles: list[Any] = [
         decoder.register_forward_pre_hook(before, with_kwargs=True),
         decoder.register_forward_hook(after, with_kwargs=True),
-        *(decoder.layers[layer].register_forward_hook(after_layer(layer)) for layer in feature_layers),
+        *(decoder.layers[layer].register_forward_hook(after_layer(layer)) for layer in reads.layers),
     ]
     with ExitStack() as stack:
         for handle in handles:
             stack.callback(handle.remove)
         if is_compiled:
-            # A compiled forward does not look at hooks that came after its compilation.
+            # A compiled forward ignores hooks that were registered after its compilation.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield seen
 

@@ -1,4 +1,4 @@
-"""Which targets a draft can be used with: kinds of models, layers and attention, and whether the pair fits."""
+"""Which targets can be served: kinds of models, layers and attention, and whether a draft fits the target."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..draft.configuration_msd import MSDDraftConfig
+from ..draft.modeling_msd import LENGTH_DEPENDENT_ROPE
 from ..errors import MSDPairingError, MSDUnsupportedError
 
 
-# Attention implementations that take an additive mask; the others give way to sdpa while a tree is verified.
+# Attention implementations that take an additive mask. With any other, trees are verified with sdpa.
 TREE_ATTENTION = ("sdpa", "eager")
 
-# Kinds of targets of which the tests show that a tree is verified correctly. Any other one is tried at its first call.
+# Kinds of targets for which the tests show that a tree is verified correctly. Other kinds are tried at the first call.
 KNOWN_MODEL_TYPES = frozenset(
     {
         "aya_vision",
@@ -42,17 +42,14 @@ KNOWN_MODEL_TYPES = frozenset(
     }
 )
 
-# Kinds of rotary embeddings whose frequencies depend on the length of the text.
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def attention_windows(text_config: PreTrainedConfig) -> dict[str, int | None]:
-    """The kinds of layers of a decoder and the window of each, in tokens; `None`: no window."""
+    """The window of each kind of layer of a decoder, in tokens; `None`: no window."""
     window = getattr(text_config, "sliding_window", None)
     layer_types = getattr(text_config, "layer_types", None)
-    if layer_types is None:  # Mistral has a window on every layer, without a list of layer types
+    if layer_types is None:  # Mistral has a window on every layer and no list of layer types
         layer_types = [_FULL if window is None else _SLIDING]
     return {kind: window if kind == _SLIDING else None for kind in sorted(set(layer_types))}
 
@@ -67,12 +64,12 @@ def layer_windows(text_config: PreTrainedConfig) -> list[int | None]:
 
 
 def decoder_inputs(decoder: nn.Module) -> list[str]:
-    """The names of what a decoder's forward takes, in order."""
+    """The names of the inputs of a decoder's forward, in order."""
     return list(inspect.signature(decoder.forward).parameters)
 
 
 def takes_any_argument(decoder: nn.Module) -> bool:
-    """Whether a decoder's forward takes arguments that it does not know, and hands them on to its attention."""
+    """Whether a decoder's forward hands unknown arguments on to its attention."""
     parameters = inspect.signature(decoder.forward).parameters.values()
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
@@ -123,21 +120,21 @@ def check_positions(
     attention_mask: torch.Tensor | None = None,
 ) -> None:
     """
-    Refuses calls in which rotary embeddings change with the length of the text: token by token they change at one
-    position, and a tree has several positions.
+    Refuses calls in which rotary embeddings change with the length of the text. Decoding token by token, they change
+    at one position; the nodes of a tree stand at several positions.
 
     Args:
         text_config (`PreTrainedConfig`): of the decoder.
         prompt_length (`int`): positions of the prompt.
         last_length (`int`): positions at the length limit of the call.
-        batch_size (`int`): rows, of which the longest one counts for all.
-        attention_mask (`torch.Tensor`, *optional*): of the prompt; there may be padding among its positions.
+        batch_size (`int`): rows; the longest row decides for all.
+        attention_mask (`torch.Tensor`, *optional*): of the prompt; 0 at padding.
 
     Raises:
         MSDUnsupportedError: says from which length on, and what to do.
     """
     parameters = getattr(text_config, "rope_parameters", None) or {}
-    for rope in (parameters, *parameters.values()):  # some decoders have them by kind of layer
+    for rope in (parameters, *parameters.values()):  # some decoders have parameters by kind of layer
         rope_type = rope.get("rope_type") if isinstance(rope, dict) else None
         if rope_type not in LENGTH_DEPENDENT_ROPE:
             continue
@@ -146,7 +143,7 @@ def check_positions(
             limit = rope.get("original_max_position_embeddings") or limit
             is_full = attention_mask is None or bool(attention_mask.all())
             if prompt_length > limit and batch_size == 1 and is_full:
-                continue  # it is long from the beginning
+                continue  # the long frequencies hold from the first token on
         if last_length > limit:
             raise MSDUnsupportedError(
                 f"Rotary embeddings of kind {rope_type!r} change where a text gets longer than {limit} tokens, which "
@@ -156,7 +153,7 @@ def check_positions(
 
 
 def _check_adapters(target: PreTrainedModel, name: str, advice: str) -> None:
-    # peft lends its model's method to the target for the time of a call.
+    # During a call, the target carries a method of peft's model.
     owner = getattr(target.prepare_inputs_for_generation, "__self__", target)
     adapter: Any = getattr(owner, "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):
@@ -164,7 +161,7 @@ def _check_adapters(target: PreTrainedModel, name: str, advice: str) -> None:
             f"{name} has an adapter of kind {adapter.peft_type.value}, which puts virtual tokens before the prompt "
             f"that MSD drafts know nothing of; LoRA and its like change weights, and can be used. {advice}"
         )
-    # Each layer gets these from a hook, for the rows and positions of a call without a draft.
+    # Hooks hand these to each layer, for the rows and positions of a call without a draft.
     for hook in (hook for module in target.modules() for hook in module._forward_pre_hooks.values()):
         for argument in ("adapter_names", "alora_offsets"):
             if getattr(hook, "keywords", {}).get(argument) is not None:
@@ -175,9 +172,13 @@ def _check_adapters(target: PreTrainedModel, name: str, advice: str) -> None:
                 )
 
 
-def check_pair(target_config: PreTrainedConfig, draft_config: MSDDraftConfig) -> None:
+def check_pair(target_config: PreTrainedConfig, draft_config: Any) -> None:
     """
-    Refuses a draft that was made for another target. Needs no weights, so it can come before loading them.
+    Refuses a draft that was made for another target. Needs no weights, so it can run before they are loaded.
+
+    Args:
+        target_config (`PreTrainedConfig`): of the target.
+        draft_config (`MSDDraftConfig`, or that of another kind of draft): of the draft.
 
     Raises:
         MSDPairingError: says what differs.
@@ -201,7 +202,6 @@ def check_pair(target_config: PreTrainedConfig, draft_config: MSDDraftConfig) ->
 
 __all__ = [
     "KNOWN_MODEL_TYPES",
-    "LENGTH_DEPENDENT_ROPE",
     "TREE_ATTENTION",
     "attention_windows",
     "check_pair",

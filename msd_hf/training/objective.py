@@ -84,6 +84,7 @@ class DraftObjective:
             hidden_states.to(labels.device, dtype),
             visual_mask.to(labels.device),
             labels != -100,
+            self.adapter.reads,
         )
 
     def _add_noise(self, hidden_states: torch.Tensor, lengths: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..draft.interface import TargetReads
+
 
 ROW_CHOICES = ("answer", "drafted")
 
@@ -17,11 +19,12 @@ class DraftRows:
 
     Args:
         inputs_embeds (`torch.Tensor` of shape `[B, L, H]`): row j is the embedding at position j + 1.
-        hidden_states (`torch.Tensor` of shape `[B, L, W]`): row j is the target's hidden state at position j.
+        hidden_states (`torch.Tensor` of shape `[B, L, W]`): row j is what the draft reads of the target at position j.
         visual_mask (`torch.BoolTensor` of shape `[B, L]`): true where position j + 1 is visual.
         goals (`torch.Tensor` of shape `[B, L, H]`): row j is the target's last hidden state at position j + 1, which
             row j of the draft's output should equal.
         trained (`torch.BoolTensor` of shape `[B, L]`): the rows that count in the loss.
+        reads (`TargetReads`): the parts of `hidden_states`.
     """
 
     inputs_embeds: torch.Tensor
@@ -29,6 +32,7 @@ class DraftRows:
     visual_mask: torch.Tensor
     goals: torch.Tensor
     trained: torch.Tensor
+    reads: TargetReads
 
 
 def draft_rows(
@@ -36,6 +40,7 @@ def draft_rows(
     hidden_states: torch.Tensor,
     visual_mask: torch.Tensor,
     trained: torch.Tensor,
+    reads: TargetReads | None = None,
 ) -> DraftRows:
     """
     Shifts a right-padded batch of features. The row behind the last position has a zero embedding and a zero goal.
@@ -44,14 +49,18 @@ def draft_rows(
         inputs_embeds (`torch.Tensor` of shape `[B, L, H]`), hidden_states (`[B, L, W]`), visual_mask (`[B, L]`): of
             the target, see [`TargetFeatures`].
         trained (`torch.BoolTensor` of shape `[B, L]`): see [`trained_rows`].
+        reads (`TargetReads`, *optional*): the parts of `hidden_states`. Default: the last hidden state alone.
     """
-    goals = hidden_states[..., -inputs_embeds.shape[-1] :]
+    if reads is None:
+        reads = TargetReads((), inputs_embeds.shape[-1])
+    _, goals = reads.split(hidden_states)
     return DraftRows(
         inputs_embeds=_shift(inputs_embeds),
         hidden_states=hidden_states,
         visual_mask=_shift(visual_mask),
         goals=_shift(goals),
         trained=trained,
+        reads=reads,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from transformers import DynamicCache
 
+from ..attention.masks import additive_mask
 from .rows import DraftRows
 
 
@@ -27,10 +28,14 @@ def unrolled_states(
         noisy_states (`torch.Tensor` of shape `[B, L, W]`, *optional*): read by the first pass in place of
             `rows.hidden_states`.
     """
-    hidden_states = rows.hidden_states if noisy_states is None else noisy_states
+    given = rows.hidden_states if noisy_states is None else noisy_states
+    layer_states, hidden_states = rows.reads.split(given)
     if num_passes == 1:
         yield draft(
-            inputs_embeds=rows.inputs_embeds, hidden_states=hidden_states, visual_mask=rows.visual_mask
+            inputs_embeds=rows.inputs_embeds,
+            hidden_states=hidden_states,
+            visual_mask=rows.visual_mask,
+            layer_states=layer_states,
         ).last_hidden_state
         return
     batch_size, length = rows.visual_mask.shape
@@ -42,15 +47,16 @@ def unrolled_states(
             inputs_embeds=rows.inputs_embeds,
             hidden_states=hidden_states,
             visual_mask=rows.visual_mask,
+            layer_states=layer_states,
             attention_mask=None if number == 0 else unrolled_mask(length, number, hidden_states.dtype, device),
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
         yield states
-        width = states.shape[-1]
-        # The first row has no row before it; it stays as it is.
-        hidden_states = torch.cat([hidden_states[:, :1, -width:].to(states.dtype), states[:, :-1]], dim=1)
+        # The first row has no row before it; it keeps the target's last hidden state. Later passes read no layers.
+        hidden_states = torch.cat([hidden_states[:, :1].to(states.dtype), states[:, :-1]], dim=1)
+        layer_states = None
 
 
 def unrolled_mask(length: int, number: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -61,8 +67,7 @@ def unrolled_mask(length: int, number: int, dtype: torch.dtype, device: torch.de
     blocks += [distance == number - earlier for earlier in range(1, number + 1)]
     visible = torch.cat(blocks, dim=1)
     # A row that lies less than `number` behind the start has no row of the first pass to see, and is not trained.
-    mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, torch.finfo(dtype).min)
-    return mask.unsqueeze(0).unsqueeze(0)
+    return additive_mask(visible, dtype).unsqueeze(0).unsqueeze(0)
 
 
 __all__ = ["unrolled_mask", "unrolled_states"]

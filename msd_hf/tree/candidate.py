@@ -1,7 +1,7 @@
 """The candidate tree.
 
-Nodes are numbered in *flat order*: the root is node 0, then level by level, then a branch from its top to its end; or
-with the path that the draft believes in most before all others. So a parent always has a smaller number than its
+Nodes are numbered in *flat order*: the root is node 0, then level by level, then an added branch from its top to its
+end; or with the draft's most likely path before all other nodes. So a parent always has a smaller number than its
 children, and the accepted path is an increasing list of nodes.
 """
 
@@ -24,8 +24,8 @@ class CandidateTree:
         depths (`torch.LongTensor` of shape `[B, N]`): levels below the root.
         ancestors (`torch.BoolTensor` of shape `[B, N, N]`): `[b, i, j]` is true if node j is node i or above it.
         max_depth (`int`): an upper bound of `depths`, known without reading them back from the device.
-        scores (`torch.Tensor` of shape `[B, D]`, *optional*): the draft's cumulative log-probability of each node that
-            it proposed. These come first.
+        scores (`torch.Tensor` of shape `[B, D]`, *optional*): the draft's cumulative log-probability of the first D
+            nodes. Nodes behind them were not proposed by the draft.
     """
 
     tokens: torch.Tensor
@@ -39,8 +39,8 @@ class CandidateTree:
     def from_parents(
         cls, tokens: torch.Tensor, parents: torch.Tensor, max_depth: int, scores: torch.Tensor | None = None
     ) -> CandidateTree:
-        """Completes a tree of which tokens and parents are known (both `[B, N]`, root first, in flat order)."""
-        above = [parents]  # the nodes 1, 2, ... levels above; the root is above itself
+        """A tree from tokens and parents (both `[B, N]`, root first, in flat order)."""
+        above = [parents]  # the nodes 1, 2, ... levels above each node; the root is above itself
         for _ in range(max_depth - 1):
             above.append(parents.gather(1, above[-1]))
         ancestors = torch.zeros(*tokens.shape, tokens.shape[1], dtype=torch.bool, device=tokens.device)
@@ -63,7 +63,7 @@ class CandidateTree:
         return cls.from_parents(tokens, parents.expand_as(tokens), max_depth=num_nodes - 1)
 
     def with_chain(self, rows: Sequence[int], token: int) -> CandidateTree:
-        """The same trees but for some rows, which become a chain of one token below their root."""
+        """The same trees, except that the given rows become a chain of one token below their root."""
         num_nodes = self.tokens.shape[1]
         index = torch.tensor(rows, device=self.tokens.device)
         numbers = torch.arange(num_nodes, device=self.tokens.device)
@@ -81,11 +81,12 @@ class CandidateTree:
 
     def with_branch(self, tokens: torch.Tensor, num_nodes: int) -> CandidateTree:
         """
-        The same trees with more nodes, so that each has a path of tokens as far down as these reach.
+        The same trees with a path of given tokens below the root. Nodes that carry the begin of the path already are
+        used; new nodes go on from the last of them.
 
         Args:
-            tokens (`torch.LongTensor` of shape `[B, P]`): below the root; P is at least `max_depth + num_nodes`.
-            num_nodes (`int`): nodes that are added behind those that carry the path already.
+            tokens (`torch.LongTensor` of shape `[B, P]`): of the path; P is at least `max_depth + num_nodes`.
+            num_nodes (`int`): nodes to add to each row.
         """
         num_held = self.tokens.shape[1]
         carries = self.tokens == tokens.gather(1, (self.depths - 1).clamp(min=0))
@@ -108,12 +109,12 @@ class CandidateTree:
         )
 
     def with_best_path_first(self) -> CandidateTree:
-        """The same trees, renumbered so that the path to the best of the deepest nodes comes first: where it is
-        accepted, its slots are in place already."""
+        """The same trees, renumbered so that the path to the best of the deepest nodes comes first. If it is accepted,
+        its slots are in place already."""
         assert self.scores is not None
-        best = (self.depths + self.scores.exp()).argmax(1)  # a probability is at most a level
+        best = (self.depths + self.scores.exp()).argmax(1)  # a probability weighs at most one level
         is_last = self.ancestors.gather(1, best.view(-1, 1, 1).expand(-1, -1, self.ancestors.shape[2])).squeeze(1)
-        order = is_last.sort(dim=1, descending=True, stable=True).indices  # [B, N]: which node each was
+        order = is_last.sort(dim=1, descending=True, stable=True).indices  # [B, N]: the old number of each node
         numbers = order.argsort(dim=1)
         square = order.unsqueeze(2).expand_as(self.ancestors)
         return CandidateTree(
@@ -126,27 +127,31 @@ class CandidateTree:
         )
 
     def with_emittable_depths(self, tokens_left: Sequence[int] | None) -> CandidateTree:
-        """The same trees, where nodes so deep that they cannot be emitted stand no deeper than those that can: there
-        may be no positions for them.
+        """
+        The same trees, in which nodes too deep to be emitted stand no deeper than the deepest node that can be: the
+        target may have no positions for them.
 
         Args:
             tokens_left (`Sequence[int]`, *optional*): how many tokens each row may still emit, the bonus token
-                included; `None`: any number.
+                included; `None`: no limit.
         """
         if tokens_left is None or min(tokens_left) > self.max_depth:
             return self
-        deepest = torch.tensor(tokens_left, device=self.depths.device).unsqueeze(1) - 1
-        return replace(self, depths=self.depths.minimum(deepest.clamp(min=0)))
+        return self.with_depths_below(torch.tensor(tokens_left, device=self.depths.device))
+
+    def with_depths_below(self, tokens_left: torch.Tensor) -> CandidateTree:
+        """`with_emittable_depths` on the device alone, with `tokens_left` of shape `[B]`."""
+        return replace(self, depths=self.depths.minimum((tokens_left - 1).clamp(min=0).unsqueeze(1)))
 
     def path(self, matches: torch.Tensor) -> torch.Tensor:
-        """Of nodes that match (`[B, N]`, at most one of any siblings), those that are connected to the root by such
-        nodes, and the root: one path, `[B, N]`."""
+        """The path of matching nodes that begins at the root, `[B, N]`. `matches` (`[B, N]`) is true for at most one
+        of any siblings; the root counts as a match."""
         matches = matches.clone()
         matches[:, 0] = True
         return (matches.unsqueeze(1) | ~self.ancestors).all(-1)
 
     def padded(self, num_nodes: int) -> CandidateTree:
-        """The same trees with nodes added that are of no use: they see themselves alone, and nobody sees them."""
+        """The same trees, padded with inert nodes: each sees only itself, and no other node sees it."""
         count = num_nodes - self.tokens.shape[1]
         if count == 0:
             return self

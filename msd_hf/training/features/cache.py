@@ -103,7 +103,7 @@ def extract_features(
         max_length=max_length,
         storage=resolve_storage(storage, target.dtype),
         hidden_size=target.config.get_text_config(decoder=True).hidden_size,
-        feature_layers=list(adapter.feature_layers),
+        feature_layers=list(adapter.reads.layers),
         all_hidden_states=all_hidden_states,
         samples_per_shard=samples_per_shard,
     )

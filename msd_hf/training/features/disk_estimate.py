@@ -60,7 +60,7 @@ def estimate_disk(
     adapter = TargetAdapter(target, feature_layers=feature_layers)
     storage = resolve_storage(storage, target.dtype)
     hidden_size = target.config.get_text_config(decoder=True).hidden_size
-    width = (1 + len(adapter.feature_layers)) * hidden_size
+    width = adapter.reads.width
     num_probes = min(_NUM_PROBES, len(conversations))
     # From the middle of each of as many equal parts, as data are often sorted.
     indices = [(2 * number + 1) * len(conversations) // (2 * num_probes) for number in range(num_probes)]

@@ -1,47 +1,41 @@
-"""Named phases of the decoding loop, and a timer for them that costs nothing while nobody measures."""
+"""A timer for the phases of the decoding loop."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 
 import torch
 
-
-_active: PhaseTimer | None = None
-_NOT_TIMED: AbstractContextManager[None] = nullcontext()
-
-
-def phase(name: str) -> AbstractContextManager[None]:
-    """Marks the block under it as a phase. Does nothing unless a [`PhaseTimer`] is active."""
-    return _NOT_TIMED if _active is None else _Section(_active, name)
+from ..observer import current_observer, observing
 
 
 class PhaseTimer:
     """
-    Accumulates the seconds of each phase while it is active (`with PhaseTimer() as timer:`). One at a time, in one
-    thread.
+    Adds up the seconds of each phase inside its block (`with PhaseTimer() as timer:`). There can be one timer at a
+    time in a thread.
 
-    Time counts for the innermost phase alone. Phases are kept by their path from the outermost one, so that a draft
-    forward of the prefill and one of the decoding loop are not mixed.
+    Time counts for the innermost phase alone. Phases are told apart by their path from the outermost phase, so that a
+    draft forward of the prefill and one of the decoding loop are not mixed.
 
     Args:
-        device (`torch.device`, *optional*): is waited for at both ends of a phase if it is a GPU, since work on it
-            runs behind the host. That makes the whole slower than it is without a timer.
+        device (`torch.device`, *optional*): a GPU to wait for at both ends of a phase, since its work runs behind the
+            host. Waiting makes the whole slower than it is without a timer.
     """
 
     def __init__(self, device: torch.device | None = None):
         self._now = time.perf_counter
         if device is not None and device.type == "cuda":
             self._now = partial(_time_on, device)
-        # Ends of phases (their names where they begin), added up later. When each was reached, and when it was noted:
-        # what lies between is the timer's own, and is nobody's time.
+        # Begins (with a name) and ends (without) of phases, added up later: when each was reached, and when the timer
+        # had noted it. The time between the two is the timer's own and counts for no phase.
         self._marks: list[tuple[float, float, str | None]] = []
         self._seconds: dict[tuple[str, ...], float] = defaultdict(float)
         self._path: list[str] = []
         self._since = 0.0
+        self._block = ExitStack()
 
     @property
     def seconds(self) -> dict[tuple[str, ...], float]:
@@ -58,13 +52,13 @@ class PhaseTimer:
         return self._seconds
 
     def clear(self) -> None:
-        """Forgets what was counted so far, but not in which phases we are."""
+        """Forgets the seconds so far, but not which phases are open."""
         self.seconds.clear()
         self._since = self._now()
 
     def inside(self, outer: str) -> dict[str, float]:
-        """Seconds of the phases inside the outermost phase `outer`, by name; what none of them took is under `outer`
-        itself."""
+        """Seconds of the phases inside the outermost phase `outer`, by name. Time of `outer` outside all of them
+        counts under `outer` itself."""
         result: dict[str, float] = defaultdict(float)
         for path, seconds in self.seconds.items():
             if path[0] == outer:
@@ -72,26 +66,24 @@ class PhaseTimer:
         return dict(result)
 
     def __enter__(self) -> PhaseTimer:
-        global _active
-        if _active is not None:
+        if current_observer().phase is not None:
             raise RuntimeError("Another `PhaseTimer` is active.")
-        _active = self
+        self._block.enter_context(observing(phase=partial(_Section, self)))
         return self
 
     def __exit__(self, *error: object) -> None:
-        global _active
-        _active = None
+        self._block.close()
 
 
 def _time_on(device: torch.device) -> float:
-    if not torch.cuda.is_current_stream_capturing():  # nothing is done then, and waiting is not allowed
+    if not torch.cuda.is_current_stream_capturing():  # waiting is not allowed then, and nothing runs
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 class _Section(AbstractContextManager[None]):
-    # No more calls than it takes: behind forwards of a large model each costs microseconds, which would count as part
-    # of a round.
+    # As few calls as possible: after forwards of a large model each costs microseconds, which would count as part of a
+    # round.
     def __init__(self, timer: PhaseTimer, name: str):
         self.reached = timer._now()
         self.timer, self.name = timer, name
@@ -106,4 +98,4 @@ class _Section(AbstractContextManager[None]):
         timer._marks.append((reached, timer._now(), None))
 
 
-__all__ = ["PhaseTimer", "phase"]
+__all__ = ["PhaseTimer"]

@@ -1,4 +1,4 @@
-"""Functions in place of plain modules: to call a module takes as long as a small operation."""
+"""Functions in place of plain modules: calling a module takes as long as a small operation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ TensorFunction = Callable[[torch.Tensor], torch.Tensor]
 
 
 def function_of(module: Any) -> TensorFunction:
-    """What a module computes, or the module itself where it is wrapped, quantised, hooked or of another kind."""
+    """A function that computes what a module computes. The module itself if it is wrapped, quantised, hooked or of an
+    unknown kind."""
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return module
     if type(getattr(module, "weight", None)) is not nn.Parameter:
@@ -30,8 +31,8 @@ def function_of(module: Any) -> TensorFunction:
     return module
 
 
-def function_at(module: Any, draft: nn.Module) -> TensorFunction | None:
-    """The same for a module whose weights lie where a draft computes, in its dtype; `None` for others."""
+def function_at(module: Any, draft: Any) -> TensorFunction | None:
+    """`function_of` a module whose weight has the device and dtype of a draft; `None` for other modules."""
     is_at_hand = module.weight.device == draft.device and module.weight.dtype == draft.dtype
     return function_of(module) if is_at_hand else None
 
@@ -39,7 +40,7 @@ def function_at(module: Any, draft: nn.Module) -> TensorFunction | None:
 def _norm_function(weight: torch.Tensor, epsilon: float) -> TensorFunction:
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
         return partial(functional.rms_norm, normalized_shape=weight.shape, weight=weight, eps=epsilon)
-    # On a CPU `rms_norm` is made of more operations.
+    # On a CPU `rms_norm` consists of more operations than this.
     least = torch.full((1, 1), epsilon, dtype=weight.dtype)
 
     def normed(states: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,167 @@
+"""The parts of one call of `generate` with a draft, made before the first forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from ..compat import CACHE_NAME
+from ..compiled.compile import is_compiled
+from ..draft.interface import Draft
+from ..drafting.drafter import Drafter
+from ..drafting.fixed import FixedDrafter
+from ..drafting.growing import GrowingDrafter
+from ..drafting.memory import ChatMemory
+from ..kv.fixed import make_fixed
+from ..kv.in_place import make_in_place
+from ..kv.slots import ContextSlots
+from ..kv.transaction import CacheTransaction
+from ..observer import Observer, current_observer
+from ..target.adapter import TargetAdapter
+from ..target.support import check_positions, layer_windows
+from ..tree.policy import TreePolicy
+from ..tree.settings import TreeSettings
+from ..tree.suffix import SuffixBranches
+from .batch_selection import BatchSelector
+from .decoder_outputs import DecoderOutputs
+from .pair import PairState, state_of
+
+
+@dataclass
+class DecodingCall:
+    """
+    One call.
+
+    Args:
+        target (`TargetAdapter`): verifies trees.
+        draft (`Draft`): the draft, which `drafter` runs.
+        drafter (`Drafter`): drafts trees.
+        branches (`SuffixBranches`): add repetitions of the text to trees.
+        policy (`TreePolicy`): sizes trees.
+        settings (`TreeSettings`): of the draft.
+        selector (`BatchSelector`): chooses and emits tokens.
+        slots (`CacheTransaction`): of the target's cache.
+        outputs (`DecoderOutputs`): hidden states and attentions that are returned.
+        memory (`ChatMemory`, *optional*): of earlier turns, for a single sequence.
+        pair (`PairState`): what is kept between calls.
+        observer (`Observer`): the measurement around the call.
+        flags (`dict[str, bool]`): `output_hidden_states`, `output_attentions`, if they are asked for.
+        keeps_cache (`bool`): whether the target's cache can be looked at after the call.
+        num_fixed_nodes (`int`, *optional*): nodes of a tree in compiled verifications; `None`: nothing is compiled.
+    """
+
+    target: TargetAdapter
+    draft: Draft
+    drafter: Drafter
+    branches: SuffixBranches
+    policy: TreePolicy
+    settings: TreeSettings
+    selector: BatchSelector
+    slots: CacheTransaction
+    outputs: DecoderOutputs
+    memory: ChatMemory | None
+    pair: PairState
+    observer: Observer
+    flags: dict[str, bool]
+    keeps_cache: bool
+    num_fixed_nodes: int | None
+
+
+def prepare_call(
+    target: PreTrainedModel,
+    draft: Draft,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None,
+    model_kwargs: dict[str, Any],
+) -> DecodingCall:
+    """
+    Makes the parts; see [`msd_decoding`] for the arguments.
+
+    Raises:
+        MSDPairingError: when the target lacks a layer that the draft reads.
+        MSDUnsupportedError: when positions of the call cannot be served.
+    """
+    pair = state_of(target, draft)
+    settings = TreeSettings.from_generation_config(draft.generation_config)
+    adapter = TargetAdapter(target, draft.reads.layers, pair.compiled)
+    cache = model_kwargs[CACHE_NAME]
+    keeps_cache = _outlives_the_call(cache, generation_config)
+    selector = BatchSelector(
+        input_ids, logits_processor, stopping_criteria, generation_config, streamer, keeps_ended_rows=keeps_cache
+    )
+    batch_size = selector.batch_size
+    circumstances = (
+        str(draft.device),
+        draft.dtype,
+        target.dtype,
+        batch_size,
+        target.config._attn_implementation,
+    )
+    policy = pair.tree_policy(settings, circumstances, selector.eos_token_ids)
+
+    num_slots = _slots_after_prompt(cache, input_ids, generation_config, model_kwargs)
+    memory = ChatMemory(cache, draft, input_ids, num_slots) if batch_size == 1 else None
+    max_slots = num_slots + max(generation_config.max_length - input_ids.shape[1], 0)
+    check_positions(adapter.text_config, num_slots, max_slots, batch_size, model_kwargs.get("attention_mask"))
+    max_slots += settings.num_nodes + settings.suffix_nodes
+    make_in_place(cache, max_slots)
+    num_fixed_nodes = None
+    if is_compiled(draft.generation_config):
+        num_fixed_nodes = settings.num_nodes + settings.suffix_nodes
+        make_fixed(cache, pair.target_buffers, adapter.text_config.num_hidden_layers)
+
+    max_slots += settings.num_candidates
+    drafter: Drafter
+    if num_fixed_nodes is not None and settings.num_nodes > 1 and draft.is_plain:
+        drafter = FixedDrafter(draft, adapter, settings, pair.compiled, pair.draft_buffers, max_slots)
+    else:
+        drafter = GrowingDrafter(draft, adapter, max_slots, policy, best_path_first=True)
+    flags = {name: True for name in ("output_hidden_states", "output_attentions") if model_kwargs.get(name)}
+    return DecodingCall(
+        target=adapter,
+        draft=draft,
+        drafter=drafter,
+        branches=SuffixBranches(input_ids, adapter.visual_mask(input_ids)),
+        policy=policy,
+        settings=settings,
+        selector=selector,
+        slots=CacheTransaction(cache, ContextSlots([cache.get_seq_length()] * batch_size)),
+        outputs=DecoderOutputs(batch_size, layer_windows(adapter.text_config), flags),
+        memory=memory,
+        pair=pair,
+        observer=current_observer(),
+        flags=flags,
+        keeps_cache=keeps_cache,
+        num_fixed_nodes=num_fixed_nodes,
+    )
+
+
+def _outlives_the_call(cache: Cache, generation_config: GenerationConfig) -> bool:
+    """Whether the cache can be looked at after the call: it is returned, or it is the user's own."""
+    if generation_config.return_dict_in_generate:
+        return True
+    return getattr(cache, "_is_user_defined", False)
+
+
+def _slots_after_prompt(
+    cache: Cache, input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> int:
+    """Slots of the target's cache once the prompt is in it. `input_ids` are the whole prompt, or what the cache
+    lacks."""
+    inputs_embeds = model_kwargs.get("inputs_embeds")
+    if inputs_embeds is not None:
+        return inputs_embeds.shape[1]
+    attention_mask = model_kwargs.get("attention_mask")
+    if attention_mask is not None:
+        return attention_mask.shape[1]
+    return getattr(generation_config, "_mask_length", None) or cache.get_seq_length() + input_ids.shape[1]
+
+
+__all__ = ["DecodingCall", "prepare_call"]

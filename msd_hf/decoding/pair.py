@@ -1,0 +1,80 @@
+"""What is kept between calls of `generate` for one pair of target and draft."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..compiled.compile import CompiledFunctions
+from ..compiled.cuda_graphs import RecordingMemory
+from ..kv.fixed import SpareBuffers
+from ..tree.experience import Experience
+from ..tree.policy import AdaptiveTreePolicy, TreePolicy
+from ..tree.settings import TreeSettings
+
+
+@dataclass
+class PairState:
+    """
+    The state of a pair. It lives as long as both models do, or until [`release`].
+
+    Args:
+        compiled (`CompiledFunctions`): compiled decoders of the target, and compiled drafting.
+        target_buffers, draft_buffers (`SpareBuffers`): cache buffers that the last compiled call left.
+        recordings (`RecordingMemory`): memory for CUDA graphs.
+        experiences (`dict`): costs and acceptance of automatic trees, by device, dtypes, batch size and settings.
+        is_checked (`bool`): whether trees were compared with plain decoding on this target, see
+            `check_tree_verification`.
+    """
+
+    compiled: CompiledFunctions = field(default_factory=CompiledFunctions)
+    target_buffers: SpareBuffers = field(default_factory=SpareBuffers)
+    draft_buffers: SpareBuffers = field(default_factory=SpareBuffers)
+    recordings: RecordingMemory = field(default_factory=RecordingMemory)
+    experiences: dict[Hashable, Experience] = field(default_factory=dict)
+    is_checked: bool = False
+
+    def tree_policy(
+        self, settings: TreeSettings, circumstances: Hashable, eos_token_ids: Collection[int] = ()
+    ) -> TreePolicy:
+        """
+        The policy that the settings ask for.
+
+        Args:
+            settings (`TreeSettings`): of the draft.
+            circumstances (`Hashable`): what the costs of a round depend on, besides the settings.
+            eos_token_ids (`Collection[int]`): tokens that end a text.
+        """
+        if not settings.is_auto:
+            return TreePolicy(settings)
+        experience = self.experiences.setdefault((circumstances, settings), Experience(settings.num_nodes))
+        return AdaptiveTreePolicy(settings, experience, eos_token_ids)
+
+
+_States = weakref.WeakKeyDictionary[Any, PairState]
+_pairs: weakref.WeakKeyDictionary[Any, _States] = weakref.WeakKeyDictionary()  # target -> draft -> state
+
+
+def state_of(target: Any, draft: Any) -> PairState:
+    """The state of a pair, made at its first call."""
+    of_target = _pairs.setdefault(target, weakref.WeakKeyDictionary())
+    return of_target.setdefault(draft, PairState())
+
+
+def release(target_or_draft: Any) -> None:
+    """
+    Frees what is kept between calls of `generate` for a target or a draft: buffers, compiled functions, recorded
+    graphs, and what `num_assistant_tokens="auto"` has learnt. The next call starts afresh. Without this call all of it
+    is freed together with the models.
+
+    Args:
+        target_or_draft (`PreTrainedModel`): every pair with this model is released.
+    """
+    _pairs.pop(target_or_draft, None)
+    for drafts in list(_pairs.values()):
+        drafts.pop(target_or_draft, None)
+
+
+__all__ = ["PairState", "release", "state_of"]

@@ -1,0 +1,117 @@
+"""What the decoding loop asks of a draft model. `MSDDraftModel` is the first kind; other kinds register here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from .plain_forward import PlainForward
+from .plain_modules import TensorFunction
+
+
+@dataclass(frozen=True)
+class TargetReads:
+    """
+    The hidden states of the target that a draft reads. They lie side by side in one tensor `[..., width]`: the outputs
+    of `layers`, in order, then the last hidden state.
+
+    Args:
+        layers (`tuple[int, ...]`): decoder layers of the target, counted from 0, in increasing order.
+        hidden_size (`int`): width of each hidden state.
+    """
+
+    layers: tuple[int, ...]
+    hidden_size: int
+
+    @property
+    def width(self) -> int:
+        """Width of all parts together."""
+        return (len(self.layers) + 1) * self.hidden_size
+
+    def join(self, layer_states: list[torch.Tensor], last: torch.Tensor) -> torch.Tensor:
+        """The outputs of the layers and the last hidden state, each `[..., hidden_size]`, as one tensor."""
+        return torch.cat([*layer_states, last], dim=-1) if layer_states else last
+
+    def split(self, states: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The outputs of the layers (`None` without layers) and the last hidden state."""
+        if not self.layers:
+            return None, states
+        return states[..., : -self.hidden_size], states[..., -self.hidden_size :]
+
+
+class Draft(Protocol):
+    """A draft model. B rows, T positions; H is the width of the draft, W that of `reads`."""
+
+    config: Any
+    generation_config: Any  # the settings of the candidate tree
+    draft_vocab: torch.Tensor | None  # [V']: the target's id of each row of the draft's head; `None`: the target's own
+    rotary_emb: Any  # (states, position_ids [1, P]) -> cosines and sines [1, P, head_dim]
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def reads(self) -> TargetReads:
+        """The hidden states of the target that the draft reads."""
+
+    @property
+    def num_cache_layers(self) -> int:
+        """Layers that keep keys and values."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether `plain_forward` computes what the forward computes. Otherwise nothing is compiled."""
+
+    def read_target(self, states: torch.Tensor) -> torch.Tensor:
+        """Hidden states of the target `[B, T, W]` as one input of the draft, `[B, T, H]`."""
+
+    def plain_forward(self, convert: Callable[[nn.Module], TensorFunction] = ...) -> PlainForward:
+        """The forward over a few nodes of a tree, with `convert(module)` in place of each module."""
+
+    def head_rows(self, head: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Weight `[V', H]` and bias of the head over `draft_vocab`, given the target's head; `None` if it has none."""
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def eval(self) -> Any: ...
+
+    def __call__(
+        self,
+        *,
+        inputs_embeds: torch.Tensor,
+        hidden_states: torch.Tensor,
+        visual_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+    ) -> Any:
+        """The pass over a prompt, or over a few nodes. `hidden_states` `[B, T, H]`, with `last_hidden_state` of the
+        same shape in the result. How visual positions are fed is the draft's own affair."""
+
+
+_KINDS: dict[Any, type] = {}  # configuration class -> model class
+
+
+def register_draft(config_class: type, model_class: type) -> None:
+    """Makes `generate` take models of this class as `assistant_model`, and the Auto classes know them."""
+    _KINDS[config_class] = model_class
+
+
+def draft_kinds() -> dict[Any, type]:
+    """The registered kinds: configuration class -> model class."""
+    return dict(_KINDS)
+
+
+def is_draft(model: Any) -> bool:
+    """Whether a model is a draft of a registered kind."""
+    return isinstance(model, tuple(_KINDS.values()))
+
+
+__all__ = ["Draft", "TargetReads", "draft_kinds", "is_draft", "register_draft"]

@@ -1,0 +1,135 @@
+"""A draft's forward over a few nodes of a tree, without what a forward of any length has to look after.
+
+Weights, projections (also wrapped or quantised ones) and cache are the draft's own. For a small draft the checks of a
+general forward take most of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from ..attention.split import grouped_sdpa
+from .plain_modules import TensorFunction
+
+
+# (queries [B, H, T, D], keys and values [B, Hk, S, D], additive mask, scale of the scores) -> attended [B, H, T, D].
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class PlainLayer:
+    """The parts of a decoder layer of the LLaMA kind, each a function of states `[..., H]`."""
+
+    input_norm: TensorFunction
+    query: TensorFunction
+    key: TensorFunction
+    value: TensorFunction
+    output: TensorFunction
+    post_attention_norm: TensorFunction
+    gate: TensorFunction
+    activation: TensorFunction
+    up: TensorFunction
+    down: TensorFunction
+    head_dim: int
+    scaling: float
+
+    @classmethod
+    def of(cls, layer: Any, convert: Callable[[nn.Module], TensorFunction]) -> PlainLayer:
+        """The parts of a layer, each converted."""
+        attention, mlp = layer.self_attn, layer.mlp
+        return cls(
+            input_norm=convert(layer.input_layernorm),
+            query=convert(attention.q_proj),
+            key=convert(attention.k_proj),
+            value=convert(attention.v_proj),
+            output=convert(attention.o_proj),
+            post_attention_norm=convert(layer.post_attention_layernorm),
+            gate=convert(mlp.gate_proj),
+            activation=convert(mlp.act_fn),
+            up=convert(mlp.up_proj),
+            down=convert(mlp.down_proj),
+            head_dim=attention.head_dim,
+            scaling=attention.scaling,
+        )
+
+
+@dataclass(frozen=True)
+class PlainForward:
+    """
+    The forward.
+
+    Args:
+        fuse (`Callable`): embeddings and hidden states `[..., H]` to the input of the first layer.
+        layers (`Sequence[PlainLayer]`): the layers.
+    """
+
+    fuse: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    layers: Sequence[PlainLayer]
+
+    def __call__(
+        self,
+        inputs_embeds: torch.Tensor,
+        hidden_states: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: Cache,
+        attend: Attention = grouped_sdpa,
+    ) -> torch.Tensor:
+        """
+        Args:
+            inputs_embeds, hidden_states (`torch.Tensor` of shape `[B, T, H]`): of the nodes.
+            cos, sin (`torch.Tensor` of shape `[B, 1, T, head_dim]`): of their positions; T is 1 if all positions of a
+                row are the same.
+            attention_mask (`torch.Tensor` of shape `[B, 1, T, S]`, *optional*): additive.
+            cache (`Cache`): is extended by the nodes.
+            attend (`Callable`): computes attention.
+
+        Returns:
+            The last hidden states, `[B, T, H]`.
+        """
+        batch_size, length, _ = inputs_embeds.shape
+        # As rows of a matrix; otherwise each projection would flatten them again.
+        states = self.fuse(inputs_embeds.flatten(0, 1), hidden_states.flatten(0, 1))
+        for number, layer in enumerate(self.layers):
+            states = _layer(layer, number, states, (batch_size, length), cos, sin, attention_mask, cache, attend)
+        return states.view(batch_size, length, -1)
+
+
+def _layer(
+    layer: PlainLayer,
+    number: int,
+    states: torch.Tensor,
+    shape: tuple[int, int],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Cache,
+    attend: Attention,
+) -> torch.Tensor:
+    batch_size, length = shape
+    heads_shape = (batch_size, length, -1, layer.head_dim)
+    normed = layer.input_norm(states)
+    queries = layer.query(normed).view(heads_shape)
+    keys = layer.key(normed).view(heads_shape)
+    values = layer.value(normed).view(heads_shape).transpose(1, 2)
+    num_heads, num_kv_heads = queries.shape[2], keys.shape[2]
+    both = torch.cat([queries, keys], dim=2).transpose(1, 2)  # rotated together
+    first, second = both.chunk(2, dim=-1)
+    both = torch.addcmul(both * cos, torch.cat([-second, first], dim=-1), sin)
+    queries, keys = both.split([num_heads, num_kv_heads], dim=1)
+    keys, values = cache.update(keys, values, number)
+    attended = attend(queries, keys, values, attention_mask, layer.scaling)
+    attended = attended.transpose(1, 2).reshape(batch_size * length, -1)
+    states = states + layer.output(attended)
+    normed = layer.post_attention_norm(states)
+    return states + layer.down(layer.activation(layer.gate(normed)) * layer.up(normed))
+
+
+__all__ = ["Attention", "PlainForward", "PlainLayer"]

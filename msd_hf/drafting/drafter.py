@@ -1,0 +1,243 @@
+"""What both drafters share: the interface, the pass over the prompt, and feeding accepted tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import Cache
+
+from ..attention.masks import additive_mask, chain_visibility, tree_attention_mask
+from ..draft.interface import Draft
+from ..draft.plain_modules import function_at
+from ..kv.in_place import InPlaceLayer
+from ..kv.slots import ContextSlots
+from ..kv.transaction import CacheTransaction
+from ..observer import phase
+from ..target.adapter import TargetAdapter, TargetPrefill
+from ..tree.candidate import CandidateTree
+from ..tree.settings import TreeSettings
+from .head import DraftHead
+from .memory import ChatMemory
+from .step import DraftingStep
+
+
+_LONGEST_KEPT = 64  # masks of chains up to this length are kept
+_LEVELS_AHEAD = 16  # levels whose positions are made along with those of accepted tokens
+
+
+@dataclass
+class _Prompt:
+    """The draft's pass over a prompt: its outputs `[B, L, H]` and the target's hidden states `[B, L, W]`."""
+
+    states: torch.Tensor
+    hidden_states: torch.Tensor
+
+
+class Drafter(ABC):
+    """
+    Proposes candidate trees and keeps the draft's KV cache.
+
+    The cache holds one slot for each pair (token at position j + 1, target hidden state at position j). While a tree
+    grows, the draft's own output stands in for hidden states that the target has not computed yet. Those slots are
+    dropped when the tree is complete, and accepted tokens are fed again with the target's hidden states.
+
+    Args:
+        draft (`Draft`): the draft.
+        target (`TargetAdapter`): lends its embedding and head.
+        max_slots (`int`, *optional*): bound of what is allocated ahead, see [`InPlaceLayer`].
+
+    Attributes:
+        cache (`Cache`): the draft's.
+        last_hidden_state (`torch.Tensor` of shape `[1, 1, W]`): for a single row, the target's at its last slot.
+    """
+
+    last_hidden_state: torch.Tensor
+
+    def __init__(self, draft: Draft, target: TargetAdapter, max_slots: int | None = None):
+        self.draft = draft
+        self.target = target
+        self.cache = Cache(layers=[InPlaceLayer(max_slots) for _ in range(draft.num_cache_layers)])
+        self._head = DraftHead(draft, target)
+        self._drafting_step = DraftingStep(draft)
+        # Kept here, because a model searches its weights for them each time, which takes as long as an operation.
+        self._device, self._dtype = draft.device, draft.dtype
+        self._embed = function_at(target.embedding, draft) or self._embed_elsewhere
+        self._own_masks: dict[tuple[str, int, int], torch.Tensor] = {}
+        self._steps = torch.arange(_LONGEST_KEPT, device=self._device)
+        self._slots: CacheTransaction  # of `cache`
+        self._next_positions: torch.Tensor  # [B, P]: the next position of each row, and P - 1 behind it
+        self._last_position = 0  # no row is beyond it
+
+    @property
+    def block_length(self) -> int | None:
+        """The number of tokens to which rows must be padded for `accept`; `None`: any number."""
+        return None
+
+    @abstractmethod
+    def prefill(self, prefill: TargetPrefill, tokens: torch.Tensor, past: ChatMemory | None = None) -> None:
+        """
+        Feeds the prompt.
+
+        Args:
+            prefill (`TargetPrefill`): the target's pass over the prompt.
+            tokens (`torch.LongTensor` of shape `[B]`): the first tokens that the target chose after it.
+            past (`ChatMemory`, *optional*): what the draft knows from earlier turns.
+        """
+
+    @abstractmethod
+    def accept(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> None:
+        """
+        Takes the tokens of a round, with the target's hidden states. They are fed when the next tree is drafted.
+
+        Args:
+            tokens (`torch.LongTensor` of shape `[B, A]`): the emitted tokens, the bonus token last, then padding.
+            hidden_states (`torch.Tensor` of shape `[B, A, W]`): the target's, at the position before each token.
+            counts (`Sequence[int]`): tokens of each row.
+        """
+
+    @abstractmethod
+    def propose(self, roots: torch.Tensor, limits: TreeSettings) -> CandidateTree:
+        """
+        Drafts trees.
+
+        Args:
+            roots (`torch.LongTensor` of shape `[B]`): the last emitted tokens.
+            limits (`TreeSettings`): bounds of this round's trees. With one node nothing is drafted.
+        """
+
+    @abstractmethod
+    def feed_pending(self) -> None:
+        """Feeds the tokens that were accepted, as the next drafting would."""
+
+    @abstractmethod
+    def keep_rows(self, places: Sequence[int]) -> None:
+        """Goes on with the rows at the given places of the batch, in that order."""
+
+    def _prepare_cache(self) -> None:  # noqa: B027 (a drafter without preparation is complete)
+        """Called before the prompt is fed into `cache`."""
+
+    def _feed_prompt(self, prefill: TargetPrefill, tokens: torch.Tensor, past: ChatMemory | None) -> _Prompt:
+        """One pass over the prompt. Afterwards the next position is that of the first drafted node."""
+        device = self._device
+        token_embeds = self.target.embed(tokens.unsqueeze(1)).to(prefill.inputs_embeds)
+        inputs_embeds = torch.cat([prefill.inputs_embeds, token_embeds], dim=1)
+        visual_mask = torch.cat([prefill.visual_mask, torch.zeros_like(prefill.visual_mask[:, :1])], dim=1)
+        hidden_states = prefill.hidden_states
+        num_held = 0
+        if past is not None and past.draft_cache is not None:
+            self.cache, num_held = past.draft_cache, len(past.rows)
+        self._prepare_cache()
+        if past is not None and past.hidden_state is not None:
+            hidden_states = torch.cat([past.hidden_state.to(hidden_states), hidden_states], dim=1)
+        else:
+            inputs_embeds, visual_mask = inputs_embeds[:, 1:], visual_mask[:, 1:]
+        batch_size, length = visual_mask.shape
+        prompt_mask = prefill.prompt_mask
+        if prompt_mask is None:
+            end = prefill.num_slots
+            position_ids = torch.arange(end - length, end, device=device).expand(batch_size, -1)
+        else:
+            prompt_mask = prompt_mask.to(device)
+            position_ids = (prompt_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
+            prompt_mask = prompt_mask[:, -length:]
+        self._slots = CacheTransaction(self.cache, ContextSlots([num_held] * batch_size))
+        mask = prompt_mask
+        if num_held:  # a mask of ones for the new rows alone would hide the slots that are held
+            visible = chain_visibility(length, device).expand(batch_size, -1, -1)
+            mask = tree_attention_mask(visible, self._slots.context, self._dtype)
+        self._slots.begin()
+        with phase("draft forward"):
+            states = self.draft(
+                inputs_embeds=self._to_draft(inputs_embeds),
+                hidden_states=self.draft.read_target(self._to_draft(hidden_states)),
+                visual_mask=visual_mask.to(device),
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=self.cache,
+            ).last_hidden_state
+        self._slots.commit_prompt(prompt_mask)
+        self._next_positions = position_ids[:, -1:] + 1
+        self._last_position = prefill.num_slots
+        return _Prompt(states, hidden_states)
+
+    def _feed(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """
+        Feeds accepted tokens; see `accept`.
+
+        Returns:
+            The draft's output at the last token of each row, `[B, 1, H]`.
+        """
+        length = tokens.shape[1]
+        positions = self._positions_ahead(length + _LEVELS_AHEAD)
+        context = self._slots.context
+        # A single token after a context that every row sees whole needs no mask.
+        mask = self._chain_mask(length) if length > 1 or context.hides_slots else None
+        self._last_position += length
+        given = self.draft.read_target(self._to_draft(hidden_states))
+        self._slots.begin()
+        states = self._step(tokens, given, positions.narrow(1, 0, length), mask, self._last_position)
+        with phase("cache"):
+            self._slots.commit(counts)
+        if min(counts) == length:
+            self._next_positions = positions.narrow(1, length, _LEVELS_AHEAD)
+            self.last_hidden_state = hidden_states.narrow(1, length - 1, 1)
+            return states.narrow(1, length - 1, 1)
+        last = torch.tensor(counts, device=self._device).unsqueeze(1)  # [B, 1]
+        self._next_positions = self._next_positions + last
+        return states.gather(1, (last - 1).unsqueeze(2).expand(-1, -1, states.shape[2]))
+
+    def _step(
+        self,
+        tokens: torch.Tensor,
+        hidden_states: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        last_position: int,
+    ) -> torch.Tensor:
+        """The draft's outputs after a few tokens `[B, T]`, which get slots. `hidden_states`: `[B, T, H]`."""
+        with phase("draft forward"):
+            return self._drafting_step(
+                self._embed(tokens), hidden_states, position_ids, attention_mask, self.cache, last_position
+            )
+
+    def _positions_ahead(self, count: int) -> torch.Tensor:
+        """The next positions of each row, `[B, count]`."""
+        if count > self._next_positions.shape[1]:
+            if count > self._steps.shape[0]:
+                self._steps = torch.arange(count, device=self._device)
+            self._next_positions = self._next_positions.narrow(1, 0, 1) + self._steps.narrow(0, 0, count)
+        return self._next_positions.narrow(1, 0, count)
+
+    def _chain_mask(self, length: int) -> torch.Tensor:
+        """The additive mask of a chain of `length` nodes behind the context, `[B, 1, length, S + length]`."""
+        context = self._slots.context
+        batch_size = len(context.lengths)
+        if length <= _LONGEST_KEPT and not context.hides_slots:
+            own = self._own_mask("chain", batch_size, length)
+            return torch.cat([own.new_zeros(batch_size, length, context.num_slots), own], dim=2).unsqueeze(1)
+        visible = chain_visibility(length, self._device).expand(batch_size, -1, -1)
+        return tree_attention_mask(visible, context, self._dtype)
+
+    def _own_mask(self, kind: str, batch_size: int, size: int) -> torch.Tensor:
+        """An additive mask `[B, size, size]` of nodes over themselves: the nodes of a `"level"` see only themselves,
+        those of a `"chain"` also the nodes before. Kept, because it is needed again and again."""
+        mask = self._own_masks.get((kind, batch_size, size))
+        if mask is None:
+            visible = chain_visibility(size, self._device)
+            if kind == "level":
+                visible = visible & visible.T
+            mask = additive_mask(visible, self._dtype).expand(batch_size, -1, -1)
+            self._own_masks[kind, batch_size, size] = mask
+        return mask
+
+    def _embed_elsewhere(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._to_draft(self.target.embed(tokens))
+
+    def _to_draft(self, states: torch.Tensor) -> torch.Tensor:
+        return states.to(device=self._device, dtype=self._dtype)
+
+
+__all__ = ["Drafter"]

@@ -1,0 +1,150 @@
+"""All layers of a KV cache as one: a forward appends a block of slots, which is then kept in part or dropped.
+
+A recurrent layer would join here: `begin` tells it that a block follows, `commit` which path of the block was
+accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from .slots import ContextSlots
+
+
+@dataclass
+class _StoredRow:
+    layers: list[Any]  # what each layer gave for the row
+    length: int
+
+
+class CacheTransaction:
+    """
+    A cache, and the slots of it that are committed.
+
+    Args:
+        cache (`Cache`): of `InPlaceLayer`s.
+        context (`ContextSlots`): the committed slots, at first those that the cache holds.
+
+    Attributes:
+        rows (`list[int]`): which rows of the batch are in the cache now.
+    """
+
+    def __init__(self, cache: Cache, context: ContextSlots):
+        self.cache = cache
+        self.context = context
+        self.rows = list(range(len(context.lengths)))
+        self._prompt_mask = context.prompt_mask  # of all rows of the batch
+        self._stored: dict[int, _StoredRow] = {}
+        self._is_open = False
+
+    def begin(self) -> None:
+        """Announces a forward that appends a block of slots behind the committed ones."""
+        assert not self._is_open, "The last block was neither committed nor aborted."
+        self._is_open = True
+
+    def commit_prompt(self, prompt_mask: torch.Tensor | None) -> None:
+        """
+        Keeps every slot of the block, which is the prompt.
+
+        Args:
+            prompt_mask (`torch.BoolTensor` of shape `[B, S]`, *optional*): of all slots of the cache; false at
+                padding.
+        """
+        self.context = ContextSlots([self.cache.get_seq_length()] * len(self.rows), prompt_mask)
+        self._prompt_mask = prompt_mask
+        self._is_open = False
+
+    def commit(self, counts: Sequence[int], paths: torch.Tensor | None = None) -> None:
+        """
+        Keeps accepted slots of the block and drops the others. The context grows last: when this is interrupted, it
+        still names slots that are untouched.
+
+        Args:
+            counts (`Sequence[int]`): how many slots each row keeps.
+            paths (`torch.LongTensor` of shape `[B, A]`, *optional*): which slots of the block each row keeps, in
+                order; entries behind a row's count are ignored. `None`: the first ones.
+        """
+        start = self.context.num_slots
+        if not self.context.is_ragged and min(counts) == max(counts):
+            for layer in self.cache.layers:
+                if paths is None:
+                    layer.truncate(start + counts[0])
+                else:
+                    layer.keep_slots(start, paths.to(layer.device))
+        else:
+            self._commit_ragged(start, counts, paths)
+        self.context.grow(counts)
+        self._is_open = False
+
+    def _commit_ragged(self, start: int, counts: Sequence[int], paths: torch.Tensor | None) -> None:
+        if paths is None:
+            paths = torch.arange(max(counts), device=self.cache.layers[0].device).expand(len(counts), -1)
+        steps = torch.arange(paths.shape[1], device=paths.device)
+        places = self.context.row_lengths(paths.device).unsqueeze(1) + steps
+        length = max(held + count for held, count in zip(self.context.lengths, counts, strict=True))
+        for layer in self.cache.layers:
+            layer.move_slots(start, paths.to(layer.device), places.to(layer.device), length)
+
+    def abort(self) -> None:
+        """Drops the block."""
+        for layer in self.cache.layers:
+            layer.truncate(self.context.num_slots)
+        self._is_open = False
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """
+        After an exception inside the block the cache is whole again: every layer has the same slots, every row of the
+        batch is back, and no slot is left that some row has not committed.
+        """
+        try:
+            yield
+        except BaseException:
+            self.abort()
+            lengths = [*self.context.lengths, *(row.length for row in self._stored.values())]
+            self.restore_rows()
+            for layer in self.cache.layers:
+                layer.truncate(min(lengths))
+            raise
+
+    def keep_rows(self, places: Sequence[int], store_others: bool = False) -> None:
+        """
+        Goes on with the rows at the given places of the cache, in that order.
+
+        Args:
+            places (`Sequence[int]`): rows of the cache.
+            store_others (`bool`): copy the other rows, for `restore_rows`.
+        """
+        if store_others:
+            for place in sorted(set(range(len(self.rows))) - set(places)):
+                self._stored[self.rows[place]] = self._store(place)
+        self.context = self.context.select(places)
+        self.rows = [self.rows[place] for place in places]
+        for layer in self.cache.layers:
+            layer.select_rows(places, self.context.num_slots)
+
+    def restore_rows(self) -> None:
+        """Puts the stored rows back, in the order of the batch."""
+        if not self._stored:
+            return
+        for place, row in enumerate(self.rows):
+            self._stored[row] = self._store(place)
+        self.rows = sorted(self._stored)
+        stored = [self._stored[row] for row in self.rows]
+        for number, layer in enumerate(self.cache.layers):
+            layer.put_rows([row.layers[number] for row in stored])
+        self.context = ContextSlots([row.length for row in stored], self._prompt_mask)
+        self._stored = {}
+
+    def _store(self, place: int) -> _StoredRow:
+        length = self.context.lengths[place]
+        return _StoredRow([layer.take_row(place, length) for layer in self.cache.layers], length)
+
+
+__all__ = ["CacheTransaction"]

@@ -1,0 +1,218 @@
+"""The verification forward: all nodes of a candidate tree at once, each node seeing the context and its ancestors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from ..attention.masks import buffer_attention_mask, tree_attention_mask
+from ..attention.split import LIVE_SLOTS, SPLIT_SDPA, find_live_slots
+from ..compat import CACHE_NAME
+from ..compiled.compile import CompiledFunctions
+from ..kv.fixed import close_slots, reserve, whole_buffers
+from ..kv.in_place import KeysAndValues
+from ..kv.slots import ContextSlots
+from ..observer import phase
+from ..tree.candidate import CandidateTree
+from .observation import TargetObservation
+from .support import TREE_ATTENTION, attention_windows, takes_any_argument
+
+
+logger = logging.get_logger(__name__)
+
+# Watches the forwards inside its block; the decoder gets the given inputs in place of its own.
+Observe = Callable[..., AbstractContextManager[TargetObservation]]
+
+
+@dataclass
+class TargetVerification:
+    """The result of the target's pass over candidate trees.
+
+    Args:
+        logits (`torch.Tensor` of shape `[B, N, V]`): at each node.
+        hidden_states (`torch.Tensor` of shape `[B, N, W]`): what the draft reads, see [`TargetReads`].
+        outputs (`ModelOutput`): the target's own.
+    """
+
+    logits: torch.Tensor
+    hidden_states: torch.Tensor
+    outputs: ModelOutput
+
+
+class TreeForward:
+    """
+    Runs candidate trees through a target.
+
+    Args:
+        target (`PreTrainedModel`): the target.
+        observe (`Callable`): [`TargetAdapter.observe`].
+        compiled (`CompiledFunctions`): keeps compiled decoders.
+
+    Attributes:
+        dtype (`torch.dtype`): of the decoder's inputs, which masks must have.
+    """
+
+    def __init__(self, target: PreTrainedModel, observe: Observe, compiled: CompiledFunctions):
+        self.target = target
+        self.decoder = target.get_decoder()
+        self.dtype = target.dtype
+        self._observe = observe
+        self._compiled = compiled
+        self._windows = attention_windows(target.config.get_text_config(decoder=True))
+        self._hands_on_arguments = takes_any_argument(self.decoder)
+
+    def __call__(
+        self,
+        tree: CandidateTree,
+        cache: Cache,
+        context: ContextSlots,
+        next_position: torch.Tensor,
+        num_fixed_nodes: int | None = None,
+        **output_flags: bool,
+    ) -> TargetVerification:
+        """
+        One forward over all nodes. Appends N slots to the cache.
+
+        Args:
+            tree (`CandidateTree`): N nodes.
+            cache (`Cache`): the target's, holding everything before the root.
+            context (`ContextSlots`): of the cache.
+            next_position (`torch.LongTensor` of shape `[..., B, 1]`): position of the root.
+            num_fixed_nodes (`int`, *optional*): compile the decoder, and pad smaller trees to this number of nodes.
+                The cache is one of `FixedLayer`s then.
+            output_flags: `output_hidden_states`, `output_attentions`; with one of them nothing is compiled.
+        """
+        if num_fixed_nodes is None or output_flags:
+            masks = self._masks(tree, context)
+            return self._forward(tree, cache, masks, next_position + tree.depths, {}, output_flags)
+        num_nodes, start = tree.tokens.shape[1], context.num_slots
+        padded = tree.padded(max(num_fixed_nodes, num_nodes))
+        buffers = reserve(cache, padded.tokens.shape[1])
+        first_slot = torch.full((1,), start, device=tree.tokens.device)
+        try:
+            verification = self.in_buffers(
+                padded, cache, buffers, first_slot, context, next_position, cuda_graphs=True
+            )
+        finally:
+            close_slots(cache, start + num_nodes)
+        # A copy, because the next compiled call overwrites the states.
+        hidden_states = verification.hidden_states[:, :num_nodes].clone()
+        return TargetVerification(verification.logits[:, :num_nodes], hidden_states, verification.outputs)
+
+    def in_buffers(
+        self,
+        tree: CandidateTree,
+        cache: Cache,
+        buffers: Sequence[KeysAndValues],
+        first_slot: torch.Tensor,
+        context: ContextSlots,
+        next_position: torch.Tensor,
+        cuda_graphs: bool = False,
+    ) -> TargetVerification:
+        """
+        The same with a compiled decoder and whole buffers.
+
+        Args:
+            tree (`CandidateTree`): N nodes.
+            cache (`Cache`): the target's. Only its buffers are written to.
+            buffers (`Sequence[tuple[torch.Tensor, torch.Tensor]]`): keys and values of each layer of the cache, with
+                room for the nodes.
+            first_slot (`torch.LongTensor` of shape `[1]`): where the nodes go, behind the filled slots. With a single
+                row, the host need not know it.
+            context (`ContextSlots`): gives padding, and slots that some rows do not use.
+            next_position (`torch.LongTensor` of shape `[..., B, 1]`): position of the root.
+            cuda_graphs (`bool`): see [`CompiledFunctions.run`].
+        """
+        num_nodes, num_slots = tree.tokens.shape[1], buffers[0][0].shape[2]
+        masks = {
+            kind: buffer_attention_mask(
+                tree.ancestors, tree.depths, first_slot, context, num_slots, self.dtype, window
+            )
+            for kind, window in self._windows.items()
+        }
+        places = first_slot + torch.arange(num_nodes, device=first_slot.device)
+        replaced = {CACHE_NAME: whole_buffers(buffers, places)}
+        with self._compiled.compiled_decoder(self.decoder, (*tree.tokens.shape, num_slots), cuda_graphs):
+            return self._forward(tree, cache, masks, next_position + tree.depths, replaced, {})
+
+    def _forward(
+        self,
+        tree: CandidateTree,
+        cache: Cache,
+        masks: dict[str, torch.Tensor] | None,
+        position_ids: torch.Tensor,
+        replaced: dict[str, Any],
+        output_flags: dict[str, bool],
+    ) -> TargetVerification:
+        in_buffers = bool(replaced)
+        mask: Any = masks
+        if masks is not None:
+            if in_buffers and self._hands_on_arguments and self._attention(in_buffers) == SPLIT_SDPA:
+                # Layers without a window see more slots than layers with one.
+                widest = min(masks, key=lambda kind: self._windows[kind] is not None)
+                replaced = {**replaced, LIVE_SLOTS: find_live_slots(masks[widest])}
+            if len(masks) == 1:
+                (mask,) = masks.values()
+        with (
+            self._observe(attention_mask=mask, position_ids=position_ids, **replaced) as seen,
+            self._attention_with_tree_mask(in_buffers),
+            phase("target forward"),
+        ):
+            outputs = self.target(
+                input_ids=tree.tokens,
+                # A model with M-RoPE would otherwise compute positions for the rows of the prefill.
+                position_ids=position_ids,
+                use_cache=True,
+                logits_to_keep=0,
+                return_dict=True,
+                **{CACHE_NAME: cache},
+                **output_flags,
+            )
+        return TargetVerification(outputs.logits, seen.hidden_states, outputs)
+
+    def _masks(self, tree: CandidateTree, context: ContextSlots) -> dict[str, torch.Tensor] | None:
+        """Masks by kind of layer; `None` if every node sees everything."""
+        if tree.tokens.shape[1] == 1 and not context.hides_slots and not any(self._windows.values()):
+            return None  # as in a step of `generate`: attention is faster without a mask
+        return {
+            kind: tree_attention_mask(tree.ancestors, context, self.dtype, window, tree.depths)
+            for kind, window in self._windows.items()
+        }
+
+    def _attention(self, in_buffers: bool) -> str:
+        """The attention implementation for trees: the target's own, or a substitute if that takes no tree mask. For
+        long buffers, one of ours in place of sdpa."""
+        implementation = self.decoder.config._attn_implementation
+        if implementation not in TREE_ATTENTION:
+            # A decoder that caps its attention scores has no sdpa.
+            substitute = "sdpa" if self.decoder._supports_sdpa else "eager"
+            logger.warning_once(
+                f"The target's attention implementation {implementation!r} takes no tree mask: candidate trees are "
+                f"verified with {substitute}, the prompt is read as before. The two round differently: a near-tie "
+                "between two tokens may fall the other way."
+            )
+            implementation = substitute
+        return SPLIT_SDPA if in_buffers and implementation == "sdpa" else implementation
+
+    @contextmanager
+    def _attention_with_tree_mask(self, in_buffers: bool) -> Iterator[None]:
+        """Sets the attention implementation for one forward."""
+        config = self.decoder.config
+        before, implementation = config._attn_implementation, self._attention(in_buffers)
+        if implementation == before:
+            yield
+            return
+        config._attn_implementation = implementation
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+
+
+__all__ = ["TargetVerification", "TreeForward"]
