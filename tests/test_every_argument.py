@@ -1,7 +1,7 @@
 """Every field of the installed `GenerationConfig`, every argument of `generate`: identical with a draft, or refused.
 
-`IDENTICAL` says what to try of each; what is refused is read from the table in the README, with its sentences. A field
-that a new release of transformers brings fails the first test until it is in one of the two.
+`IDENTICAL` says what to try of each; refusals are read, with their sentences, from the table in `examples/SUPPORT.md`.
+A field that a new release of transformers brings fails the first test until it is in one of the two.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import readme_refusals
+import refusals_table
 import tiny
 import torch
 from transformers import (
@@ -284,9 +284,9 @@ NOT_COMPARED = {"assistant_model"}
 
 
 def test_every_field_and_argument_is_decided_upon():
-    decided = IDENTICAL.keys() | readme_refusals.names() | NOT_COMPARED
+    decided = IDENTICAL.keys() | refusals_table.names() | NOT_COMPARED
     known = FIELDS | ARGUMENTS | MORE_ARGUMENTS
-    assert known - decided == set(), "neither tried in IDENTICAL nor refused in the README"
+    assert known - decided == set(), "neither tried in IDENTICAL nor refused in examples/SUPPORT.md"
     settings_of_the_draft = {"tree_depth", "tree_top_k", "suffix_nodes"}
     assert decided - known - settings_of_the_draft <= NEWER_FIELDS, "this release does not know them"
 

@@ -1,4 +1,4 @@
-"""The scripts of `examples/` as README shows them, with the bundled pair; and the one that measures memory."""
+"""The scripts of `examples/` as the pages show them, with the bundled pair; and the one that measures memory."""
 
 from __future__ import annotations
 

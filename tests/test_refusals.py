@@ -1,4 +1,4 @@
-"""Each refusal in the README's table is raised with that sentence, and none is missing from the table."""
+"""Each refusal in the table of `examples/SUPPORT.md` is raised with its sentence, and the table lacks none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unittest import mock
 
 import peft
 import pytest
-import readme_refusals
+import refusals_table
 import tiny
 import torch
 from transformers import (
@@ -199,21 +199,21 @@ def call(refused: str, by_name: bool = False) -> MSDError:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("refused", readme_refusals.rows())
+@pytest.mark.parametrize("refused", refusals_table.rows())
 def test_refusal_of_the_table(refused):
     """Before the target has run, but for the check at the first call."""
-    sentence = readme_refusals.rows()[refused]
+    sentence = refusals_table.rows()[refused]
     error = call(refused)
-    assert readme_refusals.matches(sentence, str(error)), f"{error}"
+    assert refusals_table.matches(sentence, str(error)), f"{error}"
     assert isinstance(error, ValueError)
 
 
 def test_refused_by_name_as_well_as_in_a_generation_config():
     fields = set(vars(GenerationConfig()))
-    for refused, sentence in readme_refusals.rows().items():
+    for refused, sentence in refusals_table.rows().items():
         setting = re.fullmatch(r"`(\w+)=(.*)`", refused)
         if setting is not None and setting[1] in fields:
-            assert readme_refusals.matches(sentence, str(call(refused, by_name=True)))
+            assert refusals_table.matches(sentence, str(call(refused, by_name=True)))
 
 
 @pytest.mark.parametrize("name, value", [("num_assistant_tokens", 20), ("assistant_confidence_threshold", 0.4)])
@@ -223,7 +223,7 @@ def test_values_that_generate_fills_in_are_refused_when_somebody_gives_them(name
 
 @pytest.mark.filterwarnings("ignore")
 def test_no_refusal_is_missing_from_the_table():
-    assert REFUSED_ARGUMENTS.keys() <= readme_refusals.names()
+    assert REFUSED_ARGUMENTS.keys() <= refusals_table.names()
     package = Path(msd_hf.__file__).parent
     sites = set()
     for module in MODULES:
@@ -231,7 +231,7 @@ def test_no_refusal_is_missing_from_the_table():
             if isinstance(node, ast.Raise) and node.exc is not None:
                 sites.add((module, node.lineno))
     seen = set()
-    for refused in readme_refusals.rows():
+    for refused in refusals_table.rows():
         place = call(refused).__traceback__
         while place.tb_next is not None:
             place = place.tb_next

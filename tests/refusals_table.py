@@ -1,4 +1,4 @@
-"""The table of refusals in the README."""
+"""The table of refusals in `examples/SUPPORT.md`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "examples" / "SUPPORT.md"
 HEADER = "| refused | the sentence |"
 
 
 def rows() -> dict[str, str]:
     """What is refused, and the sentence, in which `…` stands for anything."""
-    table = README.read_text(encoding="utf-8").split(HEADER + "\n")[1].split("\n\n")[0]
+    table = PAGE.read_text(encoding="utf-8").split(HEADER + "\n")[1].split("\n\n")[0]
     cells = [line.strip("|").split(" | ", 1) for line in table.splitlines()[1:]]
     return {refused.strip(): sentence.strip() for refused, sentence in cells}
 
