@@ -34,7 +34,14 @@ from msd_hf.target.adapter import TargetAdapter
 
 
 # Where refusals are raised, each by a `raise` of its own.
-MODULES = ("integration", "target_support", "targets", "self_check", "tree", "compiled")
+MODULES = (
+    "hook/refusals",
+    "target/support",
+    "target/adapter",
+    "decoding/self_check",
+    "tree/settings",
+    "compiled/compile",
+)
 
 INPUTS = tiny.make_prompt(4, 7, (3,))
 SIZES = {"vocab_size": 60, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
@@ -235,7 +242,8 @@ def test_no_refusal_is_missing_from_the_table():
         place = call(refused).__traceback__
         while place.tb_next is not None:
             place = place.tb_next
-        seen.add((Path(place.tb_frame.f_code.co_filename).stem, place.tb_lineno))
+        path = Path(place.tb_frame.f_code.co_filename).relative_to(package).with_suffix("")
+        seen.add((path.as_posix(), place.tb_lineno))
     assert sites == seen
 
 
