@@ -16,6 +16,7 @@ import hashlib
 import json
 import random
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -55,6 +56,7 @@ class Call:
     """
 
     number: int
+    seed: int  # of text, pictures and random draws
     kind: str
     family: str
     weights: int
@@ -99,7 +101,8 @@ def draw_call(seed: int, number: int) -> Call:
     family = rng.choice(list(tiny_pairs.CONFIGS))
     attention = rng.choice(tiny_pairs.attentions(family))
     draft = rng.choice(["plain", *tiny_pairs.DRAFTS])
-    call = Call(number, kind, family, rng.randrange(2), draft, attention, _draw_rows(rng, kind, family, attention))
+    rows = _draw_rows(rng, kind, family, attention)
+    call = Call(number, rng.randrange(10**9), kind, family, rng.randrange(2), draft, attention, rows)
     call.options, call.tree = _draw_options(rng, call), _draw_tree(rng, call)
     call.streamer = rng.choice([None, None, "put", "verified"])
     call.cache = rng.choice([None, None, "empty", "config"])
@@ -133,9 +136,11 @@ def _draw_options(rng: random.Random, call: Call) -> dict[str, Any]:
     options: dict[str, Any] = {"max_new_tokens": rng.choice([1, 2, *[rng.randint(3, 40)] * 10])}
     options["do_sample"] = rng.random() < 0.4
     if options["do_sample"]:
-        options["temperature"] = rng.choice([0.4, 0.8, 1.0, 1.3])
+        options["temperature"] = rng.choice([0.3, 0.6, 1.0])
         options["top_k"], options["top_p"] = rng.choice([0, 5, 20]), rng.choice([1.0, 0.9, 0.6])
     options["eos_token_id"] = rng.sample(TEXT, rng.choice([2, 5])) if rng.random() < 0.7 else None
+    if call.attention == "eager" and call.kind != "plain":
+        options["eos_token_id"] = None  # padding in a history is too much for it
     for name, values, chance in (
         ("repetition_penalty", [1.1, 1.5], 0.12),
         ("no_repeat_ngram_size", [2, 3], 0.08),
@@ -295,8 +300,8 @@ class Run:
             setattr(draft.generation_config, name, value)
         draft.train(call.training)
         before = _state(target, draft)
-        torch.manual_seed(call.number)
-        inputs = tiny_pairs.prompt(call.family, call.rows, torch.Generator().manual_seed(call.number))
+        torch.manual_seed(call.seed)
+        inputs = tiny_pairs.prompt(call.family, call.rows, torch.Generator().manual_seed(call.seed))
         with self.noting_errors("exception"):
             {"chat": self.chat, "error": self.cut, "interrupt": self.cut}.get(call.kind, self.plain)(inputs)
         if not call.is_timed:
@@ -324,7 +329,7 @@ class Run:
         self.generate("call", inputs, self.new_cache(), whole=inputs)
 
     def chat(self, inputs: dict[str, Any]) -> None:
-        rng = random.Random(self.call.number)
+        rng = random.Random(self.call.seed)
         whole, cache, draft = inputs, self.new_cache(), self.draft
         for turn, change in enumerate(["first", *self.call.turns]):
             if change == "plain turn":
@@ -367,7 +372,7 @@ class Run:
         """A call that is interrupted, and another one with its cache."""
         cache = self.new_cache()
         with self.noting_errors("interruption"):
-            self.generate("call", inputs, cache, whole=inputs if "interruption" in self.outcome else None)
+            self.generate("call", inputs, cache, whole=None)
         self.outcome.update(self.shown_cache("interrupted", cache))
         steps = self.company.listener.steps()
         known = torch.cat(
@@ -496,6 +501,7 @@ def run_calls(seed: int, numbers: list[int]) -> list[Run]:
     _trace_only()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
     runs = []
     for number in numbers:
         runs.append(Run(draw_call(seed, number)).run())
