@@ -1,9 +1,11 @@
-"""The scripts of `examples/` as the pages show them, with the bundled pair; and the one that measures memory."""
+"""The scripts of `examples/` as the pages show them, with the bundled pair; and the studies of memory and of calls."""
 
 from __future__ import annotations
 
 import io
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -105,3 +107,26 @@ def test_peak_memory_counts_what_is_held_at_a_time():
 
     peak, result = example["peak_bytes"](function, torch.device("cpu"))
     assert peak == pytest.approx(8000, abs=200) and result[0] == 4
+
+
+def test_recorded_calls_are_compared(tmp_path):
+    def run_script(*arguments: object) -> subprocess.CompletedProcess:
+        # It has modules beside it, and settings of the process that others are not to have.
+        command = [sys.executable, str(EXAMPLES / "studies" / "record_calls.py"), *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+    path = tmp_path / "calls.pt"
+    result = run_script("record", path, "--calls", 4)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("4 calls recorded\n")
+    result = run_script("compare", path)
+    assert result.returncode == 0 and result.stdout.endswith("4 of 4 calls as recorded\n")
+
+    recording = torch.load(path, weights_only=True)
+    name, tokens = next(item for item in recording["outcomes"][2].items() if item[0].endswith("sequences"))
+    tokens[0, -1] += 1
+    torch.save(recording, path)
+    result = run_script("compare", path)
+    assert result.returncode == 1 and "3 of 4 calls as recorded" in result.stdout
+    assert "call 2: {" in result.stdout and f"{name}: 1 of {tokens.numel()} differ" in result.stdout

@@ -18,263 +18,23 @@ import random
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import tiny_pairs
 import torch
 import transformers
-from tiny_pairs import PAD, TEXT, TEXT_ONLY
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+from random_calls import Call, Company, draw_call
+from tiny_pairs import PAD, TEXT
+from transformers import DynamicCache
 from transformers.generation.utils import ALL_CACHE_NAMES
+
+from msd_hf import MSDDraftModel
 
 
 CACHE_NAME = ALL_CACHE_NAMES[0]  # `cache` from transformers 5.24 on, `past_key_values` before
 TOLERANCE = 1e-9  # of the largest value of a tensor
 ALONE_EVERY = 5  # of so many calls, one is compared with the target alone
-
-
-# Calls
-
-
-@dataclass
-class Call:
-    """
-    One case: a call of `generate`, or several that share a cache.
-
-    Args:
-        kind (`str`): "plain", "chat", "embeds", "error", "interrupt" or "refused".
-        rows (`list[tuple[int, int]]`): of the prompt, see `tiny_pairs.prompt`.
-        options (`dict`): arguments of `generate`.
-        tree (`dict`): settings of the draft.
-        streamer (`str`, *optional*): "put" or "verified".
-        cache (`str`, *optional*): what the call gets: an "empty" one, or one that knows the "config".
-        extras (`list[str]`): of "mix" (a processor of the user's) and "stop" (a criterion).
-        turns (`list[str]`): what happens before each further turn of a chat.
-        raises (`tuple[str, int]`, *optional*): who raises, and the how manieth time it is called.
-    """
-
-    number: int
-    seed: int  # of text, pictures and random draws
-    kind: str
-    family: str
-    weights: int
-    draft: str
-    attention: str
-    rows: list[tuple[int, int]]
-    options: dict[str, Any] = field(default_factory=dict)
-    tree: dict[str, Any] = field(default_factory=dict)
-    streamer: str | None = None
-    cache: str | None = None
-    extras: list[str] = field(default_factory=list)
-    turns: list[str] = field(default_factory=list)
-    raises: tuple[str, int] | None = None
-    training: bool = False
-
-    @property
-    def is_timed(self) -> bool:
-        """Whether the size of its trees depends on time, so that only its tokens are always the same."""
-        return self.tree.get("num_assistant_tokens") == "auto"
-
-
-CHANGES = ["none", "none", "other end", "crop", "fork", "plain turn", "other draft"]  # between turns
-REFUSED: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({"num_beams": 2}, {}),
-    ({"cache_implementation": "static"}, {}),
-    ({"guidance_scale": 1.5}, {}),
-    ({"prompt_lookup_num_tokens": 3}, {}),
-    ({"use_cache": False}, {}),
-    ({"dola_layers": "high"}, {}),
-    ({}, {"tree_top_k": 0}),
-    ({}, {"num_assistant_tokens": "many"}),
-    ({}, {"temperature": 0.5}),
-    ({}, {"compile": "yes"}),
-    ({}, {"compile": True, "num_assistant_tokens": "auto"}),
-]
-
-
-def draw_call(seed: int, number: int) -> Call:
-    """The call of a number."""
-    rng = random.Random(f"{seed} {number}")
-    kind = rng.choices(["plain", "chat", "embeds", "error", "interrupt", "refused"], [45, 20, 6, 14, 11, 4])[0]
-    family = rng.choice(list(tiny_pairs.CONFIGS))
-    attention = rng.choice(tiny_pairs.attentions(family))
-    draft = rng.choice(["plain", *tiny_pairs.DRAFTS])
-    rows = _draw_rows(rng, kind, family, attention)
-    call = Call(number, rng.randrange(10**9), kind, family, rng.randrange(2), draft, attention, rows)
-    call.options, call.tree = _draw_options(rng, call), _draw_tree(rng, call)
-    call.streamer = rng.choice([None, None, "put", "verified"])
-    call.cache = rng.choice([None, None, "empty", "config"])
-    call.extras = [name for name in ("mix", "stop") if rng.random() < 0.08]
-    call.training = rng.random() < 0.1
-    if kind == "chat":
-        call.turns = [rng.choice(CHANGES if len(call.rows) == 1 else CHANGES[:2]) for _ in range(rng.randint(1, 2))]
-        if len(call.rows) == 1 and rng.random() < 0.3:
-            call.turns = ["new tokens"] * len(call.turns)
-    elif kind == "error":
-        call.raises = (rng.choice(["streamer", "processor", "criterion"]), rng.randint(1, 20))
-    elif kind == "interrupt":
-        call.raises = ("hook", rng.choice([1, 2, 2, 3, 4, 6]))
-    elif kind == "refused":
-        options, tree = rng.choice(REFUSED)
-        call.options, call.tree = {**call.options, **options}, {**call.tree, **tree}
-    if call.raises:
-        call.cache, call.streamer = call.cache or "empty", call.streamer or "put"
-        call.options["max_new_tokens"] = rng.randint(8, 40)
-    return call
-
-
-def _draw_rows(rng: random.Random, kind: str, family: str, attention: str) -> list[tuple[int, int]]:
-    size = rng.choices([1, 2, 3, 4], [6, 2, 2, 2])[0] if kind != "chat" else rng.choice([1, 1, 1, 1, 2, 3])
-    most = 0 if family in TEXT_ONLY or rng.random() < 0.3 else 2
-    rows = [(rng.randint(1, 14), rng.randint(min(most, 1), most)) for _ in range(size)]
-    return [rows[0]] * size if attention == "eager" else rows
-
-
-def _draw_options(rng: random.Random, call: Call) -> dict[str, Any]:
-    options: dict[str, Any] = {"max_new_tokens": rng.choice([1, 2, *[rng.randint(3, 40)] * 10])}
-    options["do_sample"] = rng.random() < 0.4
-    if options["do_sample"]:
-        options["temperature"] = rng.choice([0.3, 0.6, 1.0])
-        options["top_k"], options["top_p"] = rng.choice([0, 5, 20]), rng.choice([1.0, 0.9, 0.6])
-    options["eos_token_id"] = rng.sample(TEXT, rng.choice([2, 5])) if rng.random() < 0.7 else None
-    if call.attention == "eager" and call.kind != "plain":
-        options["eos_token_id"] = None  # padding in a history is too much for it
-    for name, values, chance in (
-        ("repetition_penalty", [1.1, 1.5], 0.12),
-        ("no_repeat_ngram_size", [2, 3], 0.08),
-        ("bad_words_ids", [[[token] for token in rng.sample(TEXT, 5)], [rng.sample(TEXT, 2)]], 0.08),
-        ("suppress_tokens", [rng.sample(TEXT, 8)], 0.05),
-        ("min_new_tokens", [4, 9], 0.05),
-    ):
-        if rng.random() < chance:
-            options[name] = rng.choice(values)
-    if rng.random() < 0.65 or call.kind == "chat":
-        options["return_dict_in_generate"] = True
-        for name, chance in (("output_scores", 0.3), ("output_logits", 0.3), ("output_hidden_states", 0.25)):
-            options[name] = rng.random() < chance
-        options["output_attentions"] = call.attention == "eager" and rng.random() < 0.4
-    return options
-
-
-def _draw_tree(rng: random.Random, call: Call) -> dict[str, Any]:
-    tree: dict[str, Any] = {"suffix_nodes": rng.choice([0, 0, 0, 1, 3, 6])}
-    sizes = {
-        "num_assistant_tokens": rng.choice([1, *[rng.randint(2, 30)] * 6]),
-        "tree_depth": rng.choice([0, 1, 2, 3, 3, 4, 6]),
-        "tree_top_k": rng.choice([1, 2, 3, 4, 6]),
-    }
-    if call.weights == 0 and call.draft in ("plain", "vocabulary") and rng.random() < 0.4:
-        # Few shapes, since each of them is traced.
-        shape = rng.choice([(12, 3, 4), (5, 4, 1)])
-        sizes = dict(zip(sizes, shape, strict=True)) | {"compile": True}
-        tree["suffix_nodes"] = rng.choice([0, 0, 3])
-    elif call.kind in ("plain", "chat") and rng.random() < 0.06:
-        sizes = {"num_assistant_tokens": "auto"}
-    return {**tree, **sizes}
-
-
-# What the user of a call brings along
-
-
-class Stop:
-    """Raises the `after`th time that it is asked."""
-
-    def __init__(self, after: int | None, kind: type[BaseException] = RuntimeError):
-        self.after, self.kind, self.calls = after, kind, 0
-
-    def check(self) -> None:
-        self.calls += 1
-        if self.calls == self.after:
-            raise self.kind(f"stopped at {self.calls}")
-
-
-class Listener(BaseStreamer):
-    """Keeps what it receives."""
-
-    def __init__(self, stop: Stop):
-        self.events: list[Any] = []
-        self.stop = stop
-
-    def put(self, value: torch.Tensor) -> None:
-        self.events.append(value.tolist())
-        self.stop.check()
-
-    def end(self) -> None:
-        self.events.append("end")
-
-    def steps(self) -> list[list[int]]:
-        """The tokens of all rows, step by step."""
-        steps: list[list[int]] = []
-        for event in self.events[1:]:
-            if isinstance(event, dict):
-                steps += [[token] for token in event["tokens"]]
-            elif event != "end":
-                steps.append(event)
-        return steps
-
-
-class RoundListener(Listener):
-    """Takes the tokens of one verification at once."""
-
-    def put_verified(self, tokens: torch.Tensor, num_draft_tokens: int) -> None:
-        self.events.append({"tokens": tokens.tolist(), "drafted": num_draft_tokens})
-        self.stop.check()
-
-
-class MixRows(LogitsProcessor):
-    """Rows depend on each other."""
-
-    def __init__(self, stop: Stop, share: float):
-        self.stop, self.share = stop, share
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.stop.check()
-        return scores + self.share * scores.mean(0, keepdim=True)
-
-
-class EndBySum(StoppingCriteria):
-    """Ends a row by what it holds."""
-
-    def __init__(self, stop: Stop, divisor: int):
-        self.stop, self.divisor = stop, divisor
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.stop.check()
-        return input_ids.sum(1) % self.divisor == 0
-
-
-class Company:
-    """Streamer, processors and criteria of one call of `generate`, and a hook on the target's decoder."""
-
-    def __init__(self, call: Call, raises: bool = True):
-        who, after = call.raises if call.raises and raises else (None, 0)
-        kinds = ("streamer", "processor", "criterion")
-        self.stops = {kind: Stop(after if kind == who else None) for kind in kinds}
-        self.stops["hook"] = Stop(after if who == "hook" else None, KeyboardInterrupt)
-        self.listener = {"put": Listener, "verified": RoundListener, None: None}[call.streamer]
-        if self.listener:
-            self.listener = self.listener(self.stops["streamer"])
-        self.arguments: dict[str, Any] = {"streamer": self.listener} if self.listener else {}
-        if "mix" in call.extras or who == "processor":
-            processor = MixRows(self.stops["processor"], 0.5 if "mix" in call.extras else 0.0)
-            self.arguments["logits_processor"] = LogitsProcessorList([processor])
-        if "stop" in call.extras or who == "criterion":
-            criterion = EndBySum(self.stops["criterion"], 13 if "stop" in call.extras else 10**9)
-            self.arguments["stopping_criteria"] = StoppingCriteriaList([criterion])
-        self.hooked = who == "hook"
-
-    @contextlib.contextmanager
-    def hook(self, target: Any) -> Iterator[None]:
-        if not self.hooked:
-            yield
-            return
-        handle = target.get_decoder().register_forward_hook(lambda *_: self.stops["hook"].check())
-        try:
-            yield
-        finally:
-            handle.remove()
 
 
 # Running a call
@@ -326,64 +86,58 @@ class Run:
     def plain(self, inputs: dict[str, Any]) -> None:
         if self.call.kind == "embeds":
             inputs = {"inputs_embeds": self.embeddings(inputs), "attention_mask": inputs["attention_mask"]}
-        self.generate("call", inputs, self.new_cache(), whole=inputs)
+        self.generate("call", inputs, self.new_cache(), inputs, self.draft)
 
     def chat(self, inputs: dict[str, Any]) -> None:
         rng = random.Random(self.call.seed)
-        whole, cache, draft = inputs, self.new_cache(), self.draft
+        cache, whole = self.new_cache(), inputs
         for turn, change in enumerate(["first", *self.call.turns]):
-            if change == "plain turn":
-                draft = None
-            elif change == "other draft":
-                draft = copy.deepcopy(self.draft)
-            new_only = change == "new tokens"
-            output = self.generate(f"turn {turn}", inputs, cache, None if new_only else whole, draft)
-            draft, cache = self.draft, output[CACHE_NAME]
-            ids = output.sequences
-            if turn < len(self.call.turns):
-                upcoming = self.call.turns[turn]
-                if upcoming == "new tokens":
-                    ids, mask_length = ids[:, -1:], cache.get_seq_length() + 1
-                elif upcoming == "other end":
-                    ids[:, -1] = 3
-                elif upcoming == "crop":
-                    count = min(5, ids.shape[1] - inputs["input_ids"].shape[1])
-                    cache.crop(-count)
-                    ids = ids[:, : cache.get_seq_length()]
-                elif upcoming == "fork":
-                    fork = copy.deepcopy(cache)
-                    more = self.with_history(whole, torch.cat([ids, ids.new_full((len(ids), 2), 9)], dim=1))
-                    self.generate(f"fork {turn}", more, cache, None)
-                    cache = fork
-                new = torch.tensor([[rng.choice(TEXT) for _ in range(3)] for _ in range(len(ids))])
-                ids = torch.cat([ids, new], dim=1)
-                if upcoming == "new tokens":
-                    mask = torch.ones(1, mask_length + 3, dtype=torch.long)
-                    inputs = {
-                        "input_ids": ids,
-                        "attention_mask": mask,
-                        **tiny_pairs.token_types(self.call.family, ids),
-                    }
-                else:
-                    inputs = self.with_history(whole, ids)
-                    whole = {**whole, **inputs}
+            draft = copy.deepcopy(self.draft) if change == "other draft" else self.draft
+            asked = whole if change != "new tokens" else None
+            output = self.generate(f"turn {turn}", inputs, cache, asked, None if change == "plain turn" else draft)
+            if turn == len(self.call.turns):
+                break
+            ids, cache = self.between(turn, output, whole)
+            question = torch.tensor([[rng.choice(TEXT) for _ in range(3)] for _ in ids])
+            ids = torch.cat([ids, question], dim=1)
+            if self.call.turns[turn] == "new tokens":
+                mask = torch.ones(1, cache.get_seq_length() + ids.shape[1], dtype=torch.long)
+                inputs = {"input_ids": ids, "attention_mask": mask, **tiny_pairs.token_types(self.call.family, ids)}
+            else:
+                inputs = self.with_history(whole, ids)
+                whole = {**whole, **inputs}
+
+    def between(self, turn: int, output: Any, whole: dict[str, Any]) -> tuple[torch.Tensor, DynamicCache]:
+        """What the next turn of a chat goes on with."""
+        ids, cache, change = output.sequences, output[CACHE_NAME], self.call.turns[turn]
+        if change == "new tokens":
+            ids = ids[:, -1:]
+        elif change == "other end":
+            ids[:, -1] = 3
+        elif change == "crop":
+            cache.crop(-min(5, ids.shape[1] - whole["input_ids"].shape[1]))
+            ids = ids[:, : cache.get_seq_length()]
+        elif change == "fork":
+            fork = copy.deepcopy(cache)
+            more = torch.cat([ids, ids.new_full((len(ids), 2), 9)], dim=1)
+            self.generate(f"fork {turn}", self.with_history(whole, more), cache, None, self.draft)
+            cache = fork
+        return ids, cache
 
     def cut(self, inputs: dict[str, Any]) -> None:
         """A call that is interrupted, and another one with its cache."""
-        cache = self.new_cache()
+        cache, prompt = self.new_cache(), inputs["input_ids"]
         with self.noting_errors("interruption"):
-            self.generate("call", inputs, cache, whole=None)
-        self.outcome.update(self.shown_cache("interrupted", cache))
-        steps = self.company.listener.steps()
-        known = torch.cat(
-            [inputs["input_ids"], torch.tensor(steps, dtype=torch.long).reshape(-1, len(inputs["input_ids"])).T], dim=1
-        )
+            self.generate("call", inputs, cache, None, self.draft)
+        self.outcome |= self.shown_cache("interrupted", cache)
+        steps = torch.tensor(self.company.listener.steps(), dtype=torch.long).reshape(-1, len(prompt))
+        ids = torch.cat([prompt, steps.T], dim=1)
         slots = cache.get_seq_length()
-        if slots > known.shape[1]:
-            cache.crop(known.shape[1])
-        ids = torch.cat([known, torch.full((len(known), 3), 7)], dim=1)
-        again = {**(inputs if slots == 0 else {}), **self.with_history(inputs, ids)}
-        self.generate("again", again, cache, {**inputs, **again}, raises=False)
+        if slots > ids.shape[1]:
+            cache.crop(ids.shape[1])
+        again = self.with_history(inputs, torch.cat([ids, torch.full((len(ids), 3), 7)], dim=1))
+        whole = {**inputs, **again}
+        self.generate("again", again if slots else whole, cache, whole, self.draft, raises=False)
 
     # Parts of them
 
@@ -413,13 +167,14 @@ class Run:
         inputs: dict[str, Any],
         cache: DynamicCache | None,
         whole: dict[str, Any] | None,
-        draft: Any = "own",
+        draft: MSDDraftModel | None,
         raises: bool = True,
     ) -> Any:
         """One call of `generate`, noted under a name; `whole` is what the target alone is given, if it is asked."""
-        draft = self.draft if draft == "own" else draft
         self.company = company = Company(self.call, raises)
         start = torch.get_rng_state()
+        if self.call.family == "PaliGemma" and cache is not None and cache.get_seq_length():
+            whole = None  # it reads a whole prompt in both directions, and so another past
         past = {} if cache is None else {CACHE_NAME: cache}
         options = {**self.call.options, "pad_token_id": PAD}
         try:
@@ -511,6 +266,9 @@ def run_calls(seed: int, numbers: list[int]) -> list[Run]:
     failed = sum("exception" in run.outcome for run in runs)
     emitted, rounds = (sum(getattr(run, name) for run in runs) for name in ("emitted", "rounds"))
     print(f"identical to the target alone: {sum(alone)} of {len(alone)}")
+    others = [run.call.number for run in runs if not all(run.alone)]
+    if others:
+        print(f"not identical to it: calls {others}")
     print(f"ended in an exception, interruptions apart: {failed} of {len(runs)}")
     print(f"mean acceptance length: {emitted / max(rounds, 1):.2f}")
     return runs
