@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from msd_hf import MSDDraftConfig, MSDDraftModel, cli
+from msd_hf import MSDDraftConfig, MSDDraftModel, loading
 from msd_hf.toy import DEMO_IMAGE, DRAFT_DIR, TARGET_DIR
 
 
@@ -58,7 +58,7 @@ def test_bad_input_gives_one_line_and_a_non_zero_exit(case, message, run, tmp_pa
     def refuse(*args, **kwargs):
         raise AssertionError("the target was loaded")
 
-    monkeypatch.setattr(cli.answer.AutoModelForImageTextToText, "from_pretrained", refuse)
+    monkeypatch.setattr(loading.AutoModelForImageTextToText, "from_pretrained", refuse)
     options = {"--target": TARGET_DIR, "--draft": DRAFT_DIR, "--image": DEMO_IMAGE, "--prompt": "What is there?"}
     if case == "missing image":
         options["--image"] = tmp_path / "none.png"

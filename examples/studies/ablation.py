@@ -23,11 +23,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoProcessor, HfArgumentParser, LlavaForConditionalGeneration
+from transformers import AutoConfig, HfArgumentParser
 from transformers.utils import logging
 
 from msd_hf import MSDDraftModel
 from msd_hf.evaluation import Comparison, compare, mean_acceptance_length, median_speedup, timed_generate
+from msd_hf.loading import load_target_and_processor
 from msd_hf.prompts import build_inputs
 from msd_hf.toy import TARGET_DIR
 from msd_hf.toy.accuracy import make_evaluation_prompts
@@ -115,10 +116,6 @@ def make_arguments(run: Run, folder: Path, steps: int) -> MSDTrainingArguments:
     )
 
 
-def load_pair_parts() -> tuple[Any, LlavaForConditionalGeneration]:
-    return AutoProcessor.from_pretrained(TARGET_DIR), LlavaForConditionalGeneration.from_pretrained(TARGET_DIR)
-
-
 def write_answers(job: tuple[str, Path, int]) -> None:
     """Lets the target answer the questions of one kind of conversation."""
     kind, output, num_samples = job
@@ -126,7 +123,7 @@ def write_answers(job: tuple[str, Path, int]) -> None:
     if path.is_file():
         return
     torch.set_num_threads(1)
-    processor, target = load_pair_parts()
+    target, processor = load_target_and_processor(TARGET_DIR)
     path.parent.mkdir(parents=True, exist_ok=True)
     conversations = load_conversations(ToySamples("train", num_samples, 0, kind))
     regenerate(target, processor, conversations, path, max_new_tokens=160, batch_size=64)
@@ -140,7 +137,7 @@ def extract(job: tuple["Cache", Path, int]) -> None:
     """The features of one kind of conversation, with the answers of the data or the target's own."""
     cache, output, num_samples = job
     torch.set_num_threads(1)
-    processor, target = load_pair_parts()
+    target, processor = load_target_and_processor(TARGET_DIR)
     written = cache.answers == "target"
     data = answers_path(output, cache.kind) if written else ToySamples("train", num_samples, 0, cache.kind)
     conversations = load_conversations(data)
@@ -182,7 +179,7 @@ def train(job: tuple[Run, Path, int]) -> None:
     if (folder / "training_provenance.json").is_file():
         return
     torch.set_num_threads(1)
-    processor, target = load_pair_parts()
+    target, processor = load_target_and_processor(TARGET_DIR)
     caches = {kind: FeatureCache(output / cache.folder) for kind, cache in needed_caches(run, output).items()}
     trainer = MSDTrainer(
         target=target,
@@ -203,7 +200,7 @@ def draft_folder(output: Path, run: Run, steps: int) -> Path:
 
 def measure(runs: list[Run], args: AblationArguments, output: Path) -> list[dict[str, Any]]:
     """tau and speedup of every draft, one after the other on the same prompts."""
-    processor, target = load_pair_parts()
+    target, processor = load_target_and_processor(TARGET_DIR)
     prompts = make_evaluation_prompts(args.prompts_per_kind, seed=0)
     results = []
     for run in tqdm(runs, desc="measuring"):

@@ -17,6 +17,7 @@ from transformers import DynamicCache, HfArgumentParser
 from msd_hf.kv.in_place import make_in_place, truncate
 from msd_hf.kv.slots import ContextSlots
 from msd_hf.kv.transaction import CacheTransaction
+from msd_hf.loading import parse_device, parse_dtype
 
 
 @dataclass
@@ -30,11 +31,11 @@ class BenchArguments:
     repeats: int = field(default=20, metadata={"help": "Rounds, of which the median counts."})
     threads: int = field(default=1, metadata={"help": "Threads."})
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
-    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device."})
+    device: str = field(default="auto", metadata={"help": "Device; auto: the GPU if there is one."})
 
 
 def round_milliseconds(args: BenchArguments, context: int, in_place: bool) -> float:
-    dtype, device = getattr(torch, args.dtype), torch.device(args.device)
+    dtype, device = parse_dtype(args.dtype), parse_device(args.device)
 
     def states(slots: int) -> torch.Tensor:
         return torch.zeros(1, args.heads, slots, args.head_dim, dtype=dtype, device=device)

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoProcessor, HfArgumentParser, LlavaForConditionalGeneration
+from transformers import HfArgumentParser
 
 from msd_hf import MSDDraftModel
 from msd_hf.evaluation.phase_timer import PhaseTimer
+from msd_hf.loading import load_target_and_processor
 from msd_hf.prompts import build_inputs
 from msd_hf.toy import DRAFT_DIR, TARGET_DIR
 from msd_hf.toy.accuracy import make_evaluation_prompts
@@ -33,15 +34,14 @@ class BenchArguments:
     depth: int = field(default=5, metadata={"help": "Its depth."})
     top_k: int = field(default=4, metadata={"help": "Its top-k."})
     threads: int = field(default=1, metadata={"help": "Threads."})
-    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device."})
+    device: str = field(default="auto", metadata={"help": "Device; auto: the GPU if there is one."})
 
 
 def main() -> None:
     (args,) = HfArgumentParser(BenchArguments).parse_args_into_dataclasses()
     torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    processor = AutoProcessor.from_pretrained(TARGET_DIR)
-    target = LlavaForConditionalGeneration.from_pretrained(TARGET_DIR).to(device)
+    target, processor = load_target_and_processor(TARGET_DIR, device=args.device)
+    device = target.device
     draft = MSDDraftModel.from_pretrained(DRAFT_DIR).to(device)
     settings = draft.generation_config
     settings.num_assistant_tokens, settings.tree_depth, settings.tree_top_k = args.nodes, args.depth, args.top_k

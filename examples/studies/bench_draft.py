@@ -28,6 +28,7 @@ from msd_hf.evaluation.phase_timer import PhaseTimer
 from msd_hf.evaluation.shapes import build_pair, shape_config
 from msd_hf.kv.in_place import InPlaceLayer, truncate
 from msd_hf.kv.slots import ContextSlots
+from msd_hf.loading import parse_device, parse_dtype
 from msd_hf.observer import phase
 from msd_hf.target.adapter import TargetAdapter, TargetPrefill
 from msd_hf.tree.settings import TreeSettings
@@ -51,7 +52,7 @@ class BenchArguments:
     repeats: int = field(default=20, metadata={"help": "Trees of each kind, in turns."})
     threads: int = field(default=1, metadata={"help": "Threads."})
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
-    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device."})
+    device: str = field(default="auto", metadata={"help": "Device; auto: the GPU if there is one."})
 
 
 class BareForwards:
@@ -147,14 +148,14 @@ def timed(function, device: torch.device) -> float:
 def main() -> None:
     (args,) = HfArgumentParser(BenchArguments).parse_args_into_dataclasses()
     torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    device = parse_device(args.device)
     config = shape_config("small")
     text = config.text_config
     text.num_hidden_layers = 1  # only the target's embedding and head are used
     text.hidden_size, text.intermediate_size, text.vocab_size = args.hidden, args.intermediate, args.vocabulary
     text.num_attention_heads = text.num_key_value_heads = args.heads
     text.head_dim = args.hidden // args.heads
-    target, draft = build_pair(config, getattr(torch, args.dtype), device)
+    target, draft = build_pair(config, parse_dtype(args.dtype), device)
     adapter = TargetAdapter(target)
     drafting = {"full head": Drafting(args, adapter, draft)}
     if args.draft_vocab:

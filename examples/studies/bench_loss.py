@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
 
+from msd_hf.loading import parse_device
 from msd_hf.training.losses import loss_sums
 
 
@@ -31,7 +32,7 @@ class BenchArguments:
     vocabulary: int = field(default=32000, metadata={"help": "Vocabulary."})
     chunk_size: int = field(default=1024, metadata={"help": "Rows of logits at a time."})
     repeats: int = field(default=3, metadata={"help": "Timed steps, of which the median counts."})
-    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device."})
+    device: str = field(default="auto", metadata={"help": "Device; auto: the GPU if there is one."})
     form: str | None = field(default=None, metadata={"help": "Set by the script: plain or chunked."})
 
 
@@ -51,13 +52,14 @@ def chunked_loss(states, goals, trained, head, chunk_size):
 
 
 def run(args: BenchArguments) -> None:
+    device = parse_device(args.device)
     torch.manual_seed(0)  # both forms get the same numbers, the head's included
     shape = (args.batch, args.length, args.hidden)
-    states = torch.randn(shape).to(args.device).requires_grad_()
-    goals = torch.randn(shape).to(args.device)
-    trained = torch.arange(args.length, device=args.device).expand(args.batch, -1) >= args.length * 2 // 3
-    head = torch.nn.Linear(args.hidden, args.vocabulary, bias=False, device=args.device).requires_grad_(False)
-    before = peak_bytes(args.device)
+    states = torch.randn(shape).to(device).requires_grad_()
+    goals = torch.randn(shape).to(device)
+    trained = torch.arange(args.length, device=device).expand(args.batch, -1) >= args.length * 2 // 3
+    head = torch.nn.Linear(args.hidden, args.vocabulary, bias=False, device=device).requires_grad_(False)
+    before = peak_bytes(device)
     seconds = []
     for _ in range(args.repeats):
         states.grad = None
@@ -69,12 +71,12 @@ def run(args: BenchArguments) -> None:
         loss.backward()
         loss.item()
         seconds.append(time.perf_counter() - started)
-    figures = {"bytes": peak_bytes(args.device) - before, "seconds": statistics.median(seconds), "loss": loss.item()}
+    figures = {"bytes": peak_bytes(device) - before, "seconds": statistics.median(seconds), "loss": loss.item()}
     print(json.dumps(figures))
 
 
-def peak_bytes(device: str) -> int:
-    if device.startswith("cuda"):
+def peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 
 from msd_hf.errors import MSDError
 from msd_hf.evaluation.shapes import build_pair, random_prompt, shape_config
+from msd_hf.loading import parse_device, parse_dtype
 
 
 TARGET_SLOTS = 64
@@ -40,7 +41,7 @@ class BenchArguments:
     top_k: int = field(default=10, metadata={"help": "Candidates a node, and nodes expanded a level."})
     threads: int = field(default=1, metadata={"help": "Threads."})
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
-    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device."})
+    device: str = field(default="auto", metadata={"help": "Device; auto: the GPU if there is one."})
 
     def __post_init__(self) -> None:
         if self.limit and self.limit < self.new_tokens:
@@ -85,14 +86,14 @@ def ends_at(length: int) -> Callable[..., torch.Tensor]:
 def main() -> None:
     (args,) = HfArgumentParser(BenchArguments).parse_args_into_dataclasses()
     torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    device = parse_device(args.device)
     config = shape_config("small")
     text = config.text_config
     text.hidden_size, text.intermediate_size, text.vocab_size = args.hidden, args.intermediate, args.vocabulary
     text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads = args.layers, args.heads, args.heads
     text.head_dim = args.hidden // args.heads
     config.image_token_id = args.vocabulary - 1
-    target, draft = build_pair(config, getattr(torch, args.dtype), device)
+    target, draft = build_pair(config, parse_dtype(args.dtype), device)
     draft.generation_config.update(num_assistant_tokens=args.nodes, tree_depth=args.depth, tree_top_k=args.top_k)
     inputs = random_prompt(target, args.context)
     arguments: dict[str, Any] = {"max_new_tokens": args.limit or args.new_tokens, "do_sample": False}

@@ -13,10 +13,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
-from transformers import AutoProcessor, HfArgumentParser, LlavaForConditionalGeneration
+from transformers import HfArgumentParser
 
 from msd_hf import MSDDraftModel
 from msd_hf.evaluation import Method, compare, mean_acceptance_length, timed_generate
+from msd_hf.loading import load_target_and_processor
 from msd_hf.prompts import build_chat_inputs
 from msd_hf.toy import DRAFT_DIR, TARGET_DIR, TEXT_KINDS, VISUAL_KINDS, make_prompts, make_samples
 
@@ -65,8 +66,7 @@ def make_groups(args: BenchArguments, processor: Any) -> dict[str, list[Any]]:
 def main() -> None:
     (args,) = HfArgumentParser(BenchArguments).parse_args_into_dataclasses()
     torch.set_num_threads(args.threads)
-    processor = AutoProcessor.from_pretrained(TARGET_DIR)
-    target = LlavaForConditionalGeneration.from_pretrained(TARGET_DIR)
+    target, processor = load_target_and_processor(TARGET_DIR)
     draft = MSDDraftModel.from_pretrained(DRAFT_DIR)
     num_nodes = args.num_assistant_tokens
     if num_nodes == "auto":

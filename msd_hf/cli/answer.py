@@ -8,15 +8,16 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 from transformers.utils import logging
 
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
 from ..evaluation import Comparison, compare, mean_acceptance_length
+from ..loading import load_target, parse_device, parse_dtype
 from ..prompts import build_inputs, read_image
 from ..target.support import check_pair
-from .options import Device, Dtype, MaxNewTokens, Repeats, Seed, Temperature, console, parse_device, parse_dtype
+from .options import Device, Dtype, MaxNewTokens, Repeats, Seed, Temperature, console
 from .streaming import AcceptanceStreamer
 
 
@@ -73,16 +74,16 @@ def _run(
 ) -> None:
     # What can be wrong is found before the target's weights are loaded.
     image = None if image_path is None else read_image(image_path)
-    resolved_dtype = parse_dtype(dtype)
-    resolved_device = parse_device(device)
+    parse_dtype(dtype)
+    parse_device(device)
     target_config = AutoConfig.from_pretrained(target_name)
     draft = MSDDraftModel.from_pretrained(draft_name)
     check_pair(target_config, draft.config)
     processor = AutoProcessor.from_pretrained(target_name)
     inputs = build_inputs(processor, prompt, image)
-    target = AutoModelForImageTextToText.from_pretrained(target_name, dtype=resolved_dtype).to(resolved_device)
-    draft = draft.to(device=resolved_device, dtype=target.dtype)
-    inputs = inputs.to(resolved_device, dtype=target.dtype)
+    target = load_target(target_name, dtype, device)
+    draft = draft.to(device=target.device, dtype=target.dtype)
+    inputs = inputs.to(target.device, dtype=target.dtype)
     arguments: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         arguments["temperature"] = temperature

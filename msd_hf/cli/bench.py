@@ -14,19 +14,9 @@ from transformers.utils import logging
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
 from ..evaluation import METHODS
+from ..loading import load_target, parse_device, parse_dtype
 from ..target.support import check_pair
-from .options import (
-    Device,
-    Dtype,
-    ImageFolder,
-    MaxNewTokens,
-    Seed,
-    Temperature,
-    console,
-    load_target,
-    parse_device,
-    parse_dtype,
-)
+from .options import Device, Dtype, ImageFolder, MaxNewTokens, Seed, Temperature, console
 
 
 _Number = TypeVar("_Number", int, float)
@@ -105,7 +95,7 @@ def bench(
             prompts = toy_prompts(processor, num_prompts, seed)
         else:
             prompts = first_questions(load_conversations(data, image_folder), processor, num_prompts)
-        model, _ = load_target(target, dtype, device)
+        model = load_target(target, dtype, device)
         draft_model = draft_model.to(device=model.device, dtype=model.dtype)
         report = report_pair(
             model,

@@ -9,6 +9,7 @@ import torch
 import typer
 from transformers import AutoProcessor
 
+from ..loading import load_target_and_processor
 from .options import (
     BatchSize,
     Device,
@@ -20,7 +21,6 @@ from .options import (
     Strict,
     Temperature,
     console,
-    load_target,
     print_skipped,
 )
 
@@ -55,7 +55,7 @@ def extract(
     resolve_storage(storage, torch.float32)
     arguments = MSDTrainingArguments(target_layers=target_layers, use_cpu=True)
     conversations = load_conversations(data, image_folder)
-    model, processor = load_target(target, dtype, device)
+    model, processor = load_target_and_processor(target, dtype, device)
     layers = arguments.layers_of(len(model.get_decoder().layers))
     shape: dict[str, Any] = {"feature_layers": layers, "all_hidden_states": all_hidden_states}
     shape |= {"max_length": max_length, "storage": storage}
@@ -96,7 +96,7 @@ def regenerate_answers(
 
     check_output(output)
     conversations = load_conversations(data, image_folder)
-    model, processor = load_target(target, dtype, device)
+    model, processor = load_target_and_processor(target, dtype, device)
     report = regenerate(
         model,
         processor,

@@ -8,16 +8,15 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
-from transformers import AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils import logging
 
 from ..draft.modeling_msd import MSDDraftModel
 from ..evaluation import Disagreement, find_disagreement
+from ..loading import load_target_and_processor
 from ..prompts import build_inputs
 from . import DRAFT_DIR, TARGET_DIR
 from .accuracy import make_evaluation_prompts
@@ -44,16 +43,14 @@ def measure_agreement(
 ) -> None:
     """Generate with and without the draft, and explain each difference. The exit status is 1 if one cannot be."""
     logging.disable_progress_bar()
-    resolved_dtype = getattr(torch, dtype.value)
-    processor = AutoProcessor.from_pretrained(target_folder)
-    target = LlavaForConditionalGeneration.from_pretrained(target_folder, dtype=resolved_dtype)
+    target, processor = load_target_and_processor(target_folder, dtype.value)
     reference = copy.deepcopy(target).double()  # the same weights, rounded as they are
-    draft = MSDDraftModel.from_pretrained(draft_folder, dtype=resolved_dtype)
+    draft = MSDDraftModel.from_pretrained(draft_folder, dtype=target.dtype)
     num_kinds = len(VISUAL_KINDS) + len(TEXT_KINDS)
     prompts = make_evaluation_prompts(-(-generations // num_kinds), seed)
     disagreements = []
     for prompt in tqdm(random.Random(seed).sample(prompts, generations), desc="comparing"):
-        inputs = build_inputs(processor, prompt.question, prompt.image).to(dtype=resolved_dtype)
+        inputs = build_inputs(processor, prompt.question, prompt.image).to(dtype=target.dtype)
         found = find_disagreement(target, draft, inputs, reference, max_new_tokens=max_new_tokens)
         if found is not None:
             disagreements.append(found)

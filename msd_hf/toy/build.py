@@ -9,9 +9,10 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging
 
+from ..loading import load_target, load_target_and_processor
 from .accuracy import accuracy_table, generate_answers, make_evaluation_prompts, score_answers
 from .draft import save_draft, train_draft
 from .evaluate import evaluate_pair
@@ -81,7 +82,7 @@ def build_target_folder(
     train_target(model, processor, deep_budget, seed + 1, batch_size, DEEP_RATE)
     save_target(model, processor, folder)
     # Measure what is on disk: the rounded weights, loaded the way a user loads them.
-    print_accuracy(LlavaForConditionalGeneration.from_pretrained(folder), processor, prompts_per_kind, seed)
+    print_accuracy(load_target(folder), processor, prompts_per_kind, seed)
 
 
 def print_accuracy(
@@ -97,8 +98,7 @@ def print_accuracy(
 
 def build_draft_folder(output: Path, num_steps: int, num_samples: int, batch_size: int, seed: int) -> None:
     """Trains a fresh draft for the target in `output`, and saves it beside it."""
-    processor = AutoProcessor.from_pretrained(output / "target")
-    target = LlavaForConditionalGeneration.from_pretrained(output / "target")
+    target, processor = load_target_and_processor(output / "target")
     trainer = train_draft(target, processor, output / "work", num_steps, num_samples, seed, batch_size)
     console.print(f"draft of {trainer.model.num_parameters():,} parameters")
     save_draft(trainer, output / "draft")

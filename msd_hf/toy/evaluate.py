@@ -13,12 +13,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
-from transformers import AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils import logging
 
 from ..draft.modeling_msd import MSDDraftModel
 from ..evaluation import Comparison, compare, mean_acceptance_length
 from ..evaluation.bench_prompts import BenchPrompt
+from ..loading import load_target_and_processor
 from ..prompts import build_inputs
 from . import DRAFT_DIR, TARGET_DIR
 from .accuracy import make_evaluation_prompts
@@ -35,8 +35,7 @@ def evaluate_pair(
 ) -> None:
     """Run `generate` with and without the draft, in turns, on the test split, and compare outputs and times."""
     logging.disable_progress_bar()
-    processor = AutoProcessor.from_pretrained(target_folder)
-    target = LlavaForConditionalGeneration.from_pretrained(target_folder)
+    target, processor = load_target_and_processor(target_folder)
     draft = MSDDraftModel.from_pretrained(draft_folder)
     groups: dict[str, list[Comparison]] = defaultdict(list)
     prompts = make_evaluation_prompts(prompts_per_kind, seed)

@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import yaml
 from torch.utils.data import ConcatDataset, Subset
 from transformers import (
-    AutoModelForImageTextToText,
     AutoProcessor,
     EarlyStoppingCallback,
     GenerationConfig,
@@ -25,6 +23,7 @@ from transformers.utils import logging
 
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
+from ..loading import load_target
 from ..tree.settings import TreeSettings
 from .arguments import MSDTrainingArguments
 from .data.conversations import Conversations, load_conversations
@@ -102,8 +101,15 @@ def run_training(argv: Sequence[str]) -> MSDTrainer:
     script_args, args = parse_arguments(argv)
     set_seed(args.seed)
     data = _open_data(script_args)
+    assert script_args.target is not None  # `parse_arguments` has checked it
     processor = AutoProcessor.from_pretrained(script_args.target)
-    target = load_target(script_args)
+    target = load_target(
+        script_args.target,
+        script_args.target_dtype,
+        dtype_option="--target-dtype",
+        device_map=script_args.target_device_map,
+        attn_implementation=script_args.attn_implementation,
+    )
     if args.target_written_answers:
         data = {
             kind: _with_target_answers(conversations, kind, target, processor, script_args, args)
@@ -131,24 +137,6 @@ def run_training(argv: Sequence[str]) -> MSDTrainer:
         trainer.evaluate()
     trainer.save_model()
     return trainer
-
-
-def load_target(script_args: Any) -> PreTrainedModel:
-    """The target that `target`, `target_dtype`, `target_device_map` and `attn_implementation` name."""
-    arguments: dict[str, Any] = {"dtype": parse_dtype(script_args.target_dtype)}
-    if script_args.target_device_map is not None:
-        arguments["device_map"] = script_args.target_device_map
-    if script_args.attn_implementation is not None:
-        arguments["attn_implementation"] = script_args.attn_implementation
-    return AutoModelForImageTextToText.from_pretrained(script_args.target, **arguments)
-
-
-def parse_dtype(name: str) -> torch.dtype | str:
-    """A floating-point dtype by its name, or "auto"."""
-    dtype = getattr(torch, name, None)
-    if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise MSDError(f"The dtype {name!r} is not known: use auto, float32, bfloat16, float16 or float64.")
-    return name if dtype is None else dtype
 
 
 def _config_parser() -> Any:
@@ -282,4 +270,4 @@ def _load_draft(name: str) -> MSDDraftModel:
     return MSDDraftModel.from_pretrained(name).float()
 
 
-__all__ = ["ScriptArguments", "load_target", "parse_arguments", "parse_dtype", "run_training"]
+__all__ = ["ScriptArguments", "parse_arguments", "run_training"]
