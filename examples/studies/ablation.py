@@ -1,8 +1,8 @@
 """
 What each part of the training brings, on the toy world: a table, a JSON file and a plot for each study.
 
-    python examples/studies/ablation.py --study paper    # {decoupled, not} x {text, visual, mixed, two-stage}
-    python examples/studies/ablation.py --study recipes  # the paper's, each addition to it, and the recommended one
+    python examples/studies/ablation.py --study paper     # {decoupled, not} x {text, visual, mixed, two-stage}
+    python examples/studies/ablation.py --study recipes   # the paper's, each addition to it, and the recommended one
 
 Every draft is trained for the same number of steps on cached features of the same conversations, with the same
 optimizer, and measured on held-out prompts: tau, and speedup from interleaved runs. Finished parts are kept in the
@@ -27,7 +27,7 @@ from transformers import AutoConfig, HfArgumentParser
 from transformers.utils import logging
 
 from msd_hf import MSDDraftModel
-from msd_hf.evaluation import Comparison, compare, mean_acceptance_length, median_speedup, timed_generate
+from msd_hf.evaluation import METHODS, Comparison, compare, mean_acceptance_length, timed_generate
 from msd_hf.loading import load_target_and_processor
 from msd_hf.prompts import build_inputs
 from msd_hf.toy import TARGET_DIR
@@ -44,8 +44,9 @@ from msd_hf.training import (
 
 
 KINDS = ("text", "visual")
+TREE_METHOD = METHODS["tree"]
 # The bundled draft's: the fastest on two CPU cores.
-TREE = {"num_assistant_tokens": 24, "tree_depth": 6, "tree_top_k": 4}
+TREE_SETTINGS = {"num_assistant_tokens": 24, "tree_depth": 6, "tree_top_k": 4}
 # A draft of 0.2M parameters takes larger and fewer steps than one of a 7B model. The same for every run.
 OPTIMIZER = {"learning_rate": 2e-3, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 16}
 
@@ -189,7 +190,7 @@ def train(job: tuple[Run, Path, int]) -> None:
         visual_dataset=caches["visual"],
     )
     trainer.train()
-    for name, value in TREE.items():
+    for name, value in TREE_SETTINGS.items():
         setattr(trainer.model.generation_config, name, value)
     trainer.save_model()
 
@@ -213,15 +214,16 @@ def measure(runs: list[Run], args: AblationArguments, output: Path) -> list[dict
             if args.speedup:
                 comparison = compare(target, draft, inputs, repeats=1, **arguments)
             else:
-                comparison = Comparison([], [timed_generate(target, inputs, draft, **arguments)])
+                run_with_draft = timed_generate(target, inputs, draft, TREE_METHOD, **arguments)
+                comparison = Comparison({TREE_METHOD.name: [run_with_draft]})
             groups["text" if prompt.image is None else "visual"].append(comparison)
             groups["all"].append(comparison)
         for group, comparisons in groups.items():
-            lengths = [comparison.drafted[0].acceptance_lengths for comparison in comparisons]
+            lengths = [comparison.runs[TREE_METHOD.name][0].acceptance_lengths for comparison in comparisons]
             result[f"tau_{group}"] = mean_acceptance_length(lengths)
             if args.speedup:
-                result[f"speedup_{group}"] = median_speedup(comparisons)
-                result[f"identical_{group}"] = statistics.mean(comparison.identical for comparison in comparisons)
+                result[f"speedup_{group}"] = statistics.median(comparison.speedup() for comparison in comparisons)
+                result[f"identical_{group}"] = statistics.mean(comparison.identical() for comparison in comparisons)
         results.append(result)
     return results
 

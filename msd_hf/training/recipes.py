@@ -32,8 +32,8 @@ class Recipe:
 
 RECIPES = {
     "paper": Recipe(),
-    # The additions that raised tau on the toy world (`examples/studies/ablation.py --study recipes`). Several layers
-    # and target-written answers did not.
+    # The changes that raised tau on the toy world (`examples/studies/ablation.py --study recipes`). Several layers and
+    # target-written answers did not raise it.
     "recommended": Recipe(
         noise=0.0,
         trained_rows="drafted",
