@@ -3,8 +3,10 @@
 import golden_sets
 import pytest
 import torch
+from torch.nn import functional
 
-from msd_hf.training.losses import add_uniform_noise, loss_sums
+from msd_hf.training import Recipe, losses
+from msd_hf.training.losses import LossTerm, add_uniform_noise, loss_sums, weighted_loss
 from msd_hf.training.rows import draft_rows, trained_rows
 
 
@@ -67,10 +69,10 @@ def test_forward_losses_and_gradients(name, tmp_path):
         expected = values["out_hidden_f64"][row, inside]
         torch.testing.assert_close(states[row, inside], expected, atol=golden_sets.ATOL, rtol=0)
     sums = loss_sums(states[rows.trained], rows.goals[rows.trained], lambda x: x @ head_weight.T, chunk_size=7)
-    denominator = sums.num_rows + 1e-5
-    assert (sums.feature_loss / denominator).item() == pytest.approx(golden["vloss_nobf16_f64"].item(), abs=1e-6)
-    assert (sums.token_loss / denominator).item() == pytest.approx(golden["ploss_f64"].item(), abs=1e-5)
-    total = (sums.feature_loss + 0.1 * sums.token_loss) / denominator
+    feature_loss, token_loss = (sums.terms[name] / (sums.num_rows + 1e-5) for name in ("feature_loss", "token_loss"))
+    assert feature_loss.item() == pytest.approx(golden["vloss_nobf16_f64"].item(), abs=1e-6)
+    assert token_loss.item() == pytest.approx(golden["ploss_f64"].item(), abs=1e-5)
+    total = feature_loss + 0.1 * token_loss
     assert total.item() == pytest.approx(golden["total_nobf16_f64"].item(), abs=1e-5)
     total.backward()
     gradients = {f"grad.{key}": parameter.grad for key, parameter in draft.named_parameters()}
@@ -99,15 +101,32 @@ def test_chunks_give_the_plain_loss_and_gradient(num_rows, chunk_size):
     probabilities = head(goals).softmax(-1)
     plain_token = -(probabilities * head(states).log_softmax(-1)).sum()
     plain_feature = torch.nn.functional.smooth_l1_loss(states, goals, reduction="none").mean(-1).sum()
-    torch.testing.assert_close(sums.token_loss, plain_token)
-    torch.testing.assert_close(sums.feature_loss, plain_feature)
+    torch.testing.assert_close(sums.terms["token_loss"], plain_token)
+    torch.testing.assert_close(sums.terms["feature_loss"], plain_feature)
     (expected,) = torch.autograd.grad(plain_feature + 0.3 * plain_token, states)
-    (got,) = torch.autograd.grad(sums.feature_loss + 0.3 * sums.token_loss, states)
+    (got,) = torch.autograd.grad(sums.terms["feature_loss"] + 0.3 * sums.terms["token_loss"], states)
     torch.testing.assert_close(got, expected)
     assert head.weight.grad is None
     ranks = head(states).argsort(-1, descending=True)
     hits = [(ranks[:, :k] == head(goals).argmax(-1, keepdim=True)).any(-1).sum().item() for k in (1, 2, 3)]
     assert sums.agreement.tolist() == hits
+
+
+def test_another_term_is_one_entry_of_the_table(monkeypatch):
+    def total_variation(logits, goal_logits):
+        return (logits.softmax(-1) - goal_logits.softmax(-1)).abs().sum() / 2
+
+    monkeypatch.setitem(losses.LOSS_TERMS, "variation", LossTerm(total_variation, "token_loss_weight", "logits"))
+    torch.manual_seed(0)
+    states = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    goals = torch.randn(11, 6, dtype=torch.float64)
+    head = torch.nn.Linear(6, 13).double()
+    loss = weighted_loss(loss_sums(states, goals, head, chunk_size=4).terms, Recipe(token_loss_weight=0.3))
+    plain = functional.smooth_l1_loss(states, goals, reduction="none").mean(-1).sum()
+    plain = plain + 0.3 * functional.cross_entropy(head(states), head(goals).softmax(-1), reduction="sum")
+    plain = plain + 0.3 * total_variation(head(states), head(goals))
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(torch.autograd.grad(loss, states), torch.autograd.grad(plain, states))
 
 
 def test_no_more_than_a_chunk_of_logits_exists():
@@ -120,7 +139,7 @@ def test_no_more_than_a_chunk_of_logits_exists():
 
     states = torch.randn(50, 4, requires_grad=True)
     sums = loss_sums(states, torch.randn(50, 4), head, chunk_size=8)
-    sums.token_loss.backward()
+    sums.terms["token_loss"].backward()
     assert largest == 8 and states.grad.shape == (50, 4)
 
 

@@ -21,7 +21,8 @@ from rich.table import Table
 from transformers import HfArgumentParser
 
 from msd_hf.loading import parse_device
-from msd_hf.training.losses import loss_sums
+from msd_hf.training import RECIPES
+from msd_hf.training.losses import loss_sums, weighted_loss
 
 
 @dataclass
@@ -48,7 +49,7 @@ def plain_loss(states, goals, trained, head):
 
 def chunked_loss(states, goals, trained, head, chunk_size):
     sums = loss_sums(states[trained], goals[trained], head, chunk_size)
-    return (sums.feature_loss + 0.1 * sums.token_loss) / sums.num_rows
+    return weighted_loss(sums.terms, RECIPES["paper"]) / sums.num_rows
 
 
 def run(args: BenchArguments) -> None:

@@ -10,6 +10,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from ..errors import MSDError
 from .curriculum import CURRICULA, Curriculum
+from .losses import WEIGHT_NAMES
 from .recipes import RECIPES, Recipe
 from .rows import ROW_CHOICES
 
@@ -172,7 +173,7 @@ class MSDTrainingArguments(TrainingArguments):
         for name in ("max_length", "unroll_passes", "head_chunk_size", "eval_max_new_tokens"):
             if getattr(self, name) < 1:
                 raise MSDError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in ("feature_loss_weight", "token_loss_weight", "noise", "unroll_decay", "eval_prompts"):
+        for name in (*WEIGHT_NAMES, "noise", "unroll_decay", "eval_prompts"):
             if getattr(self, name) < 0:
                 raise MSDError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if self.gradient_checkpointing and self.make_recipe().unroll_passes > 1:

@@ -8,7 +8,7 @@ import torch
 
 from ..target.adapter import TargetAdapter
 from .arguments import MSDTrainingArguments
-from .losses import LossSums, add_uniform_noise, loss_sums
+from .losses import LossSums, add_uniform_noise, loss_sums, weighted_loss
 from .rows import DraftRows, draft_rows
 from .unrolling import unrolled_states
 
@@ -52,8 +52,7 @@ class DraftObjective:
             if number > 0:  # generation drafts that deep only from a row that is trained itself
                 trained = trained & _shift_right(rows.trained, number)
             sums = loss_sums(states[trained], rows.goals[trained].to(states), self.adapter.head, args.head_chunk_size)
-            loss = recipe.feature_loss_weight * sums.feature_loss + recipe.token_loss_weight * sums.token_loss
-            total = total + weights[number] / sum(weights) * loss
+            total = total + weights[number] / sum(weights) * weighted_loss(sums.terms, recipe)
             first = sums if first is None else first
         assert first is not None
         return total, first

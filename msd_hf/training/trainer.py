@@ -25,6 +25,7 @@ from .checkpointing import last_complete_checkpoint
 from .curriculum import CurriculumSampler, Draw
 from .data.encoding import ConversationEncoder
 from .features.cache import FeatureCache
+from .losses import weighted_loss
 from .meters import LossMeter
 from .mixture import Mixture, MixtureCollator
 from .objective import DraftObjective
@@ -192,10 +193,8 @@ class MSDTrainer(Trainer):
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         values = self._eval_meter.read(self.accelerator)
         values.pop("visual_share", None)
-        recipe = self.args.make_recipe()
         if values:
-            values["loss"] = recipe.feature_loss_weight * values["feature_loss"]
-            values["loss"] += recipe.token_loss_weight * values["token_loss"]
+            values["loss"] = weighted_loss(values, self.args.make_recipe())
         values |= self._measure_tau(dataloader.dataset.conversations)
         skipped = dict(gather_object(list(self._held_out_skipped.items())))
         if skipped:
