@@ -21,7 +21,7 @@ from ..training import (
     new_draft,
     regenerate,
 )
-from ..training.curriculum import SampleKind
+from ..training.curriculum import SAMPLE_KINDS, SampleKind
 from ..training.provenance import write_provenance
 from .dataset import ToySamples
 from .optimizer import build_optimizer
@@ -69,7 +69,7 @@ def train_draft(
     draft = new_draft(target, args)
     caches = {
         kind: _make_features(target, processor, Path(work), kind, num_samples // 2, seed, draft, args)
-        for kind in ("text", "visual")
+        for kind in SAMPLE_KINDS
     }
     optimizer = build_optimizer(draft)
     trainer = MSDTrainer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from torch.utils.data import Sampler
 
@@ -13,7 +13,8 @@ from ..errors import MSDError
 
 
 SampleKind = Literal["text", "visual"]
-CURRICULA = ("two-stage", "mixed", "text", "visual")
+SAMPLE_KINDS: tuple[SampleKind, ...] = get_args(SampleKind)
+CURRICULA = ("two-stage", "mixed", *SAMPLE_KINDS)
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Curriculum:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise MSDError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
 
+    def needs(self, kind: SampleKind) -> bool:
+        """Whether the curriculum has samples of a kind."""
+        return self.kind not in SAMPLE_KINDS or self.kind == kind
+
     def share(self, stage: int) -> float:
         """Probability that a sample of a stage, counted from 0, is visual."""
         if self.kind != "two-stage":
@@ -59,6 +64,11 @@ class Curriculum:
             return 0.0
         rise = (stage + 1 - num_text_stages) / (self.num_stages * (1 - self.text_fraction))
         return min(1.0, rise) * self.final_share
+
+
+def other_kind(kind: SampleKind) -> SampleKind:
+    """The kind of sample that `kind` is not."""
+    return "visual" if kind == "text" else "text"
 
 
 class Draw(NamedTuple):
@@ -97,11 +107,11 @@ class CurriculumSampler(Sampler[Draw]):
         seed: int = 0,
     ):
         self.sizes: dict[SampleKind, int] = {"text": num_text, "visual": num_visual}
-        for kind, missing in self.sizes.items():
-            if missing == 0 and curriculum.kind not in {"text", "visual"} - {kind}:
+        for kind, size in self.sizes.items():
+            if size == 0 and curriculum.needs(kind):
                 raise MSDError(
                     f"The curriculum {curriculum.kind!r} needs {kind} samples and there are none: give a {kind} data "
-                    f"set, or choose the curriculum {'text' if kind == 'visual' else 'visual'!r}."
+                    f"set, or choose the curriculum {other_kind(kind)!r}."
                 )
         self.curriculum = curriculum
         self.epoch_length = epoch_length
@@ -140,4 +150,4 @@ class CurriculumSampler(Sampler[Draw]):
         return Draw(number, kind, self._orders[kind][1][position])
 
 
-__all__ = ["CURRICULA", "Curriculum", "CurriculumSampler", "Draw", "SampleKind"]
+__all__ = ["CURRICULA", "SAMPLE_KINDS", "Curriculum", "CurriculumSampler", "Draw", "SampleKind", "other_kind"]

@@ -19,13 +19,13 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import get_available_reporting_integrations
-from transformers.utils import logging
 
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
 from ..loading import load_target
 from ..tree.settings import TreeSettings
 from .arguments import MSDTrainingArguments
+from .curriculum import SAMPLE_KINDS, other_kind
 from .data.conversations import Conversations, load_conversations
 from .features.cache import FeatureCache
 from .features.fingerprint import target_fingerprint
@@ -33,7 +33,8 @@ from .regeneration.regenerate import regenerate
 from .trainer import MSDTrainer, new_draft
 
 
-logger = logging.get_logger(__name__)
+# The arguments that go into the generation config of the draft, under the same names.
+_TREE_SETTINGS = ("num_assistant_tokens", "tree_depth", "tree_top_k")
 
 
 @dataclass
@@ -117,7 +118,7 @@ def run_training(argv: Sequence[str]) -> MSDTrainer:
         }
     data, held_out = _hold_out(data, script_args)
     draft = new_draft(target, args) if script_args.draft is None else _load_draft(script_args.draft)
-    for name in ("num_assistant_tokens", "tree_depth", "tree_top_k"):
+    for name in _TREE_SETTINGS:
         if getattr(script_args, name) is not None:
             setattr(draft.generation_config, name, getattr(script_args, name))
     patience = script_args.early_stopping_patience
@@ -193,25 +194,24 @@ def _check(script_args: ScriptArguments, args: MSDTrainingArguments) -> None:
             f"--report-to {missing[0]} is not known, or its package is not installed; there are: "
             f"{', '.join([*available, 'none'])}."
         )
-    for name in ("text", "visual"):
-        given = getattr(script_args, f"{name}_data") or getattr(script_args, f"{name}_features")
-        other = "visual" if name == "text" else "text"
-        if not given and args.curriculum != other:
+    for kind in SAMPLE_KINDS:
+        given = getattr(script_args, f"{kind}_data") or getattr(script_args, f"{kind}_features")
+        if not given and args.make_curriculum().needs(kind):
             raise MSDError(
-                f"The curriculum {args.curriculum!r} needs {name} samples: give --{name}-data, or "
-                f"--curriculum {other}."
+                f"The curriculum {args.curriculum!r} needs {kind} samples: give --{kind}-data, or "
+                f"--curriculum {other_kind(kind)}."
             )
 
 
 def _check_tree(script_args: ScriptArguments) -> None:
     """What `generate` would refuse at the first evaluation, long after the start."""
-    names = ("num_assistant_tokens", "tree_depth", "tree_top_k")
-    TreeSettings.from_generation_config(GenerationConfig(**{name: getattr(script_args, name) for name in names}))
+    settings = {name: getattr(script_args, name) for name in _TREE_SETTINGS}
+    TreeSettings.from_generation_config(GenerationConfig(**settings))
 
 
 def _open_data(script_args: ScriptArguments) -> dict[str, Any]:
     data: dict[str, Any] = {}
-    for kind in ("text", "visual"):
+    for kind in SAMPLE_KINDS:
         path, features = getattr(script_args, f"{kind}_data"), getattr(script_args, f"{kind}_features")
         if path is not None:
             data[kind] = load_conversations(path, script_args.image_folder if kind == "visual" else None)

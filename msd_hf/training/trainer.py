@@ -130,7 +130,7 @@ class MSDTrainer(Trainer):
         sizes = {kind: len(dataset) for kind, dataset in mixture.datasets.items()}
         batch_size = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
         curriculum = args.make_curriculum()
-        used = [size for kind, size in sizes.items() if curriculum.kind not in {"text", "visual"} - {kind}]
+        used = [size for kind, size in sizes.items() if curriculum.needs(kind)]
         # Whole batches only, so that the draws of a step do not depend on the number of processes.
         steps_per_epoch = max(1, min(used, default=0) // batch_size)
         num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
