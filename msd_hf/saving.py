@@ -33,9 +33,22 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
         raise
 
 
-def replace_text(path: str | Path, text: str) -> None:
-    """Writes a text file under a temporary name, which takes the name `path` when it is complete."""
+@contextmanager
+def replaced_file(path: str | Path) -> Iterator[Path]:
+    """A temporary file that takes the name `path` when the block ends without an error."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace_text(path: str | Path, text: str) -> None:
+    """Writes a text file that appears under its name only when it is complete."""
+    with replaced_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+__all__ = ["replace_text", "replaced_file", "replaced_folder"]

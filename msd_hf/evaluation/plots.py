@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import MSDError
+from ..saving import replaced_file
 from .methods import VANILLA
 from .round_timing import PARTS
 
@@ -53,9 +53,8 @@ def draw_plots(report: Mapping[str, Any], folder: Path) -> list[Path]:
         figure = Figure(figsize=(7, 4), layout="constrained")
         plot(figure.add_subplot())
         path = folder / f"{name}.png"
-        temporary = folder / f".{name}.tmp"
-        figure.savefig(temporary, format="png", dpi=150)
-        os.replace(temporary, path)
+        with replaced_file(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
         paths.append(path)
     return paths
 

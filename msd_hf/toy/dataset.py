@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from ..saving import replace_text, replaced_file
 from .text_questions import TEXT_KINDS, make_text_task, make_text_turns
 from .turns import Turn
 from .visual_questions import VISUAL_KINDS, make_visual_turns
@@ -126,14 +126,11 @@ def write_dataset(folder: str | Path, split: str, num_samples: int, seed: int) -
         scene = sample.pop("scene", None)
         if scene is not None:
             path = folder / sample["image"]
-            temporary = path.with_suffix(".tmp")
-            render(scene).save(temporary, format="PNG")
-            os.replace(temporary, path)
+            with replaced_file(path) as temporary:
+                render(scene).save(temporary, format="PNG")
         entries.append(sample)
     target = folder / f"{split}.json"
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps(entries, indent=1), encoding="utf-8")
-    os.replace(temporary, target)
+    replace_text(target, json.dumps(entries, indent=1))
     return target
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..saving import replace_text
 from .dataset import write_dataset
 
 
@@ -24,9 +24,7 @@ def write_training_data(
     entries = json.loads(path.read_text(encoding="utf-8"))
     for name, visual in (("text", False), ("visual", True)):
         chosen = [entry for entry in entries if ("image" in entry) is visual]
-        temporary = output / f"{name}.tmp"
-        temporary.write_text(json.dumps(chosen, indent=1), encoding="utf-8")
-        os.replace(temporary, output / f"{name}.json")
+        replace_text(output / f"{name}.json", json.dumps(chosen, indent=1))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
 import shlex
 import sys
@@ -16,6 +15,7 @@ import torch
 import transformers
 from transformers import TrainingArguments
 
+from ..saving import replace_text
 from ..version import __version__
 
 
@@ -25,9 +25,7 @@ PROVENANCE_NAME = "training_provenance.json"
 def write_provenance(folder: str | Path, provenance: dict[str, Any]) -> Path:
     """Writes `provenance` to `training_provenance.json` in `folder`, completely or not at all."""
     path = Path(folder) / PROVENANCE_NAME
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(provenance, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(path, json.dumps(provenance, indent=2, default=str) + "\n")
     return path
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ...errors import MSDError
 from ..data.encoding import ConversationEncoder
-from .storage import damaged_shard, replaced_file, write_shard
+from .storage import damaged_shard, safely_replaced_file, write_shard
 
 
 FORMAT_VERSION = 1
@@ -169,7 +169,7 @@ class CacheIndex:
             )
 
     def write(self, folder: Path) -> None:
-        with replaced_file(folder / INDEX_NAME) as temporary:
+        with safely_replaced_file(folder / INDEX_NAME) as temporary:
             temporary.write_text(json.dumps(asdict(self), separators=(",", ":")) + "\n", encoding="utf-8")
 
     @classmethod

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ...errors import MSDError
+from ...saving import replaced_file
 
 
 _DTYPES = {
@@ -102,7 +103,7 @@ def write_shard(path: Path, samples: list[dict[str, torch.Tensor]]) -> None:
         tensors[name] = torch.cat([sample[name] for sample in samples])
         lengths = torch.tensor([0, *(len(sample[name]) for sample in samples)])
         tensors[_OFFSETS[name]] = lengths.cumsum(0)
-    with replaced_file(path) as temporary:
+    with safely_replaced_file(path) as temporary:
         # One entry of metadata at most: safetensors writes several in random order.
         save_file(tensors, temporary, metadata={"format": "pt"})
 
@@ -140,19 +141,21 @@ def damaged_shard(path: Path, detail: str) -> MSDError:
 
 
 @contextmanager
-def replaced_file(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the name `path`, on disk completely, when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def safely_replaced_file(path: Path) -> Iterator[Path]:
+    """
+    Like [`replaced_file`], but the file is on disk completely before it takes its name.
+
+    Raises:
+        MSDError: when the file cannot be written.
+    """
     try:
-        yield temporary
-        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replaced_file(path) as temporary:
+            yield temporary
+            temporary.chmod(0o644)  # safetensors makes files that only their owner can read
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:
         raise MSDError(f"{str(path)!r} could not be written: {error}. What was written before it is kept.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 __all__ = [
@@ -160,8 +163,8 @@ __all__ = [
     "ShardReader",
     "damaged_shard",
     "pack",
-    "replaced_file",
     "resolve_storage",
+    "safely_replaced_file",
     "sample_bytes",
     "stored_rows",
     "write_shard",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers import BatchFeature
 
 from ...errors import MSDDataError
 from ...prompts import build_chat_inputs
+from ...saving import replaced_file
 from ..data.chat_rendering import ChatRenderer
 from ..data.conversations import Conversation
 
@@ -87,9 +87,8 @@ class EntryWriter:
             return source.relative_to(self.image_folder).as_posix()
         self.folder.mkdir(exist_ok=True)
         name = f"{index:07d}-{number}.png"
-        temporary = self.folder / f"{name}.tmp"
-        chat.images[number].save(temporary, format="PNG")
-        os.replace(temporary, self.folder / name)
+        with replaced_file(self.folder / name) as temporary:
+            chat.images[number].save(temporary, format="PNG")
         return f"{self.folder.name}/{name}"
 
 

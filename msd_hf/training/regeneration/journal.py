@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...errors import MSDError
+from ...saving import replaced_file
 
 
 class Journal:
@@ -88,12 +88,10 @@ class Journal:
     def finish(self, key: str) -> None:
         """Writes what each line holds under `key`, if it does, to the final file, and removes the journal."""
         self.close()
-        temporary = self.output.with_name(f"{self.output.name}.tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
+        with replaced_file(self.output) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for record in self.records():
                 if key in record:
                     file.write(json.dumps(record[key], ensure_ascii=False) + "\n")
-        os.replace(temporary, self.output)
         self.path.unlink()
 
     def close(self) -> None:
