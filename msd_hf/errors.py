@@ -1,5 +1,8 @@
 """The errors raised by `msd_hf`: all are `ValueError`s, so that code written for `generate` catches them as it is."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MSDError(ValueError):
     """Base of every error that this package raises on purpose."""
@@ -35,4 +38,20 @@ class MSDDataError(MSDError):
         return type(self), (self.reason, self.detail, self.sample_id)
 
 
-__all__ = ["MSDCheckpointError", "MSDDataError", "MSDError", "MSDPairingError", "MSDUnsupportedError"]
+@contextmanager
+def errors_name_sample(sample_id: str) -> Iterator[None]:
+    """Inside the block every [`MSDDataError`] gets the id of the sample that is being read."""
+    try:
+        yield
+    except MSDDataError as error:
+        raise MSDDataError(error.reason, error.detail, sample_id) from error.__cause__
+
+
+__all__ = [
+    "MSDCheckpointError",
+    "MSDDataError",
+    "MSDError",
+    "MSDPairingError",
+    "MSDUnsupportedError",
+    "errors_name_sample",
+]

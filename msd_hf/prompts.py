@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import BatchFeature
+import torch
+from transformers import BatchFeature, PreTrainedModel
 
 from .errors import MSDError
 
@@ -68,14 +69,41 @@ def build_chat_inputs(processor: Any, messages: list[dict[str, Any]], images: Se
     Raises:
         MSDError: when the processor has no chat template.
     """
+    check_chat_template(processor)
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    arguments: dict[str, Any] = {"images": list(images)} if images else {}
+    arguments["add_special_tokens"] = adds_special_tokens(getattr(processor, "tokenizer", processor), text)
+    return processor(text=[text], return_tensors="pt", **arguments)
+
+
+def check_chat_template(processor: Any) -> None:
+    """
+    Raises:
+        MSDError: when the processor has no chat template.
+    """
     if getattr(processor, "chat_template", None) is None:
         raise MSDError(f"The target's processor (`{type(processor).__name__}`) has no chat template.")
-    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    # The template writes the start token itself; a tokenizer that adds one would give two.
-    bos_token = getattr(processor, "tokenizer", processor).bos_token
-    add_special_tokens = not (bos_token and text.startswith(bos_token))
-    arguments: dict[str, Any] = {"images": list(images)} if images else {}
-    return processor(text=[text], return_tensors="pt", add_special_tokens=add_special_tokens, **arguments)
 
 
-__all__ = ["build_chat_inputs", "build_inputs", "read_image"]
+def adds_special_tokens(tokenizer: Any, text: str) -> bool:
+    """Whether a tokenizer should add special tokens to a rendered chat."""
+    # Many chat templates write the start token themselves; a tokenizer that adds another one would give two.
+    return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+
+
+def move_inputs(inputs: Mapping[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Moves inputs to the model's device, and casts floating-point inputs (images) to its dtype."""
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
+
+
+__all__ = [
+    "adds_special_tokens",
+    "build_chat_inputs",
+    "build_inputs",
+    "check_chat_template",
+    "move_inputs",
+    "read_image",
+]

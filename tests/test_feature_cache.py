@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from msd_hf import MSDDraftModel
 from msd_hf.errors import MSDDataError, MSDError
+from msd_hf.prompts import move_inputs
 from msd_hf.target.adapter import TargetAdapter
 from msd_hf.toy import TARGET_DIR, write_dataset
 from msd_hf.training.data.conversations import load_conversations
@@ -25,7 +26,6 @@ from msd_hf.training.features import disk_estimate
 from msd_hf.training.features import index as feature_index
 from msd_hf.training.features import storage as feature_storage
 from msd_hf.training.features.cache import FeatureCache, collate_features, estimate_disk, extract_features
-from msd_hf.training.features.extraction import move_inputs
 from msd_hf.training.features.fingerprint import target_fingerprint
 from msd_hf.training.rows import draft_rows, trained_rows
 

@@ -13,7 +13,6 @@ from msd_hf.errors import MSDDataError, MSDError
 from msd_hf.evaluation import mean_acceptance_length
 from msd_hf.prompts import build_chat_inputs
 from msd_hf.training import RECIPES, FeatureCache, MSDTrainingArguments, extract_features, load_conversations
-from msd_hf.training.acceptance import first_prompt
 from msd_hf.training.checkpointing import last_complete_checkpoint
 
 
@@ -195,7 +194,7 @@ def test_evaluation_measures_the_real_tau(small_target, toy_processor, training_
     for kind in ("text", "visual"):
         lengths = []
         for index in range(2):
-            messages, images = first_prompt(training_data[kind][index])
+            messages, images = training_data[kind][index].first_prompt()
             inputs = build_chat_inputs(toy_processor, messages, images)
             output = small_target.generate(
                 **inputs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from transformers import BatchFeature
@@ -43,14 +44,8 @@ def first_questions(conversations: Conversations, processor: Any, num_prompts: i
     prompts = []
     for index in range(min(num_prompts, len(conversations))):
         conversation = conversations[index]
-        roles = [message["role"] for message in conversation.messages]
-        messages = conversation.messages[: roles.index("assistant")]
-        num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
-        images = conversation.open_images()[:num_images]
-
-        def make_inputs(messages=messages, images=images):
-            return build_chat_inputs(processor, messages, images)
-
+        messages, images = conversation.first_prompt()
+        make_inputs = partial(build_chat_inputs, processor, messages, images)
         prompts.append(BenchPrompt(conversation.id, "visual" if images else "text", make_inputs))
     if not prompts:
         raise MSDError("There are no conversations to take prompts from.")

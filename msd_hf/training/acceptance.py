@@ -16,17 +16,6 @@ from .curriculum import SampleKind
 from .data.conversations import Conversation
 
 
-def first_prompt(conversation: Conversation) -> tuple[list[dict[str, Any]], list[Any]]:
-    """The messages before the first answer of a conversation, and their images, opened."""
-    messages = []
-    for message in conversation.messages:
-        if message["role"] == "assistant":
-            break
-        messages.append(message)
-    num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
-    return messages, conversation.open_images()[:num_images]
-
-
 @torch.no_grad()
 def acceptance_lengths(
     target: PreTrainedModel,
@@ -55,7 +44,7 @@ def acceptance_lengths(
     try:
         for conversation in tqdm(conversations, desc="tau", disable=not show_progress, leave=False):
             try:
-                messages, images = first_prompt(conversation)
+                messages, images = conversation.first_prompt()
             except MSDDataError:
                 continue
             inputs = build_chat_inputs(processor, messages, images).to(target.device, dtype=target.dtype)
@@ -73,4 +62,4 @@ def acceptance_lengths(
     return lengths
 
 
-__all__ = ["acceptance_lengths", "first_prompt"]
+__all__ = ["acceptance_lengths"]

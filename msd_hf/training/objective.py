@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..prompts import move_inputs
 from ..target.adapter import TargetAdapter
 from .arguments import MSDTrainingArguments
 from .losses import LossSums, add_uniform_noise, loss_sums, weighted_loss
@@ -69,10 +70,7 @@ class DraftObjective:
         else:
             target = self.adapter.target
             others = ("labels", "numbers", "is_visual", "skipped")
-            inputs = {name: value.to(target.device) for name, value in batch.items() if name not in others}
-            inputs = {
-                name: value.to(target.dtype) if value.is_floating_point() else value for name, value in inputs.items()
-            }
+            inputs = move_inputs({name: value for name, value in batch.items() if name not in others}, target)
             # In its own dtype, as it generates and as features are cached, also where the draft trains in another.
             with torch.autocast(labels.device.type, enabled=False):
                 features = self.adapter.features(**inputs)

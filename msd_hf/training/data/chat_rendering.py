@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ...errors import MSDDataError, MSDError
+from ...prompts import check_chat_template
+from .conversations import count_images
 
 
 _PROBE = ("Ping?", "Pong.", "Ping again?", "Pong again.")
@@ -46,8 +48,7 @@ class ChatRenderer:
     def __init__(self, processor: Any):
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        if getattr(processor, "chat_template", None) is None:
-            raise MSDError(f"The target's processor (`{type(processor).__name__}`) has no chat template.")
+        check_chat_template(processor)
         added = sorted(self.tokenizer.added_tokens_decoder.values(), key=lambda token: -len(token.content))
         self._added = "|".join(re.escape(token.content) for token in added) or "(?!)"
         self._as_text = isinstance(processor, PreTrainedTokenizerBase)
@@ -89,6 +90,18 @@ class ChatRenderer:
             raise MSDDataError("refused by chat template", f"the chat template refuses it: {error}.") from error
         spans = [(begin, end) for begin, end in zip(begins, ends, strict=True) if end is not None]
         return self._with_ends(text, spans, complete)
+
+    def count_images(self, messages: list[dict[str, Any]]) -> int:
+        """
+        The number of images in messages.
+
+        Raises:
+            MSDDataError: when there are images and the target takes none.
+        """
+        num_images = count_images(messages)
+        if num_images and not self.image_tokens:
+            raise MSDDataError("image for a text-only target", "has an image, but the target's chat takes none.")
+        return num_images
 
     def _with_ends(self, text: str, spans: list[tuple[int, int]], complete: bool) -> RenderedChat:
         # What comes after the last answer cannot open a turn, so a token there is the one that ends turns. It may be

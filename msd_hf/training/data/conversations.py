@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import MSDDataError, MSDError
+from ...errors import MSDDataError, MSDError, errors_name_sample
 from .turns import read_messages
 
 
@@ -70,6 +71,21 @@ class Conversation:
         """
         return [_open_image(image, self.id) for image in self.images]
 
+    def first_prompt(self) -> tuple[list[dict[str, Any]], list[Image]]:
+        """
+        The messages before the first answer, and their images, opened.
+
+        Raises:
+            MSDDataError: "missing image" or "broken image", of any image of the conversation.
+        """
+        messages = list(itertools.takewhile(lambda message: message["role"] != "assistant", self.messages))
+        return messages, self.open_images()[: count_images(messages)]
+
+
+def count_images(messages: Iterable[Mapping[str, Any]]) -> int:
+    """Number of image parts in chat messages."""
+    return sum(part["type"] == "image" for message in messages for part in message["content"])
+
 
 class Conversations:
     """
@@ -114,11 +130,9 @@ class Conversations:
         if not isinstance(sample, Mapping):
             raise MSDDataError("no conversation", f"is a {type(sample).__name__}, not an object.", str(index))
         sample_id = str(index if sample.get("id") is None else sample["id"])
-        try:
+        with errors_name_sample(sample_id):
             messages, references = read_messages(sample)
             images = tuple(self._locate(reference) for reference in references)
-        except MSDDataError as error:
-            raise MSDDataError(error.reason, error.detail, sample_id) from error.__cause__
         return Conversation(sample_id, messages, images, complete=sample.get("complete") is not False)
 
     def _locate(self, reference: Any) -> Path | Image:
@@ -218,15 +232,13 @@ def _parse(content: bytes, path: Path) -> list[dict[str, Any]]:
 
 
 def _open_image(image: Path | Image, sample_id: str) -> Image:
-    try:
+    with errors_name_sample(sample_id):
         if isinstance(image, Path):
             if not os.path.isfile(image):  # `Path.is_file` raises for a name that is too long
                 raise MSDDataError("missing image", f"there is no file {str(image)!r}.")
             with _decode(image, str(image)) as opened:
                 return _to_rgb(opened, str(image))
         return _to_rgb(image, "an image")
-    except MSDDataError as error:
-        raise MSDDataError(error.reason, error.detail, sample_id) from error.__cause__
 
 
 def _decode(source: Path | BytesIO, name: str) -> Image:
@@ -260,4 +272,4 @@ def _describe(value: Any) -> Any:
     raise MSDError(f"A sample holds a `{type(value).__name__}`; it may hold text, numbers, lists, paths and images.")
 
 
-__all__ = ["REASONS", "Conversation", "Conversations", "load_conversations"]
+__all__ = ["REASONS", "Conversation", "Conversations", "count_images", "load_conversations"]

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ...errors import MSDDataError, MSDError
+from ...errors import MSDDataError, MSDError, errors_name_sample
+from ...prompts import adds_special_tokens
 from .chat_rendering import ChatRenderer, RenderedChat
 from .conversations import Conversation
 from .expansion import Stretch, TokenizerRecorder, align, move
@@ -58,10 +59,8 @@ class ConversationEncoder:
         Raises:
             MSDDataError: when it cannot be encoded, see `REASONS`.
         """
-        try:
+        with errors_name_sample(conversation.id):
             return self._encode(conversation)
-        except MSDDataError as error:
-            raise MSDDataError(error.reason, error.detail, conversation.id) from error.__cause__
 
     def answer_tokens(self, conversation: Conversation) -> torch.Tensor:
         """
@@ -71,13 +70,11 @@ class ConversationEncoder:
         Raises:
             MSDDataError: when it cannot be encoded, see `REASONS`.
         """
-        try:
+        with errors_name_sample(conversation.id):
             _, chat = self._render(conversation)
             recorder = TokenizerRecorder(self.tokenizer)
-            recorder([chat.text], add_special_tokens=self._adds_special_tokens(chat.text))
+            recorder([chat.text], add_special_tokens=adds_special_tokens(self.tokenizer, chat.text))
             return recorder.ids[self._mask(chat, recorder, [Stretch(0, 0, len(chat.text))])]
-        except MSDDataError as error:
-            raise MSDDataError(error.reason, error.detail, conversation.id) from error.__cause__
 
     @property
     def fingerprint(self) -> str:
@@ -96,9 +93,7 @@ class ConversationEncoder:
             messages = messages[:-1]
         if not messages:
             raise MSDDataError("no assistant turn", "nobody answers the user.")
-        num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
-        if num_images and not self.renderer.image_tokens:
-            raise MSDDataError("image for a text-only target", "has an image, but the target's chat takes none.")
+        num_images = self.renderer.count_images(messages)
         chat = self.renderer(messages, conversation.complete)
         return Conversation(conversation.id, messages, conversation.images[:num_images]), chat
 
@@ -122,7 +117,7 @@ class ConversationEncoder:
 
     def _process(self, recorder: TokenizerRecorder, text: str, images: list[Any]) -> dict[str, torch.Tensor]:
         arguments: dict[str, Any] = {"return_tensors": "pt", "padding": False}
-        arguments["add_special_tokens"] = self._adds_special_tokens(text)
+        arguments["add_special_tokens"] = adds_special_tokens(self.tokenizer, text)
         if self.processor is self.tokenizer:
             return dict(recorder([text], **arguments))
         processor = copy.copy(self.processor)  # the user's own keeps its tokenizer
@@ -133,11 +128,6 @@ class ConversationEncoder:
             return dict(processor(text=[text], **arguments))
         except (ValueError, ArithmeticError) as error:  # of an image that is too small or too narrow, for example
             raise MSDDataError("refused by processor", f"the processor refuses it: {error}") from error
-
-    def _adds_special_tokens(self, text: str) -> bool:
-        # As `msd_hf.prompts` does: a template may write the start token itself.
-        bos_token = self.tokenizer.bos_token
-        return not (bos_token and text.startswith(bos_token))
 
     def _mask(self, chat: RenderedChat, recorder: TokenizerRecorder, stretches: list[Stretch]) -> torch.Tensor:
         text, (starts, ends) = recorder.text, recorder.offsets.unbind(1)
@@ -202,13 +192,14 @@ def collate_conversations(samples: Sequence[dict[str, torch.Tensor]], pad_token_
             ]
             batch[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
         else:
-            batch[name] = _concatenate([value for value, _ in there])
+            batch[name] = concatenate_padded([value for value, _ in there])
     positions = torch.arange(max(lengths))
     batch["attention_mask"] = (positions < torch.tensor(lengths)[:, None]).long()
     return batch
 
 
-def _concatenate(tensors: list[torch.Tensor]) -> torch.Tensor:
+def concatenate_padded(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Concatenates tensors along their first dimension, padded with zeros to the largest size of each other one."""
     sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
     padded = []
     for tensor in tensors:
@@ -228,4 +219,4 @@ def _canonical(text: str) -> str:
     return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-__all__ = ["ConversationEncoder", "collate_conversations"]
+__all__ = ["ConversationEncoder", "collate_conversations", "concatenate_padded"]

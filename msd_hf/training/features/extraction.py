@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel
 
 from ...errors import MSDDataError, MSDError
+from ...prompts import move_inputs
 from ...target.adapter import TargetAdapter
 from ..data.conversations import Conversations
 from ..data.encoding import ConversationEncoder, collate_conversations
@@ -159,12 +158,4 @@ def sample_visual_mask(adapter: TargetAdapter, inputs: Sample) -> torch.Tensor:
     return adapter.visual_mask(inputs["input_ids"].unsqueeze(0)).squeeze(0)
 
 
-def move_inputs(inputs: Sample, target: PreTrainedModel) -> dict[str, Any]:
-    """Inputs on the target's device, those of images in its dtype."""
-    return {
-        name: tensor.to(target.device, target.dtype if tensor.is_floating_point() else None)
-        for name, tensor in inputs.items()
-    }
-
-
-__all__ = ["EncodedConversation", "FeatureExtractor", "iterate_encoded", "move_inputs", "sample_visual_mask"]
+__all__ = ["EncodedConversation", "FeatureExtractor", "iterate_encoded", "sample_visual_mask"]

@@ -12,7 +12,7 @@ from ...errors import MSDDataError
 from ...prompts import build_chat_inputs
 from ...saving import replaced_file
 from ..data.chat_rendering import ChatRenderer
-from ..data.conversations import Conversation
+from ..data.conversations import Conversation, count_images
 
 
 _IMAGE_TAG = "<image>"
@@ -45,9 +45,7 @@ class AnsweredChat:
     def prompt(self, processor: Any, renderer: ChatRenderer) -> BatchFeature:
         """The target's inputs for the next answer."""
         messages = self.with_question()
-        num_images = _count_images(messages)
-        if num_images and not renderer.image_tokens:
-            raise MSDDataError("image for a text-only target", "has an image, but the target's chat takes none.")
+        num_images = renderer.count_images(messages)
         renderer([*messages, _ANY_ANSWER])  # finds what the chat template or the processor would stumble over
         # A copy, as some releases of transformers write into it.
         return build_chat_inputs(processor, copy.deepcopy(messages), self.images[:num_images])
@@ -72,7 +70,7 @@ class EntryWriter:
 
     def __call__(self, index: int, chat: AnsweredChat) -> dict[str, Any]:
         entry: dict[str, Any] = {"id": chat.id}
-        names = [self._name(chat, number, index) for number in range(_count_images(chat.messages))]
+        names = [self._name(chat, number, index) for number in range(count_images(chat.messages))]
         if names:
             entry["image"] = names[0] if len(names) == 1 else names
         entry["conversations"] = [
@@ -103,10 +101,6 @@ def _to_value(content: list[dict[str, Any]]) -> str:
             value += ("\n" if text.endswith("\n") else "") + f"{_IMAGE_TAG}\n"
             text = ""
     return value
-
-
-def _count_images(messages: list[dict[str, Any]]) -> int:
-    return sum(part["type"] == "image" for message in messages for part in message["content"])
 
 
 def _answer(text: str) -> dict[str, Any]:

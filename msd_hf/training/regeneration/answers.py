@@ -19,6 +19,8 @@ from transformers import (
 )
 
 from ...errors import MSDError
+from ...prompts import move_inputs
+from ..data.encoding import concatenate_padded
 
 
 _WARPERS = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
@@ -123,10 +125,7 @@ class AnswerGenerator:
         Returns:
             For each its answer, without special tokens and spaces at the ends, and whether the target ended it.
         """
-        batch = {
-            name: value.to(self.target.device, self.target.dtype if value.is_floating_point() else None)
-            for name, value in pad_left(prompts, self.pad_token_id).items()
-        }
+        batch = move_inputs(pad_left(prompts, self.pad_token_id), self.target)
         processors = [*self.processors]
         if self.temperature > 0:
             processors.append(SeededDraw(seeds, self.target.device))
@@ -173,17 +172,10 @@ def pad_left(prompts: Sequence[dict[str, torch.Tensor]], pad_token_id: int) -> d
             longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
             fill = pad_token_id if name == "input_ids" else 0
             values = [functional.pad(value, (longest - value.shape[1], 0), value=fill) for value in values]
+            batch[name] = torch.cat(values)
         else:
-            largest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
-            values = [functional.pad(value, _room(value, largest)) for value in values]
-        batch[name] = torch.cat(values)
+            batch[name] = concatenate_padded(values)
     return batch
-
-
-def _room(value: torch.Tensor, largest: list[int]) -> list[int]:
-    # `pad` counts dimensions from the last one, and takes what goes before and behind.
-    sizes = zip(reversed(value.shape[1:]), reversed(largest), strict=True)
-    return [number for size, goal in sizes for number in (0, goal - size)]
 
 
 __all__ = ["AnswerGenerator", "SeededDraw", "pad_left"]
