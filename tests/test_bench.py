@@ -167,7 +167,7 @@ def test_a_useless_draft_is_the_same_one_in_all_runs():
 def test_answers_go_on_behind_their_end(monkeypatch):
     # How large the trees of the useless draft are, and so what it hits by chance, is not to depend on the machine.
     clock = itertools.count()
-    monkeypatch.setattr("msd_hf.tree_policy.time", SimpleNamespace(perf_counter=lambda: 1e-3 * next(clock)))
+    monkeypatch.setattr("msd_hf.tree.policy.time", SimpleNamespace(perf_counter=lambda: 1e-3 * next(clock)))
     target, draft = copy.deepcopy(pair(0).target), pair(0).with_tree(12, 3, 3)
     answer = timed_generate(target, prompt(*TEXT), **ARGUMENTS).tokens
     own, target.generation_config.eos_token_id = target.generation_config.eos_token_id, answer[3]
