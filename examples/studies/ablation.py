@@ -216,7 +216,7 @@ def measure(runs: list[Run], args: AblationArguments, output: Path) -> list[dict
             else:
                 run_with_draft = timed_generate(target, inputs, draft, TREE_METHOD, **arguments)
                 comparison = Comparison({TREE_METHOD.name: [run_with_draft]})
-            groups["text" if prompt.image is None else "visual"].append(comparison)
+            groups[prompt.sample_kind].append(comparison)
             groups["all"].append(comparison)
         for group, comparisons in groups.items():
             lengths = [comparison.runs[TREE_METHOD.name][0].acceptance_lengths for comparison in comparisons]

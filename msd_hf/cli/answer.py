@@ -17,7 +17,7 @@ from ..evaluation import Comparison, compare, mean_acceptance_length
 from ..loading import load_target, parse_device, parse_dtype
 from ..prompts import build_inputs, read_image
 from ..target.support import check_pair
-from .options import Device, Dtype, MaxNewTokens, Repeats, Seed, Temperature, console
+from .options import Device, Dtype, MaxNewTokens, Repeats, Seed, Target, Temperature, console
 from .streaming import AcceptanceStreamer
 
 
@@ -42,7 +42,7 @@ def demo(
 
 
 def generate(
-    target: Annotated[str, typer.Option(help="Folder or Hub id of the target.")],
+    target: Target,
     draft: Annotated[str, typer.Option(help="Folder or Hub id of its draft, ours or of the original repository.")],
     prompt: Annotated[str, typer.Option(help="The question.")],
     image: Annotated[Path | None, typer.Option(help="The picture that the question is about.")] = None,

@@ -13,17 +13,16 @@ from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
 from ..saving import replaced_folder
 from ..target.support import check_pair
-from .options import ImageFolder, Strict, console, print_skipped
+from .options import ImageFolder, Overwrite, Strict, Target, console, print_skipped
 
 
 def convert(
     source: Annotated[str, typer.Argument(help="Folder or Hub id of a draft of the original MSD repository.")],
     destination: Annotated[Path, typer.Argument(help="Folder that is made.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it is there.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a draft of the original repository in this package's format."""
-    if destination.exists() and not overwrite:
-        raise MSDError(f"{str(destination)!r} exists: choose another name, or add --overwrite.")
+    _check_absent(destination, overwrite)
     model = MSDDraftModel.from_pretrained(source)
     with replaced_folder(destination) as temporary:
         model.save_pretrained(temporary)
@@ -31,7 +30,7 @@ def convert(
 
 
 def draft_vocab(
-    target: Annotated[str, typer.Option(help="Folder or Hub id of the target.")],
+    target: Target,
     draft: Annotated[str, typer.Option(help="Folder or Hub id of its draft.")],
     data: Annotated[list[Path], typer.Option(help="Conversations, .json or .jsonl; again for more than one file.")],
     output: Annotated[Path, typer.Option(help="Folder that is made: the draft with the vocabulary.")],
@@ -40,7 +39,7 @@ def draft_vocab(
         str, typer.Option(help="Tokens; auto: as few as cover 99.5% of the data, at most a quarter of all.")
     ] = "auto",
     strict: Strict = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it is there.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Give a draft a vocabulary of its own, the tokens that are frequent in answers: its candidates cost less."""
     from ..training.data.conversations import load_conversations
@@ -53,8 +52,7 @@ def draft_vocab(
     vocab_size = target_config.get_text_config(decoder=True).vocab_size
     if number is not None:
         check_size(number, vocab_size)
-    if output.exists() and not overwrite:
-        raise MSDError(f"{str(output)!r} exists: choose another name, or add --overwrite.")
+    _check_absent(output, overwrite)
     conversations = [load_conversations(path, image_folder) for path in data]
     logging.disable_progress_bar()
     model = MSDDraftModel.from_pretrained(draft)
@@ -81,3 +79,8 @@ def draft_vocab(
     with replaced_folder(output) as temporary:
         model.save_pretrained(temporary)
     console.print(f"Wrote {output}", soft_wrap=True)
+
+
+def _check_absent(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not overwrite:
+        raise MSDError(f"{str(folder)!r} exists: choose another name, or add --overwrite.")

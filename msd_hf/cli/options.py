@@ -14,6 +14,8 @@ from ..loading import DTYPE_NAMES
 
 console = Console(highlight=False)
 
+Target = Annotated[str, typer.Option(help="Folder or Hub id of the target.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it is there.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length limit of the answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 for greedy decoding, above for sampling.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling.")]

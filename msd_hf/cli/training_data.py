@@ -19,6 +19,7 @@ from .options import (
     MaxNewTokens,
     Seed,
     Strict,
+    Target,
     Temperature,
     console,
     print_skipped,
@@ -26,7 +27,7 @@ from .options import (
 
 
 def extract(
-    target: Annotated[str, typer.Option(help="Folder or Hub id of the target.")],
+    target: Target,
     data: Annotated[Path, typer.Option(help="Conversations, .json or .jsonl.")],
     output: Annotated[Path, typer.Option(help="Folder for the features; a run that was killed goes on there.")],
     image_folder: ImageFolder = None,
@@ -78,7 +79,7 @@ def extract(
 
 
 def regenerate_answers(
-    target: Annotated[str, typer.Option(help="Folder or Hub id of the target.")],
+    target: Target,
     data: Annotated[Path, typer.Option(help="Conversations, .json or .jsonl, whose answers are replaced.")],
     output: Annotated[Path, typer.Option(help="The .jsonl file; a run that was killed goes on there.")],
     image_folder: ImageFolder = None,

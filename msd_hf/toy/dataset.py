@@ -37,6 +37,11 @@ class Prompt:
     image: Image.Image | None = None
 
     @property
+    def sample_kind(self) -> SampleKind:
+        """Whether the question is about a picture."""
+        return "text" if self.image is None else "visual"
+
+    @property
     def messages(self) -> list[dict[str, Any]]:
         """The chat for `processor.apply_chat_template`; the image goes to the processor separately."""
         parts: list[dict[str, str]] = [{"type": "image"}] if self.image is not None else []

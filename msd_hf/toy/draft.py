@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
@@ -25,6 +23,7 @@ from ..training.curriculum import SAMPLE_KINDS, SampleKind
 from ..training.provenance import write_provenance
 from .dataset import ToySamples
 from .optimizer import build_optimizer
+from .rounding import save_rounded
 from .training import Budget
 
 
@@ -124,12 +123,6 @@ def save_draft(trainer: MSDTrainer, folder: str | Path) -> Path:
     for name, value in TREE.items():
         setattr(draft.generation_config, name, value)
     with replaced_folder(folder) as temporary:
-        draft.half().save_pretrained(temporary)
-        path = temporary / "config.json"
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        config["dtype"] = "float32"
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_rounded(draft, temporary)
         write_provenance(temporary, trainer.provenance())
-    draft.float()
-    draft.config.dtype = torch.float32
     return Path(folder)

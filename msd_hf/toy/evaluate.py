@@ -22,7 +22,6 @@ from ..loading import load_target_and_processor
 from ..prompts import build_inputs
 from . import DRAFT_DIR, TARGET_DIR
 from .accuracy import make_evaluation_prompts
-from .visual_questions import VISUAL_KINDS
 
 
 def evaluate_pair(
@@ -44,8 +43,7 @@ def evaluate_pair(
     for prompt in tqdm(prompts, desc="comparing"):
         inputs = build_inputs(processor, prompt.question, prompt.image)
         comparison = compare(target, draft, inputs, repeats, max_new_tokens=max_new_tokens, do_sample=False)
-        group = "visual" if prompt.kind in VISUAL_KINDS else "text"
-        for name in (f"{group}: {prompt.kind}", f"all {group}", "all"):
+        for name in (f"{prompt.sample_kind}: {prompt.kind}", f"all {prompt.sample_kind}", "all"):
             groups[name].append(comparison)
     settings = draft.generation_config
     console = Console(width=100)
@@ -65,7 +63,7 @@ def toy_prompts(processor: Any, num_prompts: int, seed: int) -> list[BenchPrompt
     return [
         BenchPrompt(
             f"{prompt.kind} {number}",
-            "visual" if prompt.kind in VISUAL_KINDS else "text",
+            prompt.sample_kind,
             partial(build_inputs, processor, prompt.question, prompt.image),
         )
         for number, prompt in enumerate(prompts[:num_prompts])

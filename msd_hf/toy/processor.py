@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
@@ -47,25 +48,42 @@ CHAT_TEMPLATE = """\
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer of 512 entries on `texts`."""
+    return train_tokenizer(
+        texts,
+        VOCABULARY_SIZE,
+        [PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, IMAGE_TAG],
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        pad_token=PAD_TOKEN,
+        bos_token=BOS_TOKEN,
+        eos_token=EOS_TOKEN,
+        extra_special_tokens={"image_token": IMAGE_TAG},
+    )
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocabulary_size: int,
+    special_tokens: list[str],
+    pre_tokenizer: pre_tokenizers.PreTokenizer,
+    **roles: Any,
+) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer; `roles` says which special token is the `pad_token`, the `eos_token`, ..."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE,
-        special_tokens=[PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, IMAGE_TAG],
+        vocab_size=vocabulary_size,
+        special_tokens=special_tokens,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token=PAD_TOKEN,
-        bos_token=BOS_TOKEN,
-        eos_token=EOS_TOKEN,
-        extra_special_tokens={"image_token": IMAGE_TAG},
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_max_length=2048,
+        **roles,
     )
 
 
@@ -82,14 +100,22 @@ def build_processor(seed: int = 0, num_samples: int = 4000) -> LlavaProcessor:
         for sample in samples
         for turn in sample["conversations"]
     )
-    square = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
-    # The Pillow implementation by name: the other one needs torchvision.
+    return join_processor(build_tokenizer(texts), IMAGE_SIDE, PATCH_SIZE, CHAT_TEMPLATE)
+
+
+def join_processor(
+    tokenizer: PreTrainedTokenizerFast, image_side: int, patch_size: int, chat_template: str, **arguments: Any
+) -> LlavaProcessor:
+    """A processor with this tokenizer that resizes images to a square of `image_side` pixels."""
+    square = {"height": image_side, "width": image_side}
+    # The Pillow implementation is named because the other one needs torchvision.
     image_processor = CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False)
     return LlavaProcessor(
         image_processor=image_processor,
-        tokenizer=build_tokenizer(texts),
-        patch_size=PATCH_SIZE,
+        tokenizer=tokenizer,
+        patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
+        **arguments,
     )

@@ -17,21 +17,21 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import (
-    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlavaConfig,
-    LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
 from transformers.utils import logging
 
+from ..loading import load_target
 from .accuracy import accuracy_table, generate_answers, make_evaluation_prompts, score_answers
 from .dataset import IMAGE_TAG, iterate_samples
-from .target import build_untrained, save_target, scale_projector, train_target
+from .processor import join_processor, train_tokenizer
+from .target import build_untrained, join_configs, save_target, scale_projector, train_target
 from .training import Budget
 from .training_data import write_training_data
 from .vision import pretrain_vision_tower
@@ -92,7 +92,7 @@ def build_stranger(
     train_target(model, processor, budget, seed, batch_size)
     save_target(model, processor, output / "target")
     prompts = make_evaluation_prompts(prompts_per_kind, seed)
-    answers = generate_answers(LlavaForConditionalGeneration.from_pretrained(output / "target"), processor, prompts)
+    answers = generate_answers(load_target(output / "target"), processor, prompts)
     console.print(accuracy_table(score_answers(prompts, answers)))
     for prompt, answer in list(zip(prompts, answers, strict=True))[::prompts_per_kind]:
         console.print(f"[bold]{prompt.question}[/bold] {answer}", highlight=False)
@@ -100,26 +100,17 @@ def build_stranger(
 
 def build_stranger_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer of 700 entries, digits apart, without a start token."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    digits_apart = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE,
-        special_tokens=[END_OF_TEXT, TURN_START, TURN_END, IMAGE_TOKEN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    return train_tokenizer(
+        texts,
+        VOCABULARY_SIZE,
+        [END_OF_TEXT, TURN_START, TURN_END, IMAGE_TOKEN],
+        digits_apart,
         pad_token=END_OF_TEXT,
         eos_token=TURN_END,
         extra_special_tokens={"image_token": IMAGE_TOKEN, "turn_start_token": TURN_START},
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_max_length=2048,
     )
 
 
@@ -137,15 +128,8 @@ def build_stranger_processor(seed: int = 0, num_samples: int = 4000) -> LlavaPro
                 role = "user" if turn["from"] == "human" else "assistant"
                 yield f"{role}\n" + turn["value"].replace(f"{IMAGE_TAG}\n", "")
 
-    square = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False),
-        tokenizer=build_stranger_tokenizer(texts()),
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token=IMAGE_TOKEN,
-        chat_template=CHAT_TEMPLATE,
+    return join_processor(
+        build_stranger_tokenizer(texts()), IMAGE_SIDE, PATCH_SIZE, CHAT_TEMPLATE, image_token=IMAGE_TOKEN
     )
 
 
@@ -175,15 +159,7 @@ def build_stranger_config(processor: LlavaProcessor) -> LlavaConfig:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=processor.image_token_id,
-        image_seq_length=(IMAGE_SIDE // PATCH_SIZE) ** 2,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=False,
-    )
+    return join_configs(processor, vision, text)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
 from itertools import islice
@@ -17,6 +16,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedConfig,
 )
 
 from ..saving import replaced_folder
@@ -24,6 +24,7 @@ from ..training.data.conversations import Conversation
 from ..training.data.encoding import ConversationEncoder
 from .dataset import IMAGE_TAG, iterate_samples, make_samples
 from .processor import IMAGE_SIDE, PATCH_SIZE
+from .rounding import save_rounded
 from .training import Budget, train
 from .world import render
 
@@ -63,11 +64,16 @@ def build_target_config(processor: LlavaProcessor, num_layers: int = NUM_LAYERS)
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+    return join_configs(processor, vision, text)
+
+
+def join_configs(processor: LlavaProcessor, vision: CLIPVisionConfig, text: PreTrainedConfig) -> LlavaConfig:
+    """Configuration of a LLaVA target from those of its vision tower and its language model."""
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=processor.image_token_id,
-        image_seq_length=(IMAGE_SIDE // PATCH_SIZE) ** 2,
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
@@ -232,13 +238,6 @@ def save_target(model: LlavaForConditionalGeneration, processor: LlavaProcessor,
         eos_token_id=tokenizer.eos_token_id,
     )
     with replaced_folder(folder) as temporary:
-        model.half().save_pretrained(temporary)
+        save_rounded(model, temporary)
         processor.save_pretrained(temporary)
-        path = temporary / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-        for part in (config, config["text_config"], config["vision_config"]):
-            part["dtype"] = "float32"
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    model.float()
-    model.config.dtype = torch.float32
     return Path(folder)
