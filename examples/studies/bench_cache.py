@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache, HfArgumentParser
 
+from msd_hf.evaluation.clock import synchronize
 from msd_hf.kv.in_place import make_in_place, truncate
 from msd_hf.kv.slots import ContextSlots
 from msd_hf.kv.transaction import CacheTransaction
@@ -50,7 +51,7 @@ def round_milliseconds(args: BenchArguments, context: int, in_place: bool) -> fl
     seconds = []
     for _ in range(args.repeats + 2):
         slots = ContextSlots([context])
-        wait(device)
+        synchronize(device)
         started = time.perf_counter()
         for layer in range(args.layers):
             cache.update(nodes, nodes, layer)
@@ -58,18 +59,13 @@ def round_milliseconds(args: BenchArguments, context: int, in_place: bool) -> fl
             CacheTransaction(cache, slots).commit([args.accepted], path)
         else:
             cache.crop(args.accepted - args.nodes)  # a chain: the accepted slots are the first already
-        wait(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - started)
         if in_place:
             truncate(cache, context)
         else:
             cache.crop(-args.accepted)
     return 1e3 * statistics.median(seconds[2:])
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 from msd_hf.attention.masks import tree_attention_mask
 from msd_hf.drafting.growing import GrowingDrafter
 from msd_hf.drafting.step import DraftingStep
+from msd_hf.evaluation.clock import synchronize
 from msd_hf.evaluation.phase_timer import PhaseTimer
 from msd_hf.evaluation.shapes import build_pair, shape_config
 from msd_hf.kv.in_place import InPlaceLayer, truncate
@@ -135,12 +136,11 @@ def random_states(draft, rows: int) -> torch.Tensor:
 
 
 def timed(function, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Milliseconds of a call."""
+    synchronize(device)
     started = time.perf_counter()
     function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return 1e3 * (time.perf_counter() - started)
 
 

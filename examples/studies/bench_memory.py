@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import HfArgumentParser
 
 from msd_hf.errors import MSDError
+from msd_hf.evaluation.shape_bench import slot_bytes
 from msd_hf.evaluation.shapes import build_pair, random_prompt, shape_config
 from msd_hf.loading import parse_device, parse_dtype
 
@@ -69,12 +70,6 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> tuple[int, 
     return peak, result
 
 
-def slot_bytes(config: Any, element_size: int) -> int:
-    """Keys and values of one token."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * element_size
-
-
 def ends_at(length: int) -> Callable[..., torch.Tensor]:
     def has_ended(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         return torch.full((len(input_ids),), input_ids.shape[1] >= length, device=input_ids.device)
@@ -108,12 +103,11 @@ def main() -> None:
     alone, expected = peak_bytes(generate(), device)
     drafted, tokens = peak_bytes(generate(assistant_model=draft), device)
 
-    size = target.dtype.itemsize
     weights = sum(weight.numel() * weight.element_size() for weight in draft.parameters())
     allowed = {
         "the draft's weights": weights,
-        "its keys and values": (args.context + args.new_tokens) * slot_bytes(draft.config, size),
-        f"{TARGET_SLOTS} slots of the target": TARGET_SLOTS * slot_bytes(text, size),
+        "its keys and values": (args.context + args.new_tokens) * slot_bytes(draft.config, target.dtype),
+        f"{TARGET_SLOTS} slots of the target": TARGET_SLOTS * slot_bytes(text, target.dtype),
     }
     # The weights were there before.
     added, total = weights + drafted - alone, sum(allowed.values())

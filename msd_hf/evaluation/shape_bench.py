@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..draft.modeling_msd import MSDDraftModel
 from ..tree.settings import TreeSettings
+from .clock import synchronize
 from .intercepted_loop import compilation
 from .memory import PeakMemory
 from .metrics import spread
@@ -145,9 +146,15 @@ def bytes_read_per_step(target: PreTrainedModel, context: int) -> int:
     if head.weight is not embedding.weight:
         weights -= set(embedding.parameters())
     config = target.config.get_text_config(decoder=True)
+    return sum(weight.numel() * weight.element_size() for weight in weights) + context * slot_bytes(
+        config, target.dtype
+    )
+
+
+def slot_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of one token, in all layers of a decoder."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    slots = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * context
-    return sum(weight.numel() * weight.element_size() for weight in weights) + slots * target.dtype.itemsize
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * dtype.itemsize
 
 
 def memory_bandwidth(device: torch.device, num_bytes: int | None = None) -> float:
@@ -158,17 +165,12 @@ def memory_bandwidth(device: torch.device, num_bytes: int | None = None) -> floa
     target = torch.empty_like(source)
     seconds = []
     for _ in range(6):
-        _wait(device)
+        synchronize(device)
         started = time.perf_counter()
         target.copy_(source)
-        _wait(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - started)
     return 2 * num_bytes / min(seconds)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-__all__ = ["COMPILED", "EAGER", "bench_shape", "bytes_read_per_step", "memory_bandwidth"]
+__all__ = ["COMPILED", "EAGER", "bench_shape", "bytes_read_per_step", "memory_bandwidth", "slot_bytes"]
