@@ -26,7 +26,7 @@ from msd_hf.drafting.growing import GrowingDrafter
 from msd_hf.drafting.step import DraftingStep
 from msd_hf.evaluation.clock import synchronize
 from msd_hf.evaluation.phase_timer import PhaseTimer
-from msd_hf.evaluation.shapes import build_pair, shape_config
+from msd_hf.evaluation.shapes import build_pair, small_config
 from msd_hf.kv.in_place import InPlaceLayer, truncate
 from msd_hf.kv.slots import ContextSlots
 from msd_hf.loading import parse_device, parse_dtype
@@ -149,12 +149,8 @@ def main() -> None:
     (args,) = HfArgumentParser(BenchArguments).parse_args_into_dataclasses()
     torch.set_num_threads(args.threads)
     device = parse_device(args.device)
-    config = shape_config("small")
-    text = config.text_config
-    text.num_hidden_layers = 1  # only the target's embedding and head are used
-    text.hidden_size, text.intermediate_size, text.vocab_size = args.hidden, args.intermediate, args.vocabulary
-    text.num_attention_heads = text.num_key_value_heads = args.heads
-    text.head_dim = args.hidden // args.heads
+    # One layer: only the embedding and the head of the target are used.
+    config = small_config(args.hidden, args.intermediate, args.heads, args.vocabulary, num_layers=1)
     target, draft = build_pair(config, parse_dtype(args.dtype), device)
     adapter = TargetAdapter(target)
     drafting = {"full head": Drafting(args, adapter, draft)}

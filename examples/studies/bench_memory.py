@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 
 from msd_hf.errors import MSDError
 from msd_hf.evaluation.shape_bench import slot_bytes
-from msd_hf.evaluation.shapes import build_pair, random_prompt, shape_config
+from msd_hf.evaluation.shapes import build_pair, random_prompt, small_config
 from msd_hf.loading import parse_device, parse_dtype
 
 
@@ -82,12 +82,7 @@ def main() -> None:
     (args,) = HfArgumentParser(BenchArguments).parse_args_into_dataclasses()
     torch.set_num_threads(args.threads)
     device = parse_device(args.device)
-    config = shape_config("small")
-    text = config.text_config
-    text.hidden_size, text.intermediate_size, text.vocab_size = args.hidden, args.intermediate, args.vocabulary
-    text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads = args.layers, args.heads, args.heads
-    text.head_dim = args.hidden // args.heads
-    config.image_token_id = args.vocabulary - 1
+    config = small_config(args.hidden, args.intermediate, args.heads, args.vocabulary, args.layers)
     target, draft = build_pair(config, parse_dtype(args.dtype), device)
     draft.generation_config.update(num_assistant_tokens=args.nodes, tree_depth=args.depth, tree_top_k=args.top_k)
     inputs = random_prompt(target, args.context)
@@ -107,7 +102,7 @@ def main() -> None:
     allowed = {
         "the draft's weights": weights,
         "its keys and values": (args.context + args.new_tokens) * slot_bytes(draft.config, target.dtype),
-        f"{TARGET_SLOTS} slots of the target": TARGET_SLOTS * slot_bytes(text, target.dtype),
+        f"{TARGET_SLOTS} slots of the target": TARGET_SLOTS * slot_bytes(config.text_config, target.dtype),
     }
     # The weights were there before.
     added, total = weights + drafted - alone, sum(allowed.values())

@@ -136,6 +136,19 @@ def shape_config(name: str) -> PreTrainedConfig:
     return SHAPES[name]()
 
 
+def small_config(
+    hidden_size: int, intermediate_size: int, num_heads: int, vocab_size: int, num_layers: int
+) -> LlavaConfig:
+    """The configuration of the shape "small" with another decoder, without grouped-query attention."""
+    config = _small()
+    text = config.text_config
+    text.hidden_size, text.intermediate_size, text.vocab_size = hidden_size, intermediate_size, vocab_size
+    text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads = num_layers, num_heads, num_heads
+    text.head_dim = hidden_size // num_heads
+    config.image_token_id = vocab_size - 1
+    return config
+
+
 def build_pair(
     config: PreTrainedConfig,
     dtype: torch.dtype,
@@ -190,4 +203,4 @@ def random_prompt(target: PreTrainedModel, context: int, seed: int = 0) -> dict[
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
-__all__ = ["SHAPES", "build_pair", "random_prompt", "shape_config"]
+__all__ = ["SHAPES", "build_pair", "random_prompt", "shape_config", "small_config"]
