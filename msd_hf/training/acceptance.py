@@ -1,4 +1,4 @@
-"""The real acceptance length of a draft: `generate` on held-out prompts."""
+"""The real acceptance length of a draft, measured by `generate` on held-out prompts."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ def acceptance_lengths(
     Lets the target answer the first question of each conversation with the draft, greedily.
 
     Args:
-        target, draft, processor: the pair.
-        conversations (`Iterable[Conversation]`): broken ones are left out.
-        max_new_tokens (`int`): length limit of an answer.
-        show_progress (`bool`): whether there is a progress bar.
+        target, draft: the pair.
+        processor: the target's processor.
+        conversations: the conversations. Broken ones are left out.
+        max_new_tokens: length limit of an answer.
+        show_progress: whether to show a progress bar.
 
     Returns:
-        For text and for visual conversations, one list an answer: the tokens emitted by each verification. Their mean
-        is tau, see [`~msd_hf.evaluation.mean_acceptance_length`].
+        For text and for visual conversations, one list per answer: the number of tokens that each verification
+        emitted. The mean of these numbers is tau, see [`~msd_hf.evaluation.mean_acceptance_length`].
     """
     lengths: dict[SampleKind, list[list[int]]] = {"text": [], "visual": []}
     was_training = draft.training

@@ -15,9 +15,9 @@ from .recipes import RECIPES, Recipe
 from .rows import ROW_CHOICES
 
 
-# The learning rate depends on the draft as well; the trainer fills it in.
+# Fields of `Recipe` that are also arguments. The trainer computes the learning rate, which depends on the draft too.
 _RECIPE_FIELDS = tuple(f.name for f in fields(Recipe) if f.name not in ("base_learning_rate", "scale_learning_rate"))
-# On the command line: `--bf16` alone means yes; without it the default is found out later.
+# For optional flags on the command line: `--bf16` alone means yes, and without it the value is `None`.
 _FLAG = {"nargs": "?", "const": True}
 
 
@@ -25,44 +25,46 @@ _FLAG = {"nargs": "?", "const": True}
 class MSDTrainingArguments(TrainingArguments):
     """
     Arguments of [`MSDTrainer`]: those of `TrainingArguments`, with the paper's values as defaults, and the following.
-    Where the default is `None`, the recipe decides.
+    An argument that is `None` takes its value from the recipe.
 
     Args:
-        recipe (`str`, defaults to `"paper"`): `"paper"`, or `"recommended"`, which adds what was found to raise the
-            acceptance length, and fits the learning rate to the size of the draft.
+        recipe (`str`, defaults to `"paper"`): `"paper"`, or `"recommended"`, which adds changes that raised the
+            acceptance length in our studies and scales the learning rate with the size of the draft.
         learning_rate (`float`, *optional*): paper: 5e-5; recommended: 5e-5 times 4,096 over the hidden size.
         warmup_steps (`float`, *optional*): paper: 2,000; recommended: 0.05, a share of all steps.
-        max_length (`int`, defaults to 2048): tokens of a sample, expanded images included; the rest is cut.
+        max_length (`int`, defaults to 2048): longer samples are cut to so many tokens, expanded images included.
         feature_loss_weight (`float`, *optional*): weight of the Smooth-L1 loss on hidden states; paper: 1.0.
         token_loss_weight (`float`, *optional*): weight of the cross-entropy on tokens; paper: 0.1.
-        noise (`float`, *optional*): range of the uniform noise on hidden states at 512 tokens; paper: 0.2.
+        noise (`float`, *optional*): range of the uniform noise on hidden states in a sample of 512 tokens; paper: 0.2.
         trained_rows (`str`, *optional*): `"answer"` or `"drafted"`, see [`~msd_hf.training.rows.trained_rows`].
-        unroll_passes (`int`, *optional*): passes of the draft a step, of which all but the first read its own outputs;
-            paper: 1.
-        unroll_decay (`float`, defaults to 0.8): weight of each pass relative to the one before.
+        unroll_passes (`int`, *optional*): passes of the draft in each step. All passes but the first read the draft's
+            own outputs. Paper: 1.
+        unroll_decay (`float`, defaults to 0.8): weight of each pass relative to the pass before it.
         init_from_last_layer (`bool`, *optional*): whether a new draft starts from the target's last layer.
         target_layers (`str`, *optional*): layers of the target that a new draft reads besides the last hidden state:
             numbers from 0, with commas; `"auto"` for one low, one middle and one high layer; or `"none"`.
-        target_written_answers (`bool`, *optional*): `msd-hf train` first lets the target answer the prompts itself and
-            trains on its answers.
-        decouple_visual_tokens (`bool`, defaults to `True`): of a new draft; `False` is plain EAGLE.
+        target_written_answers (`bool`, *optional*): whether `msd-hf train` first lets the target answer the prompts
+            and then trains on these answers.
+        decouple_visual_tokens (`bool`, defaults to `True`): whether a new draft is fed visual positions as they are;
+            `False` is plain EAGLE.
         curriculum (`str`, defaults to `"two-stage"`): or `"mixed"`, `"text"`, `"visual"`.
         curriculum_stages (`int`, defaults to 40), text_fraction (`float`, defaults to 0.5), final_visual_share
             (`float`, defaults to 1.0), mixed_visual_share (`float`, defaults to 0.5): see
             [`~msd_hf.training.curriculum.Curriculum`].
-        head_chunk_size (`int`, defaults to 1024): positions of which logits exist at a time.
+        head_chunk_size (`int`, defaults to 1024): number of positions whose logits exist at the same time.
         strict (`bool`, defaults to `False`): stop at a broken sample rather than count it and take the next one.
-        eval_prompts (`int`, defaults to 16): held-out prompts, of each kind, of which tau is measured at evaluation.
-        eval_max_new_tokens (`int`, defaults to 128): length limit of their answers.
+        eval_prompts (`int`, defaults to 16): number of held-out prompts of each kind on which an evaluation measures
+            tau.
+        eval_max_new_tokens (`int`, defaults to 128): length limit of the answers to these prompts.
 
     Raises:
-        MSDError: when a value is not known or out of range.
+        MSDError: when a value is unknown or out of range.
     """
 
-    # TrainingArguments looks here for fields that may be given as a JSON string.
+    # `TrainingArguments` accepts a JSON string for the fields in this list.
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS
 
-    num_train_epochs: float = field(default=40, metadata={"help": "Passes over the smaller one of the data sets."})
+    num_train_epochs: float = field(default=40, metadata={"help": "Passes over the smaller data set."})
     learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate. Paper: 5e-5; recommended: 5e-5 * 4096 / hidden size."}
     )
@@ -78,7 +80,7 @@ class MSDTrainingArguments(TrainingArguments):
         metadata={"help": "bfloat16 mixed precision. Default: where a GPU has it, unless fp16 is set.", **_FLAG},
     )
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Look for weights without a gradient, of which a draft has none."}
+        default=False, metadata={"help": "Look for weights without a gradient. A draft has none."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
 
@@ -103,7 +105,7 @@ class MSDTrainingArguments(TrainingArguments):
     )
     target_layers: str | None = field(
         default=None,
-        metadata={"help": "Layers that a new draft reads too: numbers with commas, auto, or none. Paper: none."},
+        metadata={"help": "Layers that a new draft also reads: ids with commas, auto, or none. Paper: none."},
     )
     target_written_answers: bool | None = field(
         default=None, metadata={"help": "Let the target write the answers first. Paper: no.", **_FLAG}
@@ -114,14 +116,18 @@ class MSDTrainingArguments(TrainingArguments):
     curriculum: str = field(
         default="two-stage", metadata={"help": "two-stage, mixed, text or visual.", "choices": list(CURRICULA)}
     )
-    curriculum_stages: int = field(default=40, metadata={"help": "Parts of the run with one visual share each."})
+    curriculum_stages: int = field(
+        default=40, metadata={"help": "Parts of the run, each with its own share of visual samples."}
+    )
     text_fraction: float = field(default=0.5, metadata={"help": "Share of the run that is text only."})
     final_visual_share: float = field(default=1.0, metadata={"help": "Share of visual samples at the end."})
-    mixed_visual_share: float = field(default=0.5, metadata={"help": "The same, of the mixed curriculum."})
-    head_chunk_size: int = field(default=1024, metadata={"help": "Positions of which logits exist at a time."})
+    mixed_visual_share: float = field(
+        default=0.5, metadata={"help": "Share of visual samples in the mixed curriculum."}
+    )
+    head_chunk_size: int = field(default=1024, metadata={"help": "Positions whose logits exist at the same time."})
     strict: bool = field(default=False, metadata={"help": "Stop at the first broken sample."})
-    eval_prompts: int = field(default=16, metadata={"help": "Prompts of each kind of which tau is measured."})
-    eval_max_new_tokens: int = field(default=128, metadata={"help": "Length limit of their answers."})
+    eval_prompts: int = field(default=16, metadata={"help": "Prompts of each kind on which tau is measured."})
+    eval_max_new_tokens: int = field(default=128, metadata={"help": "Length limit of the answers to --eval-prompts."})
 
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
@@ -147,19 +153,19 @@ class MSDTrainingArguments(TrainingArguments):
         )
 
     def make_recipe(self) -> Recipe:
-        """The recipe, with what was given in place of its own values."""
+        """The recipe, with the arguments that were given in place of its own values."""
         return replace(RECIPES[self.recipe], **{name: getattr(self, name) for name in _RECIPE_FIELDS})
 
     def layers_of(self, num_layers: int) -> list[int] | None:
-        """`target_layers` for a target of `num_layers` decoder layers."""
+        """The layer ids that `target_layers` means for a target of `num_layers` decoder layers; `None` for none."""
         layers: Any = self.make_recipe().target_layers
-        if isinstance(layers, (list, tuple)):  # as YAML and Python write it
+        if isinstance(layers, (list, tuple)):  # from YAML or Python
             layers = ",".join(map(str, layers))
         layers = str(layers)
         if layers == "none":
             return None
         if layers == "auto":
-            # The output of the last layer is what the last hidden state is made of, so the high one lies below it.
+            # The draft reads the last hidden state anyway, so the high layer lies some layers below the last one.
             return sorted({min(1, num_layers - 1), num_layers // 2, max(0, num_layers - 3)})
         try:
             return sorted({int(number) for number in layers.split(",")})

@@ -1,4 +1,4 @@
-"""Which checkpoint a run is resumed from."""
+"""Finding the checkpoint that a run resumes from."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# `Trainer` writes the state last of all.
+# `Trainer` writes the state last: a checkpoint that has it is complete.
 _FILES = ("config.json", "trainer_state.json")
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
     """
-    The newest checkpoint in an output folder of which nothing is missing; `None` if there is none.
+    The newest complete checkpoint in an output folder; `None` if there is none.
 
-    A run that is killed while it writes a checkpoint, or removes an old one, leaves a part of it.
+    A run that is killed while it writes or removes a checkpoint leaves an incomplete one behind.
     """
     numbered = {
         int(path.name.removeprefix("checkpoint-")): path
@@ -27,7 +27,7 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
     for _, path in sorted(numbered.items(), reverse=True):
         if all((path / name).is_file() for name in _FILES):
             return str(path)
-        logger.warning("The checkpoint %s is incomplete and is not resumed from.", path)
+        logger.warning("The checkpoint %s is incomplete: training does not resume from it.", path)
     return None
 
 

@@ -1,4 +1,4 @@
-"""Which samples a draft learns from, and when: text first, then a rising share of visual ones (paper section 3.3)."""
+"""The order of training samples: text first, then a rising share of visual samples (paper section 3.3)."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ class Curriculum:
     Args:
         kind (`str`, defaults to `"two-stage"`): `"two-stage"` is the paper's; `"mixed"` has the same share from the
             start to the end; `"text"` and `"visual"` have one kind only.
-        num_stages (`int`, defaults to 40): equal parts of the run; the share is constant in each. The paper has one a
-            epoch, of 40.
-        text_fraction (`float`, defaults to 0.5): of the run, at its start, that is text only.
-        final_share (`float`, defaults to 1.0): of visual samples in the last part, to which it rises linearly.
-        mixed_share (`float`, defaults to 0.5): of visual samples when `kind` is `"mixed"`.
+        num_stages (`int`, defaults to 40): number of equal parts of the run. The share is constant in each part. In
+            the paper each of the 40 epochs is a stage.
+        text_fraction (`float`, defaults to 0.5): fraction of the run, from its start, that is text only.
+        final_share (`float`, defaults to 1.0): share of visual samples in the last stage. The share rises linearly to
+            this value.
+        mixed_share (`float`, defaults to 0.5): share of visual samples when `kind` is `"mixed"`.
 
     Raises:
         MSDError: when a value is out of range.
@@ -55,11 +56,11 @@ class Curriculum:
         return self.kind not in SAMPLE_KINDS or self.kind == kind
 
     def share(self, stage: int) -> float:
-        """Probability that a sample of a stage, counted from 0, is visual."""
+        """Probability that a sample of a stage is visual. Stages are counted from 0."""
         if self.kind != "two-stage":
             return {"mixed": self.mixed_share, "text": 0.0, "visual": 1.0}[self.kind]
         num_text_stages = int(self.num_stages * self.text_fraction)
-        # The first stage is text alone even where half of the stages is less than one.
+        # The first stage is text only even if `text_fraction` of all stages is less than one stage.
         if stage < num_text_stages or (stage == 0 and self.text_fraction > 0):
             return 0.0
         rise = (stage + 1 - num_text_stages) / (self.num_stages * (1 - self.text_fraction))
@@ -72,7 +73,7 @@ def other_kind(kind: SampleKind) -> SampleKind:
 
 
 class Draw(NamedTuple):
-    """One training sample: its number in the run, which data set it comes from, and its place there."""
+    """Names one training sample: its number in the run, its data set, and its index in the data set (`place`)."""
 
     number: int
     kind: SampleKind
@@ -81,20 +82,20 @@ class Draw(NamedTuple):
 
 class CurriculumSampler(Sampler[Draw]):
     """
-    Draws the samples of a run. A draw depends on the seed and its number alone, hence neither on data loader workers,
-    nor on the number of processes, nor on where a run was resumed.
+    Chooses the samples of a run. Each choice depends only on the seed and on the number of the sample in the run, so
+    that the samples do not change with the number of data loader workers or processes, or when a run is resumed.
 
-    Each data set is gone through in a random order, another one each time.
+    Each pass over a data set has its own random order.
 
     Args:
-        num_text, num_visual (`int`): sizes of the data sets.
-        curriculum (`Curriculum`): the share of visual samples.
-        epoch_length (`int`): samples an epoch.
-        num_samples (`int`): samples of the whole run, over which the stages are spread.
-        seed (`int`): of the draws.
+        num_text, num_visual: sizes of the data sets.
+        curriculum: gives the share of visual samples.
+        epoch_length: number of samples in an epoch.
+        num_samples: number of samples in the whole run, over which the stages are spread.
+        seed: seed of the random choices.
 
     Raises:
-        MSDError: when the curriculum needs a kind of which there are no samples.
+        MSDError: when the curriculum needs a kind of sample and its data set is empty.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class CurriculumSampler(Sampler[Draw]):
         self._orders: dict[SampleKind, tuple[int, list[int]]] = {}
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the next iteration that of an epoch, counted from 0."""
+        """Selects the epoch, counted from 0, of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -133,12 +134,12 @@ class CurriculumSampler(Sampler[Draw]):
             yield self.draw(number)
 
     def stage(self, number: int) -> int:
-        """The stage of the curriculum that a sample belongs to."""
+        """The stage of the curriculum in which sample `number` of the run lies."""
         num_stages = self.curriculum.num_stages
         return min(num_stages - 1, number * num_stages // max(1, self.num_samples))
 
     def draw(self, number: int) -> Draw:
-        """Sample `number` of the run."""
+        """Chooses sample `number` of the run."""
         share = self.curriculum.share(self.stage(number))
         is_visual = random.Random(f"{self.seed}/{number}").random() < share
         kind: SampleKind = "visual" if is_visual else "text"

@@ -1,4 +1,4 @@
-"""A draft vocabulary from training data: the tokens that answers are made of, most frequent first."""
+"""A draft vocabulary from training data: the most frequent tokens of its answers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .data.conversations import Conversations
 from .data.encoding import ConversationEncoder
 
 
-# What is chosen by itself covers so much of the data, with no more than this part of the vocabulary.
+# By default a vocabulary is as small as this coverage of the data allows; a larger share of all tokens is refused.
 AUTO_COVERAGE = 0.995
 AUTO_LARGEST_SHARE = 0.25
-# A head that is not even half as long hardly pays for the acceptance that it loses.
+# A head with more than half of the rows saves too little time for the acceptance that it loses.
 LARGEST_PAYING_SHARE = 0.5
 
 _HELD_OUT_EVERY = 10
@@ -27,13 +27,13 @@ _HELD_OUT_EVERY = 10
 @dataclass(frozen=True)
 class TokenCounts:
     """
-    How often each of V tokens stands in the answers of some conversations.
+    How often each of V tokens occurs in the answers of conversations.
 
     Args:
-        counted (`torch.LongTensor` of shape `[V]`): in those by which tokens are ranked.
-        held_out (`torch.LongTensor` of shape `[V]`): in the others, one in ten.
-        num_samples (`int`): conversations that were used.
-        skipped (`dict[str, int]`): those that could not be, by reason.
+        counted (`torch.LongTensor` of shape `[V]`): counts in the conversations by which tokens are ranked.
+        held_out (`torch.LongTensor` of shape `[V]`): counts in the remaining conversations, one in ten.
+        num_samples: number of conversations that were used.
+        skipped: number of conversations that could not be used, by reason.
     """
 
     counted: torch.Tensor
@@ -46,17 +46,17 @@ def count_answer_tokens(
     data: Sequence[Conversations], processor: Any, vocab_size: int, strict: bool = False
 ) -> TokenCounts:
     """
-    Counts the assistant's tokens, with those that end its answers. Images are not opened.
+    Counts the tokens of the assistant's answers, including the tokens that end them. Images are not opened.
 
     Args:
-        data (sequence of [`Conversations`]): one or more data sets.
-        processor (`ProcessorMixin` or `PreTrainedTokenizerBase`): the target's.
-        vocab_size (`int`): rows of the target's head, V.
-        strict (`bool`): raise at the first sample that cannot be used.
+        data: one or more data sets.
+        processor (`ProcessorMixin` or `PreTrainedTokenizerBase`): the target's processor.
+        vocab_size: number of rows of the target's head, V.
+        strict: raise at the first sample that cannot be used.
 
     Raises:
-        MSDError: when no sample can be used, or one holds a token that the target's head lacks.
-        MSDDataError: with `strict`.
+        MSDError: when no sample can be used, or a sample holds a token that the target's head lacks.
+        MSDDataError: with `strict`, when a sample cannot be used.
     """
     encoder = ConversationEncoder(processor)
     counted, held_out = torch.zeros(2, vocab_size, dtype=torch.long)
@@ -87,18 +87,18 @@ def count_answer_tokens(
 
 def frequent_tokens(counts: torch.Tensor, size: int | None = None) -> torch.Tensor:
     """
-    The most frequent tokens, most frequent first. Among equals lower ids come first, so that tokens that are not in
-    the data at all fill up what is left.
+    The ids of the most frequent tokens, most frequent first. Of equally frequent tokens the lower id comes first. If
+    fewer than `size` tokens occur in the data, the rest are the lowest ids that do not occur.
 
     Args:
-        counts (`torch.LongTensor` of shape `[V]`): how often each token was seen.
-        size (`int`, *optional*): how many; by default as few as cover 99.5% of what was seen.
+        counts (`torch.LongTensor` of shape `[V]`): number of occurrences of each token.
+        size (*optional*): number of tokens; by default the smallest number that covers 99.5% of all occurrences.
 
     Returns:
         `torch.LongTensor` of shape `[size]`.
 
     Raises:
-        MSDError: when `size` is not between 1 and V; without `size`, when a quarter of the V tokens is not enough.
+        MSDError: when `size` is not between 1 and V; without `size`, when it would be more than a quarter of V.
     """
     vocab_size = len(counts)
     if size is not None:
@@ -129,7 +129,7 @@ def check_size(size: int, vocab_size: int) -> None:
 
 
 def coverage(counts: torch.Tensor, tokens: torch.Tensor) -> float:
-    """Which share of what was seen (`[V]`) is among `tokens`; 0 if nothing was."""
+    """The share of all occurrences in `counts` (`[V]`) that `tokens` cover; 0 if `counts` is all zero."""
     return int(counts[tokens].sum()) / max(1, int(counts.sum()))
 
 

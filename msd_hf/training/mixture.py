@@ -1,4 +1,4 @@
-"""The text and the visual data set as one: what the curriculum draws, encoded and put into batches."""
+"""The text and the visual data set as one data set: samples that the curriculum chooses, encoded and batched."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from .rows import trained_rows
 
 class Mixture(Dataset):
     """
-    Gives the sample of a [`Draw`]. A broken one is replaced by the next one that is whole, and reported with it.
+    Returns the sample that a [`Draw`] names. A broken sample is replaced by the next usable sample of its data set,
+    which lists the skipped ones under `"skipped"`.
 
     Args:
-        datasets (`dict`): the `"text"` and the `"visual"` data set; each of [`Conversation`]s or a [`FeatureCache`].
-        encode (`Callable`): a [`ConversationEncoder`], for data sets of conversations.
-        strict (`bool`): raise at a broken sample.
+        datasets: the `"text"` and the `"visual"` data set, each of [`Conversation`]s or a [`FeatureCache`].
+        encode: a [`ConversationEncoder`], for data sets of conversations.
+        strict: raise at a broken sample.
 
     Raises:
-        MSDError: when one is cached and the other is not.
+        MSDError: when one data set is a cache and the other one is not.
     """
 
     def __init__(self, datasets: dict[SampleKind, Any], encode: Callable, strict: bool = False):
@@ -62,11 +63,12 @@ class Mixture(Dataset):
 
 class MixtureCollator:
     """
-    A batch for [`MSDTrainer`]: that of `collate_conversations` or `collate_features`, and
+    Makes batches for [`MSDTrainer`]: the batch of `collate_conversations` or `collate_features`, and
 
-    - `labels` `[B, L]`: -100 except at trained rows,
-    - `numbers` `[B]`: the samples' numbers in the run, `is_visual` `[B]`,
-    - `skipped`: what was skipped on the way.
+    - `labels` `[B, L]`: token ids at trained rows, -100 elsewhere,
+    - `numbers` `[B]`: the number of each sample in the run,
+    - `is_visual` `[B]`: whether each sample is visual,
+    - `skipped`: kind, index and reason of each sample that was skipped.
     """
 
     def __init__(self, pad_token_id: int, is_cached: bool, rows: str):

@@ -1,4 +1,4 @@
-"""From a batch to the loss of a draft: the target's features, noise, the draft's passes and the loss of each."""
+"""From a batch to the loss of a draft: features of the target, noise, passes of the draft, and the loss of each."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class DraftObjective:
     The loss of a draft, summed over the trained rows of a batch.
 
     Args:
-        adapter (`TargetAdapter`): the frozen target: it gives the features of batches that do not bring theirs, and
-            lends its embedding and head.
-        args (`MSDTrainingArguments`): weights, noise and passes.
+        adapter: the frozen target. Its embedding and head are used, and it computes the features of batches that do
+            not come from a cache.
+        args: weights, noise and number of passes.
     """
 
     def __init__(self, adapter: TargetAdapter, args: MSDTrainingArguments):
@@ -32,13 +32,14 @@ class DraftObjective:
     def __call__(self, draft: Any, batch: dict[str, Any], dtype: torch.dtype) -> tuple[torch.Tensor, LossSums]:
         """
         Args:
-            draft (`MSDDraftModel`, or wrapped in one): in training mode it gets noise and all of its passes, else one
-                pass without noise.
-            batch (`dict`): of [`MixtureCollator`].
-            dtype (`torch.dtype`): of the draft.
+            draft (`MSDDraftModel` or a wrapper of it): in training mode there are noise and all passes, in evaluation
+                mode one pass without noise.
+            batch: a batch of [`MixtureCollator`].
+            dtype: dtype of the draft.
 
         Returns:
-            The weighted sum of both terms over all passes, a scalar with a gradient, and the sums of the first pass.
+            The weighted sum of all loss terms over all passes, a scalar with a gradient, and the sums of the first
+            pass.
         """
         args, recipe = self.args, self.recipe
         rows = self.make_rows(batch, dtype)
@@ -50,7 +51,7 @@ class DraftObjective:
         trained = rows.trained
         total, first = torch.zeros((), device=trained.device), None
         for number, states in enumerate(unrolled_states(draft, rows, num_passes, noisy_states)):
-            if number > 0:  # generation drafts that deep only from a row that is trained itself
+            if number > 0:  # generation reaches this depth only from a row that is trained too
                 trained = trained & _shift_right(rows.trained, number)
             sums = loss_sums(states[trained], rows.goals[trained].to(states), self.adapter.head, args.head_chunk_size)
             total = total + weights[number] / sum(weights) * weighted_loss(sums.terms, recipe)
@@ -59,7 +60,7 @@ class DraftObjective:
         return total, first
 
     def make_rows(self, batch: dict[str, Any], dtype: torch.dtype) -> DraftRows:
-        """The draft's rows of a batch; the target is run unless the batch holds its hidden states."""
+        """The draft's rows of a batch. The target runs only if the batch does not hold its hidden states."""
         labels = batch["labels"]
         if "hidden_states" in batch:
             hidden_states, visual_mask = batch["hidden_states"], batch["visual_mask"]
@@ -71,7 +72,8 @@ class DraftObjective:
             target = self.adapter.target
             others = ("labels", "numbers", "is_visual", "skipped")
             inputs = move_inputs({name: value for name, value in batch.items() if name not in others}, target)
-            # In its own dtype, as it generates and as features are cached, also where the draft trains in another.
+            # The target runs in its own dtype, as in generation and in feature caches, even if the draft trains in
+            # another one.
             with torch.autocast(labels.device.type, enabled=False):
                 features = self.adapter.features(**inputs)
             inputs_embeds, hidden_states = features.inputs_embeds.detach(), features.hidden_states
@@ -85,7 +87,8 @@ class DraftObjective:
         )
 
     def _add_noise(self, hidden_states: torch.Tensor, lengths: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        # Drawn for each sample by its number in the run: any number of processes, and a resumed run, draw the same.
+        # Each sample is seeded by its number in the run, so that the noise does not change with the number of
+        # processes or when a run is resumed.
         noisy = hidden_states.clone()
         for row, (length, number) in enumerate(zip(lengths.tolist(), numbers.tolist(), strict=True)):
             generator = torch.Generator(noisy.device).manual_seed(self.args.seed * 1_000_003 + number)

@@ -1,4 +1,4 @@
-"""`training_provenance.json`: what made a draft, beside its weights."""
+"""`training_provenance.json`: how a draft was trained, in a file beside its weights."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ PROVENANCE_NAME = "training_provenance.json"
 
 
 def write_provenance(folder: str | Path, provenance: dict[str, Any]) -> Path:
-    """Writes `provenance` to `training_provenance.json` in `folder`, completely or not at all."""
+    """Writes `provenance` to `training_provenance.json` in `folder`; returns the path of the file."""
     path = Path(folder) / PROVENANCE_NAME
     replace_text(path, json.dumps(provenance, indent=2, default=str) + "\n")
     return path
 
 
 def read_provenance(folder: str | Path) -> dict[str, Any]:
-    """What `write_provenance` wrote; empty if there is none."""
+    """Reads the provenance that `write_provenance` wrote; empty if there is no such file."""
     path = Path(folder) / PROVENANCE_NAME
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def describe_run(arguments: TrainingArguments) -> dict[str, Any]:
-    """The command, the versions and the arguments that are not at their defaults."""
-    # Only names: a full path of a script says nothing to the reader of a published draft.
+    """The command, the versions, and the arguments that differ from their defaults."""
+    # The name of the script without its folder, which means nothing to the reader of a published draft.
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {
         "command": command,
@@ -54,7 +54,7 @@ def describe_run(arguments: TrainingArguments) -> dict[str, Any]:
 
 
 def _changed_arguments(arguments: TrainingArguments) -> dict[str, Any]:
-    values = arguments.to_dict()  # hides tokens
+    values = arguments.to_dict()  # access tokens are masked
     changed = {}
     for field in dataclasses.fields(arguments):
         if field.name not in values or field.name in ("output_dir", "logging_dir", "hub_token"):

@@ -1,4 +1,4 @@
-"""What a draft is trained by: the paper's recipe, and the recommended one."""
+"""Recipes for training a draft: the paper's and the recommended one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Recipe:
     """
-    The arguments of [`MSDTrainingArguments`] that a recipe fills in where they are left open; the defaults are the
-    paper's (section 3.3).
+    Values for those arguments of [`MSDTrainingArguments`] that the user left open. The defaults are the paper's
+    (section 3.3).
     """
 
     feature_loss_weight: float = 1.0
@@ -21,12 +21,12 @@ class Recipe:
     target_layers: str = "none"
     target_written_answers: bool = False
     warmup_steps: float = 2000
-    # For a hidden size of 4,096. If it is scaled, narrower drafts take larger steps (arXiv 2203.03466).
+    # For a hidden size of 4,096. With `scale_learning_rate` narrower drafts take larger steps (arXiv 2203.03466).
     base_learning_rate: float = 5e-5
     scale_learning_rate: bool = False
 
     def learning_rate(self, hidden_size: int) -> float:
-        """The peak learning rate for a draft of a hidden size."""
+        """The peak learning rate for a draft with this hidden size."""
         return self.base_learning_rate * (4096 / hidden_size if self.scale_learning_rate else 1.0)
 
 

@@ -1,4 +1,4 @@
-"""From the target's features to the rows of a draft: row j is the pair (token at j + 1, hidden state at j)."""
+"""From the target's features to the draft's rows: row j is the pair (token at j + 1, hidden state at j)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROW_CHOICES = ("answer", "drafted")
 @dataclass
 class DraftRows:
     """
-    A batch that a draft learns from.
+    A batch of training rows.
 
     Args:
         inputs_embeds (`torch.Tensor` of shape `[B, L, H]`): row j is the embedding at position j + 1.
@@ -43,11 +43,12 @@ def draft_rows(
     reads: TargetReads | None = None,
 ) -> DraftRows:
     """
-    Shifts a right-padded batch of features. The row behind the last position has a zero embedding and a zero goal.
+    Makes rows from a right-padded batch of features. The last row, which has no next position, gets a zero embedding
+    and a zero goal.
 
     Args:
-        inputs_embeds (`torch.Tensor` of shape `[B, L, H]`), hidden_states (`[B, L, W]`), visual_mask (`[B, L]`): of
-            the target, see [`TargetFeatures`].
+        inputs_embeds (`torch.Tensor` of shape `[B, L, H]`), hidden_states (`[B, L, W]`), visual_mask (`[B, L]`): the
+            target's features, see [`TargetFeatures`].
         trained (`torch.BoolTensor` of shape `[B, L]`): see [`trained_rows`].
         reads (`TargetReads`, *optional*): the parts of `hidden_states`. Default: the last hidden state alone.
     """
@@ -66,15 +67,15 @@ def draft_rows(
 
 def trained_rows(assistant_mask: torch.Tensor, attention_mask: torch.Tensor, choice: str = "answer") -> torch.Tensor:
     """
-    Which rows count, `[B, L]`.
+    The mask `[B, L]` of the rows that count in the loss.
 
     Args:
         assistant_mask (`torch.BoolTensor` of shape `[B, L]`): true at the assistant's tokens.
         attention_mask (`torch.Tensor` of shape `[B, L]`): 1 at tokens, 0 at the padding on the right.
-        choice (`str`): `"answer"`, the original's: rows whose hidden state is at a token of the assistant, but the
-            last one of the sequence. `"drafted"`: rows that generation asks for, namely those that read a token of
-            the assistant and predict another one; this adds the row between the question and the answer, and leaves
-            out those that predict what stands behind an answer.
+        choice: `"answer"`, as in the original code: the rows whose hidden state is at a token of the assistant,
+            without the last row of the sequence. `"drafted"`: the rows that generation uses, which read a token of
+            the assistant and predict another one. Compared with `"answer"`, this adds the row between the question
+            and the answer, and leaves out the rows that predict the token after an answer.
     """
     next_is_answer = _shift(assistant_mask)
     if choice == "drafted":
@@ -83,7 +84,7 @@ def trained_rows(assistant_mask: torch.Tensor, attention_mask: torch.Tensor, cho
 
 
 def _shift(tensor: torch.Tensor) -> torch.Tensor:
-    """Row j + 1 in place of row j, zeros in the last one."""
+    """Moves row j + 1 to row j; the last row becomes zero."""
     return torch.cat([tensor[:, 1:], torch.zeros_like(tensor[:, :1])], dim=1)
 
 

@@ -39,20 +39,22 @@ _TREE_SETTINGS = ("num_assistant_tokens", "tree_depth", "tree_top_k")
 
 @dataclass
 class ScriptArguments:
-    """What `msd-hf train` takes besides [`MSDTrainingArguments`]."""
+    """The arguments of `msd-hf train` besides [`MSDTrainingArguments`]."""
 
     target: str | None = field(default=None, metadata={"help": "Folder or Hub id of the target."})
-    draft: str | None = field(default=None, metadata={"help": "A draft to train on, instead of a new one."})
+    draft: str | None = field(default=None, metadata={"help": "A draft to continue from, instead of a new one."})
     text_data: str | None = field(default=None, metadata={"help": "Conversations without images, .json or .jsonl."})
     visual_data: str | None = field(default=None, metadata={"help": "Conversations with images, .json or .jsonl."})
     image_folder: str | None = field(default=None, metadata={"help": "Folder that the image paths are relative to."})
-    text_features: str | None = field(default=None, metadata={"help": "`msd-hf extract` of the text data, instead."})
+    text_features: str | None = field(
+        default=None, metadata={"help": "Output of `msd-hf extract` for the text data, instead of --text-data."}
+    )
     visual_features: str | None = field(
-        default=None, metadata={"help": "`msd-hf extract` of the visual data, instead."}
+        default=None, metadata={"help": "Output of `msd-hf extract` for the visual data, instead of --visual-data."}
     )
     eval_data: str | None = field(default=None, metadata={"help": "Held-out conversations, with and without images."})
     eval_samples: int = field(
-        default=0, metadata={"help": "Without --eval-data: hold out so many samples, the last ones, of each data set."}
+        default=0, metadata={"help": "Without --eval-data: hold out the last samples of each data set, this many."}
     )
     target_dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16."})
     target_device_map: str | None = field(default=None, metadata={"help": "auto spreads the target over devices."})
@@ -61,9 +63,11 @@ class ScriptArguments:
     tree_depth: int | None = field(default=None, metadata={"help": "Expansions of the draft's tree."})
     tree_top_k: int | None = field(default=None, metadata={"help": "Candidates per node of the draft's tree."})
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better --metric-for-best-model."}
+        default=None, metadata={"help": "Stop after this many evaluations without a better --metric-for-best-model."}
     )
-    answer_batch_size: int = field(default=8, metadata={"help": "Prompts at once, with --target-written-answers."})
+    answer_batch_size: int = field(
+        default=8, metadata={"help": "Prompts that are answered together, with --target-written-answers."}
+    )
     answer_max_new_tokens: int = field(default=512, metadata={"help": "Length limit of a target-written answer."})
 
 
@@ -77,8 +81,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ScriptArguments, MSDTrainingAr
     Reads the arguments of a run.
 
     Args:
-        argv (`Sequence[str]`): the command line. `--config FILE` names a YAML file of arguments; the command line
-            overrides it.
+        argv: the command line. `--config FILE` names a YAML file of arguments, which the command line overrides.
 
     Raises:
         MSDError: for an unknown argument or a value that is not allowed.
@@ -98,7 +101,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ScriptArguments, MSDTrainingAr
 
 
 def run_training(argv: Sequence[str]) -> MSDTrainer:
-    """Trains a draft as the arguments say; the draft ends up in `output_dir`. Returns the trainer, for its metrics."""
+    """Trains a draft and saves it in `output_dir`. Returns the trainer, which holds the metrics."""
     script_args, args = parse_arguments(argv)
     set_seed(args.seed)
     data = _open_data(script_args)
@@ -191,7 +194,7 @@ def _check(script_args: ScriptArguments, args: MSDTrainingArguments) -> None:
     missing = sorted(set(args.report_to or ()) - set(available))
     if missing:
         raise MSDError(
-            f"--report-to {missing[0]} is not known, or its package is not installed; there are: "
+            f"--report-to {missing[0]} is not known, or its package is not installed; available: "
             f"{', '.join([*available, 'none'])}."
         )
     for kind in SAMPLE_KINDS:
@@ -204,7 +207,7 @@ def _check(script_args: ScriptArguments, args: MSDTrainingArguments) -> None:
 
 
 def _check_tree(script_args: ScriptArguments) -> None:
-    """What `generate` would refuse at the first evaluation, long after the start."""
+    """Refuses wrong settings of the tree now; `generate` would refuse them only at the first evaluation."""
     settings = {name: getattr(script_args, name) for name in _TREE_SETTINGS}
     TreeSettings.from_generation_config(GenerationConfig(**settings))
 

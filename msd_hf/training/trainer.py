@@ -39,17 +39,17 @@ class MSDTrainer(Trainer):
     """
     Trains a draft in the two stages of the paper (section 3.3).
 
-    The target stays as it is: it runs under `no_grad` in the step, or not at all where the data sets are feature
-    caches; it lends its embedding and head either way.
+    The target is frozen. It runs under `no_grad` in each step, or not at all if the data sets are feature caches; its
+    embedding and head are used in both cases.
 
     Args:
-        model (`MSDDraftModel`, *optional*): the draft. Default: a new one for the target, as `args` describe it.
-        target (`PreTrainedModel`): the target, on any device and in any dtype.
-        processing_class (`ProcessorMixin` or tokenizer): the target's, with its chat template.
-        args (`MSDTrainingArguments`): everything else.
-        text_dataset, visual_dataset: what [`load_conversations`] gives, or [`FeatureCache`]s.
-        eval_dataset (*optional*): held-out conversations, with and without images; losses, agreement and tau are
-            measured on them. Or a dictionary of such.
+        model (*optional*): the draft; by default a new draft for the target, as `args` describe it.
+        target: the target, on any device and in any dtype.
+        processing_class (`ProcessorMixin` or tokenizer): the target's processor, with its chat template.
+        args: the arguments of the run.
+        text_dataset, visual_dataset: [`Conversations`] of [`load_conversations`], or [`FeatureCache`]s.
+        eval_dataset (*optional*): held-out conversations, with and without images, or a dictionary of such data sets.
+            Losses, agreement and tau are measured on them.
         kwargs: further arguments of `Trainer` (`callbacks`, `optimizers`, ...).
 
     Raises:
@@ -92,10 +92,10 @@ class MSDTrainer(Trainer):
         rows = args.make_recipe().trained_rows
         self._collate_train = MixtureCollator(tokenizer.pad_token_id or 0, mixture.is_cached, rows)
         self._collate_eval = MixtureCollator(tokenizer.pad_token_id or 0, False, rows)
-        # In a list, not as an attribute that could be taken for a model to wrap or to save.
+        # In a list, so that nothing takes the target for a model to wrap or to save.
         self._target = [target.eval()]
         use_cache = model.config.use_cache
-        # Not passed on as `processing_class`: the draft's folder shall not hold the target's processor.
+        # `processing_class` is not passed on, because `Trainer` would save the processor in the draft's folder.
         super().__init__(
             model=model,
             args=args,
@@ -104,9 +104,9 @@ class MSDTrainer(Trainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
-        model.config.use_cache = use_cache  # which `Trainer` turns off, also in what it saves
+        model.config.use_cache = use_cache  # `Trainer` turned it off, also for the saved config
         self.model_accepts_loss_kwargs = True  # the loss is a mean over the rows of the whole batch
-        self._loss_shifts_labels = False  # ours are at the rows that they belong to
+        self._loss_shifts_labels = False  # our labels are at the rows that they belong to
         self.label_names = ["labels"]
         if not hasattr(target, "hf_device_map") and not getattr(target, "is_quantized", False):
             target.to(self.args.device)
@@ -116,7 +116,7 @@ class MSDTrainer(Trainer):
         self._held_out_skipped: dict[tuple[str, int], str] = {}
         self._skipped_before: Counter[str] = Counter()
         self._metrics: dict[str, float] = {}
-        self._best_step: int | None = None  # of the checkpoint that was loaded at the end
+        self._best_step: int | None = None  # step of the checkpoint that was loaded at the end
 
     @property
     def target(self) -> PreTrainedModel:
@@ -131,7 +131,7 @@ class MSDTrainer(Trainer):
         batch_size = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
         curriculum = args.make_curriculum()
         used = [size for kind, size in sizes.items() if curriculum.needs(kind)]
-        # Whole batches only, so that the draws of a step do not depend on the number of processes.
+        # An epoch has whole batches only, so that the samples of a step do not depend on the number of processes.
         steps_per_epoch = max(1, min(used, default=0) // batch_size)
         num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
         return CurriculumSampler(
@@ -156,7 +156,8 @@ class MSDTrainer(Trainer):
     # ---- the step ----
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of MSD over the trained rows; `num_items_in_batch` is their number in the whole batch."""
+        """The mean loss of MSD over the trained rows. `num_items_in_batch` is the number of these rows in the whole
+        batch, over all processes."""
         counted = self._skipped if model.training else self._held_out_skipped
         for kind, index, reason in inputs.get("skipped", ()):
             counted.setdefault((kind, index), reason)
@@ -167,7 +168,7 @@ class MSDTrainer(Trainer):
             num_items_in_batch = sums.num_rows
         loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
         if self.args.average_tokens_across_devices and model.training:
-            loss = loss * self.accelerator.num_processes  # by which gradients are divided
+            loss = loss * self.accelerator.num_processes  # `Trainer` averages gradients over processes
         return (loss, None) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -215,26 +216,26 @@ class MSDTrainer(Trainer):
         return {"tau": mean_acceptance_length(everything), **taus} if everything else {}
 
     def _choose_prompts(self, conversations: Any) -> list[Any]:
-        """The first conversations of each kind that could be trained on."""
+        """The first usable conversations of each kind, `eval_prompts` of each."""
         chosen: dict[bool, list[Any]] = {True: [], False: []}
         for index in range(len(conversations)):
-            if min(len(some) for some in chosen.values()) >= self.args.eval_prompts:
+            if min(len(group) for group in chosen.values()) >= self.args.eval_prompts:
                 break
             try:
                 conversation = conversations[index]
                 self.encoder(conversation)
             except MSDDataError:
                 continue
-            of_kind = chosen[bool(conversation.images)]
-            if len(of_kind) < self.args.eval_prompts:
-                of_kind.append(conversation)
+            same_kind = chosen[bool(conversation.images)]
+            if len(same_kind) < self.args.eval_prompts:
+                same_kind.append(conversation)
         return [*chosen[False], *chosen[True]]
 
     def _whole_draft(self) -> MSDDraftModel:
         """The draft with all of its weights on this process."""
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             return self.accelerator.unwrap_model(self.model)
-        # Sharded weights cannot draft: put them together on the first process and hand them out.
+        # A draft cannot run with sharded weights: the first process collects them and sends them to the others.
         weights = [self.accelerator.get_state_dict(self.model_wrapped)]
         broadcast_object_list(weights)
         config = self.accelerator.unwrap_model(self.model).config
@@ -247,13 +248,15 @@ class MSDTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
-        Like `Trainer.train`. `resume_from_checkpoint=True` takes the last checkpoint that is complete (a run may have
-        been killed while it wrote one), and starts anew where there is none.
+        Like `Trainer.train`. `resume_from_checkpoint=True` takes the last complete checkpoint (a run may have been
+        killed while it wrote a later one), and starts from the beginning if there is none.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                logger.warning("There is no checkpoint in %s: training starts anew.", self.args.output_dir)
+                logger.warning(
+                    "There is no checkpoint in %s: training starts from the beginning.", self.args.output_dir
+                )
         if resume_from_checkpoint:
             before = read_provenance(resume_from_checkpoint).get("data", {}).get("skipped", {})
             self._skipped_before = Counter(before)
@@ -271,7 +274,7 @@ class MSDTrainer(Trainer):
             write_provenance(output_dir or self.args.output_dir, self.provenance())
 
     def provenance(self) -> dict[str, Any]:
-        """What `training_provenance.json` holds."""
+        """The content of `training_provenance.json`."""
         return {
             **describe_run(self.args),
             "recipe": self.args.recipe,
@@ -294,7 +297,7 @@ class MSDTrainer(Trainer):
 
 
 class _HeldOut(Dataset):
-    """Held-out conversations as samples; each is drawn once."""
+    """Held-out conversations as samples, in the order of the data."""
 
     def __init__(self, conversations: Any, encode: ConversationEncoder, strict: bool):
         self.conversations = conversations
@@ -308,15 +311,22 @@ class _HeldOut(Dataset):
 
 
 def _public_name(target: PreTrainedModel) -> str:
-    """A model's id on the Hub; of one that was loaded from a folder, the folder's last name."""
+    """The id of a model on the Hub; for a model from a local folder, the name of the folder without its path."""
     name = str(getattr(target.config, "_name_or_path", "") or type(target).__name__)
     return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def new_draft(target: PreTrainedModel, args: MSDTrainingArguments) -> MSDDraftModel:
-    """A draft with fresh weights for a target, as the arguments describe it. It is float32: small steps would be lost
-    in the rounding of a shorter dtype. Where the recipe, not the user, lets it start from the target's last layer, and
-    that is of another kind, it starts from random weights."""
+    """
+    Makes a new draft for a target, as the arguments describe it.
+
+    The draft is float32, because the rounding of a shorter dtype would swallow small steps. If the recipe asks for a
+    start from the target's last layer, and a draft cannot start from such a layer, the draft gets random weights. If
+    the user asked for it, that is an error.
+
+    Raises:
+        MSDError: when the draft cannot be made as the user asked.
+    """
     overrides: dict[str, Any] = {
         "decouple_visual_tokens": args.decouple_visual_tokens,
         "target_layers": args.layers_of(len(target.get_decoder().layers)),

@@ -1,4 +1,4 @@
-"""Training on the features of the draft itself, which it meets deep in a tree (arXiv 2408.15766, 2503.01840)."""
+"""Training a draft on its own outputs, which it reads deep in a tree (arXiv 2408.15766, 2503.01840)."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def unrolled_states(
     """
     The outputs `[B, L, H]` of `num_passes` passes of the draft.
 
-    The first one is the usual one. In pass k row j reads the output of pass k - 1 at row j - 1 in place of the
-    target's hidden state, and attends to what it would see as a node at depth k of a tree: rows up to j - k as the
-    first pass made them, and of each pass i in between row j - k + i.
+    Pass 0 reads the target's hidden states. In pass k row j reads the output of pass k - 1 at row j - 1 instead, and
+    attends to the keys that it would see as a node at depth k of a tree: the rows up to j - k of pass 0, and row
+    j - k + i of each pass i from 1 to k.
 
     Args:
-        draft (`MSDDraftModel`, or wrapped in one): the draft.
-        rows (`DraftRows`): a batch of B samples of L rows, padded on the right.
-        num_passes (`int`): passes.
-        noisy_states (`torch.Tensor` of shape `[B, L, W]`, *optional*): read by the first pass in place of
+        draft (`MSDDraftModel` or a wrapper of it): the draft.
+        rows: a batch of B samples of L rows, padded on the right.
+        num_passes: number of passes.
+        noisy_states (`torch.Tensor` of shape `[B, L, W]`, *optional*): read by pass 0 in place of
             `rows.hidden_states`.
     """
     given = rows.hidden_states if noisy_states is None else noisy_states
@@ -62,11 +62,11 @@ def unrolled_states(
 def unrolled_mask(length: int, number: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The additive mask `[1, 1, L, (number + 1) * L]` of pass `number` >= 1 over the keys of all passes."""
     rows = torch.arange(length, device=device)
-    distance = rows.unsqueeze(1) - rows  # [L, L]: of query and key
+    distance = rows.unsqueeze(1) - rows  # [L, L], from key to query
     blocks = [distance >= number]
     blocks += [distance == number - earlier for earlier in range(1, number + 1)]
     visible = torch.cat(blocks, dim=1)
-    # A row that lies less than `number` behind the start has no row of the first pass to see, and is not trained.
+    # The first `number` rows see no key of pass 0. They are not trained in this pass.
     return additive_mask(visible, dtype).unsqueeze(0).unsqueeze(0)
 
 

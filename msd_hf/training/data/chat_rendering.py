@@ -1,4 +1,4 @@
-"""A conversation in the words of a chat template, and where in them the assistant's answers are."""
+"""A conversation rendered by a chat template, and the places of the assistant's answers in the text."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ _ADVICE = (
 @dataclass(frozen=True)
 class RenderedChat:
     """
+    A conversation as text.
+
     Args:
-        text (`str`): ends with the last token to be trained; images are not expanded.
-        answers (`list[tuple[int, int]]`): first character and the one after the last of each answer, with the token
-            that ends the turn.
+        text: the text up to the last trained token. Images are not expanded.
+        answers: begin and end of each answer, in characters. The token that ends the turn belongs to the answer.
     """
 
     text: str
@@ -36,13 +37,13 @@ class RenderedChat:
 
 class ChatRenderer:
     """
-    Renders conversations by the chat template of a processor or tokenizer.
+    Renders conversations with the chat template of a processor or tokenizer.
 
     Args:
-        processor (`ProcessorMixin` or `PreTrainedTokenizerBase`): has a chat template.
+        processor (`ProcessorMixin` or `PreTrainedTokenizerBase`): the target's processor.
 
     Raises:
-        MSDError: when the template does not show where an answer begins.
+        MSDError: when there is no template, or the template does not show where an answer begins.
     """
 
     def __init__(self, processor: Any):
@@ -59,14 +60,14 @@ class ChatRenderer:
 
     def __call__(self, messages: list[dict[str, Any]], complete: bool = True) -> RenderedChat:
         """
-        Renders messages of which the last is the assistant's.
+        Renders messages. The last message must be the assistant's.
 
         Args:
-            messages (`list[dict]`): see [`Conversation`].
-            complete (`bool`): whether the last answer has an end.
+            messages: see [`Conversation`].
+            complete: whether the last answer has an end.
 
         Raises:
-            MSDDataError: when the template refuses them, or changes an answer.
+            MSDDataError: when the template refuses the messages, or changes an answer.
         """
         for message in messages:
             for part in message["content"]:
@@ -77,8 +78,9 @@ class ChatRenderer:
         answers = [message["content"][0]["text"] for message in messages if message["role"] == "assistant"]
         try:
             text = self._render(messages)
-            # Behind the prompt for an answer comes what the target writes itself, be it white space; marks may leave
-            # that out, but they are there where a template writes earlier turns in another way than the last.
+            # First choice: an answer begins where the prompt for it ends, because the target writes everything after
+            # the prompt, white space too; the marks of a template may leave white space out. Second choice, for
+            # templates that write earlier turns in another way than the last turn: the marks.
             for find_begins in (self._after_prompts, self._at_marks):
                 begins = find_begins(messages, text)
                 ends = [_end_of(answer, text, begin) for answer, begin in zip(answers, begins, strict=False)]
@@ -104,8 +106,8 @@ class ChatRenderer:
         return num_images
 
     def _with_ends(self, text: str, spans: list[tuple[int, int]], complete: bool) -> RenderedChat:
-        # What comes after the last answer cannot open a turn, so a token there is the one that ends turns. It may be
-        # another one than `eos_token`, as in Gemma.
+        # No turn follows the last answer, so a token after it is the token that ends turns. It may differ from
+        # `eos_token`, as in Gemma.
         eos_token = self.tokenizer.eos_token
         last_end = spans[-1][1]
         found = re.compile(rf"\s*({self._added})").match(text, last_end)
@@ -114,7 +116,8 @@ class ChatRenderer:
         result = []
         for begin, end in spans[:-1] if not complete else spans:
             match = end_pattern.match(text, end)
-            # White space may be of one token with what the template writes next, if that is no end.
+            # Without an end token, trailing white space may share a token with the next text of the template; it is
+            # left out of the answer.
             result.append((begin, match.end() if match else begin + len(text[begin:end].rstrip())))
         if not complete:
             return RenderedChat(text[:last_end], [*result, spans[-1]])
@@ -131,7 +134,7 @@ class ChatRenderer:
         return [len(prompt) for prompt in prompts if text.startswith(prompt)]
 
     def _at_marks(self, messages: list[dict[str, Any]], text: str) -> list[int]:
-        """Where the template's own marks say that an answer begins."""
+        """Where each answer begins according to the generation marks of the template."""
         template = self.processor.chat_template
         template = template.get("default") if isinstance(template, dict) else template
         if template is None or not re.search(r"\{%-?\s*generation\s*-?%\}", template):
@@ -150,7 +153,7 @@ class ChatRenderer:
         )
 
     def _to_chat(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """A copy, as some releases of transformers write into it."""
+        """Messages for `apply_chat_template`, copied because some releases of transformers write into them."""
         if not self._as_text:
             return [{**message, "content": [dict(part) for part in message["content"]]} for message in messages]
         return [
@@ -159,7 +162,7 @@ class ChatRenderer:
         ]
 
     def _check_template(self) -> None:
-        """Finds out whether the template takes a text or a list of parts, on a chat whose answers are known."""
+        """Finds out, on a chat with known answers, whether the template takes a text or a list of parts."""
         messages = [_message(role, text) for role, text in zip(("user", "assistant") * 2, _PROBE, strict=True)]
         self._special = re.compile("(?!)")
         problem: Exception | None = None
@@ -186,7 +189,8 @@ class ChatRenderer:
 
 
 def _end_of(answer: str, text: str, begin: int) -> int | None:
-    """Where `answer` ends if it stands at `begin`, or behind white space there: a template may write or strip some."""
+    """Where `answer` ends if it stands at `begin`; white space before it is skipped, which a template may write or
+    strip. `None` if it does not stand there."""
     if text.startswith(answer, begin):
         return begin + len(answer)
     while begin < len(text) and text[begin].isspace():

@@ -1,4 +1,4 @@
-"""What is in a data set: which samples cannot be used and why, and what a model would be trained on in the others."""
+"""Checking a data set: the samples that cannot be used, with the reasons, and the trained tokens of the others."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .conversations import Conversations
 from .encoding import ConversationEncoder
 
 
-NUM_EXAMPLES = 3  # messages that are kept for each reason
+NUM_EXAMPLES = 3  # error messages that are kept for each reason
 TRAINED_STYLE = "bold green"
 
 
 @dataclass(frozen=True)
 class ShownSample:
-    """A sample as a model reads it: `pieces` of text, each with whether it is trained."""
+    """A sample as a model reads it: `pieces` of text, each with a flag that says whether it is trained."""
 
     id: str
     pieces: list[tuple[str, bool]]
@@ -33,16 +33,18 @@ class ShownSample:
 @dataclass
 class DataReport:
     """
+    The result of [`check_conversations`].
+
     Args:
-        name (`str`): of the data.
-        num_samples (`int`): all of them.
-        reasons (`Counter[str]`): how many cannot be used for which reason.
-        examples (`dict[str, list[str]]`): the first few messages for each reason.
-        lengths (`list[int]`): tokens of each sample that can be used, after cutting to `max_length`.
-        max_length (`int`): samples are cut to this.
-        num_trained_tokens (`int`): the assistant's tokens in all of these.
-        num_with_images, num_images (`int`): samples with images, and their images.
-        shown (`list[ShownSample]`): the first few.
+        name: name of the data.
+        num_samples: number of samples in the data.
+        max_length: length, in tokens, to which samples are cut.
+        reasons: number of samples that cannot be used, by reason.
+        examples: the first few error messages for each reason.
+        lengths: number of tokens of each usable sample, after cutting.
+        num_trained_tokens: number of the assistant's tokens in all usable samples.
+        num_with_images, num_images: number of usable samples with images, and number of their images.
+        shown: the first few usable samples.
     """
 
     name: str
@@ -72,14 +74,14 @@ def check_conversations(
     Reads and encodes every sample, with its images, as training would.
 
     Args:
-        conversations ([`Conversations`]): the data.
-        processor (`ProcessorMixin` or `PreTrainedTokenizerBase`): the target's.
-        max_length (`int`): longer samples are cut to so many tokens.
-        num_shown (`int`): samples that are kept as text. Half of them have images, where there are enough.
-        strict (`bool`): raise at the first sample that cannot be used.
+        conversations: the data.
+        processor (`ProcessorMixin` or `PreTrainedTokenizerBase`): the target's processor.
+        max_length: longer samples are cut to so many tokens.
+        num_shown: number of samples that are kept as text. Half of them have images, if there are enough.
+        strict: raise at the first sample that cannot be used.
 
     Raises:
-        MSDDataError: with `strict`.
+        MSDDataError: with `strict`, when a sample cannot be used.
     """
     encoder = ConversationEncoder(processor, max_length)
     report = DataReport(conversations.name, len(conversations), max_length)
@@ -110,8 +112,8 @@ def check_conversations(
 
 
 def render_report(report: DataReport, console: Console) -> None:
-    """Prints a report: counts, a table of reasons, and the samples that it keeps, with the trained tokens in green, or
-    between ‹ and › where the terminal has no colours."""
+    """Prints a report: counts, a table of reasons, and the shown samples. Trained tokens are green, or stand between ‹
+    and › if the terminal has no colours."""
     skipped = report.num_samples - report.num_ok
     console.print(f"{report.name}: {report.num_ok:,} of {report.num_samples:,} samples can be used", markup=False)
     if report.num_ok:
@@ -131,7 +133,7 @@ def render_report(report: DataReport, console: Console) -> None:
         for name in ("reason", "samples", "for example"):
             table.add_column(name, justify="right" if name == "samples" else "left")
         for reason, count in report.reasons.most_common():
-            # As texts: brackets in data are no markup.
+            # `Text`, so that brackets in the data are not read as markup.
             table.add_row(Text(reason), f"{count:,}", Text("\n".join(report.examples[reason])))
         console.print()
         console.print(table)
@@ -149,8 +151,8 @@ def render_report(report: DataReport, console: Console) -> None:
 
 
 def _to_pieces(sample: dict[str, torch.Tensor], tokenizer: Any) -> list[tuple[str, bool]]:
-    """Text of the tokens, in stretches that are trained or not. Runs of one added token, as of an image, are counted:
-    `<image>x36`."""
+    """The text of a sample in pieces, each with a flag that says whether it is trained. A run of the same added token,
+    such as the tokens of an image, is written with its length: `<image>x36`."""
     ids = sample["input_ids"]
     changes = (sample["assistant_mask"].diff().nonzero()[:, 0] + 1).tolist()
     added = tokenizer.added_tokens_decoder
@@ -167,7 +169,8 @@ def _to_pieces(sample: dict[str, torch.Tensor], tokenizer: Any) -> list[tuple[st
 
 
 def _runs(tokens: list[int], added: dict[int, Any]) -> list[tuple[int, int, int]]:
-    """First token, begin and end of each stretch: of one and the same added token, or of tokens between those."""
+    """Splits tokens into runs: of the same added token, or of ordinary tokens. Returns first token, begin and end of
+    each run."""
     runs: list[tuple[int, int, int]] = []
     for place, token in enumerate(tokens):
         if runs and (token == runs[-1][0] if token in added else runs[-1][0] not in added):
@@ -178,7 +181,8 @@ def _runs(tokens: list[int], added: dict[int, Any]) -> list[tuple[int, int, int]
 
 
 def _decode(ids: torch.Tensor, begin: int, end: int, tokenizer: Any) -> str:
-    """The text of some tokens behind those before them: alone, many tokenizers leave out a space at its begin."""
+    """The text of `ids[begin:end]`. The token before is decoded too, because many tokenizers drop the space at the
+    begin of a text."""
     before, text = (
         tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         for part in (ids[max(0, begin - 1) : begin], ids[max(0, begin - 1) : end])
