@@ -20,7 +20,7 @@ from .turns import read_messages
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Why a sample cannot be used: the reasons of every `MSDDataError`, by which samples are counted.
+# The `reason` of an `MSDDataError` is one of these; skipped samples are counted by it.
 REASONS = (
     "no conversation",
     "malformed turn",
@@ -46,15 +46,15 @@ REASONS = (
 @dataclass(frozen=True)
 class Conversation:
     """
-    A conversation, whatever form it was written in.
+    One conversation, in the same form for all formats of data.
 
     Args:
-        id (`str`): its `id` in the data, or its index.
-        messages (`list[dict]`): chat messages, `{"role": "system" | "user" | "assistant", "content": [...]}` with the
-            parts `{"type": "image"}` and `{"type": "text", "text": ...}`. After a system message user and assistant
-            take turns; an assistant's content is one text.
-        images (`tuple[Path | PIL.Image.Image, ...]`): one for each image part, in that order.
-        complete (`bool`): `False` if a length limit cut the last answer, so that its end is not to be learnt.
+        id: the `id` of the sample in the data, or its index.
+        messages: chat messages, `{"role": "system" | "user" | "assistant", "content": [...]}` with the parts
+            `{"type": "image"}` and `{"type": "text", "text": ...}`. User and assistant take turns after an optional
+            system message. The content of an assistant's message is one text.
+        images: one image for each image part, in that order.
+        complete: `False` if a length limit cut the last answer, whose end must then not be learnt.
     """
 
     id: str
@@ -64,7 +64,7 @@ class Conversation:
 
     def open_images(self) -> list[Image]:
         """
-        The images, read completely, as RGB.
+        Reads the images completely, as RGB.
 
         Raises:
             MSDDataError: "missing image" or "broken image".
@@ -89,13 +89,13 @@ def count_images(messages: Iterable[Mapping[str, Any]]) -> int:
 
 class Conversations:
     """
-    A map-style data set of [`Conversation`]s. Only the sample that is asked for is looked at, and no image is opened.
+    A map-style data set of [`Conversation`]s. A sample is parsed when it is indexed, and images are not opened.
 
     Args:
         samples (sequence of `dict`): raw samples.
-        name (`str`): what messages call the data.
-        image_folder (`Path`, *optional*): all images are in it. Kept as an attribute.
-        fingerprint (`str`, *optional*): identifies the content; computed when it is asked for by default.
+        name: name of the data in messages.
+        image_folder (*optional*): the folder that holds all images. Kept as an attribute.
+        fingerprint (*optional*): identifies the content. By default it is computed at its first use.
     """
 
     def __init__(self, samples: Any, name: str, image_folder: Path | None = None, fingerprint: str | None = None):
@@ -107,7 +107,7 @@ class Conversations:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the raw samples, without the content of image files."""
+        """sha256 of the raw samples. The content of image files is not part of it."""
         digest = hashlib.sha256()
         for index in range(len(self._samples)):
             digest.update(json.dumps(self._samples[index], sort_keys=True, default=_describe).encode() + b"\n")
@@ -118,10 +118,10 @@ class Conversations:
 
     def __getitem__(self, index: int) -> Conversation:
         """
-        One sample.
+        Parses one sample.
 
         Raises:
-            MSDDataError: when it is broken; which of the `REASONS` it is stands in `reason`.
+            MSDDataError: when the sample is broken; its `reason` is one of `REASONS`.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.name} has {len(self)} samples, but number {index} was asked for.")
@@ -136,7 +136,7 @@ class Conversations:
         return Conversation(sample_id, messages, images, complete=sample.get("complete") is not False)
 
     def _locate(self, reference: Any) -> Path | Image:
-        if isinstance(reference, Mapping):  # how `datasets` stores an image
+        if isinstance(reference, Mapping):  # `datasets` stores images like this
             if reference.get("bytes"):
                 return _decode(BytesIO(reference["bytes"]), str(reference.get("path") or "an image in the data"))
             reference = reference.get("path")
@@ -160,16 +160,16 @@ class Conversations:
 
 def load_conversations(data: Any, image_folder: str | Path | None = None) -> Conversations:
     """
-    Opens conversations to train on. Samples are checked one by one as they are asked for.
+    Opens conversations to train on. Each sample is checked when it is indexed.
 
     Args:
         data (`str`, `Path`, `datasets.Dataset` or sequence of `dict`): a `.json` file that holds a list, a `.jsonl`
-            file, or samples in memory. Each has `conversations` (turns with `from` and `value`, as LLaVA and ShareGPT
-            write them) or `messages` (turns with `role` and `content`), and optionally `image` or `images`: a path, a
-            PIL image or `{"bytes", "path"}`, or a list of these. An image stands where `<image>` is in the text of a
-            turn, or where there is an image part.
-        image_folder (`str` or `Path`, *optional*): folder that image paths are relative to; all images must be in it.
-            By default the folder of the file.
+            file, or samples in memory. Each sample has `conversations` (turns with `from` and `value`, as in LLaVA and
+            ShareGPT) or `messages` (turns with `role` and `content`), and optionally `image` or `images`: a path, a
+            PIL image or `{"bytes", "path"}`, or a list of these. The tag `<image>` in a text, or an image part, marks
+            the place of an image.
+        image_folder (*optional*): folder that image paths are relative to; all images must be in it. By default the
+            folder of the file.
 
     Raises:
         MSDError: when the data as a whole cannot be read.
@@ -190,13 +190,13 @@ def load_conversations(data: Any, image_folder: str | Path | None = None) -> Con
         )
     if hasattr(data, "with_format") and hasattr(data, "features"):
         name = getattr(data.info, "dataset_name", None) or "dataset"
-        own = data.format["type"] == "custom"  # the user's transform makes the samples
+        own = data.format["type"] == "custom"  # a transform of the user makes the samples
         return Conversations(data if own else _Undecoded(data), name, folder, data._fingerprint)
     return Conversations(data, f"{type(data).__name__} of {len(data)}", folder)
 
 
 class _Undecoded:
-    """Rows of a `datasets.Dataset` whose images are still bytes: it would decode them all at once by itself."""
+    """Rows of a `datasets.Dataset` with undecoded images. The data set itself would decode all images of a row at once."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset.with_format("arrow")
@@ -219,7 +219,7 @@ def _parse(content: bytes, path: Path) -> list[dict[str, Any]]:
     try:
         text = content.decode("utf-8-sig")
         if path.suffix == ".jsonl":
-            # Not `splitlines`: a text may hold other line separators of Unicode as they are.
+            # Not `splitlines`, which also splits at the other line separators of Unicode that a text may hold.
             samples = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             samples = json.loads(text)
@@ -257,12 +257,12 @@ def _decode(source: Path | BytesIO, name: str) -> Image:
 def _to_rgb(image: Image, name: str) -> Image:
     try:
         return image.convert("RGB")
-    except Exception as error:  # what Pillow's many formats raise for damaged files is no one class
+    except Exception as error:  # Pillow raises many kinds of errors for damaged files
         raise MSDDataError("broken image", f"{name} is damaged: {error}.") from error
 
 
 def _describe(value: Any) -> Any:
-    """What stands for a value in the fingerprint that JSON does not know."""
+    """Replaces a value that JSON cannot hold, for the fingerprint."""
     if isinstance(value, bytes):
         return hashlib.sha256(value).hexdigest()
     if hasattr(value, "tobytes") and hasattr(value, "mode"):

@@ -1,4 +1,4 @@
-"""From a conversation to what the target reads, with a mask of the assistant's tokens; and from these to batches."""
+"""From conversations to inputs of the target, with a mask of the assistant's tokens, and to batches of them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .expansion import Stretch, TokenizerRecorder, align, move
 
 class ConversationEncoder:
     """
-    Encodes conversations by the target's own processor and chat template.
+    Encodes conversations with the target's own processor and chat template.
 
-    Which tokens are the assistant's is known from the characters of the rendered text, and each time checked against
-    what the tokens decode to: a mask is right, or there is an error.
+    The mask of the assistant's tokens follows from the characters of the answers in the rendered text. The masked
+    tokens are decoded and compared with the answers, so that a mask is never wrong: it is right or there is an error.
 
     Args:
-        processor (`ProcessorMixin` or `PreTrainedTokenizerBase`): the target's.
-        max_length (`int`): longer samples are cut to so many tokens.
+        processor (`ProcessorMixin` or `PreTrainedTokenizerBase`): the target's processor.
+        max_length: longer samples are cut to so many tokens.
 
     Raises:
-        MSDError: when tokens cannot be told apart with this tokenizer or chat template.
+        MSDError: when this tokenizer or chat template does not show which tokens belong to an answer.
     """
 
     def __init__(self, processor: Any, max_length: int = 2048):
@@ -52,23 +52,23 @@ class ConversationEncoder:
         Encodes one conversation up to its last answer.
 
         Returns:
-            `dict`: `input_ids` (long, `[L]`), with images expanded; `assistant_mask` (bool, `[L]`): answers with the
-            token that ends them; and whatever else the processor makes: `[L]` what has a value a token, images with
-            their leading dimension.
+            `input_ids` (long, `[L]`) with expanded images; `assistant_mask` (bool, `[L]`), true at answers and the
+            tokens that end them; and the other outputs of the processor: those with one value per token as `[L]`,
+            images with their leading dimension.
 
         Raises:
-            MSDDataError: when it cannot be encoded, see `REASONS`.
+            MSDDataError: when the conversation cannot be encoded, see `REASONS`.
         """
         with errors_name_sample(conversation.id):
             return self._encode(conversation)
 
     def answer_tokens(self, conversation: Conversation) -> torch.Tensor:
         """
-        The assistant's tokens alone (long, `[A]`), each answer's with the token that ends it. No image is opened, and
-        nothing is cut, since how long the whole is depends on the images.
+        The tokens of all answers (long, `[A]`), including the tokens that end them. Images are not opened. Nothing is
+        cut, because the length of the conversation is not known without its images.
 
         Raises:
-            MSDDataError: when it cannot be encoded, see `REASONS`.
+            MSDDataError: when the conversation cannot be encoded, see `REASONS`.
         """
         with errors_name_sample(conversation.id):
             _, chat = self._render(conversation)
@@ -78,18 +78,18 @@ class ConversationEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of everything that the result depends on: tokenizer, processor, chat template, `max_length`."""
+        """sha256 of the tokenizer, the processor, the chat template and `max_length`, which determine the result."""
         tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        # Not settings but the state that the last call left.
+        # `truncation` and `padding` hold the state of the last call, not settings.
         state = {name: value for name, value in tokenizer.items() if name not in ("truncation", "padding")}
         settings = [] if self.processor is self.tokenizer else [self.processor.to_dict()]
         content = [state, self.tokenizer.special_tokens_map, settings, self.processor.chat_template, self.max_length]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     def _render(self, conversation: Conversation) -> tuple[Conversation, RenderedChat]:
-        """The conversation up to its last answer, and its text."""
+        """Returns the conversation up to its last answer, and its text."""
         messages = conversation.messages
-        while messages and messages[-1]["role"] != "assistant":  # nothing to learn there
+        while messages and messages[-1]["role"] != "assistant":  # there is nothing to learn after the last answer
             messages = messages[:-1]
         if not messages:
             raise MSDDataError("no assistant turn", "nobody answers the user.")
@@ -120,13 +120,13 @@ class ConversationEncoder:
         arguments["add_special_tokens"] = adds_special_tokens(self.tokenizer, text)
         if self.processor is self.tokenizer:
             return dict(recorder([text], **arguments))
-        processor = copy.copy(self.processor)  # the user's own keeps its tokenizer
+        processor = copy.copy(self.processor)  # the user's processor keeps its tokenizer
         processor.tokenizer = recorder
         if images:
             arguments["images"] = images
         try:
             return dict(processor(text=[text], **arguments))
-        except (ValueError, ArithmeticError) as error:  # of an image that is too small or too narrow, for example
+        except (ValueError, ArithmeticError) as error:  # for example, an image is too small or too narrow
             raise MSDDataError("refused by processor", f"the processor refuses it: {error}") from error
 
     def _mask(self, chat: RenderedChat, recorder: TokenizerRecorder, stretches: list[Stretch]) -> torch.Tensor:
@@ -134,12 +134,12 @@ class ConversationEncoder:
         mask = torch.zeros(len(starts), dtype=torch.bool)
         for answer in chat.answers:
             begin, end = move(answer, stretches)
-            # Byte-level tokenizers give white space no characters but the place behind it.
+            # Byte-level tokenizers give a token of white space an empty span at the end of the white space.
             blank = (starts == ends) & (starts > begin) & (ends <= end)
             tokens = ((starts < end) & (ends > begin) & (starts < ends) | blank).nonzero()[:, 0]
             if len(tokens) == 0 or len(tokens) != tokens[-1] - tokens[0] + 1:
                 raise MSDDataError("tokenization", f"no run of tokens stands for the answer {text[begin:end][:80]!r}.")
-            # Would also tell of a token that belongs to an answer and to what is beside it.
+            # This check also fails if a token belongs partly to the answer and partly to the text beside it.
             decoded = self.tokenizer.decode(
                 recorder.ids[tokens], skip_special_tokens=False, clean_up_tokenization_spaces=False
             )
@@ -168,16 +168,16 @@ class ConversationEncoder:
 
 def collate_conversations(samples: Sequence[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
     """
-    One batch of encoded conversations, padded on the right.
+    Makes one batch of encoded conversations, padded on the right.
 
     Args:
-        samples: from [`ConversationEncoder`], with or without images.
-        pad_token_id (`int`): fills `input_ids`.
+        samples: outputs of [`ConversationEncoder`], with or without images.
+        pad_token_id: padding of `input_ids`.
 
     Returns:
-        `dict`: `input_ids` (long, `[B, L]`), `attention_mask` (long, `[B, L]`), `assistant_mask` (bool, `[B, L]`),
-        other values a token (`[B, L]`, padded with 0), and images one after another along their first dimension; where
-        the images differ in another one (patches in LLaVA-NeXT), zeros fill it.
+        `input_ids` (long, `[B, L]`), `attention_mask` (long, `[B, L]`), `assistant_mask` (bool, `[B, L]`), other
+        values per token (`[B, L]`, padded with 0), and images, concatenated along their first dimension. If images
+        differ in another dimension (the patches of LLaVA-NeXT), they are padded with zeros.
     """
     lengths = [len(sample["input_ids"]) for sample in samples]
     batch: dict[str, torch.Tensor] = {}
@@ -203,7 +203,7 @@ def concatenate_padded(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
     padded = []
     for tensor in tensors:
-        # `pad` counts from the last dimension.
+        # `pad` takes the amounts of the last dimension first.
         missing = [size - own for size, own in zip(sizes, tensor.shape[1:], strict=True)]
         amounts = [amount for gap in reversed(missing) for amount in (0, gap)]
         padded.append(torch.nn.functional.pad(tensor, amounts) if any(missing) else tensor)
@@ -215,7 +215,7 @@ def _is_per_token(value: torch.Tensor, length: int) -> bool:
 
 
 def _canonical(text: str) -> str:
-    """What a tokenizer keeps of a text at the least."""
+    """A text without the details that a tokenizer may change: case, white space, compatible characters."""
     return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 

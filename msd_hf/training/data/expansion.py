@@ -1,4 +1,4 @@
-"""What a processor does to a text before it is tokenized: images become many tokens, and all behind them moves."""
+"""The expansion of images in a text: a processor replaces an image token by many, so that the text after it moves."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ...errors import MSDError
 @dataclass(frozen=True)
 class Stretch:
     """
-    Text that expansion leaves as it is.
+    A piece of text that expansion does not change.
 
     Args:
-        rendered (`int`): its first character in the rendered text.
-        expanded (`int`): its first character in the expanded text.
-        length (`int`): characters.
+        rendered: index of its first character in the rendered text.
+        expanded: index of its first character in the expanded text.
+        length: number of characters.
     """
 
     rendered: int
@@ -30,16 +30,15 @@ class Stretch:
 
 def align(rendered: str, expanded: str, image_tokens: Sequence[str]) -> list[Stretch]:
     """
-    The stretches of text before, between and behind the images. In the expanded text the images are what lies between
-    two stretches.
+    Finds the stretches of text before, between and after the images. The images lie between two stretches.
 
     Args:
-        rendered (`str`): what the chat template wrote.
-        expanded (`str`): what the tokenizer was given.
-        image_tokens (`Sequence[str]`): tokens in `rendered` that may be expanded.
+        rendered: the text that the chat template wrote.
+        expanded: the text that the tokenizer was given.
+        image_tokens: tokens in `rendered` that may be expanded.
 
     Raises:
-        MSDError: when anything else was changed.
+        MSDError: when the processor changed other text too.
     """
     borders = [0]
     if image_tokens:
@@ -62,7 +61,7 @@ def align(rendered: str, expanded: str, image_tokens: Sequence[str]) -> list[Str
 
 
 def move(span: tuple[int, int], stretches: list[Stretch]) -> tuple[int, int]:
-    """A span of the rendered text, free of images, in the expanded text."""
+    """Translates begin and end of a span without images from the rendered to the expanded text."""
     begin, end = span
     for stretch in stretches:
         shift = stretch.expanded - stretch.rendered
@@ -73,9 +72,9 @@ def move(span: tuple[int, int], stretches: list[Stretch]) -> tuple[int, int]:
 
 class TokenizerRecorder:
     """
-    A tokenizer that keeps the one text it was given (`text`), its tokens (`ids`, long, `[L]`) and the characters of
-    each (`offsets`, long, `[L, 2]`). A processor that has it as its tokenizer need not hand these out, and not every
-    one does.
+    Wraps a tokenizer and keeps the text of its last call (`text`), the tokens (`ids`, long, `[L]`) and the begin and
+    end of each token in characters (`offsets`, long, `[L, 2]`). It serves as the tokenizer of a processor, because not
+    every processor returns these.
     """
 
     def __init__(self, tokenizer: Any):

@@ -1,4 +1,4 @@
-"""From the turns of a raw sample, in whichever form, to chat messages and the images that they name."""
+"""From the turns of a raw sample, in any of the known forms, to chat messages and references to images."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ ROLES = {
     "bing": "assistant",
     "bard": "assistant",
 }
-# LLaVA writes "<image>\n"; a chat template writes what belongs next to an image itself.
+# LLaVA writes "<image>\n". The line breaks are dropped, since a chat template writes its own.
 _IMAGE_TAG = re.compile(r"\n?<image>\n?")
 _INLINE_KEYS = ("image", "path", "url")
 
-# While it is read, an image part carries the image that it stands for.
+# While a sample is read, an image part also holds the reference to its image.
 _Part = dict[str, Any]
 
 
@@ -31,8 +31,8 @@ def read_messages(sample: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list
     """
     The chat messages of a raw sample, and one reference (path, PIL image, `{"bytes", "path"}`) for each image part.
 
-    What is usual for ShareGPT is done to turns that are out of order: those of the assistant before the first of the
-    user are dropped, several of one role in a row become one, separated by a line break.
+    Turns that are out of order are mended as is usual for ShareGPT: turns of the assistant before the first turn of
+    the user are dropped, and consecutive turns of one role are joined with a line break.
 
     Raises:
         MSDDataError: when the turns or the number of images cannot be right.
@@ -93,12 +93,12 @@ def _split_tags(text: str) -> list[_Part]:
     parts = [_text(first)]
     for piece in rest:
         parts += [{"type": "image", "reference": None}, _text(piece)]
-    # White space alone, as between two tags, says nothing.
+    # A part of white space alone, as between two tags, is dropped.
     return [part for part in parts if part["type"] == "image" or part["text"].strip()] if rest else parts
 
 
 def _assign_images(messages: list[tuple[str, list[_Part]]], sample: Mapping[str, Any]) -> None:
-    """Gives the sample's images to the image parts that do not bring their own, in place."""
+    """Gives the images of the sample, in place, to the image parts that have none."""
     images = sample.get("images") or sample.get("image")
     if images is None or images == "":
         images = []
@@ -153,7 +153,7 @@ def _text(text: str) -> _Part:
 
 
 def _first(mapping: Mapping[str, Any], names: Iterable[str]) -> Any:
-    """The first of some values that is there; columns of a data set that a sample does not use hold `None`."""
+    """The first value that is not `None`. A data set with columns holds `None` where a sample lacks one."""
     return next((mapping[name] for name in names if mapping.get(name) is not None), None)
 
 

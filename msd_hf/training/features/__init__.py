@@ -1,1 +1,1 @@
-"""A target's features on disk."""
+"""Training features of a target, cached on disk."""

@@ -1,4 +1,4 @@
-"""A target's features on disk: extracted once, read by every epoch of a draft's training."""
+"""The feature cache: features of a target, extracted once and read in every epoch of a draft's training."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class ExtractionReport:
-    """What a cache holds.
+    """
+    The size of a cache.
 
     Args:
-        num_samples, num_tokens, num_bytes (`int`): of the whole cache.
-        skipped (`dict[str, int]`): samples that could not be used, by reason.
-        estimate (`DiskEstimate`, *optional*): made beforehand; `None` if nothing was left to do.
+        num_samples, num_tokens, num_bytes: totals of the whole cache.
+        skipped: number of samples that could not be used, by reason.
+        estimate: the estimate from before the extraction; `None` if the cache was complete already.
     """
 
     num_samples: int
@@ -64,30 +65,30 @@ def extract_features(
     num_workers: int = 0,
 ) -> ExtractionReport:
     """
-    Runs the target over conversations and writes what a draft learns from to a folder, for [`FeatureCache`].
+    Runs the target over conversations and writes the training features to a folder, for [`FeatureCache`].
 
-    Interrupted in any way, the same call goes on with the first shard that is not complete, and what it writes is the
-    same to the last bit. On a complete cache it does nothing.
+    If the extraction is interrupted, the same call resumes with the first incomplete shard and writes the same bits.
+    On a complete cache it does nothing.
 
     Args:
-        target (`PreTrainedModel`): frozen; any dtype, device or quantisation.
-        processor (`ProcessorMixin`): the target's.
-        conversations (`Conversations`): of [`load_conversations`].
-        folder (`str` or `Path`): for this cache alone; made if needed.
-        max_length (`int`): tokens of a sample at most, see [`ConversationEncoder`].
-        storage (`str`): `"auto"` (the target's dtype), `"float32"`, `"bfloat16"`, `"float16"`, or `"int8"` with a
-            scale for each row.
-        batch_size (`int`): samples per forward of the target.
-        feature_layers (`Sequence[int]`, *optional*): layers of the target to keep besides the last hidden state.
-        all_hidden_states (`bool`): also those that only a draft with `decouple_visual_tokens=False` reads.
-        strict (`bool`): raise the error of the first broken sample, where others are skipped and counted.
-        samples_per_shard (`int`): conversations per file; as many are in memory, and lost when the run is killed.
-        num_workers (`int`): processes that read images and tokenize ahead of the target.
+        target: the frozen target, in any dtype, on any device, quantised or not.
+        processor: the target's processor.
+        conversations: the data, see [`load_conversations`].
+        folder: the folder of this cache, without other files. It is created if needed.
+        max_length: longest sample in tokens, see [`ConversationEncoder`].
+        storage: `"auto"` (the target's dtype), `"float32"`, `"bfloat16"`, `"float16"`, or `"int8"` with a scale for
+            each row.
+        batch_size: samples per forward of the target.
+        feature_layers (*optional*): ids of the layers to keep besides the last hidden state.
+        all_hidden_states: also keep hidden states that only a draft with `decouple_visual_tokens=False` reads.
+        strict: raise the error of the first broken sample instead of skipping and counting broken samples.
+        samples_per_shard: conversations per file. This many are held in memory, and are lost when the run is killed.
+        num_workers: processes that read images and tokenize ahead of the target.
 
     Raises:
-        MSDError: when the folder holds something else or a cache made in another way, when the disk is too small, or
+        MSDError: when the folder holds other files or a cache made with other settings, when the disk is too small, or
             when no sample can be used.
-        MSDDataError: with `strict`, for a broken sample.
+        MSDDataError: with `strict`, when a sample is broken.
     """
     if batch_size < 1 or samples_per_shard < 1:
         raise MSDError(f"`batch_size` {batch_size} and `samples_per_shard` {samples_per_shard} must be at least 1.")
@@ -180,16 +181,16 @@ def _write_shards(
 
 class FeatureCache(Dataset):
     """
-    The samples of a complete cache folder, in the order of the data without those that were skipped.
+    The samples of a complete cache folder, in the order of the data, without the skipped ones.
 
-    Opening reads the index alone, and a sample is read from disk when it is asked for, so a cache may be much larger
-    than memory. Can be given to the workers of a `DataLoader`.
+    Opening a cache reads only its index. Each sample is read from disk when it is indexed, so that a cache may be much
+    larger than memory. A cache can be used by the workers of a `DataLoader`.
 
     Args:
-        folder (`str` or `Path`): of [`extract_features`].
+        folder: the folder that [`extract_features`] wrote.
 
     Raises:
-        MSDError: when there is no complete and undamaged cache.
+        MSDError: when the folder holds no cache, or the cache is incomplete or damaged.
     """
 
     def __init__(self, folder: str | Path):
@@ -198,7 +199,7 @@ class FeatureCache(Dataset):
         if not self.index.complete:
             raise MSDError(
                 f"The feature cache in {str(folder)!r} is not complete: {len(self.index.shards)} of "
-                f"{self.index.num_shards} shards. Run the same extraction again, which goes on from there."
+                f"{self.index.num_shards} shards. Run the same extraction again: it resumes there."
             )
         for number in range(self.index.num_shards):
             self.index.check_shard(self.folder, number)
@@ -211,12 +212,12 @@ class FeatureCache(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """
-        One sample of L tokens, V of them visual; W is the hidden size H times one plus the number of feature layers.
+        Reads one sample of L tokens, V of them visual. W is (1 + number of feature layers) times the hidden size H.
 
         Returns:
             `input_ids` (`LongTensor` of shape `[L]`), `assistant_mask` and `visual_mask` (`BoolTensor` of shape
-            `[L]`), `visual_embeds` (`[V, H]`), and `hidden_states` (`[L, W]`), zero where they are not stored. Floats
-            are of the dtype in which they are stored, float32 from int8.
+            `[L]`), `visual_embeds` (`[V, H]`), and `hidden_states` (`[L, W]`), which are zero at rows that are not
+            stored. The last two have the dtype in which they are stored, or float32 if they are stored as int8.
         """
         index = range(len(self))[index]
         shard = bisect_right(self._ends, index)
@@ -226,7 +227,7 @@ class FeatureCache(Dataset):
         rows = sample["hidden_states"]
         return {
             "input_ids": sample["input_ids"].long(),
-            "assistant_mask": sample["assistant_mask"].clone(),  # what is read lies in the mapped file
+            "assistant_mask": sample["assistant_mask"].clone(),  # the tensor that was read lies in the mapped file
             "visual_mask": sample["visual_mask"].clone(),
             "visual_embeds": sample["visual_embeds"].clone(),
             "hidden_states": rows.new_zeros(len(stored), rows.shape[-1]).masked_scatter(stored.unsqueeze(-1), rows),
@@ -246,14 +247,14 @@ class FeatureCache(Dataset):
         needs_all_hidden_states: bool = False,
     ) -> None:
         """
-        Makes sure that the cache is what a target would give.
+        Checks that the cache was made with this target, this processor and these settings.
 
         Args:
             target, processor, max_length, feature_layers: see [`extract_features`].
-            needs_all_hidden_states (`bool`): whether the draft reads the hidden states before visual positions too.
+            needs_all_hidden_states: whether the draft also reads the hidden states before visual positions.
 
         Raises:
-            MSDError: names what differs.
+            MSDError: names the differences.
         """
         expected = {"max_length": max_length, "feature_layers": sorted(feature_layers or ())}
         if needs_all_hidden_states:
@@ -273,12 +274,12 @@ class FeatureCache(Dataset):
 
 def collate_features(samples: Sequence[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
     """
-    A right-padded batch of samples of a [`FeatureCache`].
+    Makes a right-padded batch of samples of a [`FeatureCache`].
 
     Returns:
         `input_ids` and `attention_mask` (`LongTensor` of shape `[B, L]`), `assistant_mask` and `visual_mask`
-        (`BoolTensor` of shape `[B, L]`), `hidden_states` (`[B, L, W]`), and `visual_embeds` (`[V, H]`): the rows of
-        all samples, in the row-major order of `visual_mask`.
+        (`BoolTensor` of shape `[B, L]`), `hidden_states` (`[B, L, W]`), and `visual_embeds` (`[V, H]`), the visual
+        rows of all samples in the row-major order of `visual_mask`.
     """
     padding = {"input_ids": pad_token_id, "assistant_mask": False, "visual_mask": False, "hidden_states": 0.0}
     batch = {

@@ -1,4 +1,4 @@
-"""How much disk features will take, before any of them is computed."""
+"""Estimating the disk space of features before they are computed."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ _NUM_PROBES = 64
 
 @dataclass(frozen=True)
 class DiskEstimate:
-    """What features will take on disk, judged from a few samples.
+    """
+    The estimated size of a cache.
 
     Args:
-        num_samples, num_tokens, num_bytes (`int`): of the whole cache.
-        storage (`str`): the number format.
+        num_samples, num_tokens, num_bytes: totals of the whole cache.
+        storage: the number format.
     """
 
     num_samples: int
@@ -54,15 +55,15 @@ def estimate_disk(
     all_hidden_states: bool = False,
 ) -> DiskEstimate:
     """
-    The disk that [`extract_features`] needs with the same arguments, from at most 64 samples, evenly spaced, that are
-    encoded but not run through the target.
+    Estimates the disk space that [`extract_features`] needs with the same arguments. At most 64 evenly spaced samples
+    are encoded; the target does not run.
     """
     adapter = TargetAdapter(target, feature_layers=feature_layers)
     storage = resolve_storage(storage, target.dtype)
     hidden_size = target.config.get_text_config(decoder=True).hidden_size
     width = adapter.reads.width
     num_probes = min(_NUM_PROBES, len(conversations))
-    # From the middle of each of as many equal parts, as data are often sorted.
+    # One sample from the middle of each of `num_probes` equal parts, because data are often sorted.
     indices = [(2 * number + 1) * len(conversations) // (2 * num_probes) for number in range(num_probes)]
     num_samples = num_tokens = num_bytes = 0
     for item in iterate_encoded(conversations, ConversationEncoder(processor, max_length), indices):
@@ -79,7 +80,7 @@ def estimate_disk(
 def check_disk(folder: Path, num_bytes: int) -> None:
     """
     Raises:
-        MSDError: when the disk of `folder`, which need not exist yet, has less than `num_bytes` left.
+        MSDError: when the disk of `folder` has less than `num_bytes` left. The folder need not exist yet.
     """
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free

@@ -1,4 +1,4 @@
-"""From conversations to packed features: encode, sort by length, run the target, keep what a draft reads."""
+"""From conversations to packed features: encode, sort by length, run the target, keep the rows that a draft reads."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from ..data.encoding import ConversationEncoder, collate_conversations
 from .storage import pack, stored_rows
 
 
-_BATCHES_PER_WINDOW = 8  # in which samples are sorted by length
+_BATCHES_PER_WINDOW = 8  # samples are sorted by length within a window
 
 Sample = dict[str, torch.Tensor]
 
 
 @dataclass
 class EncodedConversation:
-    """A conversation as its target takes it, or why it cannot be used.
+    """
+    A conversation as inputs of the target, or the error that makes it unusable.
 
     Args:
-        id (`str`): of the conversation.
-        inputs (`dict[str, torch.Tensor]`): see [`ConversationEncoder`]; empty if it cannot be used.
-        error (`MSDError`, *optional*): what is wrong with it.
+        id: id of the conversation.
+        inputs: see [`ConversationEncoder`]; empty if there is an error.
+        error: why the conversation cannot be used; `None` if it can.
     """
 
     id: str
@@ -43,12 +44,12 @@ class _EncodedConversations(Dataset):
         self.conversations, self.encoder = conversations, encoder
 
     def __getitem__(self, index: int) -> EncodedConversation:
-        sample_id = f"#{index}"  # the place in the data, of a sample that is too broken to have an id
+        sample_id = f"#{index}"  # a sample may be too broken to have an id
         try:
             conversation = self.conversations[index]
             sample_id = conversation.id
             return EncodedConversation(sample_id, self.encoder(conversation))
-        except MSDError as error:  # raised again by this process, whose user reads one line of it
+        except MSDError as error:  # returned, so that the main process raises it and the user sees one line
             return EncodedConversation(getattr(error, "sample_id", None) or sample_id, {}, error)
 
 
@@ -59,14 +60,14 @@ def iterate_encoded(
     Encodes the conversations at `indices`, in that order, in `num_workers` processes beside this one.
 
     Raises:
-        MSDError: for what is wrong with more than one sample.
+        MSDError: for an error that does not concern a single sample.
     """
     dataset = _EncodedConversations(conversations, encoder)
     for encoded in DataLoader(dataset, sampler=indices, batch_size=None, num_workers=num_workers):
         if encoded.error is not None and not isinstance(encoded.error, MSDDataError):
             raise encoded.error
         if num_workers:
-            # What a worker sends keeps a file open for each tensor; a window of them can be too many.
+            # Each tensor from a worker keeps a file open; a window of samples could exceed the limit of open files.
             encoded.inputs = {name: tensor.clone() for name, tensor in encoded.inputs.items()}
         yield encoded
 
@@ -76,11 +77,11 @@ class FeatureExtractor:
     Runs a frozen target over encoded conversations.
 
     Args:
-        adapter (`TargetAdapter`): of the target, with the layers that are wanted.
-        pad_token_id (`int`): fills up shorter samples of a batch.
-        storage (`str`): number format, see [`pack`].
-        all_hidden_states (`bool`): see [`stored_rows`].
-        batch_size (`int`): samples per forward.
+        adapter: the target with the layers to keep.
+        pad_token_id: padding of shorter samples in a batch.
+        storage: number format, see [`pack`].
+        all_hidden_states: see [`stored_rows`].
+        batch_size: samples per forward.
     """
 
     def __init__(
@@ -91,8 +92,8 @@ class FeatureExtractor:
 
     def __call__(self, encoded: Iterable[EncodedConversation]) -> Iterator[tuple[str, Sample | MSDDataError]]:
         """
-        The id of each conversation, in the given order, with its packed features or the reason why it has none.
-        Batches are made of neighbours in length within a window, always the same way.
+        Yields the id of each conversation, in the given order, with its packed features or the error of the sample.
+        A batch holds samples of similar length from one window. The same samples always make the same batches.
         """
         encoded = iter(encoded)
         while window := list(islice(encoded, _BATCHES_PER_WINDOW * self.batch_size)):
@@ -139,7 +140,7 @@ class FeatureExtractor:
 
     @staticmethod
     def _gather(features: torch.Tensor, masks: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The rows of `[B, L, W]` that are to be kept of each sample, on the CPU, copied in one go."""
+        """The rows of `[B, L, W]` that the masks keep, by sample, on the CPU. All rows are copied together."""
         mask = pad_sequence(masks, batch_first=True).to(features.device)
         return features[mask].cpu().split([int(kept.sum()) for kept in masks])
 
@@ -154,7 +155,7 @@ class FeatureExtractor:
 
 
 def sample_visual_mask(adapter: TargetAdapter, inputs: Sample) -> torch.Tensor:
-    """Where a sample `[L]` holds visual positions."""
+    """The mask `[L]` of the visual positions of a sample."""
     return adapter.visual_mask(inputs["input_ids"].unsqueeze(0)).squeeze(0)
 
 

@@ -1,4 +1,4 @@
-"""Telling one target from another without reading all of it."""
+"""Fingerprints of targets that do not read all weights."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from accelerate.utils import align_module_device
 from transformers import PreTrainedModel
 
 
-# Fields of a config that say where a model came from or how it is run, not what it computes. Quantisation shows in
-# the weights.
+# Fields of a config that do not change the function of a model. Quantisation changes it, but shows in the weights.
 _VOLATILE_FIELDS = frozenset(
     (
         "_name_or_path",
@@ -24,7 +23,7 @@ _VOLATILE_FIELDS = frozenset(
         "quantization_config",
     )
 )
-_SAMPLED_VALUES = 1024  # read at either end of a weight
+_SAMPLED_VALUES = 1024  # number of values that are read at either end of a weight
 _CHUNK_VALUES = 1 << 24
 
 
@@ -32,11 +31,11 @@ def target_fingerprint(target: PreTrainedModel) -> str:
     """
     Identifies a target by its configuration, its whole embedding and head, and both ends of every other weight.
 
-    It depends neither on the folder that the target was loaded from, nor on its device, nor on a dtype that holds the
-    same values (a bfloat16 checkpoint loaded as float32). Takes seconds for a model of 7B parameters.
+    The fingerprint depends neither on the folder of the target, nor on its device, nor on a dtype that holds the same
+    values (a bfloat16 checkpoint loaded as float32). It takes seconds for a model of 7B parameters.
 
     Returns:
-        `str`: 64 hexadecimal digits.
+        64 hexadecimal digits.
     """
     config = json.dumps(_without_volatile(target.config.to_diff_dict()), sort_keys=True, default=str)
     shared = [target.get_input_embeddings(), target.get_output_embeddings()]
@@ -46,13 +45,13 @@ def target_fingerprint(target: PreTrainedModel) -> str:
         names = [name for name, _ in weights if name not in module._non_persistent_buffers_set]
         if not names:
             continue
-        # Brings in the weights of modules that accelerate keeps elsewhere; does nothing for all others.
+        # Loads the weights of modules that accelerate keeps elsewhere; does nothing for other modules.
         with align_module_device(module, torch.device("cpu")):
             for name in names:
                 weight = getattr(module, name)
                 if weight is not None:
                     digests.append(_digest(name, weight.detach(), whole=module in shared))
-    # Sorted, so that a release of transformers which lists or names its modules in another way changes nothing.
+    # Sorted, because releases of transformers differ in the order and the names of modules.
     return hashlib.sha256("\n".join([config, *sorted(digests)]).encode()).hexdigest()
 
 
@@ -72,7 +71,7 @@ def _digest(name: str, weight: torch.Tensor, whole: bool) -> str:
     for chunk in chunks:
         if chunk.is_floating_point():
             chunk = chunk.to(torch.float32)
-        digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy())  # quantised weights: bytes as they are
+        digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy())  # quantised weights keep their bytes
     return digest.hexdigest()
 
 

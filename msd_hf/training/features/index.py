@@ -1,4 +1,4 @@
-"""The index of a feature cache: what it was made with, and which shards it has."""
+"""The index of a feature cache: its settings and its shards."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ INDEX_NAME = "index.json"
 
 @dataclass
 class CacheIndex:
-    """What a cache folder holds, and what it was made with.
+    """
+    The settings and the shards of a cache folder.
 
     Args:
-        target, encoder, conversations (`str`): fingerprints.
-        target_dtype (`str`): of the target while it ran.
-        num_conversations, max_length, samples_per_shard (`int`), storage (`str`), all_hidden_states (`bool`),
-            feature_layers (`list[int]`): arguments of [`extract_features`]; shard i is made of the conversations
-            from `i * samples_per_shard` on.
-        hidden_size (`int`): of the target.
-        shards (`list[dict]`): of each shard `file`, `bytes`, `samples`, `tokens`, `ids`, and `skipped`: ids by reason.
-        complete (`bool`): whether no shard is to come.
+        target, encoder, conversations: fingerprints.
+        target_dtype: dtype of the target during the extraction.
+        num_conversations: number of conversations in the data.
+        max_length, storage, feature_layers, all_hidden_states, samples_per_shard: arguments of [`extract_features`].
+            Shard i begins with conversation `i * samples_per_shard`.
+        hidden_size: hidden size of the target.
+        shards: `file`, `bytes`, `samples`, `tokens`, `ids` and `skipped` (ids by reason) of each shard.
+        complete: whether all shards are written.
     """
 
     target: str
@@ -51,7 +52,7 @@ class CacheIndex:
 
     @property
     def num_shards(self) -> int:
-        """Shards of the complete cache."""
+        """Number of shards of the complete cache."""
         return -(-self.num_conversations // self.samples_per_shard)
 
     @property
@@ -72,11 +73,16 @@ class CacheIndex:
         return Counter(reason for shard in self.shards for reason, ids in shard["skipped"].items() for _ in ids)
 
     def skipped_table(self) -> str:
-        """`skipped` in words."""
+        """`skipped` as text."""
         return ", ".join(f"{reason} {count:,}" for reason, count in self.skipped.most_common())
 
     def check_shard(self, folder: Path, number: int) -> None:
-        """Raises an [`MSDError`] when a shard is not there as it was written. Costs no reading."""
+        """
+        Checks that the file of a shard exists and has its size. The file is not read.
+
+        Raises:
+            MSDError: when the file is missing or has another size.
+        """
         shard = self.shards[number]
         if not shard["samples"]:
             return
@@ -87,7 +93,7 @@ class CacheIndex:
             raise damaged_shard(path, f"it has {path.stat().st_size} bytes instead of {shard['bytes']}")
 
     def has_shard(self, folder: Path, number: int) -> bool:
-        """Whether a shard is there as it was written."""
+        """Whether the file of a shard exists and has its size."""
         try:
             self.check_shard(folder, number)
         except (IndexError, MSDError):
@@ -102,7 +108,7 @@ class CacheIndex:
         ids: list[str],
         skipped: dict[str, list[str]],
     ) -> None:
-        """Writes the next shard, or a damaged one anew, and then the index."""
+        """Writes the next shard, or replaces a damaged one, and then writes the index."""
         path = folder / f"shard-{number:05d}.safetensors"
         if samples:
             write_shard(path, samples)
@@ -120,10 +126,10 @@ class CacheIndex:
 
     def continued(self, folder: Path, processor: Any) -> CacheIndex:
         """
-        The index of what was written to `folder` before under the same terms, or this one if nothing was.
+        The index of an earlier extraction to `folder` with the same settings, or this index if there was none.
 
         Raises:
-            MSDError: when the folder holds something else.
+            MSDError: when the folder holds other files, or a cache made with other settings.
         """
         if folder.exists() and not folder.is_dir():
             raise MSDError(f"{str(folder)!r} is a file; features need a folder.")
@@ -131,7 +137,7 @@ class CacheIndex:
         leftovers = {name for name in names if name.startswith((".shard-", ".index")) and name.endswith(".tmp")}
         if INDEX_NAME not in names and names - leftovers:
             raise MSDError(f"The folder {str(folder)!r} is not empty and holds no feature cache; choose another one.")
-        for name in leftovers:  # of a run that was killed
+        for name in leftovers:  # files of a run that was killed
             (folder / name).unlink(missing_ok=True)
         earlier = CacheIndex.read(folder) if INDEX_NAME in names else self
         if not earlier.shards:
@@ -143,18 +149,21 @@ class CacheIndex:
 
     def check_terms(self, folder: Path, target: str, processor: Any, expected: dict[str, Any]) -> None:
         """
+        Compares the settings of the cache with those of the caller.
+
         Args:
-            target (`str`): fingerprint of the target at hand.
-            processor (`ProcessorMixin`): the processor at hand.
-            expected (`dict`): values of other fields of the index.
+            target: fingerprint of the caller's target.
+            processor: the caller's processor.
+            expected: expected values of other fields of the index.
 
         Raises:
-            MSDError: names what the cache was made with, where that differs.
+            MSDError: names the settings of the cache that differ.
         """
         differences = []
         if self.target != target:
             differences.append("another target")
-        # The encoder's fingerprint includes the length, which is compared by itself.
+        # The fingerprint of the encoder includes `max_length`, which is compared below; here both sides use the
+        # length of the cache.
         if self.encoder != ConversationEncoder(processor, self.max_length).fingerprint:
             differences.append("another processor")
         for name, value in expected.items():
@@ -175,8 +184,10 @@ class CacheIndex:
     @classmethod
     def read(cls, folder: Path) -> CacheIndex:
         """
+        Reads the index of a cache.
+
         Raises:
-            MSDError: when there is none, or it is damaged or of another version.
+            MSDError: when there is no index, or it is damaged or of another version.
         """
         path = folder / INDEX_NAME
         if not path.is_file():

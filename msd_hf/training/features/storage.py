@@ -1,4 +1,4 @@
-"""How features lie on disk: number formats, and safetensors shards of them."""
+"""Storage of features on disk: number formats and safetensors shards."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _DTYPES = {
 }
 STORAGES = ("auto", *_DTYPES)
 _SCALE_BYTES = 4
-_TOKEN_BYTES = 4 + 1 + 1  # id and two masks
-# Each field of a shard is the rows of all its samples one behind the other; the offsets say where a sample begins.
+_TOKEN_BYTES = 4 + 1 + 1  # bytes of an id and two masks
+# Each field of a shard concatenates the rows of all its samples. The offsets say where the rows of a sample begin.
 _OFFSETS = {
     "input_ids": "token_offsets",
     "assistant_mask": "token_offsets",
@@ -39,7 +39,7 @@ _OFFSETS = {
 
 def resolve_storage(storage: str, dtype: torch.dtype) -> str:
     """
-    The number format of a cache: `storage` itself, or for `"auto"` the one of the target's `dtype`.
+    The number format of a cache: `storage` itself, or the format of the target's `dtype` if `storage` is `"auto"`.
 
     Raises:
         MSDError: when there is no such format.
@@ -56,13 +56,13 @@ def resolve_storage(storage: str, dtype: torch.dtype) -> str:
 
 def stored_rows(assistant_mask: torch.Tensor, visual_mask: torch.Tensor, all_hidden_states: bool) -> torch.Tensor:
     """
-    Positions `[L]` of a sample whose hidden state a draft reads: those before a text token, with which they are
-    fused, and those of the assistant's tokens and the one behind them, which are goals of the loss.
+    The mask `[L]` of the positions whose hidden states a draft needs: positions before a text token, because their
+    hidden state is fused with it; and the assistant's tokens and the position after them, which are goals of the loss.
 
     Args:
         assistant_mask (`torch.BoolTensor` of shape `[L]`): true at the assistant's tokens.
         visual_mask (`torch.BoolTensor` of shape `[L]`): true at visual positions.
-        all_hidden_states (`bool`): all positions, for drafts that fuse visual ones too.
+        all_hidden_states: select all positions, for drafts that fuse visual positions too.
     """
     if all_hidden_states:
         return torch.ones_like(visual_mask)
@@ -73,16 +73,16 @@ def stored_rows(assistant_mask: torch.Tensor, visual_mask: torch.Tensor, all_hid
 
 
 def sample_bytes(num_tokens: int, num_visual: int, num_hidden: int, hidden_size: int, width: int, storage: str) -> int:
-    """Disk that a sample takes with `num_visual` rows of `hidden_size` and `num_hidden` rows of `width` numbers."""
+    """Bytes of a sample with `num_visual` rows of `hidden_size` numbers and `num_hidden` rows of `width` numbers."""
     block = hidden_size * _DTYPES[storage].itemsize + (_SCALE_BYTES if storage == "int8" else 0)
     return num_tokens * _TOKEN_BYTES + (num_visual + num_hidden * (width // hidden_size)) * block
 
 
 def pack(name: str, rows: torch.Tensor, hidden_size: int, storage: str) -> dict[str, torch.Tensor]:
     """
-    Rows `[R, W]` in a number format, under the names of their fields.
+    Converts rows `[R, W]` to a number format; returns tensors by the names of their fields.
 
-    int8 has a float32 scale for each block of `hidden_size` numbers, as layers of a target differ in size.
+    int8 has a float32 scale for each block of `hidden_size` numbers, because the layers of a target differ in scale.
     """
     if storage != "int8":
         return {name: rows.to(_DTYPES[storage])}
@@ -109,7 +109,7 @@ def write_shard(path: Path, samples: list[dict[str, torch.Tensor]]) -> None:
 
 
 class ShardReader:
-    """Reads single samples of a shard; what is not asked for stays on disk."""
+    """Reads single samples of a shard. The other samples stay on disk."""
 
     def __init__(self, path: Path):
         try:
@@ -120,7 +120,7 @@ class ShardReader:
             raise damaged_shard(path, str(error)) from error
 
     def read(self, number: int, hidden_size: int) -> dict[str, torch.Tensor]:
-        """The fields of sample `number`, unpacked: float32 from int8, else as they are stored."""
+        """The fields of sample `number`. int8 becomes float32; other formats stay as they are stored."""
         sample = {}
         for name in self.names:
             start, end = self.offsets[_OFFSETS[name]][number : number + 2].tolist()
