@@ -196,7 +196,7 @@ def load_conversations(data: Any, image_folder: str | Path | None = None) -> Con
 
 
 class _Undecoded:
-    """Rows of a `datasets.Dataset` with undecoded images. The data set itself would decode all images of a row at once."""
+    """Rows of a `datasets.Dataset` whose images stay bytes: the data set itself would decode all images of a row."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset.with_format("arrow")

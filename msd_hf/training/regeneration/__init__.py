@@ -1,1 +1,1 @@
-"""Answers that the target writes itself."""
+"""Data sets whose answers the target writes itself."""

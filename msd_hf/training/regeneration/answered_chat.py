@@ -1,4 +1,4 @@
-"""A chat that the target answers itself, and how it is written down."""
+"""A chat that the target answers itself, and the entry that is written for it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
 
 
 class AnsweredChat:
-    """A conversation that the target has answered in part: `messages` is what there is of it, `questions` what is
-    still to be asked."""
+    """A conversation that the target answers: `messages` holds the questions and answers so far, `questions` the
+    remaining questions."""
 
     def __init__(self, conversation: Conversation):
         self.id, self.complete = conversation.id, True
-        # A system message comes first, and answers hold no images, so that images keep their order.
+        # The images keep their order, since a system message comes first and answers hold no images.
         self.messages = [message for message in conversation.messages if message["role"] == "system"]
         self.questions = [message for message in conversation.messages if message["role"] == "user"]
         self.sources, self.images = conversation.images, conversation.open_images()
@@ -46,13 +46,13 @@ class AnsweredChat:
         """The target's inputs for the next answer."""
         messages = self.with_question()
         num_images = renderer.count_images(messages)
-        renderer([*messages, _ANY_ANSWER])  # finds what the chat template or the processor would stumble over
-        # A copy, as some releases of transformers write into it.
+        renderer([*messages, _ANY_ANSWER])  # raises if the chat template refuses the messages
+        # A copy, because some releases of transformers write into the messages.
         return build_chat_inputs(processor, copy.deepcopy(messages), self.images[:num_images])
 
     def answer(self, text: str, ended: bool) -> None:
-        """Takes the next answer; an empty one does not count, and one that has not `ended` is the last."""
-        # A target may write the tag as ordinary text; in the file it would stand for an image.
+        """Adds the next answer. An empty answer is dropped. An answer that has not `ended` is the last one."""
+        # The target may write the tag as ordinary text, but in the file it would stand for an image.
         text = text.replace(_IMAGE_TAG, "").strip()
         if not ended:
             text = text.rstrip("\ufffd")  # the first bytes of a character that the limit cut
@@ -63,7 +63,7 @@ class AnsweredChat:
 
 
 class EntryWriter:
-    """LLaVA-style entries. Images that are not files become PNG files in a folder beside the output."""
+    """Makes LLaVA-style entries. Images in memory are written as PNG files to a folder beside the output."""
 
     def __init__(self, output: Path, image_folder: Path | None):
         self.folder, self.image_folder = output.with_name(f"{output.stem}_images"), image_folder
@@ -91,7 +91,7 @@ class EntryWriter:
 
 
 def _to_value(content: list[dict[str, Any]]) -> str:
-    """The text that `load_conversations` reads as `content`: it takes one line break on either side of a tag."""
+    """The text that `load_conversations` reads back as `content`. It drops one line break on either side of a tag."""
     value, text = "", ""
     for part in content:
         if part["type"] == "text":

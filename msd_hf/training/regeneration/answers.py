@@ -24,7 +24,7 @@ from ..data.encoding import concatenate_padded
 
 
 _WARPERS = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
-# Values of `generate` that leave greedy decoding as it is, also where the target's own defaults are for sampling.
+# Arguments of `generate` for plain greedy decoding. They override defaults of the target that are for sampling.
 _GREEDY = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None}
 _TAKEN = (
     "do_sample",
@@ -40,20 +40,21 @@ _NO_SAMPLING = ("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h", "num_beams
 
 class AnswerGenerator:
     """
-    A target that answers prompts, several at once.
+    Lets a target answer prompts, several at once.
 
-    A sampled answer depends on its own seed, not on the answers beside it: every row of a batch draws for itself.
+    Each row of a batch has its own random generator, so that a sampled answer depends on its seed and not on the other
+    rows.
 
     Args:
-        target (`PreTrainedModel`): in evaluation mode.
-        tokenizer: the target's.
-        max_new_tokens (`int`): length limit of an answer.
-        temperature (`float`): 0 for greedy decoding, above for sampling.
-        generate_arguments (`dict`): others of `generate`. What is not given of `top_k`, `top_p` and `min_p` is taken
-            from the target's generation config.
+        target: the target, in evaluation mode.
+        tokenizer: the target's tokenizer.
+        max_new_tokens: length limit of an answer.
+        temperature: 0 for greedy decoding, above 0 for sampling.
+        generate_arguments: further arguments of `generate`. If `top_k`, `top_p` or `min_p` are missing, their values
+            come from the target's generation config.
 
     Raises:
-        MSDError: when an argument has no meaning here.
+        MSDError: when an argument cannot be used here.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class AnswerGenerator:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the answers depend on besides target and prompts."""
+        """The settings on which the answers depend, besides target and prompts."""
         return {
             "max_new_tokens": self.max_new_tokens,
             "temperature": float(self.temperature),
@@ -116,14 +117,14 @@ class AnswerGenerator:
     @torch.no_grad()
     def __call__(self, prompts: Sequence[dict[str, torch.Tensor]], seeds: Sequence[str]) -> list[tuple[str, bool]]:
         """
-        Answers prompts, of which all or none have images.
+        Answers prompts. Either all prompts have images, or none has.
 
         Args:
-            prompts (`Sequence[dict]`): what `build_chat_inputs` gives for each.
-            seeds (`Sequence[str]`): one a prompt, for sampling.
+            prompts: inputs of `build_chat_inputs` for each prompt.
+            seeds: one seed for each prompt, for sampling.
 
         Returns:
-            For each its answer, without special tokens and spaces at the ends, and whether the target ended it.
+            For each prompt the answer, without special tokens and outer white space, and whether the target ended it.
         """
         batch = move_inputs(pad_left(prompts, self.pad_token_id), self.target)
         processors = [*self.processors]
@@ -144,8 +145,8 @@ class AnswerGenerator:
 
 class SeededDraw(LogitsProcessor):
     """
-    Turns greedy decoding into sampling: the largest of the scores with Gumbel noise is a draw from their softmax. The
-    noise of a row `[V]` comes from a generator of its own, where `generate` shares one among a batch.
+    Turns greedy decoding into sampling: the largest score after adding Gumbel noise is a sample from the softmax of
+    the scores. Each row `[V]` has its own generator, while the sampling of `generate` shares one in a batch.
     """
 
     def __init__(self, seeds: Sequence[str], device: torch.device):
@@ -154,7 +155,7 @@ class SeededDraw(LogitsProcessor):
             generator.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big"))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores `[B, V]` with noise."""
+        """Adds the noise to scores `[B, V]`."""
         size = scores.shape[1:]
         noise = [torch.empty(size, device=g.device).exponential_(generator=g) for g in self.generators]
         return scores - torch.stack(noise).clamp_min(1e-30).log().to(scores)
@@ -162,8 +163,8 @@ class SeededDraw(LogitsProcessor):
 
 def pad_left(prompts: Sequence[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
     """
-    One batch of inputs that a processor made one by one: per-token ones `[1, L]` padded on the left, the others one
-    behind the other, filled up with zeros where images were cut into different numbers of tiles.
+    Makes one batch from the inputs of single prompts. Values per token `[1, L]` are padded on the left. Other values
+    are concatenated, and padded with zeros if the images have different numbers of tiles.
     """
     batch = {}
     for name in dict.fromkeys(name for prompt in prompts for name in prompt):

@@ -1,4 +1,4 @@
-"""A JSONL file that is written over hours: kept line by line beside its final name, so that a killed run goes on."""
+"""A JSONL file that is written over hours, line by line beside its final name, so that a killed run can resume."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ...saving import replaced_file
 
 class Journal:
     """
-    One line for each sample of a data set, in order. The lines are in `OUTPUT.partial`, behind a line with the
+    Holds one line for each sample of a data set, in order. The lines are in `OUTPUT.partial`, after a line with the
     settings of the run, until [`~Journal.finish`] writes OUTPUT.
 
     Args:
-        output (`Path`): the final file.
-        settings (`dict`): what the lines depend on. Of a value that JSON does not know, its type counts.
+        output: the final file.
+        settings: the settings on which the lines depend. A value that JSON cannot hold is compared by its type.
 
     Raises:
-        MSDError: when `output` is there, or was begun with other settings.
+        MSDError: when `output` exists, or was begun with other settings.
     """
 
     def __init__(self, output: Path, settings: dict[str, Any]):
@@ -58,19 +58,19 @@ class Journal:
         try:
             old = json.loads(header)
         except ValueError as error:
-            raise MSDError(f"{str(self.path)!r} is damaged: remove it to begin anew.") from error
+            raise MSDError(f"{str(self.path)!r} is damaged: remove it to start over.") from error
         names = [name for name in {**old, **settings} if old.get(name) != settings.get(name)]
         if names:
             changes = ", ".join(
                 f"{name} ({_shorten(old.get(name))} -> {_shorten(settings.get(name))})" for name in names
             )
             raise MSDError(
-                f"{str(self.path)!r} was begun with other settings: {changes}. Give the same ones to go on, or remove "
-                "it to begin anew."
+                f"{str(self.path)!r} was begun with other settings: {changes}. Give the same settings to resume, or "
+                "remove the file to start over."
             )
 
     def append(self, record: dict[str, Any]) -> None:
-        """Adds the line of the next sample: it stays, whatever becomes of the run."""
+        """Adds the line of the next sample, which is kept even if the run is killed afterwards."""
         self._write(record)
         self.num_done += 1
 
@@ -86,7 +86,7 @@ class Journal:
                 yield json.loads(line)
 
     def finish(self, key: str) -> None:
-        """Writes what each line holds under `key`, if it does, to the final file, and removes the journal."""
+        """Writes the value under `key` of each line that has it to the final file, and removes the journal."""
         self.close()
         with replaced_file(self.output) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for record in self.records():
@@ -95,7 +95,7 @@ class Journal:
         self.path.unlink()
 
     def close(self) -> None:
-        """Lets go of the file; the lines stay."""
+        """Closes the file. The lines are kept."""
         self._file.close()
 
     def __enter__(self) -> Journal:
@@ -108,9 +108,9 @@ class Journal:
 def check_unwritten(output: Path) -> None:
     """
     Raises:
-        MSDError: when `output` is there, and complete.
+        MSDError: when `output` exists and is complete.
     """
-    # Both are there if the run was killed between the last two steps of `finish`.
+    # Both files exist if the run was killed between the last two steps of `finish`.
     if output.exists() and not _partial(output).exists():
         raise MSDError(f"{str(output)!r} exists: remove it, or choose another name.")
 

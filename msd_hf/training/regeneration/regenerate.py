@@ -1,4 +1,4 @@
-"""A data set whose answers are the target's own: a draft that learns from it learns what the target really says."""
+"""Regeneration: the target answers the prompts of a data set, so that a draft learns what the target really says."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from .journal import Journal, check_unwritten
 
 logger = logging.get_logger(__name__)
 
-_BATCHES_PER_WINDOW = 4  # in which prompts are sorted by length
+_BATCHES_PER_WINDOW = 4  # prompts are sorted by length within a window
 
 
 @dataclass(frozen=True)
 class RegenerateReport:
     """
-    What [`regenerate`] wrote.
+    The result of [`regenerate`].
 
     Args:
-        output (`Path`): the JSONL file.
-        num_samples (`int`): conversations in the file.
-        num_cut (`int`): those of them whose last answer met the length limit.
-        skipped (`dict[str, int]`): samples of the data that could not be used, by reason.
+        output: the JSONL file.
+        num_samples: number of conversations in the file.
+        num_cut: number of conversations in the file whose last answer was cut by the length limit.
+        skipped: number of samples that could not be used, by reason.
     """
 
     output: Path
@@ -59,29 +59,29 @@ def regenerate(
     **generate_arguments: Any,
 ) -> RegenerateReport:
     """
-    Lets the target answer the user's turns of a data set, one after the other, each with its own answers before it.
-    The data's answers are thrown away. An answer that meets the length limit ends its conversation, which is then
-    marked `"complete": false`.
+    Lets the target answer the user's turns of a data set. Each turn is answered after the target's own earlier
+    answers; the answers of the data are dropped. If the length limit cuts an answer, the conversation ends there and
+    is marked `"complete": false`.
 
-    A run that was killed goes on where it was when it is started again: the result is the same as in one go, also
-    with sampling, for a sampled answer depends on seed, sample and turn alone.
+    A killed run resumes when it is started again. The result is the same as without the interruption, also with
+    sampling, because a sampled answer depends only on seed, sample and turn.
 
     Args:
-        target (`PreTrainedModel`): on its device, in its dtype.
-        processor (`ProcessorMixin`): the target's.
-        conversations (`Conversations`): the data.
-        output (`str` or `Path`): a LLaVA-style `.jsonl` file, in the data's order. Pictures that are in the data
-            itself are written to a folder beside it.
-        max_new_tokens (`int`): length limit of an answer.
-        batch_size (`int`): prompts that are answered at once.
-        temperature (`float`): 0 for greedy decoding, above for sampling.
-        seed (`int`): of sampling.
-        strict (`bool`): stop at a broken sample instead of leaving it out.
-        generate_arguments: others of `generate`, such as `top_p` or `repetition_penalty`.
+        target: the target, on its device and in its dtype.
+        processor: the target's processor.
+        conversations: the data.
+        output: a LLaVA-style `.jsonl` file, in the order of the data. Images that the data holds in memory are written
+            to a folder beside it.
+        max_new_tokens: length limit of an answer.
+        batch_size: number of prompts that are answered together.
+        temperature: 0 for greedy decoding, above 0 for sampling.
+        seed: seed of sampling.
+        strict: stop at a broken sample instead of leaving it out.
+        generate_arguments: further arguments of `generate`, such as `top_p` or `repetition_penalty`.
 
     Raises:
-        MSDError: when an argument is wrong, `output` is there, or was begun with other settings.
-        MSDDataError: at a broken sample, if `strict`.
+        MSDError: when an argument is wrong, or `output` exists or was begun with other settings.
+        MSDDataError: with `strict`, at a broken sample.
     """
     output = Path(output)
     check_output(output)
@@ -106,7 +106,7 @@ def regenerate(
     try:
         with Journal(output, settings) as journal:
             if journal.num_done:
-                logger.info("Going on behind sample %d of %d.", journal.num_done, len(conversations))
+                logger.info("Resuming after sample %d of %d.", journal.num_done, len(conversations))
             with tqdm(total=len(conversations), initial=journal.num_done, desc="regenerating") as bar:
                 for index, chat in chats.answered_from(journal.num_done):
                     journal.append({"skipped": chat} if isinstance(chat, str) else {"sample": writer(index, chat)})
@@ -122,7 +122,7 @@ def regenerate(
 def check_output(output: Path) -> None:
     """
     Raises:
-        MSDError: when `output` is there, or no .jsonl file.
+        MSDError: when `output` exists, or is not a .jsonl file.
     """
     if output.suffix != ".jsonl":
         raise MSDError(f"`output` must be a .jsonl file, got {str(output)!r}.")
@@ -136,7 +136,7 @@ def _outcome(record: dict[str, Any]) -> str:
 
 
 class _Windows:
-    """Answers conversations in windows of some batches, each sorted by length. A window is always the same samples,
+    """Answers conversations in windows of a few batches, sorted by length within a window. The windows are the same
     wherever a run was interrupted."""
 
     def __init__(
@@ -153,7 +153,7 @@ class _Windows:
         self.batch_size, self.seed, self.strict = batch_size, seed, strict
 
     def answered_from(self, first: int) -> Iterator[tuple[int, AnsweredChat | str]]:
-        """Number of each sample from `first` on, with its chat, or with the reason why there is none."""
+        """Yields the index of each sample from `first` on, with its chat or the reason why it was skipped."""
         size = self.batch_size * _BATCHES_PER_WINDOW
         total = len(self.conversations)
         if first == total:
@@ -184,7 +184,7 @@ class _Windows:
         return window
 
     def _prompts(self, window: dict[int, Any]) -> dict[int, BatchFeature]:
-        """The next prompts of those chats that have one; broken chats make way for the reason."""
+        """The next prompt of each chat that has one. A broken chat is replaced in `window` by its reason."""
         prompts = {}
         for index, chat in window.items():
             if isinstance(chat, str) or not chat.questions:
@@ -192,7 +192,7 @@ class _Windows:
             try:
                 prompts[index] = self._prompt(chat)
             except MSDDataError as error:
-                if chat.is_answered:  # it ends before this question
+                if chat.is_answered:  # the conversation ends before this question
                     chat.questions = []
                 else:
                     window[index] = self._skip(MSDDataError(error.reason, error.detail, chat.id))
@@ -216,7 +216,7 @@ class _Windows:
         return error.reason
 
     def _batches(self, prompts: dict[int, BatchFeature]) -> Iterator[list[int]]:
-        for visual in (False, True):  # some models take a batch only if all of it has images, or none
+        for visual in (False, True):  # some models take only batches in which all prompts have images, or none
             chosen = [index for index, prompt in prompts.items() if ("pixel_values" in prompt) is visual]
             chosen.sort(key=lambda index: prompts[index]["input_ids"].shape[1])
             for start in range(0, len(chosen), self.batch_size):
