@@ -1,4 +1,4 @@
-"""Measuring a pair of target and draft."""
+"""Measurements of a target and its draft: speed, acceptance and agreement."""
 
 from ..decoding.result import mean_acceptance_length
 from .agreement import Disagreement, find_disagreement

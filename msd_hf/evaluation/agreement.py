@@ -1,4 +1,4 @@
-"""Agreement of `generate` with a draft and without one. Rounding explains a difference, and nothing else does."""
+"""Agreement of `generate` with and without a draft. Only rounding may explain a difference."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from ..draft.modeling_msd import MSDDraftModel
 @dataclass(frozen=True)
 class Disagreement:
     """
-    Where a greedy generation with a draft first leaves the one without.
+    The first difference between a greedy generation with a draft and the one without.
 
     Args:
-        position (`int`): of the first different token, counted from 0 behind the prompt.
-        gap (`float`): the target's logit of its own token there, less that of the token that came out instead.
-        rounding (`float`): the largest error of any of the target's logits there, against exact arithmetic.
+        position: index of the first different token among the new tokens.
+        gap: the target's logit of its own token at this position, minus its logit of the token that the draft run
+            emitted.
+        rounding: the largest rounding error of the target's logits at this position, against float64.
     """
 
     position: int
@@ -29,7 +30,7 @@ class Disagreement:
 
     @property
     def is_explained(self) -> bool:
-        """Whether rounding alone can turn the two tokens around: one logit is too high by it, the other too low."""
+        """Whether rounding alone can exchange the two tokens: it can raise one logit and lower the other."""
         return self.gap <= 2 * self.rounding
 
 
@@ -41,22 +42,21 @@ def find_disagreement(
     **generate_arguments: Any,
 ) -> Disagreement | None:
     """
-    Generates greedily with and without the draft.
+    Generates greedily with and without the draft and compares the tokens.
 
     Args:
-        target (`PreTrainedModel`): the target.
-        draft (`MSDDraftModel`): the draft.
-        inputs (`Mapping`): what the processor gave for one prompt, in the target's dtype.
-        reference (`PreTrainedModel`): the target with the same weights in float64, which tells its rounding errors.
+        target, draft: the pair.
+        inputs: the processor's output for one prompt, in the target's dtype.
+        reference: the target with the same weights in float64, to measure rounding errors.
         generate_arguments: further arguments of `generate`.
 
     Returns:
-        [`Disagreement`], or `None` if both give the same tokens.
+        The first difference, or `None` if both generations have the same tokens.
     """
     arguments = {**generate_arguments, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     plain = target.generate(**inputs, **arguments)
     drafted = target.generate(**inputs, **arguments, assistant_model=draft)
-    length = plain.sequences.shape[1] - len(plain.logits)  # of the prompt
+    length = plain.sequences.shape[1] - len(plain.logits)  # length of the prompt
     expected, got = plain.sequences[0, length:].tolist(), drafted.sequences[0, length:].tolist()
     if got == expected:
         return None
@@ -64,7 +64,7 @@ def find_disagreement(
     logits = plain.logits[position][0].double()
     gap = logits[expected[position]] - logits[got[position]]
 
-    # The reference is led along the target's tokens, so that all inputs of any family are as they were.
+    # The reference generates the target's tokens, so that it gets the same inputs whatever the family of the model.
     exact_inputs = {
         name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
         for name, value in inputs.items()

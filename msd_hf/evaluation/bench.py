@@ -1,4 +1,4 @@
-"""All methods on all prompts: the raw material of a report."""
+"""Runs all methods on all prompts; a report is made from the results."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ WARM_UP_TOKENS = 16
 @dataclass(frozen=True)
 class PromptResult:
     """
-    One prompt by all methods.
+    The results of all methods on one prompt.
 
     Args:
-        prompt (`BenchPrompt`): the prompt.
-        prompt_length (`int`): its tokens, expanded images included.
-        comparison (`Comparison`): the timed runs.
-        observations (`Mapping[str, Observation]`): one more run of each method, looked into.
-        differences (`Mapping[str, Difference]`): of the methods whose output differs from that of the target alone.
+        prompt: the prompt.
+        prompt_length: number of its tokens, expanded images included.
+        comparison: the timed runs.
+        observations: an extra, observed run of each method.
+        differences: the first difference from the target alone, for each method whose output differs.
     """
 
     prompt: BenchPrompt
@@ -45,12 +45,12 @@ class PromptResult:
 @dataclass
 class BenchResult:
     """
-    A whole benchmark.
+    The results of a benchmark.
 
     Args:
-        methods (`Sequence[Method]`): what was compared.
-        prompts (`list[PromptResult]`): one for each prompt that counts.
-        num_short (`int`): prompts left out because their answer was too short.
+        methods: the methods that were compared.
+        prompts: the results of each prompt that was kept.
+        num_short: number of prompts that were left out because their answer was too short.
     """
 
     methods: Sequence[Method]
@@ -72,14 +72,14 @@ def run_bench(
     Runs every method on every prompt, in turns, with a progress bar.
 
     Args:
-        target (`PreTrainedModel`): the target.
-        draft (`MSDDraftModel`, *optional*): on the target's device and in its dtype.
-        prompts (`Sequence[BenchPrompt]`): what is asked.
-        methods (`Sequence[Method]`): `generate` alone must be among them.
-        repeats (`int`): timed runs of each method on each prompt.
-        min_answer_tokens (`int`): prompts that the target answers in fewer tokens are left out.
-        seed (`int`, *optional*): set before each run.
-        generate_arguments: arguments of `generate`; `max_new_tokens` is needed.
+        target: the target.
+        draft (*optional*): the draft, on the target's device and in its dtype.
+        prompts: the prompts.
+        methods: the methods. `generate` alone must be among them.
+        repeats: timed runs of each method on each prompt.
+        min_answer_tokens: prompts that the target answers in fewer tokens are left out.
+        seed (*optional*): seed that is set before each run.
+        generate_arguments: arguments of `generate`; `max_new_tokens` is required.
 
     Raises:
         MSDError: when no answer is long enough; see also [`check_methods`].
@@ -129,7 +129,7 @@ def _differences(
         if position is None:
             continue
         if arguments.get("do_sample"):
-            # Among random draws a gap between logits says nothing.
+            # With sampling, a gap between logits does not explain a difference.
             differences[name] = Difference(position, float("nan"), float("nan"))
         else:
             differences[name] = describe_difference(target, inputs, position, **arguments)

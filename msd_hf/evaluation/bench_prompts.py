@@ -1,4 +1,4 @@
-"""What is asked in a benchmark."""
+"""The prompts of a benchmark."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class BenchPrompt:
     One prompt.
 
     Args:
-        name (`str`): what reports call it.
-        group (`str`): prompts of a group are also reported apart: "text" or "visual".
-        make_inputs (`Callable`): makes the target's inputs, `[1, L]`.
+        name: name in reports.
+        group: "text" or "visual". Reports also give the figures of each group.
+        make_inputs: makes the target's inputs, `[1, L]`.
     """
 
     name: str
@@ -39,7 +39,7 @@ def first_questions(conversations: Conversations, processor: Any, num_prompts: i
 
     Raises:
         MSDError: when there is no conversation.
-        MSDDataError: when one of them is broken; images are opened here, so that it is known before long work.
+        MSDDataError: when a conversation is broken. Images are opened here, so that this shows before the long work.
     """
     prompts = []
     for index in range(min(num_prompts, len(conversations))):

@@ -1,4 +1,4 @@
-"""Several methods on the same prompt, interleaved, with the outputs compared."""
+"""Several methods on the same prompt, in turns, with their outputs compared."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .timed_run import TimedRun, timed_generate
 @dataclass(frozen=True)
 class Comparison:
     """
-    One prompt by several methods, `generate` alone among them, a few times each.
+    Timed runs of several methods on one prompt. `generate` alone is among the methods.
 
     Args:
-        runs (`Mapping[str, Sequence[TimedRun]]`): by method; run number i of all methods were neighbours in time.
+        runs: the runs of each method, by its name. Runs with the same index were made one after another.
     """
 
     runs: Mapping[str, Sequence[TimedRun]]
@@ -30,15 +30,15 @@ class Comparison:
         return self.runs[VANILLA.name]
 
     def identical(self, method: str = TREE.name) -> bool:
-        """Whether every run of a method gave the tokens of `generate` alone."""
+        """Whether every run of a method has the same tokens as `generate` alone."""
         return all(run.tokens == self.vanilla[0].tokens for run in (*self.vanilla, *self.runs[method]))
 
     def speedup(self, method: str = TREE.name) -> float:
-        """Median over pairs of runs of the ratio of tokens/s, whole calls."""
+        """Ratio of tokens/s of whole calls to that of `generate` alone; the median over pairs of runs."""
         return self._ratio(method, "tokens_per_second")
 
     def decode_speedup(self, method: str = TREE.name) -> float:
-        """The same without the prefill; `nan` if there was only one token."""
+        """`speedup` without the prefill; `nan` if there was only one token."""
         return self._ratio(method, "decode_tokens_per_second")
 
     def _ratio(self, method: str, rate: str) -> float:
@@ -58,13 +58,13 @@ def compare(
     **generate_arguments: Any,
 ) -> Comparison:
     """
-    Runs every method `repeats` times, in turns, so that noise of the machine meets all of them.
+    Runs every method `repeats` times, in turns, so that noise of the machine affects all methods alike.
 
     Args: see [`timed_generate`].
     """
     runs: dict[str, list[TimedRun]] = {method.name: [] for method in methods}
     for repeat in range(repeats):
-        first = repeat % len(methods)  # whoever is first may find cold caches
+        first = repeat % len(methods)  # the first method of a turn may find cold caches, so the order rotates
         for method in (*methods[first:], *methods[:first]):
             runs[method.name].append(timed_generate(target, inputs, draft, method, seed, **generate_arguments))
     return Comparison(runs)

@@ -1,4 +1,4 @@
-"""Where an output leaves that of the target alone, and how near the decision was there."""
+"""The first token at which an output differs from that of the target alone, and how close the decision was."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Difference:
     The first token that differs.
 
     Args:
-        position (`int`): its place among the new tokens, from 0.
-        gap (`float`): between the two largest logits of the target there.
-        gap_in_roundings (`float`): the gap in units of the last place of the largest of the two, in the target's
-            dtype. A difference at a gap of many of these does not come from rounding.
+        position: index of the token among the new tokens.
+        gap: difference of the target's two largest logits at this position.
+        gap_in_roundings: the gap in units of the last place of the larger logit, in the target's dtype. Rounding does
+            not explain a difference where the gap is many such units.
     """
 
     position: int
@@ -28,7 +28,7 @@ class Difference:
 
 
 def first_difference(expected: Sequence[int], got: Sequence[int]) -> int | None:
-    """Place of the first token that differs, one sequence's end included; `None` if they are the same."""
+    """Index of the first token that differs, or of the end of the shorter sequence; `None` if both are equal."""
     for position, (left, right) in enumerate(zip(expected, got, strict=False)):
         if left != right:
             return position
@@ -39,17 +39,17 @@ def describe_difference(
     target: PreTrainedModel, inputs: Mapping[str, Any], position: int, **generate_arguments: Any
 ) -> Difference:
     """
-    Runs the target alone up to a token and looks at its two largest logits there.
+    Runs the target alone up to a token and measures the gap of its two largest logits there.
 
     Args:
-        target (`PreTrainedModel`): the target.
-        inputs (`Mapping`): what the processor gave for one prompt.
-        position (`int`): of the token.
-        generate_arguments: as for the runs that were compared.
+        target: the target.
+        inputs: the processor's output for one prompt.
+        position: index of the token among the new tokens.
+        generate_arguments: the arguments of the runs that were compared.
     """
     arguments = {**generate_arguments, "max_new_tokens": position + 1}
     output = target.generate(**inputs, **arguments, return_dict_in_generate=True, output_logits=True)
-    if len(output.logits) <= position:  # the target alone had ended: it chose the end one token before
+    if len(output.logits) <= position:  # the target alone ended before this token
         position = len(output.logits) - 1
     largest, second = output.logits[position][0].topk(2).values.double().tolist()
     unit = torch.finfo(target.dtype).eps * max(abs(largest), abs(second))

@@ -1,4 +1,4 @@
-"""What a figure depends on besides the code: the command, versions and the machine."""
+"""The environment of a benchmark: command, versions and machine."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def describe_environment(target: PreTrainedModel) -> dict[str, Any]:
 
 def _describe_command() -> str:
     program = Path(sys.argv[0])
-    # `python -m PACKAGE` leaves the path of a file.
+    # With `python -m PACKAGE`, `sys.argv[0]` is the path of `__main__.py`.
     start = ["python", "-m", program.parent.name] if program.name == "__main__.py" else [program.name]
     return shlex.join([*start, *sys.argv[1:]])
 

@@ -1,4 +1,4 @@
-"""Running a benchmark and describing it: the two kinds of report."""
+"""Runs a benchmark and makes one of the two kinds of report."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def report_pair(
     ignore_eos: bool = False,
 ) -> dict[str, Any]:
     """
-    The report of a target and its draft on prompts, see [`run_bench`] and [`summarize`].
+    Makes the report of a target and its draft on prompts, see [`run_bench`] and [`summarize`].
 
     Args:
-        temperature (`float`): 0 for greedy decoding, above for sampling, each run with the same seed.
-        ignore_eos (`bool`): whether answers go on behind their end, up to `max_new_tokens`.
+        temperature: 0 for greedy decoding, above 0 for sampling. Each run has the same seed.
+        ignore_eos: whether answers continue after their end, up to `max_new_tokens`.
 
     Raises:
         MSDError: when no answer is long enough.
@@ -75,10 +75,10 @@ def report_shape(
     compile: bool = False,
 ) -> dict[str, Any]:
     """
-    The report of a shape with a simulated acceptance, see [`bench_shape`].
+    Makes the report of a shape with simulated acceptance, see [`bench_shape`].
 
     Raises:
-        MSDError: when the tree cannot have one of the taus.
+        MSDError: when the tree is too small for one of the taus.
     """
     inputs = random_prompt(target, context)
     figures = bench_shape(target, draft, inputs, assumed_taus, nodes, repeats=repeats, compile=compile)

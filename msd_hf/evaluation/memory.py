@@ -12,14 +12,14 @@ import torch
 
 class PeakMemory:
     """
-    Measures the peak of a `with` block: of the allocator on a GPU, else of the process's resident memory, where the
-    system can reset its peak (Linux).
+    Measures the peak memory inside a `with` block: that of the allocator on a GPU, else that of the process. The
+    latter needs a system that can reset the peak (Linux).
 
     Args:
-        device (`torch.device`): where the models are.
+        device: device of the models.
 
     Attributes:
-        num_bytes (`int`, *optional*): the peak, weights included; `None` where it cannot be measured.
+        num_bytes (`int`, *optional*): the peak, weights included; `None` if it cannot be measured.
     """
 
     _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

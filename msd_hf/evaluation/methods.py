@@ -1,4 +1,4 @@
-"""The ways of decoding that are compared, as arguments of `generate` and settings of the draft."""
+"""The methods of decoding that are compared, as arguments of `generate` and settings of the draft."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from ..errors import MSDError
 from .assisted_chain import assisted_chain
 
 
-# Releases before that compare candidates with an EOS token that may be missing.
+# Earlier releases compare candidates with the EOS token, and fail if there is none.
 PROMPT_LOOKUP_NEEDS_EOS = version.parse(transformers.__version__) < version.parse("5.13")
 
 
 @dataclass(frozen=True)
 class Method:
     """
-    One way of decoding.
+    One method of decoding.
 
     Args:
-        name (`str`): what reports call it.
-        description (`str`): one line for the reader of a report.
-        drafted (`bool`): whether the draft is given to `generate`.
-        assisted (`bool`): whether transformers' own assisted loop drives it, as a chain, and not our loop.
-        arguments (`Mapping`): further arguments of `generate`.
-        tree (`Mapping`): fields of the draft's generation config that differ from its own.
-        copies_prompt (`bool`): whether candidates are tokens of the prompt. Visual positions must not be among them,
-            since the target would look for the images that belong to them: their tokens are suppressed.
-        make_draft (`Callable`, *optional*): gives the draft for a target, in place of the user's.
+        name: name in reports.
+        description: one line for the reader of a report.
+        drafted: whether `generate` gets the draft.
+        assisted: whether the draft runs as a chain in the assisted loop of transformers instead of our loop.
+        arguments: further arguments of `generate`.
+        tree: fields of the draft's generation config that the method changes.
+        copies_prompt: whether candidates are copied from the prompt. The tokens of visual positions are suppressed
+            then, because the target would look for the images that belong to them.
+        make_draft: makes the draft for a target; `None` for the user's draft.
     """
 
     name: str
@@ -51,12 +51,13 @@ class Method:
 
     @property
     def has_own_loop(self) -> bool:
-        """Whether our loop decodes, which reports acceptance lengths and phases."""
+        """Whether our own loop decodes. Only that loop reports acceptance lengths and phases."""
         return self.drafted and not self.assisted
 
     @contextmanager
     def prepared(self, target: PreTrainedModel, draft: MSDDraftModel | None) -> Iterator[dict[str, Any]]:
-        """What to give to `generate`. The draft's generation config is changed inside the block only.
+        """
+        The arguments of `generate`. Inside the `with` block the draft's generation config has the method's settings.
 
         Raises:
             MSDError: when the method needs a draft and there is none.
@@ -75,7 +76,7 @@ class Method:
             for name, value in self.tree.items():
                 setattr(draft.generation_config, name, value)
             if self.tree.get("compile") and own.num_assistant_tokens == "auto":
-                # Of one shape: the default.
+                # Compiled trees have one shape, so the default size replaces "auto".
                 draft.generation_config.num_assistant_tokens = draft.generation_config.tree_depth = None
             with assisted_chain(target, draft) if self.assisted else nullcontext(draft) as assistant:
                 yield {**self.arguments, "assistant_model": assistant}
@@ -90,7 +91,7 @@ PROMPT_LOOKUP = Method(
     arguments={"prompt_lookup_num_tokens": 10},
     copies_prompt=True,
 )
-# Our length counts the nodes of a tree: without it the chain has transformers' own.
+# Our `num_assistant_tokens` counts the nodes of a tree. Without it transformers uses its own default length.
 ASSISTED_CHAIN = Method(
     "assisted-chain",
     "the draft as a chain in transformers' own assisted loop, by its default settings: 20 tokens, or until the draft "
@@ -123,7 +124,7 @@ _random_drafts: weakref.WeakKeyDictionary[PreTrainedModel, MSDDraftModel] = weak
 
 
 def random_draft(target: PreTrainedModel) -> MSDDraftModel:
-    """A draft with random weights, the same object at each call: what was learnt about it must not be lost."""
+    """A draft with random weights. Each call returns the same object, so that its tree policy keeps what it learnt."""
     if target not in _random_drafts:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -147,17 +148,17 @@ DEFAULT_BASELINES = ("prompt-lookup", "chain")
 
 
 def visual_token_ids(config: PreTrainedConfig) -> list[int]:
-    """The tokens that stand for visual positions."""
+    """The ids of the tokens that stand for visual positions."""
     names = ("image_token_id", "video_token_id")
     return [token for name in names if (token := getattr(config, name, None)) is not None]
 
 
 def choose_methods(baselines: Sequence[str]) -> list[Method]:
     """
-    The methods of those names, with `generate` alone and the tree, which are always there.
+    The methods with these names, and always `generate` alone and the tree.
 
     Raises:
-        MSDError: when there is no method of a name.
+        MSDError: when a name is unknown.
     """
     unknown = sorted(set(baselines) - set(METHODS))
     if unknown:
@@ -168,13 +169,13 @@ def choose_methods(baselines: Sequence[str]) -> list[Method]:
 
 def check_methods(methods: Sequence[Method], target: PreTrainedModel, generate_arguments: Mapping[str, Any]) -> None:
     """
-    Refuses what the installed transformers cannot do with this target.
+    Refuses methods that the installed transformers cannot run with this target.
 
     Args:
-        generate_arguments: arguments of `generate` that all methods are given.
+        generate_arguments: arguments of `generate` that all methods get.
 
     Raises:
-        MSDError: names the method and what to do.
+        MSDError: when there is such a method; the message says what to do.
     """
     if generate_arguments.get("eos_token_id", target.generation_config.eos_token_id) is not None:
         return

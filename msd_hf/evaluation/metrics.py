@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 def acceptance_histogram(acceptance_lengths: Iterable[Sequence[int]]) -> dict[int, int]:
-    """How many verifications emitted 1, 2, 3, ... tokens, up to the longest."""
+    """The number of verifications that emitted 1, 2, 3, ... tokens, up to the largest number."""
     counts = Counter(length for sequence in acceptance_lengths for length in sequence)
     return {length: counts[length] for length in range(1, max(counts, default=0) + 1)}
 
@@ -21,9 +21,9 @@ class DepthAcceptance:
     How often a candidate at one depth of the tree was accepted.
 
     Args:
-        depth (`int`): levels below the root, from 1.
-        share (`float`): of all verifications.
-        given_parent (`float`): of the verifications that accepted a node at the depth before.
+        depth: levels below the root, from 1.
+        share: share of all verifications.
+        given_parent: share of the verifications that accepted a node one level above.
     """
 
     depth: int
@@ -33,8 +33,8 @@ class DepthAcceptance:
 
 def acceptance_by_depth(acceptance_lengths: Iterable[Sequence[int]]) -> list[DepthAcceptance]:
     """
-    Acceptance at each depth where a candidate was ever accepted (at depth 1 in any case). The last verification of an
-    answer does not count, since there the end of the answer cut the path short.
+    Acceptance at depth 1, and at each deeper level where a candidate was accepted. The last verification of an answer
+    does not count, because the end of the answer may cut its path.
     """
     accepted = [length - 1 for sequence in acceptance_lengths for length in sequence[:-1]]
     rows: list[DepthAcceptance] = []
@@ -43,7 +43,7 @@ def acceptance_by_depth(acceptance_lengths: Iterable[Sequence[int]]) -> list[Dep
     while reached:
         count = sum(number >= depth for number in accepted)
         if not count and depth > 1:
-            break  # perhaps the tree never was that deep
+            break  # the tree may never have been this deep
         rows.append(DepthAcceptance(depth, count / len(accepted), count / reached))
         reached, depth = count, depth + 1
     return rows
@@ -59,7 +59,7 @@ class Spread:
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Median and quartiles of values, `nan`s left out; all `nan` if nothing is left."""
+    """Median and quartiles of the values that are not `nan`; all `nan` if there are none."""
     known = [value for value in values if not math.isnan(value)]
     if len(known) < 2:
         value = known[0] if known else float("nan")

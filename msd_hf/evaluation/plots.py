@@ -15,7 +15,7 @@ from .round_timing import PARTS
 
 def check_matplotlib() -> None:
     """
-    Says before long work that plots cannot be drawn.
+    Checks before the long work that plots can be drawn.
 
     Raises:
         MSDError: when matplotlib is not installed.
@@ -26,16 +26,17 @@ def check_matplotlib() -> None:
 
 def draw_plots(report: Mapping[str, Any], folder: Path) -> list[Path]:
     """
-    Draws what a report has figures for: speedup by method, acceptance by depth, the parts of a round.
+    Draws the plots of a report: speedup by method, acceptance by depth, parts of a round. A report of a shape has only
+    the last one.
 
     Returns:
-        The `.png` files.
+        The paths of the `.png` files.
 
     Raises:
         MSDError: when matplotlib is not installed.
     """
     check_matplotlib()
-    from matplotlib.figure import Figure  # without pyplot nothing global is touched
+    from matplotlib.figure import Figure  # pyplot would change global settings
 
     if report["kind"] == "shape":
         rounds = {way: figures["round_milliseconds"] for way, figures in report["round"].items()}

@@ -17,7 +17,7 @@ from .report_tables import ReportTable, report_tables
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
-    """Prints the tables and the warnings of a report."""
+    """Prints the settings, the tables and the warnings of a report."""
     console.print(_describe(report), soft_wrap=True)
     for table in report_tables(report):
         shown = Table(title=table.title, title_justify="left", show_edge=False, pad_edge=False)
@@ -33,10 +33,10 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
 
 def write_report(report: Mapping[str, Any], folder: Path, plots: bool) -> list[Path]:
     """
-    Writes `report.json`, `report.md` and, if wanted, plots to a folder; each file appears once it is complete.
+    Writes `report.json`, `report.md` and, with `plots`, plots to a folder.
 
     Returns:
-        The files.
+        The paths of the files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     images = draw_plots(report, folder) if plots else []
@@ -46,7 +46,7 @@ def write_report(report: Mapping[str, Any], folder: Path, plots: bool) -> list[P
 
 
 def to_markdown(report: Mapping[str, Any], images: Sequence[Path] = ()) -> str:
-    """A report as a Markdown page; `images` are shown at its end, by their names."""
+    """A report as a Markdown page with `images` at its end."""
     environment = report["environment"]
     parts = ["# Benchmark", _describe(report), f"```\n{environment['command']}\n```"]
     parts += [f"> **Warning**: {warning}" for warning in report.get("warnings", ())]
@@ -86,7 +86,7 @@ def _markdown_table(table: ReportTable) -> str:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no `nan` and no infinity: they become `null`."""
+    """Replaces `nan` and infinity, which JSON does not have, by `None`."""
     if isinstance(value, Mapping):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The figures of a report as tables, which the terminal and `report.md` show alike."""
+"""The tables of a report, for the terminal and for `report.md`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from .simulation import FIRST_ROUNDS
 
 @dataclass(frozen=True)
 class ReportTable:
-    """A table of texts.
+    """
+    A table of texts.
 
     Args:
-        title (`str`): what it shows.
-        header (`Sequence[str]`): names of the columns; the first is aligned to the left.
-        rows (`Sequence[Sequence[str]]`): as many texts each.
+        title: title of the table.
+        header: names of the columns. The first column is aligned to the left, the others to the right.
+        rows: one text for each column.
     """
 
     title: str

@@ -45,18 +45,18 @@ def bench_shape(
 
     Args:
         target, draft: see [`build_pair`].
-        inputs (`Mapping`): inputs of `generate` for one prompt.
-        assumed_taus (`Sequence[float]`): tokens that a round is taken to emit, in the mean; each is measured.
-        nodes (`Sequence[int]`): sizes of trees whose verification is timed.
-        num_rounds (`int`): rounds, and steps of `generate`, of each measurement.
-        repeats (`int`): measurements of each kind.
-        compile (`bool`): measure compiled rounds too.
+        inputs: inputs of `generate` for one prompt.
+        assumed_taus: mean numbers of tokens that a simulated round emits. Each of them is measured.
+        nodes: sizes of the trees whose verification is timed.
+        num_rounds: number of rounds, and of steps of `generate`, in each measurement.
+        repeats: measurements of each kind.
+        compile: whether to measure compiled rounds too.
 
     Returns:
-        `dict`: figures, ready for JSON; what rests on the assumed acceptance has "simulated" in its name.
+        Figures, ready for JSON. Figures that depend on the assumed acceptance have "simulated" in their names.
 
     Raises:
-        MSDError: when the tree cannot have one of the taus.
+        MSDError: when the tree is too small for one of the taus.
     """
     settings = TreeSettings.from_generation_config(draft.generation_config)
     for tau in assumed_taus:
@@ -76,7 +76,7 @@ def bench_shape(
         timed_generate(target, inputs, **arguments)
     peaks = {"alone": memory.num_bytes}
     for way in ways:
-        simulate(way, max(assumed_taus))  # compiles
+        simulate(way, max(assumed_taus))  # the first call compiles
         with PeakMemory(target.device) as memory:
             simulate(way, assumed_taus[0])
         peaks[f"with the draft, {way}"] = memory.num_bytes
@@ -121,7 +121,7 @@ def bench_shape(
 
 
 def _summarize(way: str, simulated: Sequence[SimulatedRounds], steps: Sequence[float]) -> dict[str, Any]:
-    """Figures of rounds of one kind; `steps` are those measured in the same turns, in seconds."""
+    """Figures of one kind of rounds. `steps` are the seconds of a step of `generate`, measured in the same turns."""
     seconds = [measured.seconds_per_round for measured in simulated]
     lengths = [length for measured in simulated for length in measured.lengths]
     tau = sum(lengths) / len(lengths)
@@ -138,7 +138,7 @@ def _summarize(way: str, simulated: Sequence[SimulatedRounds], steps: Sequence[f
 
 
 def bytes_read_per_step(target: PreTrainedModel, context: int) -> int:
-    """Bytes that a forward of one token cannot do without: weights of decoder and head, keys and values."""
+    """Bytes that a forward of one token must read: weights of decoder and head, keys and values."""
     decoder = target.get_decoder()
     embedding = target.get_input_embeddings()
     head = target.get_output_embeddings()
@@ -158,7 +158,7 @@ def slot_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
 
 
 def memory_bandwidth(device: torch.device, num_bytes: int | None = None) -> float:
-    """Bytes per second that a copy of a large tensor reads and writes."""
+    """Memory bandwidth in bytes/s, measured by copying a large tensor: bytes read and written, by time."""
     if num_bytes is None:
         num_bytes = 2**30 if device.type == "cuda" else 2**27
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)

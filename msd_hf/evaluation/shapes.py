@@ -1,4 +1,4 @@
-"""Published architectures with random weights: what a round costs at real sizes, where no weights can be had."""
+"""Published architectures with random weights, to measure the cost of a round at real sizes without real weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
 
 
-# Of logits that are spread like this the largest has a probability of about 0.6 at a vocabulary of 32,000.
+# Standard deviation of the logits. The largest of 32,000 such logits has a probability of about 0.6.
 LOGIT_STD = 8.0
 
 
@@ -96,7 +96,7 @@ def _qwen2_vl_7b() -> Qwen2VLConfig:
 
 
 def _small() -> LlavaConfig:
-    """No published model: a decoder that a CPU runs in reasonable time, behind a vision tower of one layer."""
+    """Not a published model: a decoder that a CPU runs in reasonable time, and a vision tower of one layer."""
     vision = CLIPVisionConfig(
         hidden_size=64,
         intermediate_size=64,
@@ -129,7 +129,7 @@ def shape_config(name: str) -> PreTrainedConfig:
     The configuration of a shape.
 
     Raises:
-        MSDError: when there is no shape of that name.
+        MSDError: when there is no shape of this name.
     """
     if name not in SHAPES:
         raise MSDError(f"Unknown shape {name!r}: choose from {', '.join(SHAPES)}.")
@@ -157,16 +157,16 @@ def build_pair(
     draft_vocab_size: int | None = None,
 ) -> tuple[PreTrainedModel, MSDDraftModel]:
     """
-    A target of a configuration and a draft for it, with random weights that are made on the device. The target never
-    ends an answer. Its head is scaled so that the draft prefers few tokens clearly, as trained ones do: of a draft
-    that is sure of nothing the trees would be wide and flat.
+    Builds a target and a draft for it, with random weights that are made on the device. The target never ends an
+    answer. Its head is scaled so that the draft clearly prefers a few tokens, as trained drafts do; the trees of an
+    unsure draft would be wide and flat.
 
     Args:
-        config (`PreTrainedConfig`): of the target.
-        dtype (`torch.dtype`): of both.
-        device (`torch.device`): of both.
-        seed (`int`): of the weights.
-        draft_vocab_size (`int`, *optional*): gives the draft a vocabulary of its own of so many random tokens.
+        config: configuration of the target.
+        dtype: dtype of both models.
+        device: device of both models.
+        seed: seed of the weights.
+        draft_vocab_size (*optional*): size of a draft vocabulary of random tokens; `None` for no draft vocabulary.
     """
     torch.manual_seed(seed)
     with device:
@@ -175,7 +175,8 @@ def build_pair(
     if device.type != "meta":
         _scale_head(target, draft)
     if draft_vocab_size is not None:
-        # Anywhere among the target's, as frequent tokens are: these rows of the head are copied.
+        # The ids are spread over the whole vocabulary, like those of frequent tokens. `set_draft_vocab` copies their
+        # rows of the head.
         vocab_size = config.get_text_config(decoder=True).vocab_size
         draft.set_draft_vocab(torch.randperm(vocab_size)[:draft_vocab_size])
     target.generation_config.eos_token_id = None
@@ -185,7 +186,7 @@ def build_pair(
 
 @torch.no_grad()
 def _scale_head(target: PreTrainedModel, draft: MSDDraftModel) -> None:
-    # States like the draft's own, which stand in for the target's below the first level.
+    # Outputs of the draft, since the head reads such states below the first level of a tree.
     shape = (1, 64, draft.config.hidden_size)
     states = torch.randn(shape, device=draft.device).to(draft.dtype)
     for _ in range(2):
@@ -195,9 +196,9 @@ def _scale_head(target: PreTrainedModel, draft: MSDDraftModel) -> None:
 
 
 def random_prompt(target: PreTrainedModel, context: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Inputs of `generate`: `context` random text tokens."""
+    """Inputs of `generate` with `context` random text tokens."""
     generator = torch.Generator().manual_seed(seed)
-    # The ends of a vocabulary hold the special tokens, those of images among them.
+    # Special tokens, those of images included, lie at both ends of a vocabulary.
     vocab_size = target.config.get_text_config(decoder=True).vocab_size
     input_ids = torch.randint(100, vocab_size * 9 // 10, (1, context), generator=generator).to(target.device)
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}

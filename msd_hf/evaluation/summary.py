@@ -1,4 +1,4 @@
-"""From the runs of a benchmark to its figures: what `report.json` holds, and all that tables and plots show."""
+"""From the runs of a benchmark to its figures, the content of `report.json`, its tables and its plots."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .metrics import acceptance_by_depth, acceptance_histogram, spread
 from .round_timing import RoundTiming
 
 
-# Below this tau a draft is hardly better than none. Even weak drafts that fit their target are above it.
+# Below this tau a draft hardly helps. Even weak drafts are above it if they fit their target.
 LOW_TAU = 1.3
-# A near-tie differs by some roundings; what is beyond is no near-tie.
+# Two logits whose gap is larger than this are not a near-tie that rounding could turn around.
 MAX_GAP_IN_ROUNDINGS = 32
 
 _CAUSES = (
@@ -26,11 +26,11 @@ _CAUSES = (
 
 def summarize(result: BenchResult) -> dict[str, Any]:
     """
-    Figures of a benchmark, ready for JSON but for `nan`.
+    The figures of a benchmark, ready for JSON except for `nan`.
 
     Returns:
-        `dict` with `methods` (figures by method), `groups` (speedup and tau of each group of prompts), `prompts` (what
-        was measured on each) and `warnings`.
+        A dict with `methods` (figures by method), `groups` (speedup and tau of each group of prompts), `prompts`
+        (measurements of each prompt) and `warnings`.
     """
     groups: dict[str, list[PromptResult]] = {}
     for prompt in result.prompts:
@@ -52,7 +52,7 @@ def summarize(result: BenchResult) -> dict[str, Any]:
 
 
 def find_warnings(summary: Mapping[str, Any]) -> list[str]:
-    """What a reader should know before believing the figures of a summary."""
+    """Warnings about figures of a summary that point to a mistake or a bug."""
     warnings = []
     tree = summary["methods"].get("tree", {})
     tau = tree.get("tau")
@@ -110,7 +110,7 @@ def _summarize_method(method: Method, prompts: Sequence[PromptResult]) -> dict[s
 
 
 def summarize_rounds(timing: RoundTiming) -> dict[str, Any]:
-    """Figures of the rounds of a decoding loop."""
+    """The figures of the rounds of a decoding loop."""
     return {
         "num_rounds": timing.num_rounds,
         "round_efficiency": timing.efficiency,
