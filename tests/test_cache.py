@@ -7,9 +7,9 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from msd_hf.kv.in_place import InPlaceLayer, make_in_place, truncate
+from msd_hf.kv.in_place import InPlaceLayer, truncate
 from msd_hf.kv.slots import ContextSlots
-from msd_hf.kv.transaction import CacheTransaction
+from msd_hf.kv.transaction import CacheTransaction, make_in_place
 
 
 def states(length: int, batch_size: int = 2, heads: int = 3) -> tuple[torch.Tensor, torch.Tensor]:

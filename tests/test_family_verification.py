@@ -14,9 +14,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from msd_hf.compat import CACHE_NAME
 from msd_hf.decoding.running_rows import RunningRows
 from msd_hf.decoding.verification import Verification
-from msd_hf.kv.in_place import make_in_place
 from msd_hf.kv.slots import ContextSlots
-from msd_hf.kv.transaction import CacheTransaction
+from msd_hf.kv.transaction import CacheTransaction, make_in_place
 from msd_hf.target.adapter import TargetAdapter
 from msd_hf.tree.candidate import CandidateTree
 

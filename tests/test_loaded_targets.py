@@ -29,7 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from msd_hf import MSDUnsupportedError
 from msd_hf.evaluation import find_disagreement
-from msd_hf.target import adapter as targets
+from msd_hf.target import tree_forward
 from msd_hf.target.adapter import TargetAdapter
 
 
@@ -282,7 +282,7 @@ def test_compiled_targets(how, is_used_before):
 def warned(monkeypatch):
     """What is said once a process, as often as it is said."""
     messages: list[str] = []
-    monkeypatch.setattr(targets.logger, "warning_once", messages.append)
+    monkeypatch.setattr(tree_forward.logger, "warning_once", messages.append)
     return messages
 
 

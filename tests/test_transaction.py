@@ -11,9 +11,8 @@ from transformers import DynamicCache
 
 from msd_hf.compat import CACHE_NAME
 from msd_hf.kv import in_place
-from msd_hf.kv.in_place import make_in_place
 from msd_hf.kv.slots import ContextSlots
-from msd_hf.kv.transaction import CacheTransaction
+from msd_hf.kv.transaction import CacheTransaction, make_in_place
 
 
 def filled_cache(num_slots: int, batch_size: int = 2) -> tuple[DynamicCache, torch.Tensor]:

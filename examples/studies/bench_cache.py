@@ -15,9 +15,9 @@ from rich.table import Table
 from transformers import DynamicCache, HfArgumentParser
 
 from msd_hf.evaluation.clock import synchronize
-from msd_hf.kv.in_place import make_in_place, truncate
+from msd_hf.kv.in_place import truncate
 from msd_hf.kv.slots import ContextSlots
-from msd_hf.kv.transaction import CacheTransaction
+from msd_hf.kv.transaction import CacheTransaction, make_in_place
 from msd_hf.loading import parse_device, parse_dtype
 
 

@@ -17,9 +17,8 @@ from ..drafting.fixed import FixedDrafter
 from ..drafting.growing import GrowingDrafter
 from ..drafting.memory import ChatMemory
 from ..kv.fixed import make_fixed
-from ..kv.in_place import make_in_place
 from ..kv.slots import ContextSlots
-from ..kv.transaction import CacheTransaction
+from ..kv.transaction import CacheTransaction, make_in_place
 from ..observer import Observer, current_observer
 from ..target.adapter import TargetAdapter
 from ..target.support import check_positions, layer_windows

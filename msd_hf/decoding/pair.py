@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,12 +55,20 @@ class PairState:
 
 _States = weakref.WeakKeyDictionary[Any, PairState]
 _pairs: weakref.WeakKeyDictionary[Any, _States] = weakref.WeakKeyDictionary()  # target -> draft -> state
+_companions: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # target -> a draft that lives with it
 
 
 def state_of(target: Any, draft: Any) -> PairState:
     """The state of a pair, made at its first call."""
     of_target = _pairs.setdefault(target, weakref.WeakKeyDictionary())
     return of_target.setdefault(draft, PairState())
+
+
+def companion_of(target: Any, make: Callable[[Any], Any]) -> Any:
+    """A draft that lives as long as the target, or until [`release`]; `make(target)` makes it at the first call."""
+    if target not in _companions:
+        _companions[target] = make(target)
+    return _companions[target]
 
 
 def release(target_or_draft: Any) -> None:
@@ -73,8 +81,9 @@ def release(target_or_draft: Any) -> None:
         target_or_draft (`PreTrainedModel`): every pair with this model is released.
     """
     _pairs.pop(target_or_draft, None)
+    _companions.pop(target_or_draft, None)
     for drafts in list(_pairs.values()):
         drafts.pop(target_or_draft, None)
 
 
-__all__ = ["PairState", "release", "state_of"]
+__all__ = ["PairState", "companion_of", "release", "state_of"]

@@ -1,4 +1,4 @@
-"""The draft as a chain that transformers' own assisted loop drives: the baseline that needs no loop of ours."""
+"""The draft as a chain in transformers' own assisted loop: the baseline that needs no loop of ours."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from ..tree.settings import TreeSettings
 
 class ChainAssistant:
     """
-    Stands for a draft as `assistant_model`. It is no `MSDDraftModel`, so our hook into `generate` leaves the call to
+    Stands for a draft as `assistant_model`. It is not a draft itself, so our hook into `generate` leaves the call to
     transformers.
 
     Args:
-        config (`PreTrainedConfig`): the target's, with whose vocabulary `generate` compares an assistant's.
+        config (`PreTrainedConfig`): the target's. `generate` compares the vocabularies of target and assistant.
     """
 
     def __init__(self, config: PreTrainedConfig):
@@ -39,9 +39,9 @@ class ChainAssistant:
 @contextmanager
 def assisted_chain(target: PreTrainedModel, draft: MSDDraftModel) -> Iterator[ChainAssistant]:
     """
-    Gives what `generate(assistant_model=...)` of the target takes inside the block, to decode with transformers' own
-    assisted loop: one prompt a call. Length and confidence are read as for any assistant: from the draft's generation
-    config, or else transformers' defaults (`num_assistant_tokens`, `assistant_confidence_threshold`).
+    Gives an `assistant_model` for `generate` calls inside the block, which then decode with transformers' own assisted
+    loop, one prompt a call. Length and confidence come from the draft's generation config, as for any assistant, or
+    from transformers' defaults (`num_assistant_tokens`, `assistant_confidence_threshold`).
 
     Raises:
         MSDUnsupportedError: when the target cannot be used with a draft.
@@ -68,18 +68,18 @@ def assisted_chain(target: PreTrainedModel, draft: MSDDraftModel) -> Iterator[Ch
 
 class ChainCandidateGenerator(CandidateGenerator):
     """
-    Proposes the draft's most likely tokens, one after the other. It gives no logits with them: the loop then takes the
-    target's own choice at each position, greedily or sampled, while it is the candidate.
+    Proposes the draft's most likely tokens, one after the other. It gives no logits with them. The loop then takes the
+    target's own choice at each position, greedy or sampled, as long as the choice equals the candidate.
 
     Args:
         draft (`MSDDraftModel`): the draft.
         adapter (`TargetAdapter`): of the target.
-        seen (`TargetObservation`): of the target's forwards, the loop's among them.
+        seen (`TargetObservation`): of the target's forwards, also those of the loop.
         generation_config (`GenerationConfig`): of the call.
         model_kwargs (`dict[str, Any]`): the target's, before its first forward.
     """
 
-    requires_model_outputs = True  # so that the prefill's are handed on
+    requires_model_outputs = True  # so that the loop hands on the outputs of the prefill
     model_kwargs_overrides: dict[str, Any] = {}
 
     def __init__(
@@ -101,9 +101,9 @@ class ChainCandidateGenerator(CandidateGenerator):
         self._adapter = adapter
         self._seen = seen
         self._device = draft.device
-        # The loop replaces them as it goes on.
+        # Kept, because the loop replaces them.
         self._prompt_kwargs = {name: model_kwargs.get(name) for name in ("attention_mask", CACHE_NAME)}
-        self._fed_ids: torch.Tensor | None = None  # [1, S]: what the draft has been told of
+        self._fed_ids: torch.Tensor | None = None  # [1, S]: tokens that the draft has seen
 
     def get_candidates(
         self, input_ids: torch.Tensor, model_outputs: Any = None, is_first_iteration: bool = False, **kwargs: Any
@@ -112,17 +112,17 @@ class ChainCandidateGenerator(CandidateGenerator):
         Args:
             input_ids (`torch.LongTensor` of shape `[1, S]`): the tokens so far.
             model_outputs (`ModelOutput`): of the target's last forward.
-            is_first_iteration (`bool`): whether there was none, so there is nothing to draft from.
+            is_first_iteration (`bool`): whether the target has not run yet, so that there is nothing to draft from.
 
         Returns:
-            The tokens with the candidates behind them (`[1, S + C]`), and no logits.
+            The tokens followed by the candidates (`[1, S + C]`), and no logits.
         """
-        # The last token that may come is the target's.
+        # The last token of the text is the target's own.
         num_tokens = min(self.num_assistant_tokens, self.max_length - input_ids.shape[1] - 1)
         if is_first_iteration:
             self._fed_ids = input_ids
             return input_ids, None
-        if num_tokens < 1:  # nor will there be any later
+        if num_tokens < 1:  # near the end of the text, and no later round drafts either
             return input_ids, None
         self._feed(input_ids, model_outputs)
         settings = TreeSettings(num_nodes=1 + num_tokens, depth=num_tokens - 1, top_k=1)
@@ -134,8 +134,8 @@ class ChainCandidateGenerator(CandidateGenerator):
         """Changes nothing: transformers' default schedule is constant. Older releases demand the method."""
 
     def _feed(self, input_ids: torch.Tensor, model_outputs: Any) -> None:
-        """Tells the draft what was emitted since, with the states of the target's last forward, which began at the
-        token before."""
+        """Feeds the tokens that were emitted since the last call, with the states of the target's last forward, which
+        began at the token before them."""
         assert self._fed_ids is not None
         tokens = input_ids[:, self._fed_ids.shape[1] :].to(self._device)
         if self._prompt_kwargs:
@@ -150,12 +150,12 @@ class ChainCandidateGenerator(CandidateGenerator):
 
 class ChainPolicy(TreePolicy):
     """
-    Ends a chain where an assistant's `generate` ends: behind a token that it is less sure of than the threshold, or
-    that ends the answer.
+    Ends a chain where the `generate` of an assistant would end: after a token whose probability is below the
+    threshold, or after a token that ends the answer.
 
     Args:
         settings (`TreeSettings`): the longest chain.
-        threshold (`float`): 0 for none.
+        threshold (`float`): least probability of a token; 0 for none.
         eos_token_ids (`Sequence[int]`): of the target.
     """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import transformers
 from packaging import version
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..decoding.pair import companion_of
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
 from .assisted_chain import assisted_chain
@@ -120,16 +120,16 @@ COMPILED = Method(
     tree={"compile": True},
 )
 
-_random_drafts: weakref.WeakKeyDictionary[PreTrainedModel, MSDDraftModel] = weakref.WeakKeyDictionary()
-
 
 def random_draft(target: PreTrainedModel) -> MSDDraftModel:
     """A draft with random weights. Each call returns the same object, so that its tree policy keeps what it learnt."""
-    if target not in _random_drafts:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            _random_drafts[target] = MSDDraftModel.from_target(target).eval()
-    return _random_drafts[target]
+    return companion_of(target, _make_random_draft)
+
+
+def _make_random_draft(target: PreTrainedModel) -> MSDDraftModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return MSDDraftModel.from_target(target).eval()
 
 
 USELESS_DRAFT = Method(

@@ -1,4 +1,4 @@
-"""A run of `generate` that is looked into, apart from the timed ones: rounds, phases and memory."""
+"""An observed run of `generate`, apart from the timed runs: rounds, phases and memory."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .round_timing import RoundTiming
 @dataclass(frozen=True)
 class Observation:
     """
-    What was seen.
+    What an observed run shows.
 
     Args:
         acceptance_lengths (`list[int]`): tokens emitted by each forward of the target after the first.
-        round_timing (`RoundTiming`, *optional*): of the decoding loop, if it is ours.
+        round_timing (`RoundTiming`, *optional*): of the decoding loop, if the loop is ours.
         peak_memory (`int`, *optional*): bytes, see [`PeakMemory`].
     """
 
@@ -51,7 +51,7 @@ def observe(
         PhaseTimer(target.device) as timer,
     ):
         target.generate(**inputs, **{**generate_arguments, **arguments}, streamer=recorder)
-    # The first put is the prompt, the second what came of the prefill.
+    # The streamer got the prompt first, then the token of the prefill.
     lengths = recorder.lengths[2:]
     timing = RoundTiming.from_phases(timer.inside("decode"), len(lengths)) if method.has_own_loop else None
     return Observation(lengths, timing, memory.num_bytes)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
-# What reports call the phases of the decoding loop (`msd_hf.phases`).
+# The names of the loop's phases (see `PhaseTimer`) in reports.
 PARTS = {
     "target forward": "target forward",
     "draft forward": "draft layers",
@@ -16,7 +16,7 @@ PARTS = {
     "cache": "cache",
     "decode": "the rest",
 }
-# The modules of the two models; the head that the draft uses is the target's.
+# Phases inside the modules of the two models. The draft uses the target's head.
 _MODEL_PHASES = ("target forward", "draft forward", "draft head")
 
 
@@ -27,7 +27,7 @@ class RoundTiming:
 
     Args:
         num_rounds (`int`): rounds of drafting, verification and acceptance.
-        seconds (`Mapping[str, float]`): of all rounds, by part of a round.
+        seconds (`Mapping[str, float]`): of all rounds together, by part of a round.
     """
 
     num_rounds: int
@@ -35,7 +35,7 @@ class RoundTiming:
 
     @classmethod
     def from_phases(cls, phases: Mapping[str, float], num_rounds: int) -> RoundTiming:
-        """From what `PhaseTimer.inside("decode")` gives."""
+        """From the result of `PhaseTimer.inside("decode")`."""
         return cls(num_rounds, {part: phases.get(name, 0.0) for name, part in PARTS.items()})
 
     @classmethod

@@ -1,8 +1,8 @@
-"""Rounds of the decoding loop with an acceptance that is assumed.
+"""Rounds of the decoding loop with an assumed acceptance.
 
-A draft with random weights has no candidate accepted, so it cannot show what a good one would bring. Here the loop
-runs as it is, but the logits of each verification are changed so that the target "chooses" a path of the tree that
-has the assumed length. The tokens mean nothing; only the time does.
+No candidate of a draft with random weights is accepted, so such a draft cannot show the gain of a good one. Here the
+loop runs as it is, but the logits of each verification are changed so that the target "chooses" a path of the assumed
+length. The tokens mean nothing; only the time counts.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from .intercepted_loop import LoopEnd
 from .timed_run import synchronize
 
 
-FIRST_ROUNDS = 2  # of a call: compiled ones are recorded in them
+FIRST_ROUNDS = 2  # rounds at the begin of a call that do not count: compiled rounds are recorded in them
 
 
 @dataclass(frozen=True)
 class SimulatedRounds:
     """
-    Rounds that were run.
+    Measured rounds.
 
     Args:
-        seconds (`float`): of all of them.
-        lengths (`Sequence[int]`): tokens that each emitted: what was asked for, as far as the tree had such a path.
+        seconds (`float`): of all rounds together.
+        lengths (`Sequence[int]`): tokens that each round emitted: the wanted length, or the longest path of the tree.
         first_seconds (`float`): of the first rounds of the call, which do not count.
     """
 
@@ -55,17 +55,17 @@ class SimulatedRounds:
 
 
 def lengths_of_mean(mean: float, num_rounds: int) -> list[int]:
-    """Whole numbers next to `mean`, in an order that keeps their mean near it at all times."""
+    """Integers next to `mean`, in an order that keeps their running mean near `mean`."""
     totals = [math.floor(mean * number + 0.5) for number in range(num_rounds + 1)]
     return [after - before for before, after in itertools.pairwise(totals)]
 
 
 def check_assumed_length(mean: float, settings: TreeSettings) -> None:
     """
-    Refuses an acceptance that no tree of these settings can have.
+    Refuses an acceptance that no tree of these settings can reach.
 
     Raises:
-        MSDError: says what is possible.
+        MSDError: says which range is possible.
     """
     most = min(settings.num_nodes, settings.depth + 2)
     if not 1 <= mean <= most:
@@ -80,13 +80,14 @@ def simulated_rounds(
     on_start: Callable[[], None] = lambda: None,
 ) -> SimulatedRounds:
     """
-    Runs one round for each of `lengths`, from the end of one verification to that of the next, behind the first ones.
+    Runs one round for each of `lengths`, after the first rounds. A round is timed from the end of one verification to
+    the end of the next.
 
     Args:
         target (`PreTrainedModel`): must not end an answer by itself.
         draft (`MSDDraftModel`): its `generation_config` sets the size of the tree.
         inputs (`Mapping`): inputs of `generate` for one prompt.
-        lengths (`Sequence[int]`): tokens that each round shall emit.
+        lengths (`Sequence[int]`): tokens that each round should emit.
         on_start (`Callable`): called when the first rounds are over and the clock starts.
     """
     emitted: list[torch.Tensor] = []
@@ -119,17 +120,17 @@ def steer(logits: torch.Tensor, tree: CandidateTree, length: int) -> torch.Tenso
     Args:
         logits (`torch.Tensor` of shape `[1, N, V]`): of the nodes.
         tree (`CandidateTree`): a batch of one tree.
-        length (`int`): tokens to be emitted.
+        length (`int`): tokens to emit.
 
     Returns:
-        `torch.LongTensor` of shape `[]`: how many will be.
+        `torch.LongTensor` of shape `[]`: tokens that will be emitted.
     """
     depths = tree.depths[0].clamp(max=length - 1)
-    # The first node of the deepest level that is wanted; the path is that node and all above it.
+    # The first node of the deepest wanted level; the path consists of that node and its ancestors.
     end = (depths * depths.shape[0] - torch.arange(depths.shape[0], device=depths.device)).argmax()
     on_path = tree.ancestors[0].index_select(0, end.unsqueeze(0))[0]
     tokens, parents = tree.tokens[0], tree.parents[0]
-    # A child on the path is preferred to everything, one beside it is out of the question.
+    # A child on the path wins over every token, a child beside it over none.
     values = torch.where(on_path, 1e4, -1e4)
     logits[0, parents[1:], tokens[1:]] = values[1:].to(logits.dtype)
     return on_path.sum()

@@ -22,8 +22,8 @@ class TimedRun:
     Args:
         tokens (`list[int]`): the new tokens.
         seconds (`float`): wall clock of the whole call, vision tower and prefill included.
-        prefill_seconds (`float`): of these, until the target's first forward was done.
-        acceptance_lengths (`list[int]`): tokens emitted by each verification of our loop; else empty.
+        prefill_seconds (`float`): the part of them until the target's first forward was done.
+        acceptance_lengths (`list[int]`): tokens emitted by each verification of our loop; empty with another loop.
     """
 
     tokens: list[int]
@@ -37,12 +37,12 @@ class TimedRun:
 
     @property
     def decode_seconds(self) -> float:
-        """What came after the target's first forward; a draft's prefill belongs to it."""
+        """Seconds after the target's first forward, a draft's prefill included."""
         return self.seconds - self.prefill_seconds
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """Without the first token, which the prefill gives."""
+        """Tokens a second without the prefill and the token that it gives."""
         return (len(self.tokens) - 1) / self.decode_seconds
 
 
@@ -59,8 +59,8 @@ def timed_generate(
 
     Args:
         target (`PreTrainedModel`): the target.
-        inputs (`Mapping`): what the processor gave for one prompt.
-        draft (`MSDDraftModel`, *optional*): given to `generate` if the method wants it.
+        inputs (`Mapping`): the processor's result for one prompt.
+        draft (`MSDDraftModel`, *optional*): given to `generate` if the method uses a draft.
         method (`Method`): how to decode.
         seed (`int`, *optional*): set before the call.
         generate_arguments: further arguments of `generate`.

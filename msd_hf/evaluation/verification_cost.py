@@ -1,4 +1,4 @@
-"""What the verification of a tree costs, by its number of nodes."""
+"""The cost of verifying a tree, by its number of nodes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def verification_seconds(
     target: PreTrainedModel, draft: MSDDraftModel, inputs: Mapping[str, Any], nodes: Sequence[int], repeats: int
 ) -> dict[int, list[float]]:
     """
-    Times verification forwards in place of the first of an answer, the sizes in turns.
+    Times verification forwards in place of the first verification of an answer, the sizes in turns.
 
     Args:
         target (`PreTrainedModel`), draft (`MSDDraftModel`): the pair; the draft's own trees are not used.
         inputs (`Mapping`): inputs of `generate` for one prompt.
         nodes (`Sequence[int]`): nodes of the trees, the root included.
-        repeats (`int`): forwards of each size, after one that does not count.
+        repeats (`int`): timed forwards of each size, after one that does not count.
 
     Returns:
         `dict[int, list[float]]`: seconds of each forward, by number of nodes.

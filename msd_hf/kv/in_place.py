@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, DynamicCache
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 
@@ -163,18 +163,12 @@ class InPlaceLayer(DynamicLayer):
         return key_buffer, value_buffer
 
 
-def make_in_place(cache: DynamicCache, max_slots: int) -> None:
-    """Turns the layers of a `DynamicCache` into `InPlaceLayer`s. The cache stays the same object.
+def in_place(layer: DynamicLayer, max_slots: int) -> InPlaceLayer:
+    """An `InPlaceLayer` with the content of a layer.
 
     A sliding-window layer becomes a full one, which its mask makes equal: a rejected branch of a tree must not push
     slots out of the window. Slots that have left a window already are filled with zeros, and masks hide them.
     """
-    cache.layers = [_in_place(layer, max_slots) for layer in cache.layers]
-    # A cache that was made without a config adds layers on first use.
-    cache.layer_class_to_replicate = InPlaceLayer if cache.layer_class_to_replicate is not None else None
-
-
-def _in_place(layer: DynamicLayer, max_slots: int) -> InPlaceLayer:
     made = InPlaceLayer(max_slots)
     length = layer.get_seq_length()
     if length == 0:
@@ -197,4 +191,4 @@ def truncate(cache: Cache, length: int) -> None:
         layer.truncate(length)
 
 
-__all__ = ["InPlaceLayer", "KeysAndValues", "make_in_place", "truncate"]
+__all__ = ["InPlaceLayer", "KeysAndValues", "in_place", "truncate"]

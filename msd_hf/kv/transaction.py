@@ -12,9 +12,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
+from .in_place import InPlaceLayer, in_place
 from .slots import ContextSlots
+
+
+def make_in_place(cache: DynamicCache, max_slots: int) -> None:
+    """Gives a `DynamicCache` layers that can commit and abort. The cache stays the same object.
+
+    Args:
+        cache (`DynamicCache`): empty or filled.
+        max_slots (`int`): bound of what is allocated ahead of need.
+    """
+    cache.layers = [in_place(layer, max_slots) for layer in cache.layers]
+    # A cache that was made without a config adds layers on first use.
+    cache.layer_class_to_replicate = InPlaceLayer if cache.layer_class_to_replicate is not None else None
 
 
 @dataclass
@@ -147,4 +160,4 @@ class CacheTransaction:
         return _StoredRow([layer.take_row(place, length) for layer in self.cache.layers], length)
 
 
-__all__ = ["CacheTransaction"]
+__all__ = ["CacheTransaction", "make_in_place"]
