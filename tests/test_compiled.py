@@ -1,4 +1,4 @@
-"""`compile=True`: the same tokens and caches as without, few compilations, and a target that is as it was."""
+"""`compile=True` gives the same tokens and caches as without, compiles rarely, and leaves the target unchanged."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from msd_hf.tree.candidate import CandidateTree
 
 PAIR = 3  # the draft has two layers
 TREE = (12, 3, 4)
-# The verification, the draft's levels, and the draft's pass over accepted tokens.
+# Compiled functions of a round: verification, the draft's levels, and the draft's pass over accepted tokens.
 NUM_GRAPHS = 3
 
 
 @pytest.fixture(autouse=True)
 def backend(monkeypatch):
-    """Dynamo alone: what there is to go wrong is in what is traced and in what it is given."""
+    """Uses Dynamo without a compiler: errors would come from what is traced and from its inputs."""
     monkeypatch.setattr(compiled, "BACKEND", "eager")
 
 
@@ -59,14 +59,14 @@ def generate(target, draft, inputs, compile: bool = True, **options):
 
 
 def warm_up(target, draft) -> None:
-    """Calls in which all shapes occur: five tokens are the most that a round emits, and four have another shape."""
+    """Runs calls until every shape is compiled: a round emits at least one token, and at most five with this tree."""
     prompts = [tiny.make_prompt(seed, 8) for seed in range(4)]
     outputs = [generate(target, draft, inputs, max_new_tokens=20) for inputs in prompts]
     assert {1, 5} <= {length for output in outputs for length in output.acceptance_lengths[0]}
 
 
-def spares(target, draft):
-    """The buffers that the last call left, of the target and of the draft."""
+def spare_buffers(target, draft):
+    """The buffers of target and draft that the last call left for reuse."""
     pair = state_of(target, draft)
     return pair.target_buffers._buffers, pair.draft_buffers._buffers
 
@@ -105,27 +105,29 @@ def test_eager_attention_and_sampling():
         tiny.pair(PAIR).set_attention("sdpa")
 
 
-def own_vocabulary(draft):
+def with_draft_vocabulary(draft):
     draft.set_draft_vocab(range(2, 60, 2))
 
 
-def repetitions(draft):
+def with_suffix_branch(draft):
     draft.generation_config.suffix_nodes = 4
 
 
-def chain(draft):
+def with_chain(draft):
     draft.generation_config.tree_top_k = 1
 
 
-def all_candidates(draft):
+def with_all_candidates(draft):
     draft.generation_config.num_assistant_tokens = 1000
 
 
-def no_tree(draft):
+def with_root_only(draft):
     draft.generation_config.num_assistant_tokens = 1
 
 
-@pytest.mark.parametrize("change", [own_vocabulary, repetitions, chain, all_candidates, no_tree])
+@pytest.mark.parametrize(
+    "change", [with_draft_vocabulary, with_suffix_branch, with_chain, with_all_candidates, with_root_only]
+)
 def test_other_drafts_and_trees(change):
     target, draft = copy.deepcopy(build_pair())
     change(draft)
@@ -142,7 +144,7 @@ def test_other_drafts_and_trees(change):
 
 
 def test_candidates_that_overflow_harm_no_others():
-    """Their slots stay in the buffers, where a mask hides them by a product with 0."""
+    """Slots of rejected candidates stay in the buffers. Attention multiplies them by 0, and infinity would give NaN."""
     target, draft = copy.deepcopy(build_pair())
     inputs = tiny.make_prompt(0, 8)
     expected = target.generate(**inputs, max_new_tokens=30)
@@ -187,7 +189,7 @@ def test_the_draft_does_not_see_padding():
             assert rounds[:-1] == wanted[:-1]
 
 
-def test_compiles_once_for_a_range_of_context_and_for_all_ends(monkeypatch):
+def test_compiles_again_only_when_the_context_outgrows_the_buffers(monkeypatch):
     monkeypatch.setattr(static_cache, "MIN_CAPACITY", 64)
     target, draft = build_pair()
     warm_up(target, draft)
@@ -220,7 +222,10 @@ def test_conversation_with_compiled_turns_and_others():
 
 @pytest.mark.parametrize("capacity", [16, 64])
 def test_a_draft_that_joins_late(capacity, monkeypatch):
-    """It holds fewer slots than there are positions, and may have room for more when these need a larger table."""
+    """
+    A draft that joins after the first turn holds fewer slots than there are positions, so its rotary tables may have
+    to grow while its buffers still have room.
+    """
     monkeypatch.setattr(static_cache, "MIN_CAPACITY", capacity)
     target, draft = build_pair()
     caches = [DynamicCache(config=target.config.get_text_config()) for _ in range(2)]
@@ -232,7 +237,7 @@ def test_a_draft_that_joins_late(capacity, monkeypatch):
     assert torch.equal(got, target.generate(ids, max_new_tokens=30, **{CACHE_NAME: caches[1]}))
 
 
-def test_buffers_are_left_when_a_call_fails():
+def test_buffers_are_kept_for_reuse_when_a_call_fails():
     target, draft = build_pair()
     inputs = tiny.make_prompt(0, 8)
     generate(target, draft, inputs, return_dict_in_generate=False)
@@ -244,23 +249,23 @@ def test_buffers_are_left_when_a_call_fails():
 
     with pytest.raises(RuntimeError, match="of the user"):
         generate(target, draft, inputs, logits_processor=[fail], return_dict_in_generate=False)
-    assert all(spares(target, draft))
+    assert all(spare_buffers(target, draft))
 
 
-def test_a_prompt_goes_into_buffers_that_are_there():
+def test_a_prompt_is_prefilled_into_existing_buffers():
     target, draft = build_pair()
     generate(target, draft, tiny.make_prompt(0, 8), return_dict_in_generate=False)
-    buffers, _ = spares(target, draft)
+    buffers, _ = spare_buffers(target, draft)
     seen = []
     prefill = TargetAdapter.prefill
 
-    def look(self, input_ids, generation_config, model_kwargs):
+    def record_addresses(self, input_ids, generation_config, model_kwargs):
         result = prefill(self, input_ids, generation_config, model_kwargs)
         seen.extend(layer.keys.data_ptr() for layer in model_kwargs[CACHE_NAME].layers)
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TargetAdapter, "prefill", look)
+        patch.setattr(TargetAdapter, "prefill", record_addresses)
         generate(target, draft, tiny.make_prompt(1, 8), return_dict_in_generate=False)
     assert seen == [keys.data_ptr() for keys, _ in buffers]
 
@@ -275,18 +280,18 @@ def test_returned_caches_are_not_used_again():
     assert all(torch.equal(layer.keys, old) for layer, old in zip(first[CACHE_NAME].layers, keys, strict=True))
 
 
-def test_other_caches_keep_their_addresses_and_nothing_else(monkeypatch):
-    """CUDA graphs are recorded for addresses."""
+def test_reused_buffers_keep_their_addresses_but_not_their_contents(monkeypatch):
+    """CUDA graphs need fixed addresses, so buffers must keep theirs. Their old contents (here NaN) must not be read."""
     target, draft = build_pair()
     inputs = tiny.make_prompt(0, 8)
     expected = generate(target, draft, inputs, return_dict_in_generate=False)
     for number in range(2):
-        spare = spares(target, draft)[number]
+        spare = spare_buffers(target, draft)[number]
         addresses = [buffer.data_ptr() for pair in spare for buffer in pair]
         for buffer in (buffer for pair in spare for buffer in pair):
             buffer.fill_(float("nan"))
         assert torch.equal(generate(target, draft, inputs, return_dict_in_generate=False), expected)
-        spare = spares(target, draft)[number]
+        spare = spare_buffers(target, draft)[number]
         assert [buffer.data_ptr() for pair in spare for buffer in pair] == addresses
 
 
@@ -313,7 +318,7 @@ def test_hidden_states_are_returned():
 def test_target_is_left_as_it_was(fails, monkeypatch):
     target, draft = build_pair()
     decoder = target.get_decoder()
-    generate(target, draft, tiny.make_prompt(0, 8))  # transformers leaves things of its own
+    generate(target, draft, tiny.make_prompt(0, 8))  # transformers adds attributes of its own in the first call
     attributes, hooks = set(vars(decoder)), len(decoder._forward_pre_hooks)
     if fails:
 
@@ -330,29 +335,29 @@ def test_target_is_left_as_it_was(fails, monkeypatch):
     assert set(vars(decoder)) == attributes and len(decoder._forward_pre_hooks) == hooks
 
 
-def auto(target, draft):
+def with_auto_tree(target, draft):
     draft.generation_config.num_assistant_tokens = "auto"
 
 
-def offloaded(target, draft):
+def with_offloaded_layer(target, draft):
     target.get_decoder().layers[1]._hf_hook = object()
 
 
-def compiled_before(target, draft):
+def with_compiled_decoder(target, draft):
     target.get_decoder().compile(backend="eager")
 
 
-def elsewhere(target, draft):
+def on_another_device(target, draft):
     draft.to("meta")
 
 
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        (auto, "another shape"),
-        (offloaded, "accelerate"),
-        (compiled_before, "compiled already"),
-        (elsewhere, "on meta"),
+        (with_auto_tree, "another shape"),
+        (with_offloaded_layer, "accelerate"),
+        (with_compiled_decoder, "compiled already"),
+        (on_another_device, "on meta"),
     ],
 )
 def test_refusals(change, sentence):
@@ -363,7 +368,7 @@ def test_refusals(change, sentence):
 
 
 def test_slots_are_kept_within_the_buffers(monkeypatch):
-    """Behind any number of rounds, what the layers hold is what was accepted, in place."""
+    """After every round the layers hold exactly the accepted slots."""
     monkeypatch.setattr(static_cache, "MIN_CAPACITY", 8)
     torch.manual_seed(0)
     cache = DynamicCache()
@@ -390,7 +395,7 @@ def test_slots_are_kept_within_the_buffers(monkeypatch):
 @pytest.mark.parametrize("window", [None, 2, 4, 9, 30])
 @pytest.mark.parametrize("lengths", [[12], [12, 12], [9, 12]])
 @pytest.mark.parametrize("is_padded", [False, True])
-def test_masks_of_buffers_are_those_of_the_slots_that_are_filled(window, lengths, is_padded):
+def test_buffer_masks_equal_tree_masks_and_hide_empty_slots(window, lengths, is_padded):
     parents = torch.tensor([[0, 0, 0, 1, 3, 4, 5]]).expand(len(lengths), -1)
     tree = CandidateTree.from_parents(parents, parents, max_depth=5)
     prompt_mask = torch.ones(len(lengths), 6, dtype=torch.bool)
@@ -406,8 +411,8 @@ def test_masks_of_buffers_are_those_of_the_slots_that_are_filled(window, lengths
 
 @pytest.mark.parametrize("vocab_size", [32_000, 32_064, 4_000, 997, 60])
 @pytest.mark.parametrize("top_k", [1, 10])
-def test_the_best_candidates_are_found_in_blocks(vocab_size, top_k):
-    """Where the vocabulary can be divided, and where it cannot."""
+def test_the_best_candidates_are_found_block_by_block(vocab_size, top_k):
+    """Vocabulary sizes that divide into blocks, and sizes that do not."""
     torch.manual_seed(0)
     target = tiny.build_target(vocab_size=vocab_size)
     head = DraftHead(tiny.build_draft(target), TargetAdapter(target))
@@ -420,7 +425,7 @@ def test_the_best_candidates_are_found_in_blocks(vocab_size, top_k):
 
 @pytest.mark.parametrize("is_joined", [True, False])
 def test_slots_of_all_layers_move(is_joined, monkeypatch):
-    """At once where the buffers lie behind each other, as new ones do."""
+    """New buffers are parts of one tensor and move together; separate buffers move one by one."""
     monkeypatch.setattr(static_cache, "MIN_CAPACITY", 8)
     torch.manual_seed(0)
     cache = DynamicCache()
@@ -428,7 +433,7 @@ def test_slots_of_all_layers_move(is_joined, monkeypatch):
     prompt = torch.randn(1, 2, 5, 4)
     for layer in range(2):
         cache.update(prompt + layer, prompt - layer, layer)
-    for count in (3, 20):  # both need new buffers
+    for count in (3, 20):  # each count needs larger buffers
         buffers = reserve(cache, count)
         (together,) = parts_of(buffers)
         assert together.shape == (4, 1, 2, 8 if count == 3 else 32, 4)

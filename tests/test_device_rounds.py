@@ -1,4 +1,4 @@
-"""Greedy rounds of one sequence with `compile=True`: the tokens of the target alone, whoever drives the rounds."""
+"""Greedy calls with `compile=True` give the tokens of the target alone, whether device or host drives the rounds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from msd_hf.kv import fixed as static_cache
 
 @pytest.fixture(autouse=True)
 def rounds(monkeypatch):
-    """Counts calls that the device served. What is compiled runs as it is: here it is about what goes in and out."""
+    """Lists the calls that `DeviceRounds` served. Functions run uncompiled: the tests check inputs and outputs."""
     served = []
 
     class Counted(DeviceRounds):
@@ -35,7 +35,7 @@ def rounds(monkeypatch):
 
     monkeypatch.setattr(generation, "DeviceRounds", Counted)
     monkeypatch.setattr(compiled, "_compile", lambda function, mode: function)
-    monkeypatch.setattr(pair_states, "_pairs", weakref.WeakKeyDictionary())  # nothing compiled is kept
+    monkeypatch.setattr(pair_states, "_pairs", weakref.WeakKeyDictionary())  # no compiled state of an earlier test
     return served
 
 
@@ -48,8 +48,8 @@ def compilation(draft):
         draft.generation_config.compile = None
 
 
-def both(target, draft, inputs, **options):
-    """Tokens of the target alone, and with the draft."""
+def generate_both(target, draft, inputs, **options):
+    """The outputs of the target alone and with the draft."""
     options = {"max_new_tokens": 30, **options}
     expected = target.generate(**inputs, **options)
     with compilation(draft):
@@ -59,46 +59,47 @@ def both(target, draft, inputs, **options):
 @pytest.mark.parametrize("returns_dict", [False, True])
 @pytest.mark.parametrize(("name", "attention"), [(n, a) for n, family in FAMILIES.items() for a in family.attentions])
 def test_every_family(name, attention, returns_dict, rounds, monkeypatch):
-    """With a cache that someone may look at, and without; through buffers that become too small."""
+    """With and without a returned cache. The buffers start so small that they must grow."""
     monkeypatch.setattr(static_cache, "MIN_CAPACITY", 16)
-    told, draft_told = [], []  # of each attention to buffers, whether it was told which slots are live, and is right
+    # For each attention to buffers: whether it was given live slots that cover the mask.
+    is_covered, is_draft_covered = [], []
 
-    def looking(told):
-        def look(queries, keys, values, mask, scale, live_slots=None):
+    def recording_attention(is_covered):
+        def attend_and_record(queries, keys, values, mask, scale, live_slots=None):
             first, end = find_live_slots(mask).tolist()
-            told.append(live_slots is not None and live_slots[0] <= first and end <= live_slots[1])
+            is_covered.append(live_slots is not None and live_slots[0] <= first and end <= live_slots[1])
             return attend(queries, keys, values, mask, scale, live_slots)
 
-        return look
+        return attend_and_record
 
     attend = split_attention.split_attention
-    monkeypatch.setattr(split_attention, "split_attention", looking(told))
-    monkeypatch.setattr(static_drafting, "split_attention", looking(draft_told))
+    monkeypatch.setattr(split_attention, "split_attention", recording_attention(is_covered))
+    monkeypatch.setattr(static_drafting, "split_attention", recording_attention(is_draft_covered))
     pair = family_pair(name)
     before = pair.family.attentions[0]
     pair.target.set_attn_implementation(attention)
     try:
         for seed, num_images in enumerate((0, 1) if pair.family.has_images else (0, 0)):
             inputs = pair.family.inputs(seed, num_images)
-            expected, got = both(pair.target, pair.draft, inputs, return_dict_in_generate=returns_dict)
+            expected, got = generate_both(pair.target, pair.draft, inputs, return_dict_in_generate=returns_dict)
             if returns_dict:
                 assert torch.equal(got.sequences, expected.sequences)
                 assert sum(got.acceptance_lengths[0]) == 29
                 for layer, alone in zip(got[CACHE_NAME].layers, expected[CACHE_NAME].layers, strict=True):
-                    window = alone.keys.shape[2]  # a sliding layer holds no more than that
-                    # Eager attention has its softmax in float32.
+                    window = alone.keys.shape[2]  # a sliding layer holds only its window
+                    # Eager attention computes its softmax in float32.
                     torch.testing.assert_close(layer.keys[:, :, -window:], alone.keys, rtol=1e-4, atol=1e-5)
             else:
                 assert torch.equal(got, expected)
     finally:
         pair.target.set_attn_implementation(before)
     assert len(rounds) == 2
-    assert all(told) and bool(told) == (attention == "sdpa")
-    assert all(draft_told) and draft_told
+    assert all(is_covered) and bool(is_covered) == (attention == "sdpa")
+    assert all(is_draft_covered) and is_draft_covered
 
 
 @pytest.mark.parametrize("number", range(4))
-def test_ends_of_all_kinds(number, rounds):
+def test_generation_ends_where_the_target_alone_ends(number, rounds):
     pair = tiny.pair(number)
     draft = pair.with_tree(12, 3, 4)
     for seed in range(4):
@@ -109,14 +110,14 @@ def test_ends_of_all_kinds(number, rounds):
             for options in (
                 {"eos_token_id": int(alone[0, length + place])},
                 {"max_new_tokens": place + 1},
-                {"stopping_criteria": StoppingCriteriaList([Length(length + place + 1)])},
+                {"stopping_criteria": StoppingCriteriaList([StopAtLength(length + place + 1)])},
             ):
-                expected, got = both(pair.target, draft, inputs, **options)
+                expected, got = generate_both(pair.target, draft, inputs, **options)
                 assert torch.equal(got, expected)
-    assert len(rounds) > 60  # the others ended with their first token
+    assert len(rounds) > 60  # calls that end with their first token need no rounds
 
 
-class Length(StoppingCriteria):
+class StopAtLength(StoppingCriteria):
     def __init__(self, length):
         self.length = length
 
@@ -125,7 +126,7 @@ class Length(StoppingCriteria):
 
 
 def test_conversation(rounds):
-    """The draft goes on where it stood, as it does without compilation."""
+    """After each turn the draft's memory equals the one that host rounds leave, so the next turn continues from it."""
     pair = tiny.pair(1)
     draft = pair.with_tree(12, 3, 4)
     caches = [DynamicCache(config=pair.target.config.get_text_config()) for _ in range(3)]
@@ -148,19 +149,19 @@ def test_conversation(rounds):
     assert len(rounds) == 4
 
 
-def test_repetitions_are_left_to_the_host(rounds):
+def test_suffix_branches_are_left_to_the_host(rounds):
     pair = tiny.pair(1)
     draft = pair.with_tree(12, 3, 4)
     draft.generation_config.suffix_nodes = 4
     try:
-        expected, got = both(pair.target, draft, tiny.make_prompt(0, 8))
+        expected, got = generate_both(pair.target, draft, tiny.make_prompt(0, 8))
     finally:
         draft.generation_config.suffix_nodes = None
     assert torch.equal(got, expected) and not rounds
 
 
-def test_rounds_are_those_of_the_host(rounds):
-    """The same trees, the same acceptance."""
+def test_rounds_equal_those_of_the_host(rounds):
+    """Equal trees are accepted equally far in every round."""
     pair = tiny.pair(3)
     draft = pair.with_tree(12, 3, 4)
     for seed in range(4):
@@ -173,7 +174,7 @@ def test_rounds_are_those_of_the_host(rounds):
     assert len(rounds) == 4
 
 
-class Streamed:
+class RoundStreamer:
     def __init__(self, fails_after=None):
         self.tokens, self.drafted, self.fails_after = [], [], fails_after
 
@@ -196,7 +197,7 @@ def test_tokens_are_streamed_round_by_round(rounds):
     inputs = tiny.make_prompt(0, 8)
     streams = []
     for is_compiled in (False, True):
-        streams.append(Streamed())
+        streams.append(RoundStreamer())
         with compilation(draft) if is_compiled else contextlib.nullcontext():
             out = pair.target.generate(**inputs, max_new_tokens=30, assistant_model=draft, streamer=streams[-1])
         assert streams[-1].tokens == out[0, inputs["input_ids"].shape[1] :].tolist()
@@ -208,7 +209,7 @@ def test_the_cache_of_an_interrupted_call_can_be_used(rounds):
     draft = pair.with_tree(12, 3, 4)
     ids = tiny.make_prompt(4, 6)["input_ids"]
     cache = DynamicCache(config=pair.target.config.get_text_config())
-    streamer = Streamed(fails_after=6)
+    streamer = RoundStreamer(fails_after=6)
     with compilation(draft), pytest.raises(KeyError):
         pair.target.generate(ids, assistant_model=draft, streamer=streamer, **{CACHE_NAME: cache})
     assert ids.shape[1] + 4 <= cache.get_seq_length() <= ids.shape[1] + len(streamer.tokens)
@@ -218,12 +219,12 @@ def test_the_cache_of_an_interrupted_call_can_be_used(rounds):
     assert len(rounds) == 1
 
 
-class TokenByToken:
+class TokenStreamer:
     def __init__(self, fails_after):
         self.tokens, self.fails_after = [], fails_after
 
     def put(self, tokens):
-        if tokens.ndim < 2:  # else the prompt
+        if tokens.ndim < 2:  # the prompt has two dimensions
             self.tokens += tokens.tolist()
         if len(self.tokens) > self.fails_after:
             raise KeyError("of the user")
@@ -233,12 +234,12 @@ class TokenByToken:
 
 
 @pytest.mark.parametrize("fails_after", range(2, 12))
-def test_the_cache_of_an_interrupted_call_holds_no_more_than_was_handed_on(fails_after, rounds):
+def test_the_cache_of_an_interrupted_call_holds_only_streamed_tokens(fails_after, rounds):
     pair = tiny.pair(1)
     draft = pair.with_tree(12, 3, 4)
     ids = tiny.make_prompt(4, 6)["input_ids"]
     cache = DynamicCache(config=pair.target.config.get_text_config())
-    streamer = TokenByToken(fails_after)
+    streamer = TokenStreamer(fails_after)
     with compilation(draft), pytest.raises(KeyError):
         pair.target.generate(ids, assistant_model=draft, streamer=streamer, **{CACHE_NAME: cache})
     assert cache.get_seq_length() < ids.shape[1] + len(streamer.tokens)
@@ -252,8 +253,11 @@ def count_calls(calls):
 
 
 @pytest.mark.parametrize("part", ["target", "decoder", "head", "layer"])
-def test_hooks_of_the_user_run_each_time(part, rounds):
-    """Those that compiled code does not pass over."""
+def test_hooks_of_the_user_run_in_every_round(part, rounds):
+    """
+    Device rounds would skip a hook on the target, the decoder or the head, so the host drives such calls. A hook on a
+    layer runs inside the compiled code.
+    """
     pair = tiny.pair(3)
     draft = pair.with_tree(12, 3, 4)
     decoder = pair.target.get_decoder()
@@ -266,7 +270,7 @@ def test_hooks_of_the_user_run_each_time(part, rounds):
     calls = []
     handle = module.register_forward_hook(count_calls(calls))
     try:
-        both(pair.target, draft, tiny.make_prompt(0, 8))
+        generate_both(pair.target, draft, tiny.make_prompt(0, 8))
     finally:
         handle.remove()
     assert calls and len(rounds) == (part == "layer")
@@ -282,7 +286,7 @@ def test_hooks_of_the_user_run_each_time(part, rounds):
         {"output_hidden_states": True, "return_dict_in_generate": True},
     ],
 )
-def test_calls_that_the_host_has_a_part_in(options, rounds):
+def test_calls_that_need_the_host_are_left_to_it(options, rounds):
     pair = tiny.pair(3)
     draft = pair.with_tree(12, 3, 4)
     inputs = tiny.make_prompt(0, 8)

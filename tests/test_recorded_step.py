@@ -1,4 +1,4 @@
-"""Steps that are recorded on a GPU: when they are called, recorded and replayed, with graphs that do nothing."""
+"""When a step of the recorder is called, recorded and replayed, tested with fake CUDA graphs that only log."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from msd_hf.compiled.cuda_graphs import RecordedStep, Recorder, RecordingMemory
 
 
-class Graph:
-    """Notes what is done with it. The first one that is made is that of the memory."""
+class FakeGraph:
+    """Stands in for `torch.cuda.CUDAGraph` and logs its calls. Graph 0 is the one that keeps the recorder's memory."""
 
     fails: tuple[int, ...] = ()
     made = 0
 
     def __init__(self):
-        self.number = Graph.made
-        Graph.made += 1
+        self.number = FakeGraph.made
+        FakeGraph.made += 1
 
     def capture_begin(self, pool=None, capture_error_mode="global"):
         assert capture_error_mode == "thread_local" and not gc.isenabled()
@@ -38,7 +38,7 @@ class Graph:
         return f"pool of {self.number}"
 
 
-class Stream:
+class FakeStream:
     def __init__(self, device=None):
         pass
 
@@ -52,17 +52,17 @@ LOG: list[str] = []
 @pytest.fixture
 def recorder(monkeypatch):
     LOG.clear()
-    monkeypatch.setattr(Graph, "fails", ())
-    monkeypatch.setattr(Graph, "made", 0)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(FakeGraph, "fails", ())
+    monkeypatch.setattr(FakeGraph, "made", 0)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: None)
     return Recorder(torch.device("cuda"), RecordingMemory())
 
 
-def step_of(recorder, name="call"):
+def make_step(recorder, name="call"):
     def function():
         LOG.append(name)
         return len(LOG)
@@ -71,17 +71,17 @@ def step_of(recorder, name="call"):
 
 
 def test_the_second_call_records_and_all_later_ones_replay(recorder):
-    step = step_of(recorder)
+    step = make_step(recorder)
     assert step() == step.result == 1
     assert step() == 5
-    assert step() == step.result == 5  # which the device overwrites
+    assert step() == step.result == 5  # a replay returns the recorded result; a real device overwrites its tensors
     assert LOG == ["call", "begin 0", "end", "begin 1", "call", "end", "replay 1", "replay 1"]
     assert step._graph.used_pool == "pool of 0" and gc.isenabled()
 
 
-def test_steps_and_later_recorders_share_the_memory(recorder):
+def test_steps_and_later_recorders_share_one_memory_pool(recorder):
     for _ in range(2):
-        steps = [step_of(recorder), step_of(recorder)]
+        steps = [make_step(recorder), make_step(recorder)]
         for step in (*steps, *steps):
             step()
         assert [step._graph.used_pool for step in steps] == ["pool of 0"] * 2
@@ -89,14 +89,17 @@ def test_steps_and_later_recorders_share_the_memory(recorder):
             step.close()
         recorder.close()
         recorder = Recorder(recorder.device, recorder._memory)
-    assert Graph.made == 5
+    assert FakeGraph.made == 5
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
-def test_no_step_is_recorded_behind_one_that_cannot_be(recorder, monkeypatch, failing):
-    """It would go on reading what the other gave at that time. Those before it may be."""
-    monkeypatch.setattr(Graph, "fails", (failing,))
-    first = step_of(recorder, "first")
+def test_no_step_is_recorded_after_one_that_fails(recorder, monkeypatch, failing):
+    """
+    A step that is recorded later would keep reading the tensors of one call of the failed step, which makes new ones
+    at every call. Steps that were recorded before the failure stay recorded.
+    """
+    monkeypatch.setattr(FakeGraph, "fails", (failing,))
+    first = make_step(recorder, "first")
     second = RecordedStep(lambda: LOG.append("second") or first.result, recorder)
     for _ in range(3):
         first()
@@ -104,7 +107,7 @@ def test_no_step_is_recorded_behind_one_that_cannot_be(recorder, monkeypatch, fa
     assert (first._graph is not None) == (failing == 2) and second._graph is None
     assert not recorder.is_recording and gc.isenabled()
     recorder.close()
-    assert not recorder._memory._arenas  # its memory is not trusted any more
+    assert not recorder._memory._arenas  # the state of its memory is unknown after a failed recording
 
 
 @pytest.mark.parametrize("ends", [True, False])
@@ -118,13 +121,13 @@ def test_errors_of_the_function_are_not_hidden(recorder, monkeypatch, ends):
 
     step = RecordedStep(function, recorder)
     step()
-    monkeypatch.setattr(Graph, "fails", () if ends else (1,))
+    monkeypatch.setattr(FakeGraph, "fails", () if ends else (1,))
     with pytest.raises(KeyboardInterrupt):
         step()
     assert gc.isenabled()
 
 
-def test_elsewhere_it_is_called_each_time():
+def test_without_a_gpu_every_call_runs_the_function():
     calls = []
     recorder = Recorder(torch.device("cpu"), RecordingMemory())
     step = RecordedStep(lambda: calls.append(0), recorder)

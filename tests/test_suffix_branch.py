@@ -1,4 +1,4 @@
-"""Branches of text that goes on as it did before: the index, the trees, and that the output stays what it is."""
+"""Suffix branches, which propose what followed an earlier occurrence of the text: index, trees, unchanged output."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def with_suffix(draft: MSDDraftModel, suffix_nodes: int, num_nodes: int = 8, **s
 
 
 def repeating_prompt(seed: int, images_at: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
-    """The target's own text twice, and the beginning of it once more, so that it tends to go on with it."""
+    """Ends with the target's own answer twice and its beginning once more, so that the target tends to repeat it."""
     inputs = tiny.make_prompt(seed, 8, images_at)
     answer = tiny.pair(0).target.generate(**inputs, max_new_tokens=12, suppress_tokens=[tiny.IMAGE_TOKEN_ID])
     text = answer[:, inputs["input_ids"].shape[1] :]
@@ -34,7 +34,7 @@ def repeating_prompt(seed: int, images_at: tuple[int, ...] = ()) -> dict[str, to
     return inputs
 
 
-def test_index_goes_on_behind_the_latest_occurrence():
+def test_index_continues_after_the_latest_occurrence():
     index = SuffixIndex([1, 2, 3, 4, 5, 9, 1, 2, 3, 6, 7, 1, 2])
     assert index.continuation(4) == []
     index.extend([3])
@@ -42,8 +42,8 @@ def test_index_goes_on_behind_the_latest_occurrence():
     assert SuffixIndex([1, 2, 3, 4, 1, 2, 3], ngram=4).continuation(4) == []
 
 
-def test_index_follows_a_match_while_it_holds():
-    """It is the longer one; once a token differs, the latest occurrence counts again."""
+def test_index_follows_a_match_while_it_continues():
+    """A match that continues is the longer one. After a token that differs, the latest occurrence counts again."""
     long = [10, 11, 12, 13, 14, 15, 16]
     index = SuffixIndex([*long, 12, 13, 14, 20, 21, *long[:5]])
     assert index.continuation(2) == [15, 16]
@@ -63,8 +63,8 @@ def test_visual_tokens_are_not_proposed():
     assert index.continuation(4) == []
 
 
-def test_index_finds_what_a_search_finds():
-    """Behind the match that has held so far, or else behind the latest occurrence of the last three tokens."""
+def test_index_finds_what_a_full_search_finds():
+    """The continuation follows the match that has held so far, else the latest occurrence of the last three tokens."""
     rng = random.Random(0)
     tokens = [rng.randrange(4) for _ in range(300)]
     index = SuffixIndex()
@@ -79,8 +79,8 @@ def test_index_finds_what_a_search_finds():
     assert 150 < found < 290
 
 
-def chain_in(tree: CandidateTree, row: int, chain: list[int]) -> list[int]:
-    """The nodes that carry a chain below the root, walked one by one."""
+def nodes_along(tree: CandidateTree, row: int, chain: list[int]) -> list[int]:
+    """Walks down the tree along a chain of tokens; returns the nodes that carry them."""
     nodes, node = [], 0
     children = {
         (parent, token): number
@@ -105,7 +105,7 @@ def test_trees_with_a_branch_are_well_formed(settings):
         tree = random_growth(TreeSettings(*settings), batch_size=3, vocab_size=6, sharpness=2.0).finish()
         num_held, num_new = tree.tokens.shape[1], 1 + trial % 4
         chains = []
-        for row in range(3):  # a path of the tree, and something else behind it
+        for row in range(3):  # a path of the tree, extended by random tokens
             node = generator.randrange(num_held)
             path = sorted(tree.ancestors[row, node].nonzero()[1:, 0].tolist())
             chain = [int(tree.tokens[row, place]) for place in path]
@@ -121,8 +121,8 @@ def test_trees_with_a_branch_are_well_formed(settings):
             below = list(zip(grown.parents[row].tolist(), grown.tokens[row].tolist(), strict=True))[1:]
             assert len(set(below)) == len(below)  # siblings differ
             assert all(parent <= number for number, (parent, _) in enumerate(below))
-            before = chain_in(tree, row, chains[row])
-            after = chain_in(grown, row, chains[row])
+            before = nodes_along(tree, row, chains[row])
+            after = nodes_along(grown, row, chains[row])
             assert after == [*before, *range(num_held, num_held + num_new)]
             held.add(len(before))
     assert len(held) > (1 if settings[0] > 1 else 0)
@@ -144,8 +144,8 @@ def test_output_is_that_of_the_target_alone(number, num_nodes, do_sample):
         assert torch.equal(*outputs), seed
 
 
-def test_batches_too():
-    """Rows that match and rows that do not, some of which end early."""
+def test_output_of_a_batch_is_that_of_the_target_alone():
+    """Some rows repeat earlier text and others do not; some end early."""
     pair = tiny.pair(0)
     draft = with_suffix(pair.draft, 5)
     inputs = tiny.left_padded([repeating_prompt(1), tiny.make_prompt(2, 9, (1,)), repeating_prompt(3, (2,))])
@@ -156,7 +156,9 @@ def test_batches_too():
         ), options
 
 
-def rounds(pair: tiny.Pair, draft: MSDDraftModel, inputs: dict[str, torch.Tensor], **options) -> list[int]:
+def acceptance_lengths_of(
+    pair: tiny.Pair, draft: MSDDraftModel, inputs: dict[str, torch.Tensor], **options
+) -> list[int]:
     output = pair.target.generate(
         **inputs, assistant_model=draft, return_dict_in_generate=True, **{"max_new_tokens": 40, **options}
     )
@@ -164,22 +166,25 @@ def rounds(pair: tiny.Pair, draft: MSDDraftModel, inputs: dict[str, torch.Tensor
 
 
 def test_a_loop_takes_fewer_rounds():
-    """A target that only says one token: the branch reaches as deep as it has nodes below the tree."""
+    """The target can emit only one token, so each node of the branch adds a level below the tree."""
     pair = tiny.pair(0)
     target = copy.deepcopy(pair.target)
     looping = tiny.Pair(target, pair.draft, fitted=True)
     options = {"suppress_tokens": [token for token in range(tiny.VOCAB_SIZE) if token != 7]}
     inputs = tiny.make_prompt(0, 8)
-    without = rounds(looping, with_suffix(pair.draft, 0), inputs, **options)
-    lengths = rounds(looping, with_suffix(pair.draft, 6), inputs, **options)
+    without = acceptance_lengths_of(looping, with_suffix(pair.draft, 0), inputs, **options)
+    lengths = acceptance_lengths_of(looping, with_suffix(pair.draft, 6), inputs, **options)
     assert sum(lengths) == sum(without) == 39
     assert len(lengths) < len(without) / 2
     assert max(lengths) >= 7
 
 
 @pytest.mark.parametrize("num_nodes", [1, 8])
-def test_the_draft_is_fed_all_that_a_branch_brought(num_nodes):
-    """Without a tree too, where tokens wait for the next drafting: here until the end of the call."""
+def test_the_draft_is_fed_all_accepted_tokens_of_a_branch(num_nodes):
+    """
+    At the end of a call the draft's cache is as long as the target's. With one node there is no tree, and accepted
+    tokens wait until the end of the call to be fed.
+    """
     pair = tiny.pair(0)
     draft = with_suffix(pair.draft, 4, num_nodes)
     longest = 0
@@ -215,13 +220,14 @@ def test_no_node_lies_beyond_the_length_limit(max_new_tokens, monkeypatch):
     options = {"suppress_tokens": [token for token in range(tiny.VOCAB_SIZE) if token != 7]}
     inputs = tiny.make_prompt(0, 8)
     inputs["input_ids"][:, -4:] = 7
-    lengths = rounds(pair, with_suffix(pair.draft, 6), inputs, max_new_tokens=max_new_tokens, **options)
+    lengths = acceptance_lengths_of(pair, with_suffix(pair.draft, 6), inputs, max_new_tokens=max_new_tokens, **options)
     assert sum(lengths) == max_new_tokens - 1
     assert max(deepest, default=0) <= max(max_new_tokens - 2, 0)
-    assert bool(deepest) == (max_new_tokens > 5)  # 3 levels of the tree, one of the branch, the bonus token, the first
+    # A branch needs 6 tokens: the first one, 3 levels of the tree, one level of the branch, and the bonus token.
+    assert bool(deepest) == (max_new_tokens > 5)
 
 
-def test_settings():
+def test_settings_of_suffix_branches():
     settings = TreeSettings(20, 5, 4, suffix_nodes=8)
     assert settings.limited_to(None) == settings == settings.limited_to(15)
     assert settings.limited_to(12) == TreeSettings(20, 5, 4, suffix_nodes=5)

@@ -53,7 +53,7 @@ def test_trees_of_three_rounds_reproduce_the_original(name, dtype, tmp_path):
         logits=None,
         inputs_embeds=values["target_inputs_embeds"].to(dtype),
         hidden_states=values["r1.hidden_states"].to(dtype),
-        visual_mask=torch.cat([visual_mask[:, :1] & False, visual_mask[:, :-1]], dim=1),  # back to unshifted
+        visual_mask=torch.cat([visual_mask[:, :1] & False, visual_mask[:, :-1]], dim=1),  # undoes the shift
         prompt_mask=None,
         next_position=None,
         num_slots=visual_mask.shape[1],
@@ -92,8 +92,8 @@ def random_growth(
 @pytest.mark.parametrize("sharpness", [0.0, 1.0, 1e4])
 @pytest.mark.parametrize("settings", [(1, 5, 10), (2, 0, 3), (59, 5, 10), (8, 7, 1), (500, 2, 3), (16, 0, 10)])
 def test_every_tree_is_well_formed(settings, sharpness, widths):
-    """Also when log-probabilities are exactly 0 (sharpness 1e4), so that a child ties with its parent, and when levels
-    differ in width."""
+    """Log-probabilities may be exactly 0 (sharpness 1e4), so that a child ties with its parent; levels may differ in
+    width."""
     torch.manual_seed(0)
     settings = TreeSettings(*settings)
     tree = random_growth(settings, batch_size=3, sharpness=sharpness, widths=widths).finish()
@@ -131,7 +131,7 @@ def test_tables_of_an_earlier_tree_change_nothing():
 
 
 def test_a_sure_draft_gives_a_chain_down_to_the_last_level():
-    """With probability 1 on one token everywhere, the path of these tokens must be in the tree, parents with it."""
+    """If one token has probability 1 at every level, the tree must hold the whole path of these tokens."""
     settings = TreeSettings(num_nodes=7, depth=5, top_k=4)
     growth = TreeGrowth(torch.tensor([9]), settings)
     for level in range(6):
@@ -155,7 +155,7 @@ def paths_with_scores(tree: CandidateTree, row: int) -> set[tuple]:
 
 @pytest.mark.parametrize("sharpness", [0.5, 3.0, 1e4])
 def test_with_the_best_path_first_a_tree_has_the_same_paths(sharpness):
-    """The best of the deepest nodes and those above it are the first ones, so that their slots need not move."""
+    """The best of the deepest nodes and its ancestors come first, so that their slots need not move once accepted."""
     torch.manual_seed(1)
     grown = random_growth(TreeSettings(30, 6, 4), batch_size=3, sharpness=sharpness, widths=(4, 1, 2)).finish()
     tree = grown.with_best_path_first()
@@ -215,7 +215,7 @@ def prefill_of_text(embeds, states):
 
 
 def test_tokens_that_are_fed_together_see_those_before_them():
-    """With two layers, what the second one holds of a token depends on what the token saw."""
+    """The draft has two layers, so the second layer's keys of a token depend on the tokens that it attended to."""
     pair = next(pair for pair in map(tiny.pair, range(tiny.NUM_PAIRS)) if len(pair.draft.layers) > 1)
     adapter, length, num_tokens = TargetAdapter(pair.target), 7, 4
     size = pair.draft.config.hidden_size
@@ -240,7 +240,7 @@ def test_tokens_that_are_fed_together_see_those_before_them():
 
 
 def test_each_row_of_a_batch_gets_the_tree_that_it_gets_alone():
-    """To the last digits, which the masks and states of other rows would change."""
+    """Scores are compared to their last digits, which a mask or state of another row would change."""
     pair = next(pair for pair in map(tiny.pair, range(tiny.NUM_PAIRS)) if len(pair.draft.layers) > 1)
     adapter, length, batch_size = TargetAdapter(pair.target), 7, 3
     size = pair.draft.config.hidden_size
