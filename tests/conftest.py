@@ -3,8 +3,8 @@ import sys
 
 
 # The libraries read these when they are imported, in the processes that tests start too.
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing may be downloaded by a test
-os.environ["OMP_NUM_THREADS"] = "1"  # the models of the tests are tiny: more threads only cost
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests must not download anything
+os.environ["OMP_NUM_THREADS"] = "1"  # the tests' models are so tiny that more threads only slow them down
 
 import pytest
 from training_runs import NUM_SAMPLES, build_small_target
@@ -28,7 +28,7 @@ def small_target(toy_processor):
 
 @pytest.fixture(scope="session")
 def raw_samples():
-    """LLaVA-style samples of the toy world, pictures drawn when asked for."""
+    """LLaVA-style samples of the toy world. A picture is drawn when its sample is read."""
     return {kind: ToySamples("train", NUM_SAMPLES, 0, kind) for kind in ("text", "visual")}
 
 
@@ -39,7 +39,7 @@ def training_data(raw_samples):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs `msd-hf ARGUMENTS`; gives exit status, standard output and standard error."""
+    """Runs `msd-hf ARGUMENTS`; returns exit status, standard output and standard error."""
 
     def run_command(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["msd-hf", *map(str, arguments)])

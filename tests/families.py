@@ -20,7 +20,7 @@ VOCAB_SIZE = 80
 HIDDEN_SIZE = 32
 PAD_TOKEN_ID = 0
 FIRST_TEXT_TOKEN_ID, NUM_TEXT_TOKENS = 3, 72
-# What a processor puts between the rows of an image, behind and before it; placeholders of videos and images.
+# Tokens that processors put between the rows of an image, after and before it, and as placeholders of pictures.
 BREAK_TOKEN_ID, END_TOKEN_ID, START_TOKEN_ID, VIDEO_TOKEN_ID, IMAGE_TOKEN_ID = range(75, VOCAB_SIZE)
 SPECIAL_TOKEN_IDS = [PAD_TOKEN_ID, *range(BREAK_TOKEN_ID, VOCAB_SIZE)]
 IMAGE_SIZE = 16
@@ -32,9 +32,9 @@ class Picture:
     """An image or a video.
 
     Args:
-        tokens: what it becomes in the prompt.
-        pixels: what the vision tower gets of it.
-        size: what the family's processor says of its size: height and width, or the grid of its patches.
+        tokens: its tokens in the prompt.
+        pixels: its input of the vision tower.
+        size: its size as the family's processor reports it: height and width, or the grid of its patches.
     """
 
     tokens: list[int]
@@ -63,19 +63,21 @@ class Family:
     """A kind of target.
 
     Args:
-        name: the name in the registry, also what the class of the model starts with.
+        name: its key in `FAMILIES`.
         model_class: name of the class in transformers.
-        config: makes the configuration.
-        draw_image: an image from a generator, its number (which chooses its size), and the number of images in its
-            prompt.
-        draw_video: the same of a video.
-        collate_images, collate_videos: what `generate` takes of the pictures of all rows.
-        token_types: argument that tells images (1) and videos (2) from text (0), and whether images are told at all.
-        embedding_std: of random embeddings; Gemma multiplies them by the square root of the hidden size.
-        attentions: implementations of attention that it has. Gemma 2 caps its attention scores, which sdpa cannot;
-            transformers 5.10 lets it do without the cap, 5.24 refuses.
-        eager_left_padding: eager attention gives numbers for padded rows. In float64 it gives NaN where the softmax
-            is computed in float32, in which the mask's minimum is -inf.
+        config: makes the configuration of a tiny model.
+        draw_image: makes an image from a generator, the image's number (which selects its size) and the number of
+            images in the prompt.
+        draw_video: makes a video from a generator and the video's number.
+        collate_images, collate_videos: make arguments of `generate` from the pictures of all rows.
+        token_types: name of the argument with token types (text 0, image 1, video 2), and whether images and videos
+            are marked in it.
+        embedding_std: standard deviation of the random embeddings. Gemma multiplies embeddings by the square root of
+            the hidden size.
+        attentions: attention implementations that it supports. Gemma 2 caps its attention scores, which sdpa cannot
+            do: transformers 5.10 runs sdpa without the cap, 5.24 refuses it.
+        eager_left_padding: whether eager attention gives finite numbers for padded rows in float64. Most families
+            compute the softmax in float32, in which the mask's minimum is -inf, so padded rows become NaN.
     """
 
     name: str
@@ -101,8 +103,7 @@ class Family:
     def build(
         self, seed: int = 0, attention: str | None = None, dtype: torch.dtype = torch.float64, **text_fields: Any
     ) -> PreTrainedModel:
-        """A model with random weights, large enough that what it generates does not soon repeat itself and that it
-        sees its images."""
+        """A model with random weights. They are large enough that generated text varies and that images change it."""
         config = self.config()
         for name, value in text_fields.items():
             setattr(config.get_text_config(decoder=True), name, value)
@@ -111,7 +112,7 @@ class Family:
             model = getattr(transformers, self.model_class)(config)
             torch.nn.init.normal_(model.get_input_embeddings().weight, std=self.embedding_std)
             torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
-            # The default initialisation leaves an image hardly visible to the decoder.
+            # With the default initialisation, images would hardly change the decoder's output.
             for name, parameter in model.named_parameters():
                 if parameter.ndim > 1 and any(part in name for part in ("patch_conv", "patch_embed")):
                     torch.nn.init.normal_(parameter, std=2 * parameter[0].numel() ** -0.5)
@@ -135,8 +136,8 @@ class Family:
         A prompt of random text and pictures.
 
         Args:
-            place: "first", "last", or "middle": the pictures are spread between the text tokens.
-            first_size: number of the first picture's size, the others follow (default: `seed`).
+            place: where pictures stand: "first", "last", or "middle" (spread between the text tokens).
+            first_size: number that selects the first picture's size; the others count on from it (default: `seed`).
         """
         generator = torch.Generator().manual_seed(seed)
         text = torch.randint(
@@ -175,9 +176,9 @@ class Family:
             assert self.collate_videos is not None
             inputs.update(self.collate_videos([prompt.videos for prompt in prompts]))
         if self.token_types is not None:
-            name, told = self.token_types
+            name, has_marks = self.token_types
             types = torch.zeros_like(ids)
-            if told:
+            if has_marks:
                 types = types + (ids == IMAGE_TOKEN_ID).long() + 2 * (ids == VIDEO_TOKEN_ID).long()
             inputs[name] = types
         return {name: value.to(dtype) if value.dtype.is_floating_point else value for name, value in inputs.items()}
@@ -242,7 +243,7 @@ def _gemma2(**fields: Any) -> PreTrainedConfig:
             "query_pre_attn_scalar": 16,
             "sliding_window": WINDOW,
             "layer_types": list(_ALTERNATING),
-            # Low enough to bend logits and scores.
+            # Low enough that capping changes logits and attention scores.
             "final_logit_softcapping": 8.0,
             "attn_logit_softcapping": 3.0,
             **fields,
@@ -297,7 +298,7 @@ def _fixed_image(generator: torch.Generator, number: int, num_images: int) -> Pi
 
 
 def _framed_image(generator: torch.Generator, number: int, num_images: int) -> Picture:
-    """The same between a start and an end token."""
+    """One square of the tower's size between a start and an end token."""
     return Picture(
         [START_TOKEN_ID, *[IMAGE_TOKEN_ID] * 4, END_TOKEN_ID], _noise(generator, 1, 3, IMAGE_SIZE, IMAGE_SIZE)
     )
@@ -313,7 +314,7 @@ def _tiled_image(generator: torch.Generator, number: int, num_images: int) -> Pi
 
 
 def _padded_tiles_image(generator: torch.Generator, number: int, num_images: int) -> Picture:
-    """Tiles of 4 tokens, of which a part may be padding of the image; each tile between separators."""
+    """Tiles of 4 tokens between separators. The image fills only a part of its tiles, the rest is padding."""
     num_tiles = (1, 3, 2)[number % 3]
     height, width = ((16, 16), (12, 16), (16, 8))[number % 3]
     pixels = _noise(generator, num_tiles, 3, IMAGE_SIZE, IMAGE_SIZE)
@@ -340,9 +341,9 @@ _PINPOINTS = [[16, 32], [32, 16], [32, 32]]
 
 
 def _anyres_image(generator: torch.Generator, number: int, num_images: int, patch: bool = True) -> Picture:
-    """A small version of the image and tiles of it, padding removed, a newline behind each row of patches."""
+    """A small version of the image, then its tiles without padding and with a newline token after each row."""
     size = ((16, 32), (30, 14), (20, 32))[number % 3]
-    per_side = 2  # patches of a tile
+    per_side = 2  # patches per side of a tile
     if not patch:
         return Picture([IMAGE_TOKEN_ID] * (per_side**2 + 1), _noise(generator, 1, 1, 3, IMAGE_SIZE, IMAGE_SIZE), size)
     tiles_high, tiles_wide = get_anyres_image_grid_shape(size, _PINPOINTS, IMAGE_SIZE)
@@ -383,7 +384,7 @@ def _collate_onevision_videos(rows: Rows) -> dict[str, Any]:
 
 
 def _pixtral_image(generator: torch.Generator, number: int, num_images: int) -> Picture:
-    """Rows of merged patches with a break behind each, an end behind the last."""
+    """Rows of merged patches. A break token follows each row, an end token the last one."""
     height, width = ((16, 16), (8, 16), (16, 8))[number % 3]
     tokens = ([IMAGE_TOKEN_ID] * (width // 8) + [BREAK_TOKEN_ID]) * (height // 8)
     return Picture([*tokens[:-1], END_TOKEN_ID], _noise(generator, 3, height, width), (height, width))

@@ -1,4 +1,4 @@
-"""Drafts briefly fitted to a tiny target of any family, so that a part of what they propose is accepted."""
+"""Drafts that are fitted briefly to a tiny target of any family, so that some of their candidates are accepted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class FamilyPair:
 
 @functools.cache
 def family_pair(name: str, seed: int = 0) -> FamilyPair:
-    """A target of a family and its draft, built once a session. Whoever changes them puts them back."""
+    """A target of a family and its draft, built once a session. A test that changes them must restore them."""
     family = FAMILIES[name]
     target = family.build(seed)
     with torch.random.fork_rng(devices=[]):
@@ -38,7 +38,7 @@ def family_pair(name: str, seed: int = 0) -> FamilyPair:
 
 
 def fit_draft(draft: MSDDraftModel, family: Family, target: PreTrainedModel, steps: int = 50, seed: int = 0) -> None:
-    """Fits a draft to what its target generates itself, with and without images. Takes about a second. Draws from the
+    """Fits a draft to text that its target generates, with and without images. Takes about a second. Draws from the
     global generator."""
     dtype = draft.dtype
     draft.float().train()
@@ -70,22 +70,22 @@ def _rollout(
     num_tokens: int = 40,
 ) -> tuple[torch.Tensor, ...]:
     """
-    Draft inputs and goals on generations of the target, as float32: embeddings and visual mask of positions 1...,
-    hidden states of positions 0..., the next hidden states, and the target's probabilities after them.
+    Inputs and goals of the draft on text that the target generates, in float32: embeddings and visual mask of
+    positions 1..., hidden states of positions 0..., the next hidden states, and the target's probabilities after them.
     """
-    # Pictures of equal size in all rows: no padding.
+    # Pictures have the same size in all rows, so no row is padded.
     prompts = [family.prompt(seed + row, num_images, place, first_size=seed) for row in range(num_prompts)]
     embedding = target.get_input_embeddings()
     embeds: list[torch.Tensor] = []
     states: list[torch.Tensor] = []
 
-    def look(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def record(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         # Text-only models embed inside the decoder.
         inputs_embeds = kwargs.get("inputs_embeds")
         embeds.append(embedding(kwargs["input_ids"]) if inputs_embeds is None else inputs_embeds)
         states.append(output[0])
 
-    handle = target.get_decoder().register_forward_hook(look, with_kwargs=True)
+    handle = target.get_decoder().register_forward_hook(record, with_kwargs=True)
     ids = target.generate(
         **family.collate(prompts, dtype=target.dtype),
         max_new_tokens=num_tokens,
@@ -94,11 +94,11 @@ def _rollout(
         suppress_tokens=SPECIAL_TOKEN_IDS,
     )
     handle.remove()
-    # The last token has not gone into the target.
+    # The target has not read the last token.
     all_embeds, all_states = torch.cat(embeds, dim=1).float(), torch.cat(states, dim=1).float()
     visual_mask = torch.zeros_like(ids[:, :-1], dtype=torch.bool)
     for name in ("image_token_id", "video_token_id"):
         visual_mask |= ids[:, :-1] == getattr(target.config, name, -1)
-    # Sharper than the target, since greedy decoding is what is drafted for.
+    # Sharper than the target's distribution, because most tests decode greedily.
     goal_probs = (2 * target.get_output_embeddings()(torch.cat(states, dim=1))[:, 1:]).softmax(-1).float()
     return all_embeds[:, 1:], all_states[:, :-1], visual_mask[:, 1:], all_states[:, 1:], goal_probs

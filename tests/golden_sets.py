@@ -1,4 +1,4 @@
-"""The golden sets: numbers computed by running the original implementation (see golden/README.md)."""
+"""Reads the golden sets: numbers from runs of the original implementation (see golden/README.md)."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from msd_hf import MSDDraftModel
 
 
 GOLDEN = Path(__file__).parent / "golden"
-# Hidden states are compared with this: the original computes norms, softmax and rotary tables in float32.
+# Tolerance for hidden states: the original computes norms, softmax and rotary tables in float32.
 ATOL = 5e-6
 
 
@@ -31,7 +31,7 @@ def write_original_checkpoint(weights_name: str, folder: Path, model_type: str, 
 
 
 def load_draft(weights_name: str, folder: Path, dtype: torch.dtype = torch.float64) -> MSDDraftModel:
-    """The golden draft, through the loading code of original checkpoints."""
+    """Loads the golden draft with the code that loads original checkpoints."""
     model_type = "qwen2_vl" if "qwen2vl" in weights_name else "llava"
     path = write_original_checkpoint(weights_name, folder / weights_name, model_type)
     return MSDDraftModel.from_pretrained(path, dtype=dtype)

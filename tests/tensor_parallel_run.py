@@ -17,7 +17,7 @@ if __name__ == "__main__":
     target = LlavaForConditionalGeneration.from_pretrained(folder / "target", dtype=torch.float64, tp_plan="auto")
     draft = MSDDraftModel.from_pretrained(folder / "draft", dtype=torch.float64)
     inputs = torch.load(folder / "inputs.pt")
-    # Older releases hold this process's part as an ordinary parameter.
+    # Older releases store this process's shard as an ordinary parameter.
     sizes = {
         name: (weight.to_local() if isinstance(weight, DTensor) else weight).numel()
         for name, weight in target.named_parameters()

@@ -1,4 +1,4 @@
-"""The draft as a chain in transformers' own assisted loop: the baseline of `msd-hf bench`."""
+"""The draft proposes chains in transformers' own assisted loop, as a baseline of `msd-hf bench`."""
 
 import random
 from contextlib import contextmanager
@@ -25,8 +25,8 @@ ARGUMENTS = {"max_new_tokens": NUM_TOKENS, "do_sample": False, "suppress_tokens"
 
 
 @contextmanager
-def forwards_of(target):
-    """Counts the tokens of each of the target's forwards."""
+def record_forward_widths(target):
+    """Records how many tokens each forward of the target reads."""
     widths = []
     handle = target.get_decoder().register_forward_hook(lambda module, args, output: widths.append(output[0].shape[1]))
     try:
@@ -36,15 +36,15 @@ def forwards_of(target):
 
 
 @contextmanager
-def chains_of():
-    """Keeps what is proposed: the candidates of each round, and how sure the draft is of each."""
+def record_chains():
+    """Records the candidates of each round and the draft's probability of each candidate."""
     chains, original = [], GrowingDrafter.propose
 
     def propose(*args, **kwargs):
         tree = original(*args, **kwargs)
         scores = [] if tree.scores is None else tree.scores[0].tolist()
-        sure = [below - above for above, below in pairwise(scores)]
-        chains.append((tree.tokens[0, 1:].tolist(), torch.tensor(sure).exp().tolist()))
+        confidences = [below - above for above, below in pairwise(scores)]
+        chains.append((tree.tokens[0, 1:].tolist(), torch.tensor(confidences).exp().tolist()))
         return tree
 
     GrowingDrafter.propose = propose
@@ -61,7 +61,7 @@ def test_gives_the_tokens_of_the_target_alone_in_fewer_forwards(number):
     for _ in range(6):
         inputs = random_prompt(rng)
         expected = timed_generate(target, inputs, **ARGUMENTS).tokens
-        with forwards_of(target) as widths:
+        with record_forward_widths(target) as widths:
             assert timed_generate(target, inputs, draft, ASSISTED_CHAIN, **ARGUMENTS).tokens == expected
         num_forwards += len(widths)
         num_tokens += len(expected)
@@ -75,26 +75,29 @@ def test_gives_the_tokens_of_the_bundled_target(toy_processor):
     for prompt in make_evaluation_prompts(prompts_per_kind=1, seed=3)[::2]:
         inputs = build_inputs(toy_processor, prompt.question, prompt.image).to(dtype=torch.float64)
         expected = timed_generate(target, inputs, **arguments).tokens
-        with forwards_of(target) as widths:
+        with record_forward_widths(target) as widths:
             assert timed_generate(target, inputs, draft, ASSISTED_CHAIN, **arguments).tokens == expected
         assert len(widths) < 0.6 * len(expected)
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "gemma2", "gemma3"])
 def test_other_families(name):
-    """Positions in three dimensions, windows, scaled embeddings, token types."""
+    """These families have three-dimensional positions, sliding windows, scaled embeddings or token types."""
     pair, arguments = family_pair(name), {"max_new_tokens": 16, "do_sample": False}
     for number in range(3):
         inputs = pair.family.inputs(number, 1 if pair.family.has_images else 0, "middle")
         expected = pair.target.generate(**inputs, **arguments)
-        with forwards_of(pair.target) as widths, ASSISTED_CHAIN.prepared(pair.target, pair.draft) as assistant:
+        with (
+            record_forward_widths(pair.target) as widths,
+            ASSISTED_CHAIN.prepared(pair.target, pair.draft) as assistant,
+        ):
             assert pair.target.generate(**inputs, **arguments, **assistant).tolist() == expected.tolist()
         assert len(widths) < 16
 
 
 @pytest.mark.parametrize("layers", [None, [0, 1]])
 def test_drafts_as_our_own_loop_does(layers):
-    """Chains of the same length are accepted as far: the draft gets the same features from either loop."""
+    """The draft gets the same features from both loops, so its chains are equal and are accepted equally far."""
     target = pair(0).target
     draft = pair(0).draft if layers is None else build_draft(target, target_layers=layers)
     chain = {"tree_depth": 3, "tree_top_k": 1}
@@ -105,38 +108,38 @@ def test_drafts_as_our_own_loop_does(layers):
         inputs = make_prompt(seed, 8, images_at, padding=seed)
         proposed, lengths = [], []
         for method in (own, assisted):
-            with chains_of() as chains:
+            with record_chains() as chains:
                 lengths.append(observe(target, inputs, draft, method, **ARGUMENTS).acceptance_lengths)
             proposed.append([tokens for tokens, _ in chains if tokens])
         assert lengths[0] == lengths[1]
         assert proposed[0] == proposed[1]
 
 
-def test_a_chain_ends_behind_an_unsure_token():
+def test_a_chain_ends_after_an_unsure_token():
     target, draft = pair(0).target, pair(0).draft
     found = set()
     for seed in range(4):
-        with chains_of() as chains:
+        with record_chains() as chains:
             timed_generate(target, make_prompt(seed), draft, ASSISTED_CHAIN, **{**ARGUMENTS, "max_new_tokens": 60})
-        for tokens, sure in chains[:-1]:
-            assert min(sure[:-1], default=1.0) >= 0.4
-            found.add("unsure" if sure[-1] < 0.4 else len(tokens))
+        for tokens, confidences in chains[:-1]:
+            assert min(confidences[:-1], default=1.0) >= 0.4
+            found.add("unsure" if confidences[-1] < 0.4 else len(tokens))
     assert "unsure" in found
     settings = {"num_assistant_tokens": None, "assistant_confidence_threshold": 0.0}
     without = Method("assisted", "", drafted=True, assisted=True, tree=settings)
-    with chains_of() as chains:
+    with record_chains() as chains:
         timed_generate(target, make_prompt(0), draft, without, **{**ARGUMENTS, "max_new_tokens": 60})
     assert len(chains[0][0]) == 20  # transformers' default
 
 
-def test_nothing_is_drafted_behind_the_end_of_an_answer():
+def test_nothing_is_drafted_after_the_end_of_an_answer():
     target, draft = pair(0).target, pair(0).draft
     answer = timed_generate(target, make_prompt(0), **ARGUMENTS).tokens
     ends = 0
     for eos_token_id in answer[2::3]:
         arguments = {**ARGUMENTS, "eos_token_id": eos_token_id}
         expected = timed_generate(target, make_prompt(0), **arguments).tokens
-        with chains_of() as chains:
+        with record_chains() as chains:
             assert timed_generate(target, make_prompt(0), draft, ASSISTED_CHAIN, **arguments).tokens == expected
         assert all(eos_token_id not in tokens[:-1] for tokens, _ in chains)
         ends += sum(tokens[-1] == eos_token_id for tokens, _ in chains)
@@ -162,7 +165,7 @@ def test_generate_is_as_before_afterwards():
         else:
             assert max_new_tokens == NUM_TOKENS
         assert state() == before and draft.generation_config is own_settings
-    # A tree is a tree again.
+    # Our own loop, with trees, serves the draft again.
     output = target.generate(**inputs, **ARGUMENTS, assistant_model=draft, return_dict_in_generate=True)
     assert output.acceptance_lengths
 
@@ -174,7 +177,7 @@ def test_other_assistants_are_left_alone():
     with ASSISTED_CHAIN.prepared(target, draft):
         assert target.generate(**inputs, **ARGUMENTS).tolist() == expected
         for arguments in ({"assistant_model": target}, {"prompt_lookup_num_tokens": 3, "eos_token_id": 999}):
-            with chains_of() as chains:
+            with record_chains() as chains:
                 assert target.generate(**inputs, **ARGUMENTS, **arguments).tolist() == expected
             assert chains == []
 

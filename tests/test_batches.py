@@ -1,4 +1,4 @@
-"""Several sequences a call: each row gets the tokens of the target alone on the same batch, in float64 exactly."""
+"""Several sequences in a call: each row gets the tokens of the target alone on the same batch, exactly in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TREES = [(59, 5, 10), (24, 4, 4), (12, 6, 2), (7, 5, 1), (1, 0, 1)]
 
 
 def random_batch(rng: random.Random, size: int) -> dict[str, torch.Tensor]:
-    """Left-padded prompts of different lengths, with no, one or two images each, which may stand anywhere."""
+    """Left-padded prompts of different lengths, each with no, one or two images at random places."""
     prompts = []
     for _ in range(size):
         num_text = rng.choice([1, 2, 5, 9, 14])
@@ -35,7 +35,7 @@ def generate(pair: tiny.Pair, inputs: dict[str, torch.Tensor], draft: Any = None
     return output, torch.rand(1).item()
 
 
-def eos_far_apart(rng: random.Random, sequences: torch.Tensor, length: int) -> list[int]:
+def choose_distant_eos(rng: random.Random, sequences: torch.Tensor, length: int) -> list[int]:
     """EOS ids that end some rows early and others late."""
     rows = [row[length:].tolist() for row in sequences]
     return [rows[0][:3][rng.randrange(2)], rows[-1][-4:][rng.randrange(2)]]
@@ -43,7 +43,7 @@ def eos_far_apart(rng: random.Random, sequences: torch.Tensor, length: int) -> l
 
 @pytest.mark.parametrize("number", range(tiny.NUM_PAIRS))
 def test_rows_get_the_tokens_of_the_target_alone(number):
-    """12 cases a pair, greedy or sampled, with EOS or without: 108 in all."""
+    """12 cases per pair, greedy or sampled, with or without EOS: 108 in all."""
     pair, rng = tiny.pair(number), random.Random(number)
     pair.set_attention("sdpa")
     rounds = tokens = 0
@@ -55,7 +55,7 @@ def test_rows_get_the_tokens_of_the_target_alone(number):
         options |= {"repetition_penalty": 1.2} if case % 4 == 1 else {}
         expected, after = generate(pair, inputs, seed=case, **options)
         if case % 2:
-            options |= {"eos_token_id": eos_far_apart(rng, expected.sequences, length), "pad_token_id": 0}
+            options |= {"eos_token_id": choose_distant_eos(rng, expected.sequences, length), "pad_token_id": 0}
             expected, after = generate(pair, inputs, seed=case, **options)
         draft = pair.with_tree(*TREES[case % len(TREES)])
         output, after_drafted = generate(pair, inputs, draft, seed=case, **options)
@@ -69,8 +69,8 @@ def test_rows_get_the_tokens_of_the_target_alone(number):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_everything_that_is_returned(attention):
-    """Scores, logits, hidden states, attentions and the cache, also of rows that ended long before the others."""
+def test_all_returned_fields_equal_those_without_a_draft(attention):
+    """Compares scores, logits, hidden states, attentions and cache, also of rows that ended long before the others."""
     pair, rng = tiny.pair(1), random.Random(3)
     target, draft = pair.target, pair.with_tree(16, 4, 3)
     dtype = torch.float64 if attention == "sdpa" else torch.float32  # see test_left_padding_with_eager_attention
@@ -85,7 +85,7 @@ def test_everything_that_is_returned(attention):
         options = {"max_new_tokens": 20, "output_scores": True, "output_logits": True, "output_hidden_states": True}
         options |= {"output_attentions": attention == "eager", "repetition_penalty": 1.1, "do_sample": case % 2 == 1}
         first, _ = generate(pair, inputs, seed=case, **options)
-        options |= {"eos_token_id": eos_far_apart(rng, first.sequences, length), "pad_token_id": 0}
+        options |= {"eos_token_id": choose_distant_eos(rng, first.sequences, length), "pad_token_id": 0}
         expected, _ = generate(pair, inputs, seed=case, **options)
         output, _ = generate(pair, inputs, pair.draft, seed=case, **options)
         assert torch.equal(output.sequences, expected.sequences)
@@ -94,7 +94,7 @@ def test_everything_that_is_returned(attention):
             if getattr(expected, name) is not None:
                 torch.testing.assert_close(getattr(output, name), getattr(expected, name), **tolerance, msg=name)
         for ours, theirs in zip(output[CACHE_NAME].layers, expected[CACHE_NAME].layers, strict=True):
-            # Behind padding nobody looks, and eager attention in float32 gives NaN there or not.
+            # Padding is not compared: no token attends to it, and eager attention in float32 may give NaN there.
             seen = inputs["attention_mask"].bool()
             for kind in ("keys", "values"):
                 ours_, theirs_ = (getattr(layer, kind).transpose(1, 2) for layer in (ours, theirs))
@@ -111,7 +111,7 @@ def test_num_return_sequences(do_sample):
         inputs = tiny.make_prompt(seed, 6, (2,))
         options = {"max_new_tokens": 20, "do_sample": do_sample, "temperature": 0.7 if do_sample else None}
         options["num_return_sequences"] = 3 if do_sample else 1
-        if not do_sample:  # which transformers allows with sampling alone
+        if not do_sample:  # transformers allows several return sequences only with sampling
             inputs = {name: torch.cat([value, value]) for name, value in inputs.items()}
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         expected, _ = generate(pair, inputs, seed=seed, **options)
@@ -120,8 +120,8 @@ def test_num_return_sequences(do_sample):
         assert len(output.acceptance_lengths) == len(output.sequences)
 
 
-class CountsCalls(LogitsProcessor):
-    """Keeps a state over the whole batch: what a row gets depends on the step and on the other rows."""
+class CallCountingProcessor(LogitsProcessor):
+    """Has state: the scores of a row depend on the number of calls and on the other rows."""
 
     def __init__(self):
         self.calls = 0
@@ -133,7 +133,7 @@ class CountsCalls(LogitsProcessor):
         return scores
 
 
-class LengthOfAllRows(StoppingCriteria):
+class EndsEverySecondRow(StoppingCriteria):
     """Ends every second row early."""
 
     def __call__(self, input_ids, scores, **kwargs):
@@ -144,8 +144,8 @@ class LengthOfAllRows(StoppingCriteria):
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("with_eos", [False, True])
 @pytest.mark.parametrize("what", ["processor", "criterion", "prefix function"])
-def test_what_sees_the_whole_batch_sees_it(what, with_eos, do_sample, return_dict):
-    """A processor or criterion of the user's own is called with all rows, in step."""
+def test_code_of_the_user_sees_the_whole_batch(what, with_eos, do_sample, return_dict):
+    """Processors, criteria and prefix functions of the user are called in every step for all rows of the batch."""
     pair, rng = tiny.pair(3), random.Random(0)
     draft = pair.with_tree(24, 4, 4)
     allowed = [list(range(3 + row, 50)) for row in range(4)]
@@ -154,9 +154,9 @@ def test_what_sees_the_whole_batch_sees_it(what, with_eos, do_sample, return_dic
         own: dict[str, Any] = {"max_new_tokens": 18, "do_sample": do_sample, "return_dict_in_generate": return_dict}
         own |= {"output_scores": True}
         if what == "processor":
-            own["logits_processor"] = LogitsProcessorList([CountsCalls()])
+            own["logits_processor"] = LogitsProcessorList([CallCountingProcessor()])
         elif what == "criterion":
-            own["stopping_criteria"] = StoppingCriteriaList([LengthOfAllRows()])
+            own["stopping_criteria"] = StoppingCriteriaList([EndsEverySecondRow()])
         else:
             own["prefix_allowed_tokens_fn"] = lambda row, ids: allowed[row]
         return own
@@ -194,7 +194,7 @@ def test_a_streamer_of_batches_gets_each_step():
     pair, rng = tiny.pair(2), random.Random(1)
     inputs = random_batch(rng, 3)
     first, _ = generate(pair, inputs, max_new_tokens=20)
-    eos = eos_far_apart(rng, first.sequences, inputs["input_ids"].shape[1])
+    eos = choose_distant_eos(rng, first.sequences, inputs["input_ids"].shape[1])
     streamed = []
     for draft in (None, pair.with_tree(24, 4, 4)):
         recorder = Recorder()
@@ -207,23 +207,23 @@ def test_a_streamer_of_batches_gets_each_step():
 
 
 def test_rows_that_have_ended_cost_nothing_more():
-    """The target's forwards shrink as rows end."""
+    """The batch of the target's forwards shrinks as rows end."""
     pair = tiny.pair(0)
     tree = pair.with_tree(8, 3, 2)
     inputs = tiny.left_padded([tiny.make_prompt(seed, 6) for seed in range(8)])
     length = inputs["input_ids"].shape[1]
     rows = pair.target.generate(**inputs, max_new_tokens=30)[:, length:].tolist()
-    # A round emits 4 tokens of a row at most: the end-of-sequence token is the one whose rows end furthest apart.
+    # A round emits at most 4 tokens per row. The end-of-sequence token is chosen so that rows end far apart.
     vocabulary = sorted({token for row in rows for token in row})
     ends = {token: [row.index(token) if token in row else len(row) for row in rows] for token in vocabulary}
     eos, spread = max(ends.items(), key=lambda item: len({end // 8 for end in item[1]}))
     assert len({end // 8 for end in spread}) >= 3, "the random prompts all end together: choose others"
     sizes = []
 
-    def look(module, args, kwargs, output):
+    def record_size(module, args, kwargs, output):
         sizes.append(len(output[0]))
 
-    handle = pair.target.get_decoder().register_forward_hook(look, with_kwargs=True)
+    handle = pair.target.get_decoder().register_forward_hook(record_size, with_kwargs=True)
     try:
         pair.target.generate(**inputs, max_new_tokens=30, eos_token_id=eos, pad_token_id=0, assistant_model=tree)
     finally:
@@ -233,7 +233,7 @@ def test_rows_that_have_ended_cost_nothing_more():
 
 @pytest.mark.parametrize("widths", [(3, 3, 3, 3), (3, 2, 1, 2)])
 def test_rows_of_a_batch_are_drafted_as_they_are_alone(widths, monkeypatch):
-    """A row whose tree were grown from another row's states would still be verified, and accepted less."""
+    """A tree grown from another row's states would change no token, but fewer candidates would be accepted."""
     sizes = set()
 
     def num_nodes(policy, growth):
@@ -250,7 +250,7 @@ def test_rows_of_a_batch_are_drafted_as_they_are_alone(widths, monkeypatch):
     alone = [pair.target.generate(**prompt, **options).acceptance_lengths[0] for prompt in prompts]
 
     def with_full_trees(lengths):
-        """The rounds with 6 tokens left or more: near the limit trees are cut, in a batch by the slowest row's."""
+        """The rounds with at least 6 tokens left. Near the limit trees shrink, in a batch with its slowest row."""
         return [length for number, length in enumerate(lengths) if sum(lengths[:number]) <= 30 - 1 - 6]
 
     assert [with_full_trees(lengths) for lengths in batch] == [with_full_trees(lengths) for lengths in alone]

@@ -59,7 +59,7 @@ def test_grows_without_copying_what_it_holds():
     layer = InPlaceLayer(max_slots=320)
     prompt = states(200)
     layer.update(*prompt)
-    assert layer.keys is prompt[0] and layer.values is prompt[1]  # no memory beside the forward over a whole prompt
+    assert layer.keys is prompt[0] and layer.values is prompt[1]  # the prompt is held without a copy
     layer.update(*states(6))
     start = layer.keys.data_ptr()
     assert capacity_of(layer) == 206 + 64
@@ -67,14 +67,14 @@ def test_grows_without_copying_what_it_holds():
         layer.update(*states(1))
     assert layer.keys.data_ptr() == start and layer.get_seq_length() == 270
     layer.update(*states(1))
-    assert capacity_of(layer) == 320 and layer.get_seq_length() == 271  # not beyond the bound
-    layer.update(*states(60))  # over the bound: it still works
+    assert capacity_of(layer) == 320 and layer.get_seq_length() == 271  # growth stops at the bound
+    layer.update(*states(60))  # a cache that exceeds the bound still works
     assert capacity_of(layer) == layer.get_seq_length() == 331
 
 
-def test_a_prompt_is_copied_where_it_would_hold_more_memory_or_could_not_be_written():
+def test_a_prompt_is_copied_if_it_is_a_view_or_an_inference_tensor():
     keys = torch.randn(1, 9, 5, 4)
-    both = keys[:, :3], keys[:, 3:]  # of one projection
+    both = keys[:, :3], keys[:, 3:]  # views of one projection, all of which they would keep in memory
     with torch.inference_mode():
         inferred = states(5)
     for key_states, value_states in (both, inferred):
@@ -84,7 +84,7 @@ def test_a_prompt_is_copied_where_it_would_hold_more_memory_or_could_not_be_writ
         assert layer.keys.data_ptr() != key_states.data_ptr() and not layer.keys.is_inference()
 
 
-def test_a_prompt_that_is_held_as_it_came_is_not_written_to():
+def test_a_prompt_that_is_held_without_a_copy_is_not_written_to():
     layer, prompt = InPlaceLayer(), states(5)
     kept = prompt[0].clone()
     layer.update(*prompt)
@@ -101,8 +101,8 @@ def test_a_prompt_that_is_held_as_it_came_is_not_written_to():
         assert torch.equal(prompt[0], kept) and not torch.equal(layer.keys, kept)
 
 
-def test_a_long_context_gets_more_room_at_a_time():
-    """Or every so many tokens all of it would be copied."""
+def test_a_long_context_grows_in_larger_steps():
+    """With a fixed amount of room, a long context would be copied too often."""
     layer = InPlaceLayer()
     layer.update(*states(4000))
     layer.update(*states(8))
@@ -127,7 +127,7 @@ def test_keeps_accepted_slots_in_place():
     layer.update(keys[:, :, :4], values[:, :, :4])
     layer.update(keys[:, :, 4:], values[:, :, 4:])
     start = layer.keys.data_ptr()
-    slots = torch.tensor([[0, 2, 5], [0, 1, 3]])  # each row keeps its own
+    slots = torch.tensor([[0, 2, 5], [0, 1, 3]])  # one path per row
     layer.keep_slots(4, slots)
     assert layer.keys.data_ptr() == start and layer.get_seq_length() == 7
     for row in range(2):
@@ -156,7 +156,7 @@ def test_a_dynamic_cache_is_turned_in_place_as_the_same_object(lazy):
 
 @pytest.mark.parametrize("missing", [0, 3])
 def test_a_filled_sliding_window_becomes_a_full_layer(missing):
-    """What has left the window is zeros; what is in it stays."""
+    """Slots that have left the window become zeros; slots inside it keep their values."""
     window = 7
     cache = DynamicCache()
     cache.layers = [DynamicSlidingWindowLayer(sliding_window=window), DynamicLayer()]
@@ -174,32 +174,32 @@ def test_a_filled_sliding_window_becomes_a_full_layer(missing):
 
 
 def test_rows_that_accept_different_numbers_of_slots():
-    """Each row's slots follow its own; a row leaves, and comes back behind the others."""
+    """Accepted slots follow the row's own context. A row may leave the cache and come back later."""
     torch.manual_seed(0)
     cache = DynamicCache()
     make_in_place(cache, 40)
     keys, values = states(9, batch_size=3)
     cache.update(keys[:, :, :4], values[:, :, :4], 0)
     cache.update(keys[:, :, 4:], values[:, :, 4:], 0)
-    slots_of = CacheTransaction(cache, ContextSlots([4, 4, 4]))
-    slots_of.commit([3, 1, 2], torch.tensor([[0, 2, 4], [1, 0, 0], [0, 3, 0]]))
-    assert slots_of.context.lengths == [7, 5, 6] and cache.get_seq_length() == 7
+    transaction = CacheTransaction(cache, ContextSlots([4, 4, 4]))
+    transaction.commit([3, 1, 2], torch.tensor([[0, 2, 4], [1, 0, 0], [0, 3, 0]]))
+    assert transaction.context.lengths == [7, 5, 6] and cache.get_seq_length() == 7
     expected = [[0, 1, 2, 3, 4, 6, 8], [0, 1, 2, 3, 5], [0, 1, 2, 3, 4, 7]]
     for row, slots in enumerate(expected):
         assert torch.equal(cache.layers[0].keys[row, :, : len(slots)], keys[row, :, slots])
         assert torch.equal(cache.layers[0].values[row, :, : len(slots)], values[row, :, slots])
-    assert slots_of.context.mask(torch.device("cpu")).sum(1).tolist() == [7, 5, 6]
-    slots_of.keep_rows([1, 2], store_others=True)
-    assert slots_of.context.lengths == [5, 6] and cache.get_seq_length() == 6 and slots_of.rows == [1, 2]
-    # The next nodes come behind the longest row, and move to their own.
+    assert transaction.context.mask(torch.device("cpu")).sum(1).tolist() == [7, 5, 6]
+    transaction.keep_rows([1, 2], store_others=True)
+    assert transaction.context.lengths == [5, 6] and cache.get_seq_length() == 6 and transaction.rows == [1, 2]
+    # New nodes are appended after the longest row; accepted ones move to the end of their own row.
     new = states(3)
     cache.update(*new, 0)
-    slots_of.commit([2, 1], torch.tensor([[0, 2], [0, 1]]))
-    assert slots_of.context.lengths == [7, 7]
+    transaction.commit([2, 1], torch.tensor([[0, 2], [0, 1]]))
+    assert transaction.context.lengths == [7, 7]
     assert torch.equal(cache.layers[0].keys[0, :, 5:7], new[0][0][:, [0, 2]])
     assert torch.equal(cache.layers[0].keys[1, :, 6:7], new[0][1][:, [0]])
-    slots_of.restore_rows()
-    assert slots_of.context.lengths == [7, 7, 7] and slots_of.rows == [0, 1, 2]
+    transaction.restore_rows()
+    assert transaction.context.lengths == [7, 7, 7] and transaction.rows == [0, 1, 2]
     assert cache.layers[0].keys.shape == (3, 3, 7, 4)
     for row, slots in enumerate(expected):
         assert torch.equal(cache.layers[0].keys[row, :, : len(slots)], keys[row, :, slots])

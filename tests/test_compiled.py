@@ -144,7 +144,7 @@ def test_other_drafts_and_trees(change):
 
 
 def test_candidates_that_overflow_harm_no_others():
-    """Slots of rejected candidates stay in the buffers. Attention multiplies them by 0, and infinity would give NaN."""
+    """Slots of rejected candidates stay in the buffers. Attention multiplies them by 0, so infinity gives NaN."""
     target, draft = copy.deepcopy(build_pair())
     inputs = tiny.make_prompt(0, 8)
     expected = target.generate(**inputs, max_new_tokens=30)
@@ -281,7 +281,7 @@ def test_returned_caches_are_not_used_again():
 
 
 def test_reused_buffers_keep_their_addresses_but_not_their_contents(monkeypatch):
-    """CUDA graphs need fixed addresses, so buffers must keep theirs. Their old contents (here NaN) must not be read."""
+    """CUDA graphs need fixed addresses, so buffers keep theirs. Their old contents (here NaN) must not be read."""
     target, draft = build_pair()
     inputs = tiny.make_prompt(0, 8)
     expected = generate(target, draft, inputs, return_dict_in_generate=False)

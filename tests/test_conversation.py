@@ -1,4 +1,4 @@
-"""A cache that `generate` returned goes into the next call: the conversation is the one without a draft."""
+"""Conversations that pass a returned cache to the next call are the same with a draft as without."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from msd_hf.compat import CACHE_NAME
 NUM_TURNS = 10
 
 
-def ones(ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The prompt with its mask: random tokens may be the padding token, from which `generate` would guess one."""
+def with_full_mask(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The prompt with a mask of ones: a random token may equal the padding token, which `generate` would mask."""
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def question(rng: random.Random) -> torch.Tensor:
+def random_question(rng: random.Random) -> torch.Tensor:
     return torch.tensor([[rng.randrange(3, tiny.IMAGE_TOKEN_ID) for _ in range(rng.choice([1, 3, 6]))]])
 
 
-def hold(
+def hold_conversation(
     pair: tiny.Pair,
     draft: Any,
     seed: int,
@@ -35,7 +35,7 @@ def hold(
     do_sample: bool = False,
     turns: int = NUM_TURNS,
 ):
-    """The turns of a conversation, and what `generate` returned last."""
+    """Holds a conversation; returns its answers, their acceptance lengths, and the last output of `generate`."""
     rng = random.Random(seed)
     inputs, cache, answers, lengths = tiny.make_prompt(seed, 8, (3,)), None, [], []
     eos = None
@@ -57,7 +57,9 @@ def hold(
         answers.append(output.sequences[0, start:].tolist())
         eos = answers[0][-1]  # so that some answers end early
         lengths.append(getattr(output, "acceptance_lengths", [[0]])[0])
-        text = torch.cat([output.sequences[:, -1:] if new_tokens_only else output.sequences, question(rng)], dim=1)
+        text = torch.cat(
+            [output.sequences[:, -1:] if new_tokens_only else output.sequences, random_question(rng)], dim=1
+        )
         inputs = {"input_ids": text}
         if new_tokens_only:
             inputs["attention_mask"] = torch.ones(1, cache.get_seq_length() + text.shape[1], dtype=torch.long)
@@ -70,15 +72,15 @@ def hold(
 def test_ten_turns_are_those_without_the_draft(number, do_sample, new_tokens_only):
     pair = tiny.pair(number)
     pair.set_attention("sdpa")
-    expected, _, _ = hold(pair, None, number, new_tokens_only, do_sample)
-    answers, lengths, _ = hold(pair, pair.with_tree(24, 5, 4), number, new_tokens_only, do_sample)
+    expected, _, _ = hold_conversation(pair, None, number, new_tokens_only, do_sample)
+    answers, lengths, _ = hold_conversation(pair, pair.with_tree(24, 5, 4), number, new_tokens_only, do_sample)
     assert answers == expected
     accepted = [length for turn in lengths[1:] for length in turn]
-    assert sum(accepted) / len(accepted) > 1.3  # the draft kept up
+    assert sum(accepted) / len(accepted) > 1.3  # later turns are drafted well too
 
 
 def test_the_second_prefill_reads_new_tokens_only_and_the_draft_knows_the_rest():
-    """The draft's cache after two turns is what one long turn would have given, but for rounding."""
+    """After two turns the draft's cache equals, up to rounding, the one after a single long turn."""
     pair = tiny.pair(0)
     draft = pair.with_tree(24, 5, 4)
     seen: list[int] = []
@@ -86,15 +88,17 @@ def test_the_second_prefill_reads_new_tokens_only_and_the_draft_knows_the_rest()
         lambda module, args, kwargs, output: seen.append(output[0].shape[1]), with_kwargs=True
     )
     try:
-        _, _, first = hold(pair, draft, 3, turns=1)
+        _, _, first = hold_conversation(pair, draft, 3, turns=1)
         more = torch.cat([first.sequences, torch.tensor([[7, 8, 9]])], dim=1)
         seen.clear()
         options = {"max_new_tokens": 6, "return_dict_in_generate": True, "assistant_model": draft}
-        second = pair.target.generate(**ones(more), **{CACHE_NAME: first[CACHE_NAME]}, **options)
+        second = pair.target.generate(**with_full_mask(more), **{CACHE_NAME: first[CACHE_NAME]}, **options)
     finally:
         handle.remove()
     assert seen[0] == 4  # the last token of the answer and the question
-    whole = pair.target.generate(**ones(more), pixel_values=tiny.make_prompt(3, 8, (3,))["pixel_values"], **options)
+    whole = pair.target.generate(
+        **with_full_mask(more), pixel_values=tiny.make_prompt(3, 8, (3,))["pixel_values"], **options
+    )
     assert torch.equal(second.sequences, whole.sequences)
     assert second.acceptance_lengths == whole.acceptance_lengths
     one, other = (output[CACHE_NAME]._msd_draft_memory for output in (second, whole))
@@ -108,13 +112,13 @@ def test_the_second_prefill_reads_new_tokens_only_and_the_draft_knows_the_rest()
 @pytest.mark.parametrize(
     "change", ["other end", "cropped", "forked", "pickled", "plain turn", "other draft", "emptied"]
 )
-def test_whatever_happens_between_two_turns(change):
+def test_changes_between_two_turns(change):
     pair = tiny.pair(0)
     draft = pair.with_tree(24, 5, 4)
-    _, _, first = hold(pair, draft, 5, turns=1)
+    _, _, first = hold_conversation(pair, draft, 5, turns=1)
     pixel_values = tiny.make_prompt(5, 8, (3,))["pixel_values"]
     cache, ids, second_draft, extra = first[CACHE_NAME], first.sequences, draft, {}
-    if change == "other end":  # as when a template closes the answer in another way
+    if change == "other end":  # as if a template closed the answer with another token
         ids = torch.cat([ids[:, :-1], torch.tensor([[3]])], dim=1)
     elif change == "cropped":
         cache.crop(-5)
@@ -122,7 +126,7 @@ def test_whatever_happens_between_two_turns(change):
     elif change == "forked":
         fork = copy.deepcopy(cache)
         pair.target.generate(
-            **ones(torch.cat([ids, torch.tensor([[9, 9]])], dim=1)),
+            **with_full_mask(torch.cat([ids, torch.tensor([[9, 9]])], dim=1)),
             **{CACHE_NAME: cache},
             max_new_tokens=9,
             assistant_model=draft,
@@ -132,7 +136,7 @@ def test_whatever_happens_between_two_turns(change):
         cache = pickle.loads(pickle.dumps(cache))
     elif change == "plain turn":
         plain = pair.target.generate(
-            **ones(torch.cat([ids, torch.tensor([[9, 9]])], dim=1)),
+            **with_full_mask(torch.cat([ids, torch.tensor([[9, 9]])], dim=1)),
             **{CACHE_NAME: cache},
             max_new_tokens=6,
             return_dict_in_generate=True,
@@ -144,9 +148,9 @@ def test_whatever_happens_between_two_turns(change):
         cache.crop(-cache.get_seq_length())
         extra = {"pixel_values": pixel_values}
     ids = torch.cat([ids, torch.tensor([[7, 8, 9]])], dim=1)
-    expected = pair.target.generate(**ones(ids), pixel_values=pixel_values, max_new_tokens=15)
+    expected = pair.target.generate(**with_full_mask(ids), pixel_values=pixel_values, max_new_tokens=15)
     output = pair.target.generate(
-        **ones(ids), **extra, **{CACHE_NAME: cache}, max_new_tokens=15, assistant_model=second_draft
+        **with_full_mask(ids), **extra, **{CACHE_NAME: cache}, max_new_tokens=15, assistant_model=second_draft
     )
     assert torch.equal(output, expected)
 
@@ -160,7 +164,7 @@ def test_a_cache_goes_back_and_forth_between_draft_and_none(with_draft_first):
         cache, ids = DynamicCache(), tiny.make_prompt(2, 9)["input_ids"]
         for number, assistant in enumerate(drafts):
             ids = pair.target.generate(
-                **ones(ids), **{CACHE_NAME: cache}, max_new_tokens=8 + number, assistant_model=assistant
+                **with_full_mask(ids), **{CACHE_NAME: cache}, max_new_tokens=8 + number, assistant_model=assistant
             )
             ids = torch.cat([ids, torch.tensor([[5, 6]])], dim=1)
         outputs.append(ids)
@@ -192,8 +196,8 @@ def test_a_batch_of_conversations():
     assert torch.equal(*outputs)
 
 
-def test_a_turn_in_inference_mode_does_not_bind_the_next_ones_to_it():
-    """Drafting runs in inference mode too: nothing that is kept or returned may be of use there alone."""
+def test_a_turn_in_inference_mode_keeps_no_inference_tensors():
+    """Drafting runs in inference mode, but tensors that are kept or returned must be usable outside of it."""
     pair = tiny.pair(1)
     draft = pair.with_tree(24, 5, 4)
     options = {"max_new_tokens": 12, "return_dict_in_generate": True, "output_logits": True, "pad_token_id": 0}
@@ -203,7 +207,7 @@ def test_a_turn_in_inference_mode_does_not_bind_the_next_ones_to_it():
             first = pair.target.generate(**tiny.make_prompt(5, 8, (2,)), assistant_model=assistant, **options)
         more = torch.cat([first.sequences, torch.tensor([[7, 8, 9]])], dim=1)
         past = {CACHE_NAME: first[CACHE_NAME]}
-        return pair.target.generate(**ones(more), **past, assistant_model=assistant, **options)
+        return pair.target.generate(**with_full_mask(more), **past, assistant_model=assistant, **options)
 
     output = two_turns(draft)
     assert torch.equal(output.sequences, two_turns(None).sequences)

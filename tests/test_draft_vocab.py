@@ -1,4 +1,4 @@
-"""A draft that looks for candidates in a vocabulary of its own changes nothing but the time."""
+"""A draft with a vocabulary of its own changes the speed, never the output."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_memory_for_scores_is_kept_for_levels_of_any_size():
         states = torch.randn(*shape, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
         with torch.inference_mode(number % 2 == 1), torch.no_grad():
             results.append((states, *head.top_k(states, 4)))
-    for states, log_probs, found in results:  # those of earlier calls have not been overwritten
+    for states, log_probs, found in results:  # results of earlier calls are not overwritten
         scores = torch.nn.functional.linear(states, pair.target.get_output_embeddings().weight[tokens])
         expected = scores.log_softmax(-1).topk(4)
         torch.testing.assert_close(log_probs, expected.values)
@@ -66,8 +66,8 @@ def test_memory_for_scores_is_kept_for_levels_of_any_size():
 
 
 @pytest.mark.parametrize("is_hooked", [False, True])
-def test_logits_that_someone_else_holds_stay_as_they_are(is_hooked):
-    """Those of a plain head are overwritten with log-probabilities, those that a hook has seen are not."""
+def test_logits_that_a_hook_has_seen_are_not_overwritten(is_hooked):
+    """A plain head's logits are overwritten with log-probabilities; logits that a hook has seen must stay."""
     pair = tiny.pair(1)
     target, seen = copy.deepcopy(pair.target), []
     head_module = target.get_output_embeddings()
@@ -97,7 +97,7 @@ def test_rows_are_copied_once_and_again_when_the_head_changes():
     assert draft.head_rows(head)[0].data_ptr() == head.weight.data_ptr()  # the first rows are not copied
 
 
-def test_is_saved_and_loaded_with_the_draft(tmp_path):
+def test_the_vocabulary_is_saved_and_loaded_with_the_draft(tmp_path):
     _, draft = with_vocab([5, 9, 4])
     draft.save_pretrained(tmp_path)
     loaded = MSDDraftModel.from_pretrained(tmp_path, dtype=torch.float64)
@@ -108,18 +108,18 @@ def test_is_saved_and_loaded_with_the_draft(tmp_path):
 
 
 @pytest.mark.parametrize("tokens", [[], [1, 1], [-1, 4]])
-def test_what_is_no_vocabulary(tokens):
+def test_invalid_vocabularies_are_refused(tokens):
     with pytest.raises(MSDError, match="each of them once"):
         copy.deepcopy(tiny.pair(0).draft).set_draft_vocab(tokens)
 
 
-def test_a_token_that_the_target_lacks():
+def test_a_token_that_the_target_lacks_is_refused():
     pair, draft = with_vocab([5, 60])
     with pytest.raises(MSDPairingError, match="token 60"):
         pair.target.generate(**tiny.make_prompt(0, 4), max_new_tokens=4, assistant_model=draft)
 
 
-def talk(question, *answers, **fields):
+def make_sample(question, *answers, **fields):
     turns = [{"from": "human", "value": question}]
     for answer in answers:
         turns += [{"from": "gpt", "value": answer}, {"from": "human", "value": "And now?"}]
@@ -127,11 +127,11 @@ def talk(question, *answers, **fields):
 
 
 def test_counts_are_those_of_the_answers_and_their_ends(toy_processor):
-    """Also with an image that is not there: it need not be opened."""
+    """Counting opens no image, so an image file may be missing."""
     samples = [
-        talk("Count.", "1 2 2", "2 3"),
-        talk("<image>\nWhat is there?", "3", image="nowhere.png"),
-        talk("Count."),
+        make_sample("Count.", "1 2 2", "2 3"),
+        make_sample("<image>\nWhat is there?", "3", image="nowhere.png"),
+        make_sample("Count."),
     ]
     counts = count_answer_tokens([load_conversations(samples, "/")], toy_processor, 512)
     tokenizer = toy_processor.tokenizer
@@ -141,7 +141,7 @@ def test_counts_are_those_of_the_answers_and_their_ends(toy_processor):
     assert (counts.num_samples, counts.skipped, int(counts.held_out.sum())) == (2, {"no assistant turn": 1}, 0)
 
 
-def test_counts_are_those_of_what_is_trained(toy_processor, training_data):
+def test_counts_equal_those_of_the_trained_tokens(toy_processor, training_data):
     encoder = ConversationEncoder(toy_processor)
     data = list(training_data.values())
     counts = count_answer_tokens(data, toy_processor, 512)
@@ -166,9 +166,9 @@ def test_the_most_frequent_tokens():
 
 
 def test_command_writes_a_draft_that_changes_no_output(run, toy_processor, raw_samples, tmp_path):
-    samples = [*raw_samples["text"], talk("Count.")]
+    samples = [*raw_samples["text"], make_sample("Count.")]
     (tmp_path / "text.json").write_text(json.dumps(samples))
-    (tmp_path / "more.jsonl").write_text(json.dumps(talk("Name one.", "A red circle.")) + "\n")
+    (tmp_path / "more.jsonl").write_text(json.dumps(make_sample("Name one.", "A red circle.")) + "\n")
     files = ("--data", tmp_path / "text.json", "--data", tmp_path / "more.jsonl")
     pair = ("--target", TARGET_DIR, "--draft", DRAFT_DIR)
     code, out, err = run("draft-vocab", *pair, *files, "--size", 100, "--output", tmp_path / "short")
@@ -214,10 +214,10 @@ def test_command_refuses_before_it_counts(options, message, run, tmp_path, monke
 
     monkeypatch.setattr("msd_hf.training.draft_vocab.count_answer_tokens", refuse)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data.json").write_text(json.dumps([talk("Count.", "1 2")]))
+    (tmp_path / "data.json").write_text(json.dumps([make_sample("Count.", "1 2")]))
     if "other" in options.values():
         tiny.pair(0).draft.save_pretrained("other")
-        capsys.readouterr()  # without the progress bar of the saving
+        capsys.readouterr()  # drops the progress bar of `save_pretrained`
     arguments = {"--target": TARGET_DIR, "--draft": DRAFT_DIR, "--data": "data.json", "--output": "new", **options}
     code, _, err = run("draft-vocab", *(part for option in arguments.items() for part in option))
     assert code == 1 and err.startswith("Error: ") and err.count("\n") == 1 and message in err
@@ -225,7 +225,7 @@ def test_command_refuses_before_it_counts(options, message, run, tmp_path, monke
 
 
 def test_command_without_a_usable_conversation(run, tmp_path):
-    (tmp_path / "data.json").write_text(json.dumps([talk("Count.")]))
+    (tmp_path / "data.json").write_text(json.dumps([make_sample("Count.")]))
     options = ("--target", TARGET_DIR, "--draft", DRAFT_DIR, "--output", tmp_path / "new")
     code, _, err = run("draft-vocab", *options, "--data", tmp_path / "data.json")
     assert code == 1 and "No conversation in the data (data.json) can be used" in err and "no assistant turn" in err

@@ -1,4 +1,4 @@
-"""The short forward that drafts a tree gives what the draft's forward gives."""
+"""The shortened forward that drafts trees gives the results of the draft's own forward."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KINDS = {
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_is_the_forward_of_the_draft(kind, batch_size, attention):
+def test_step_equals_the_forward_of_the_draft(kind, batch_size, attention):
     torch.manual_seed(0)
     config = MSDDraftConfig(
         hidden_size=32, intermediate_size=48, num_attention_heads=4, max_position_embeddings=64, **KINDS[kind]
@@ -58,8 +58,8 @@ def test_is_the_forward_of_the_draft(kind, batch_size, attention):
                 truncate(cache, 9)
 
 
-def test_positions_beyond_the_tables_make_longer_ones():
-    """With something to attend to: a token that only sees itself has the same states at any position."""
+def test_tables_grow_for_positions_beyond_them():
+    """The token sees a context, because a token that sees only itself has the same states at any position."""
     torch.manual_seed(0)
     draft = MSDDraftModel(MSDDraftConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4)).eval()
     for weight in draft.layers[0].self_attn.parameters():
@@ -82,7 +82,7 @@ def test_positions_beyond_the_tables_make_longer_ones():
 
 
 @pytest.mark.parametrize("kind", ["hook", "forward", "subclass"])
-def test_modules_that_someone_changed_are_asked(kind):
+def test_changed_modules_are_called(kind):
     class Doubled(torch.nn.Linear):
         def forward(self, states):
             return 2 * super().forward(states)

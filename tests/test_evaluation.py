@@ -1,4 +1,4 @@
-"""Figures of merit, by hand."""
+"""Figures of merit, compared with values computed by hand."""
 
 import math
 
@@ -25,7 +25,7 @@ def test_histogram_has_no_holes():
 
 
 def test_acceptance_by_depth_leaves_the_last_verification_of_an_answer_out():
-    # Draft tokens accepted where the answer went on: 2, 0, 2, 1.
+    # Draft tokens accepted in rounds after which the answer continued: 2, 0, 2, 1.
     rows = acceptance_by_depth([[3, 1, 9], [3, 2, 1], [7]])
     assert [(row.depth, row.share) for row in rows] == [(1, 0.75), (2, 0.5)]
     assert [row.given_parent for row in rows] == [0.75, pytest.approx(2 / 3)]
@@ -33,7 +33,7 @@ def test_acceptance_by_depth_leaves_the_last_verification_of_an_answer_out():
     assert acceptance_by_depth([[5]]) == []
 
 
-def test_spread_is_of_the_known_values():
+def test_spread_ignores_nan():
     result = spread([1.0, 2.0, 3.0, 4.0, 5.0, float("nan")])
     assert (result.lower_quartile, result.median, result.upper_quartile) == (2.0, 3.0, 4.0)
     assert spread([7.0]).upper_quartile == 7.0
@@ -69,7 +69,7 @@ def test_the_first_difference_may_be_an_end():
     assert first_difference([1, 2, 3], [1, 2]) == 2
 
 
-def test_round_efficiency_counts_what_is_inside_the_two_models():
+def test_round_efficiency_is_the_share_of_time_in_the_two_models():
     phases = {"target forward": 6.0, "draft forward": 2.0, "draft head": 1.0, "tree": 0.5, "decode": 0.5}
     timing = RoundTiming.from_phases(phases, num_rounds=5)
     assert timing.efficiency == pytest.approx(0.9)

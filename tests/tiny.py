@@ -1,4 +1,4 @@
-"""Tiny random LLaVA targets, prompts for them, and drafts, random or briefly fitted to their target."""
+"""Tiny random LLaVA targets, prompts for them, and drafts that are random or fitted briefly to their target."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def build_target(
     initializer_range: float = 0.15,
     **text_fields: Any,
 ) -> LlavaForConditionalGeneration:
-    """A LLaVA with random weights, large enough that what it generates does not soon repeat itself. The larger
-    `initializer_range`, the harder it is to draft for."""
+    """A LLaVA with random weights, large enough that generated text varies. A larger `initializer_range` makes
+    drafting harder."""
     text = LlamaConfig(
         **{
             "vocab_size": vocab_size,
@@ -71,7 +71,7 @@ def build_target(
         target = LlavaForConditionalGeneration(config)
         torch.nn.init.normal_(target.get_input_embeddings().weight)
         torch.nn.init.normal_(target.get_output_embeddings().weight, std=0.5)
-        # The default initialisation leaves an image hardly visible to the decoder.
+        # With the default initialisation, images would hardly change the decoder's output.
         for parameter in target.model.multi_modal_projector.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
     target.generation_config.eos_token_id = None
@@ -93,8 +93,8 @@ def make_prompt(
 
     Args:
         num_text: text tokens.
-        images_at: before which of them an image stands (`num_text`: behind all).
-        padding: tokens of padding on the left, excluded by an `attention_mask`.
+        images_at: an image stands before each of these text tokens (`num_text`: after the last one).
+        padding: number of padding tokens on the left; an `attention_mask` excludes them.
     """
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(3, vocab_size - 1, (num_text,), generator=generator).tolist()
@@ -126,10 +126,10 @@ def left_padded(prompts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tenso
 
 @functools.cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Each id is a word of two letters, some with a space before; decoding joins them as they are."""
+    """Each id is a word of two letters, some with a space before; decoding adds no spaces between words."""
     letters = string.ascii_lowercase
     words = [" " * (n % 3 == 0) + letters[n % 26] + letters[(7 * n + n // 26) % 26] for n in range(VOCAB_SIZE)]
-    words[IMAGE_TOKEN_ID] = "abcdef"  # `StopStringCriteria` tells by this word how tokens are decoded
+    words[IMAGE_TOKEN_ID] = "abcdef"  # `StopStringCriteria` decodes each token after this word
     assert len(set(words)) == VOCAB_SIZE
     model = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=words[0]))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -150,8 +150,8 @@ def build_draft(
 def fit_draft(
     draft: MSDDraftModel, target: LlavaForConditionalGeneration, steps: int = 80, seed: int = 0
 ) -> MSDDraftModel:
-    """Fits a draft to what its target generates itself, so that its candidates are accepted in part. Takes about a
-    second; both are float32 meanwhile."""
+    """Fits a draft to text that its target generates, so that some of its candidates are accepted. Takes about a
+    second; both models are float32 during the fit."""
     target_dtype, draft_dtype = target.dtype, draft.dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -179,8 +179,8 @@ def fit_draft(
 def _rollout(
     target: LlavaForConditionalGeneration, seed: int, images_at: tuple[int, ...], rows: int = 32, num_tokens: int = 40
 ) -> tuple[torch.Tensor, ...]:
-    """Draft inputs and goals on generations of the target: shifted embeddings, hidden states, visual mask; next hidden
-    states and the target's probabilities after them."""
+    """Inputs and goals of the draft on text that the target generates: shifted embeddings, hidden states and visual
+    mask; the next hidden states, and the target's probabilities after them."""
     prompts = [make_prompt(1000 * seed + row, 8, images_at, dtype=torch.float32) for row in range(rows)]
     batch = {name: torch.cat([prompt[name] for prompt in prompts]) for name in prompts[0]}
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
@@ -190,10 +190,10 @@ def _rollout(
     )
     seen: dict[str, torch.Tensor] = {}
 
-    def look(module, args, kwargs, output):
+    def record(module, args, kwargs, output):
         seen["embeds"], seen["states"] = kwargs["inputs_embeds"], output[0]
 
-    handle = target.get_decoder().register_forward_hook(look, with_kwargs=True)
+    handle = target.get_decoder().register_forward_hook(record, with_kwargs=True)
     logits = target(input_ids=ids, pixel_values=batch.get("pixel_values")).logits
     handle.remove()
     embeds, states = seen["embeds"].clone(), seen["states"].clone()
@@ -203,14 +203,14 @@ def _rollout(
 
 @dataclass
 class Pair:
-    """A target, and a draft for it."""
+    """A target and a draft for it."""
 
     target: LlavaForConditionalGeneration
     draft: MSDDraftModel
     fitted: bool
 
     def with_tree(self, num_nodes: int, depth: int, top_k: int) -> MSDDraftModel:
-        """The draft, set to a size of the tree."""
+        """Sets the size of the tree; returns the draft."""
         settings = self.draft.generation_config
         settings.num_assistant_tokens, settings.tree_depth, settings.tree_top_k = num_nodes, depth, top_k
         return self.draft
@@ -220,7 +220,7 @@ class Pair:
         self.draft.set_attn_implementation(draft or target)
 
 
-# Pairs differ in depth, in heads, in what kind of layer the draft has, and in its dtype.
+# Pairs differ in depth, in heads, in the kind of the draft's layers, and in its dtype.
 _KINDS: list[dict[str, Any]] = [
     {},
     {"num_layers": 3, "num_kv_heads": 2},
@@ -242,7 +242,7 @@ def is_fitted(number: int) -> bool:
 
 @functools.cache
 def pair(number: int) -> Pair:
-    """One of `NUM_PAIRS` pairs, built once a session. Whoever changes its weights or configuration puts them back."""
+    """One of `NUM_PAIRS` pairs, built once a session. A test that changes a model must restore it."""
     kind = dict(_KINDS[number])
     draft_fields, draft_dtype = kind.pop("draft", {}), kind.pop("draft_dtype", None)
     fitted = kind.pop("fitted", True)
@@ -254,7 +254,7 @@ def pair(number: int) -> Pair:
 
 
 def random_prompt(rng: random.Random) -> dict[str, torch.Tensor]:
-    """A prompt with or without image, which may stand anywhere."""
+    """A prompt with no, one or two images at random places."""
     num_text = rng.choice([1, 2, 5, 9, 14])
     images_at = rng.choice([(), (), (0,), (num_text // 2,), (num_text,), (0, num_text // 2 + 1)])
     return make_prompt(rng.randrange(10**6), num_text, images_at, padding=rng.choice([0, 0, 0, 1, 6]))

@@ -10,7 +10,7 @@ NUM_SAMPLES = 24
 
 
 def build_small_target(processor, seed=0):
-    """Two decoder layers, float32."""
+    """A LLaVA with two decoder layers, in float32."""
     config = build_target_config(processor, num_layers=2)
     config.text_config.hidden_size = config.text_config.intermediate_size = 64
     config.text_config.head_dim = 16
@@ -50,5 +50,5 @@ def make_trainer(target, processor, data, output_dir, eval_dataset=None, callbac
 
 
 def log_history(trainer):
-    """The logs of the steps."""
+    """The log entries of training steps, without those of evaluations."""
     return [entry for entry in trainer.state.log_history if "loss" in entry]
