@@ -1,4 +1,4 @@
-"""The benchmark of a pair: every method on the same prompts."""
+"""The benchmark of a pair runs every method on the same prompts."""
 
 import copy
 import functools
@@ -40,11 +40,11 @@ from msd_hf.toy import make_scene, render
 from msd_hf.training import load_conversations
 
 
-# With an EOS token that never comes: prompt lookup needs one before transformers 5.13.
+# The EOS token never comes; prompt lookup needs one before transformers 5.13.
 ARGUMENTS = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": VOCAB_SIZE}
 
 
-# Prompts that the target does not answer with an image token: prompt lookup must suppress it.
+# The target answers these prompts without an image token; prompt lookup suppresses that token.
 TEXT, IMAGE, TWO_IMAGES = (5, ()), (1, (2,)), (2, (0, 5))
 
 
@@ -95,7 +95,7 @@ def test_summary_of_a_pair(result):
     assert methods["tree"]["tau"] == pytest.approx(3 * 15 / rounds)
     assert 0 < methods["tree"]["round_efficiency"] < 1
     assert methods["assisted-chain"]["tau"] > 1 and sum(methods["assisted-chain"]["acceptance_histogram"].values()) > 1
-    for name in ("prompt-lookup", "assisted-chain"):  # transformers' loop
+    for name in ("prompt-lookup", "assisted-chain"):  # transformers' loop runs them, whose phases are not timed
         assert "round_efficiency" not in methods[name]
     assert [group["num_prompts"] for group in summary["groups"].values()] == [1, 2]
     assert all(
@@ -111,11 +111,11 @@ def test_the_chain_is_a_chain(monkeypatch):
     forward = type(target).forward
 
     @functools.wraps(forward)  # `generate` reads its signature
-    def look(self, *args, **kwargs):
+    def record_width(self, *args, **kwargs):
         widths.append(kwargs["input_ids"].shape[1])
         return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(type(target), "forward", look)
+    monkeypatch.setattr(type(target), "forward", record_width)
     timed_generate(target, prompt(*TEXT), draft, CHAIN, **ARGUMENTS)
     assert set(widths[1:-2]) == {5}  # the root and four levels
 
@@ -150,7 +150,7 @@ def test_compiled_trees_are_of_one_shape(own, depth, used, monkeypatch):
 
 
 def test_a_useless_draft_is_the_same_one_in_all_runs():
-    """What was learnt about it, that it does not pay, is kept with it."""
+    """The statistics that show that the draft does not pay are kept with it, so every run needs the same draft."""
     target = build_target()
     state = torch.get_rng_state()
     with USELESS_DRAFT.prepared(target, None) as arguments:
@@ -164,8 +164,8 @@ def test_a_useless_draft_is_the_same_one_in_all_runs():
         assert other is not draft and torch.equal(other.fc.weight, draft.fc.weight)
 
 
-def test_answers_go_on_behind_their_end(monkeypatch):
-    # How large the trees of the useless draft are, and so what it hits by chance, is not to depend on the machine.
+def test_ignore_eos_continues_answers_after_their_end(monkeypatch):
+    # A fake clock: the useless draft's tree sizes, and so its chance hits, must not depend on the machine.
     clock = itertools.count()
     monkeypatch.setattr("msd_hf.tree.policy.time", SimpleNamespace(perf_counter=lambda: 1e-3 * next(clock)))
     target, draft = copy.deepcopy(pair(0).target), pair(0).with_tree(12, 3, 3)
@@ -185,7 +185,7 @@ def test_answers_go_on_behind_their_end(monkeypatch):
     assert long["methods"]["useless-draft"]["tau"] < 1.5 < long["methods"]["tree"]["tau"]
 
 
-def test_vanilla_and_the_tree_are_always_there():
+def test_vanilla_and_the_tree_are_always_measured():
     assert [method.name for method in choose_methods([])] == ["vanilla", "tree"]
     assert [method.name for method in choose_methods(["chain", "vanilla"])] == ["vanilla", "chain", "tree"]
     with pytest.raises(MSDError, match=f"Unknown baseline 'beam': choose from {', '.join(METHODS)}"):
@@ -193,7 +193,7 @@ def test_vanilla_and_the_tree_are_always_there():
 
 
 def test_prompt_lookup_does_not_copy_images():
-    """The last tokens stood before an image once: what followed them must not be proposed."""
+    """The prompt's last tokens also stand before its image. The image tokens that follow there are not proposed."""
     target = pair(0).target
     inputs = make_prompt(3, 6, images_at=(6,))
     inputs["input_ids"] = torch.cat([inputs["input_ids"], inputs["input_ids"][:, 4:6]], dim=1)
@@ -210,7 +210,7 @@ def test_prompt_lookup_needs_an_eos_token_in_older_releases(monkeypatch):
         (found,) = run_bench(target, None, prompts(TEXT), methods, repeats=1, **arguments).prompts
         assert found.differences == {}
     monkeypatch.setattr(methods_module, "PROMPT_LOOKUP_NEEDS_EOS", True)
-    monkeypatch.setattr(type(target), "forward", None)  # before the first one
+    monkeypatch.setattr(type(target), "forward", None)  # the error comes before the first forward
     with pytest.raises(MSDError, match="'prompt-lookup' needs a target with an EOS token in transformers"):
         run_bench(target, None, prompts(TEXT), methods, repeats=1, **arguments)
 
@@ -252,8 +252,8 @@ def test_short_answers_are_left_out(monkeypatch):
         run_bench(target, draft, prompts(TEXT), min_answer_tokens=12, **arguments)
 
 
-def test_a_difference_is_placed_and_its_gap_is_the_targets():
-    """A method that is not lossless: it forbids a token of the answer."""
+def test_a_difference_has_its_position_and_the_targets_logit_gap():
+    """The method `other` is not lossless: it forbids a token of the answer."""
     target, draft = pair(0).target, pair(0).with_tree(12, 3, 3)
     inputs = prompt(*TEXT)
     answer = timed_generate(target, inputs, **ARGUMENTS).tokens
@@ -271,7 +271,7 @@ def test_a_difference_is_placed_and_its_gap_is_the_targets():
     assert [warning for warning in summary["warnings"] if warning.startswith("other: 1 outputs differ")]
 
 
-def test_a_useless_draft_is_warned_of():
+def test_a_useless_draft_gives_a_warning():
     target = build_target()
     draft = build_draft(target)
     draft.generation_config.update(num_assistant_tokens=4, tree_depth=1, tree_top_k=2)
@@ -282,7 +282,7 @@ def test_a_useless_draft_is_warned_of():
         assert cause in warning
 
 
-def test_images_that_do_not_reach_the_draft_are_warned_of(result):
+def test_images_that_do_not_reach_the_draft_give_a_warning(result):
     summary = summarize(result)
     summary["groups"]["visual"]["methods"]["tree"]["tau"] = 1.1
     (warning,) = find_warnings(summary)

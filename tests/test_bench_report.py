@@ -1,4 +1,4 @@
-"""Reports: tables, files and plots; and the command that makes them."""
+"""Tables, files and plots of reports, and the command that writes them."""
 
 import copy
 import json
@@ -150,7 +150,7 @@ def test_plots_are_drawn(kind, names, report, shape_report, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_missing_matplotlib_is_said_before_the_work(report, tmp_path, monkeypatch, run):
+def test_missing_matplotlib_is_reported_before_the_work(report, tmp_path, monkeypatch, run):
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MSDError, match=r'pip install "msd-hf\[bench\]"'):
         write_report(report, tmp_path, plots=True)

@@ -24,7 +24,7 @@ from msd_hf.tree.settings import TreeSettings
 
 
 @pytest.mark.parametrize("mean", [1.0, 2.5, 3.8, 6.0])
-def test_lengths_have_the_mean_and_are_next_to_it(mean):
+def test_lengths_have_the_mean_and_lie_next_to_it(mean):
     lengths = lengths_of_mean(mean, 20)
     assert sum(lengths) == pytest.approx(20 * mean)
     assert set(lengths) <= {int(mean), int(mean) + 1}
@@ -41,7 +41,7 @@ def test_an_acceptance_beyond_the_tree_is_refused():
 
 
 def walk(logits, tree):
-    """What greedy verification emits, one node after the other."""
+    """The tokens that greedy verification emits, found by walking from node to node."""
     tokens, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
     children = {(parents[node], tokens[node]): node for node in range(1, len(tokens))}
     node, emitted = 0, []
@@ -57,7 +57,7 @@ def test_logits_are_steered_along_a_path_of_the_wanted_length(dtype):
     tree = CandidateTree.from_parents(torch.tensor([[9, 1, 2, 3, 4, 5, 6]]), parents, max_depth=3)
     generator = torch.Generator().manual_seed(0)
     for length, path in ((1, []), (2, [1]), (3, [1, 3]), (4, [2, 5, 6]), (7, [2, 5, 6])):
-        # The target alone would go into the tree wherever it can.
+        # Without steering, every path would continue as long as the tree has children.
         logits = torch.randn(1, 7, 10, generator=generator).to(dtype) - 20
         logits[0, :, 1:7] += 5
         steer(logits, tree, length)
@@ -68,13 +68,13 @@ def test_logits_are_steered_along_a_path_of_the_wanted_length(dtype):
 @pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("images_at", [(), (2,)])
 def test_simulated_rounds_are_those_of_the_loop(images_at, is_compiled, monkeypatch):
-    """One verification a round over the whole tree, which emits what was taken for accepted."""
+    """Each round verifies the whole tree once and emits as many tokens as the simulation assumes."""
     target, draft = copy.deepcopy((pair(0).target, pair(0).with_tree(10, 3, 3)))
     inputs = make_prompt(1, images_at=images_at)
     length = inputs["input_ids"].shape[1]
     widths, possible, started, emitted = [], [], [], []
 
-    def look(logits, tree, wanted):
+    def record_call(logits, tree, wanted):
         possible.append(min(wanted, int(tree.depths.max()) + 1))
         return steer(logits, tree, wanted)
 
@@ -90,7 +90,7 @@ def test_simulated_rounds_are_those_of_the_loop(images_at, is_compiled, monkeypa
     handle = target.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: widths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
-    monkeypatch.setattr(simulation, "steer", look)
+    monkeypatch.setattr(simulation, "steer", record_call)
     rounds = simulated_rounds(target, draft, inputs, [3, 1, 4, 2, 1, 3], lambda: started.append(len(widths)))
     handle.remove()
     assert rounds.lengths == possible[FIRST_ROUNDS:] == emitted[FIRST_ROUNDS:] and max(possible) > 2
@@ -116,11 +116,11 @@ def test_verifications_start_from_the_same_context(monkeypatch):
     seen = []
     verify = TargetAdapter.verify
 
-    def look(self, tree, cache, *args):
+    def record_call(self, tree, cache, *args):
         seen.append((tree.tokens.shape[1], int(tree.depths.max()), cache.get_seq_length()))
         return verify(self, tree, cache, *args)
 
-    monkeypatch.setattr(TargetAdapter, "verify", look)
+    monkeypatch.setattr(TargetAdapter, "verify", record_call)
     seconds = verification_seconds(target, draft, inputs, [1, 8, 64], repeats=2)
     assert {number: len(times) for number, times in seconds.items()} == {1: 2, 8: 2, 64: 2}
     length = inputs["input_ids"].shape[1]
@@ -128,7 +128,7 @@ def test_verifications_start_from_the_same_context(monkeypatch):
 
 
 def test_trees_of_random_drafts_are_as_deep_as_those_of_trained_ones():
-    """The head is scaled for that."""
+    """`build_pair` scales the random head so that the draft prefers few tokens, as trained drafts do."""
     config = shape_config("small")
     config.text_config.num_hidden_layers, config.text_config.vocab_size = 1, 4000
     target, draft = build_pair(config, torch.float32, torch.device("cpu"))
@@ -148,7 +148,7 @@ def test_published_shapes_have_the_published_sizes():
 
 
 def tiny_shape():
-    """The kind of model is a shape's; it is made small, since this is about what is done with it."""
+    """A small model of a published kind: the tests are about the measurements, not about the model."""
     config = shape_config("small")
     small = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
     small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -180,16 +180,16 @@ def test_a_shape_is_measured(monkeypatch):
     assert [row["nodes"] for row in figures["verification"]] == [1, 8]
 
 
-def test_a_short_head_is_measured_and_told(monkeypatch, run, tmp_path):
+def test_a_draft_vocabulary_is_measured_and_reported(monkeypatch, run, tmp_path):
     monkeypatch.setitem(SHAPES, "tiny", tiny_shape)
     sizes = []
     top_k = DraftHead.top_k
 
-    def look(self, states, count):
+    def record_call(self, states, count):
         sizes.append(self.logits(states).shape[-1])
         return top_k(self, states, count)
 
-    monkeypatch.setattr(DraftHead, "top_k", look)
+    monkeypatch.setattr(DraftHead, "top_k", record_call)
     options = ("--context", 20, "--assume-tau", 2, "--nodes", 1, "--repeats", 1, "--output", tmp_path)
     for chosen, size in (((), 500), (("--draft-vocab-size", 40), 40)):
         sizes.clear()
@@ -200,7 +200,7 @@ def test_a_short_head_is_measured_and_told(monkeypatch, run, tmp_path):
         assert settings.get("draft vocabulary", 500) == size
 
 
-def test_bytes_of_a_step_are_weights_and_keys_and_values():
+def test_bytes_of_a_step_are_those_of_weights_keys_and_values():
     target = pair(0).target  # float64, 2 layers, hidden 32, 4 heads of 8, vocabulary 60
     layers = 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
     assert bytes_read_per_step(target, context=10) == 8 * (layers + 60 * 32 + 2 * 2 * 32 * 10)

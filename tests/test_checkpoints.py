@@ -1,4 +1,4 @@
-"""Checkpoints of the original repository and of this package: from a folder, and from the Hub by its real client."""
+"""Checkpoints of the original repository and of this package load from folders, and from the Hub by its client."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 def outputs(draft: MSDDraftModel) -> torch.Tensor:
-    """What a draft computes for some inputs."""
+    """A draft's outputs for fixed inputs."""
     generator = torch.Generator().manual_seed(0)
     embeds, hidden = torch.randn(2, 1, 9, draft.config.hidden_size, generator=generator).to(draft.dtype)
     mask = torch.tensor([[False] * 2 + [True] * 3 + [False] * 4])
@@ -108,15 +108,15 @@ def test_dtype_argument(kind, dtype, tmp_path):
 
 
 def test_checkpoint_in_half_precision(tmp_path):
-    """As published: the weights' own dtype is kept only when it is asked for, as in any `from_pretrained`."""
+    """Published checkpoints are in half precision. As in any `from_pretrained`, only `dtype="auto"` keeps that."""
     folder = golden_sets.write_original_checkpoint(KINDS["llava"], tmp_path, "llava")
     write_weights(folder, {name: value.half() for name, value in golden_sets.load(KINDS["llava"])[0].items()})
     assert MSDDraftModel.from_pretrained(folder, dtype="auto").dtype == torch.float16
     assert MSDDraftModel.from_pretrained(folder, dtype=torch.float32).dtype == torch.float32
 
 
-def test_generation_config_of_the_base_model_is_not_the_draft_s(tmp_path):
-    """A folder of the original repository may hold a copy of the target's; the draft reads none of it."""
+def test_generation_config_of_the_target_is_ignored(tmp_path):
+    """An original folder may hold a copy of the target's generation config, which the draft ignores."""
     folder = golden_sets.write_original_checkpoint(KINDS["llava"], tmp_path, "llava")
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.1}))
     settings = MSDDraftModel.from_pretrained(folder).generation_config
@@ -194,7 +194,8 @@ def test_wrong_keys_in_our_format(tmp_path):
 
 
 def test_weights_that_do_not_fit_the_configuration(tmp_path):
-    """A LLaVA draft called a Qwen2-VL one lacks biases and the first norm; more layers lack the second."""
+    """A LLaVA draft that is labelled Qwen2-VL lacks biases and a norm. With two layers in its configuration, it lacks
+    the second one's weights."""
     folder = golden_sets.write_original_checkpoint(KINDS["llava"], tmp_path / "a", "qwen2_vl")
     with pytest.raises(MSDCheckpointError, match=r"layers\.0\.input_layernorm\.weight.*q_proj\.bias"):
         MSDDraftModel.from_pretrained(folder)
@@ -258,10 +259,10 @@ def test_code_in_a_pickle_is_not_run(format_, tmp_path):
         (folder / "pytorch_model.bin").write_bytes(pickle.dumps(weights))
     else:
         torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=format_ == "torch")
-    with pytest.raises(Exception):  # noqa: B017 - torch says so in its own way, depending on its version
+    with pytest.raises(Exception):  # noqa: B017 - the error depends on the version of torch
         MSDDraftModel.from_pretrained(folder)
     assert not (tmp_path / "executed").exists()
-    if format_ == "torch":  # the file does what it is meant to
+    if format_ == "torch":  # the file does run its code when it is loaded unsafely
         torch.load(folder / "pytorch_model.bin", weights_only=False)
         assert (tmp_path / "executed").exists()
 
@@ -270,7 +271,7 @@ def test_code_in_a_pickle_is_not_run(format_, tmp_path):
 
 
 class HubHandler(http.server.BaseHTTPRequestHandler):
-    """Answers as the Hub does: files of a repository with its headers, and its 404s."""
+    """Answers like the Hub: files of a repository with the Hub's headers, and the Hub's 404 responses."""
 
     protocol_version = "HTTP/1.1"
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -337,7 +338,7 @@ def serve_hub(root: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def run_with_hub(code: str, endpoint: str, home: Path) -> subprocess.CompletedProcess:
-    """Runs code in a fresh interpreter whose Hub is the server: the endpoint is read at import."""
+    """Runs code with the server as the Hub, in a fresh interpreter because the endpoint is read at import."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
     environment |= {
         "HF_ENDPOINT": endpoint,
@@ -347,7 +348,7 @@ def run_with_hub(code: str, endpoint: str, home: Path) -> subprocess.CompletedPr
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
-        "DISABLE_SAFETENSORS_CONVERSION": "1",  # it would ask a service outside of the Hub
+        "DISABLE_SAFETENSORS_CONVERSION": "1",  # a conversion would ask a service outside the Hub
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")]),
@@ -422,7 +423,7 @@ def test_drafts_from_the_hub(hub, tmp_path):
     assert {"MSDCheckpointError", "OSError"} & set(kinds) and "config.json" in message
     kinds, message = results["someone/missing"]
     assert "OSError" in kinds and "someone/missing" in message
-    # Not caught, at the end.
+    # The last line of the script raises without a handler.
     assert result.returncode != 0 and "OSError: someone/missing" in result.stderr
 
     # Once downloaded, a draft loads without the Hub.

@@ -1,4 +1,4 @@
-"""The commands as a user types them, in this process."""
+"""The commands run in this process with the arguments that a user types."""
 
 import json
 
@@ -14,7 +14,7 @@ from msd_hf.toy import DEMO_IMAGE, DRAFT_DIR, TARGET_DIR
 def test_demo_answers_marks_accepted_tokens_and_compares(run):
     code, out, err = run("demo", "--repeats", 1, "--max-new-tokens", 40)
     assert code == 0, err
-    assert "‹" in out and "›" in out  # accepted draft tokens, on a terminal without colours
+    assert "‹" in out and "›" in out  # marks around accepted draft tokens on a terminal without colours
     for row in ("target alone", "with the draft", "tokens/s", "speedup", "tau"):
         assert row in out
     assert "identical  yes" in out
@@ -105,4 +105,4 @@ def test_convert_writes_our_format(run, tmp_path):
     assert run("convert", source, tmp_path / "ours", "--overwrite")[0] == 0
     code, _, err = run("convert", tmp_path / "nothing", tmp_path / "new")
     assert code == 1 and not (tmp_path / "new").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["original", "ours"]  # nothing half-written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["original", "ours"]  # no folder is left half-written

@@ -1,4 +1,4 @@
-"""Drafts derived from the configuration of a target, family by family."""
+"""Drafts are derived from the configurations of targets of every family."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_a_draft_fits_its_target(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_draft_has_the_rotary_frequencies_of_its_target(name):
-    """In one dimension also where the target has three; those of full attention where layers differ in them."""
+    """The draft uses one position dimension even if the target has three, and the frequencies of full attention."""
     target = FAMILIES[name].build()
     rotary = target.get_decoder().rotary_emb
     expected = getattr(rotary, "inv_freq", None)

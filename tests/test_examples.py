@@ -35,7 +35,7 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def answers(toy_processor):
-    """What the target alone says."""
+    """The answers of the target alone."""
     target = AutoModelForImageTextToText.from_pretrained(TARGET_DIR)
 
     def answer(question: str, image) -> str:
@@ -47,7 +47,7 @@ def answers(toy_processor):
 
 
 @pytest.mark.parametrize("name", ["batch.py", "chat.py", "generate_image.py"])
-def test_is_short(name):
+def test_scripts_are_short(name):
     assert len((EXAMPLES / name).read_text().splitlines()) < 60
 
 
@@ -59,14 +59,14 @@ def test_generate_image(run, answers):
 
 
 def test_batch(run, answers):
-    """A prompt with a picture and a shorter one without."""
+    """The batch holds a prompt with a picture and a shorter one without."""
     printed = run("batch.py", "--questions", PICTURE, COUNT, "--images", str(DEMO_IMAGE), "none")
     blocks = [block.splitlines() for block in printed.strip().split("\n\n")]
     assert [block[:2] for block in blocks] == [[question, answers[question]] for question in (PICTURE, COUNT)]
 
 
 def test_chat(run, answers):
-    """The first answers are the target's alone; later turns read only what is new, and know what came before."""
+    """The first answer is the target's; questions from standard input give the same answers as those of `--say`."""
     asked = [PICTURE, "How many objects are there?"]
     printed = run("chat.py", "--image", str(DEMO_IMAGE), "--say", *asked).splitlines()
     assert printed[0].strip() == answers[PICTURE] and len(printed) == 2
@@ -79,7 +79,7 @@ MEMORY_SHAPE = "--hidden 128 --heads 4 --intermediate 352 --layers 8 --vocabular
 
 @pytest.mark.parametrize("limit", [0, 300])
 def test_draft_and_tree_take_no_more_memory_than_allowed(run, limit):
-    """Also where the answer ends long before its limit."""
+    """With `--limit 300` the answer ends long before the length limit of the call."""
     printed = run("studies/bench_memory.py", *MEMORY_SHAPE.split(), "--new-tokens", "12", "--limit", str(limit))
     figures = {
         name: float(value)
@@ -95,7 +95,7 @@ def test_draft_and_tree_take_no_more_memory_than_allowed(run, limit):
     assert "same tokens       yes" in printed
 
 
-def test_peak_memory_counts_what_is_held_at_a_time():
+def test_peak_memory_counts_what_is_held_at_one_time():
     example = runpy.run_path(str(EXAMPLES / "studies" / "bench_memory.py"))
     before = torch.ones(1000)
 

@@ -1,4 +1,4 @@
-"""Features of the bundled toy target, written to disk and read again."""
+"""Features of the bundled toy target are written to disk and read back."""
 
 import json
 import os
@@ -31,7 +31,7 @@ from msd_hf.training.rows import draft_rows, trained_rows
 
 
 NUM_SAMPLES = 22
-SETTINGS = {"batch_size": 2, "samples_per_shard": 5}  # windows, shards and batches that do not come out even
+SETTINGS = {"batch_size": 2, "samples_per_shard": 5}  # the last window, shard and batch are not full
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def encoded(processor, conversations):
 
 @pytest.fixture(scope="module")
 def whole(target, processor, conversations, tmp_path_factory):
-    """A cache that was made in one go."""
+    """A cache that one run has made without interruption."""
     folder = tmp_path_factory.mktemp("caches") / "whole"
     extract_features(target, processor, conversations, folder, **SETTINGS)
     return folder
@@ -88,13 +88,13 @@ def whole(target, processor, conversations, tmp_path_factory):
 
 @pytest.fixture
 def cache_folder(whole, tmp_path):
-    """A copy of it that a test may spoil."""
+    """A copy of the whole cache, which a test may damage."""
     return shutil.copytree(whole, tmp_path / "cache")
 
 
 @pytest.fixture
 def refuse_to_run(target):
-    """Lets a test fail that runs the target."""
+    """Fails a test that runs the target."""
 
     def refuse(*args):
         raise AssertionError("the target was run")
@@ -149,7 +149,7 @@ def test_reading_gives_what_the_target_computes(
         num_left_out += int(left_out.sum())
         if all_hidden_states:
             assert not left_out.any()
-        else:  # the position before an image and all of its own but the last
+        else:  # the position before an image, and all positions of the image except the last
             assert left_out.sum() == visual_mask.sum()
     assert num_images > 3 and len(cache) - num_images > 3
     assert all_hidden_states or num_left_out == 36 * num_images
@@ -162,7 +162,7 @@ def test_a_draft_learns_the_same_from_the_cache(
 ):
     layers = [0, 2] if kind == "feature layers" else None
     fuses_all = kind == "not decoupled"
-    target = load_target(dtype=torch.float64)  # a draft with random weights magnifies what is rounded
+    target = load_target(dtype=torch.float64)  # a draft with random weights magnifies rounding errors
     extract_features(
         target, processor, conversations, tmp_path / "cache", feature_layers=layers, all_hidden_states=fuses_all,
         **SETTINGS,
@@ -202,7 +202,7 @@ def test_running_again_does_nothing(target, processor, conversations, cache_fold
     assert before == {path.name: path.stat().st_mtime_ns for path in cache_folder.iterdir()}
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+def test_a_killed_run_resumes_and_ends_with_the_same_bytes(
     target, target_folder, processor, conversations, data, whole, tmp_path
 ):
     script = f"""
@@ -333,7 +333,7 @@ def test_training_refuses_a_cache_of_another_target_processor_or_length(load_tar
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "overwritten"])
-def test_a_damaged_shard_is_noticed_and_made_anew(damage, target, processor, conversations, whole, cache_folder):
+def test_a_damaged_shard_is_noticed_and_written_again(damage, target, processor, conversations, whole, cache_folder):
     path = cache_folder / "shard-00002.safetensors"
     size = path.stat().st_size
     if damage == "truncated":
@@ -371,7 +371,7 @@ def test_broken_samples_are_counted_or_raised(target, processor, data, tmp_path)
         extract_features(target, processor, conversations, tmp_path / "strict", strict=True)
     with pytest.raises(MSDError, match=r"An earlier run, without `strict`, skipped .* missing image 1"):
         extract_features(target, processor, conversations, tmp_path / "cache", samples_per_shard=3, strict=True)
-    # A shard without a usable sample is no file, and no place in the cache.
+    # A shard without a usable sample writes no file and takes no index of the cache.
     whole = [sample for sample in samples if sample["id"] in kept]
     lonely = load_conversations([*whole[:2], samples[1], samples[1], whole[2]], image_folder=data.parent)
     extract_features(target, processor, lonely, tmp_path / "lonely", samples_per_shard=2, storage="int8")
@@ -403,7 +403,7 @@ def test_the_disk_need_is_known_before_and_checked(storage, target, processor, c
     assert not (tmp_path / "not").exists()
 
 
-def test_folders_that_are_no_complete_cache(target, processor, conversations, tmp_path):
+def test_incomplete_caches_and_other_folders_are_refused(target, processor, conversations, tmp_path):
     with pytest.raises(MSDError, match="no feature cache"):
         FeatureCache(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
@@ -432,7 +432,7 @@ def test_data_loader_workers_read_the_same(method, whole):
     assert len(pickle.dumps(cache)) < 10_000
 
 
-def test_features_that_no_format_holds(load_target, processor, conversations, tmp_path):
+def test_features_that_overflow_or_are_not_finite_are_refused(load_target, processor, conversations, tmp_path):
     target = load_target()
     with torch.no_grad():
         target.get_decoder().norm.weight.mul_(1e6)
@@ -444,12 +444,12 @@ def test_features_that_no_format_holds(load_target, processor, conversations, tm
         extract_features(target, processor, conversations, tmp_path / "infinite")
 
 
-def test_a_target_is_known_wherever_it_lies(load_target, tmp_path):
+def test_the_fingerprint_depends_on_the_weights_and_not_on_the_folder(load_target, tmp_path):
     target = load_target(dtype=torch.bfloat16)
     target.save_pretrained(tmp_path / "elsewhere")
     fingerprint = target_fingerprint(target)
     target.to(torch.float32)
-    assert target_fingerprint(target) == fingerprint  # the same values
+    assert target_fingerprint(target) == fingerprint  # float32 holds the same values
     copy = load_target(tmp_path / "elsewhere")
     assert target_fingerprint(copy) == fingerprint
     for name, parameter in copy.named_parameters():
@@ -460,7 +460,7 @@ def test_a_target_is_known_wherever_it_lies(load_target, tmp_path):
             with torch.no_grad():
                 parameter.view(-1)[-3] -= 1
     with torch.no_grad():
-        copy.lm_head.weight[300, 5] += 1  # in the middle: head and embedding are read completely
+        copy.lm_head.weight[300, 5] += 1  # one weight in the middle: head and embedding are read completely
     assert target_fingerprint(copy) != fingerprint
 
 
@@ -468,8 +468,8 @@ def test_hidden_states_are_kept_before_text_and_at_goals():
     #              bos  img img img text ans ans eos img img  text
     visual = torch.tensor([0, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0], dtype=torch.bool)
     answer = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0], dtype=torch.bool)
-    # Position 8 comes before an image, but is what the row at the end of the answer predicts; the last one comes
-    # before nothing.
+    # Position 8 stands before an image, but the row at the end of the answer predicts it, so it is kept. The last
+    # position has no successor, so it is not.
     expected = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 0], dtype=torch.bool)
     assert torch.equal(feature_storage.stored_rows(answer, visual, False), expected)
     assert feature_storage.stored_rows(answer, visual, True).all()

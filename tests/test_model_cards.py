@@ -1,4 +1,4 @@
-"""The model cards load as the Hub's own client reads them."""
+"""The model cards can be read by the Hub's own client and have the required sections."""
 
 from pathlib import Path
 

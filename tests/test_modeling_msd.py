@@ -1,4 +1,4 @@
-"""The draft's forward against the original implementation, and what `PreTrainedModel` promises."""
+"""The draft's forward equals the original implementation, and the model keeps the promises of `PreTrainedModel`."""
 
 import copy
 
@@ -35,7 +35,7 @@ def test_forward_reproduces_the_original(name, dtype, attention, tmp_path):
     length = values["hidden_states"].shape[1]
     if "inputs_embeds_shifted" in values:
         inputs_embeds = values["inputs_embeds_shifted"]
-    else:  # only the unshifted rows are stored: the last one is the embedding of the chosen token
+    else:  # only unshifted rows are stored; the chosen token's embedding follows them
         table = golden_sets.load(weights_name)[0]["embed_tokens.weight"]
         inputs_embeds = torch.cat([values["target_inputs_embeds"][:, 1:], table[values["sample_token"]][None]], dim=1)
     num_image = info.get("N_image") or length + 1 - values["prompt_ids"].shape[1]

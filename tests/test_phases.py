@@ -30,13 +30,13 @@ def test_time_counts_for_the_innermost_phase(clock):
                         clock.now += 100
                     clock.now += 20
                 clock.now += 2
-        clock.now += 1000  # in no phase
+        clock.now += 1000  # outside of any phase
     assert timer.inside("decode") == {"decode": 6, "tree": 60, "head": 200}
     assert timer.inside("prefill") == {}
 
 
 def test_the_timer_does_not_count_itself(monkeypatch):
-    """A second passes between any two looks at the clock, and between phases the timer looks twice."""
+    """The fake clock advances by a second at each reading, and the timer reads it twice between phases."""
     clock = itertools.count()
     monkeypatch.setattr(phases.time, "perf_counter", lambda: next(clock))
     with PhaseTimer() as timer, phase("decode"):
@@ -46,7 +46,7 @@ def test_the_timer_does_not_count_itself(monkeypatch):
     assert timer.inside("decode") == {"decode": 4, "tree": 3}
 
 
-def test_the_same_phase_is_kept_apart_by_what_it_is_in(clock):
+def test_equal_phases_are_counted_apart_by_their_outer_phase(clock):
     with PhaseTimer() as timer:
         for outer, seconds in (("prefill", 5), ("decode", 7)):
             with phase(outer), phase("draft forward"):
@@ -55,7 +55,7 @@ def test_the_same_phase_is_kept_apart_by_what_it_is_in(clock):
     assert timer.inside("decode")["draft forward"] == 7
 
 
-def test_clearing_keeps_the_phase_we_are_in(clock):
+def test_clearing_keeps_the_current_phase(clock):
     with PhaseTimer() as timer, phase("decode"):
         clock.now += 5
         with phase("tree"):
@@ -66,7 +66,7 @@ def test_clearing_keeps_the_phase_we_are_in(clock):
     assert timer.inside("decode") == {"decode": 4000, "tree": 300}
 
 
-def test_without_a_timer_nothing_is_made(clock):
+def test_without_a_timer_phases_record_nothing(clock):
     assert phase("tree") is phase("head")
     timer = PhaseTimer()
     with phase("tree"):

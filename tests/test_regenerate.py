@@ -1,4 +1,4 @@
-"""Data sets answered by the target itself."""
+"""Data sets whose answers the target writes itself."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def processor():
 def target():
     # In float64 the answers of a batch and those of single prompts do not differ by rounding.
     target = AutoModelForImageTextToText.from_pretrained(TARGET_DIR).double()
-    # A quarter of its layers answers in sentences that end, at a quarter of the time.
+    # A quarter of its layers still gives sentences that end, in a quarter of the time.
     decoder = target.get_decoder()
     decoder.layers = decoder.layers[::4]
     target.config.text_config.num_hidden_layers = len(decoder.layers)
@@ -44,7 +44,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Text and visual conversations of several turns, the data's answers all "No idea."."""
+    """Text and visual conversations of several turns, in which every answer is "No idea."."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "images").mkdir()
     samples = [sample for kind in ("visual", "text") for sample in make_samples("test", 5, 0, kind)]
@@ -78,7 +78,7 @@ def answer_alone(target, processor, messages, images):
     return processor.decode(output, skip_special_tokens=True).strip(), output[-1] == processor.tokenizer.eos_token_id
 
 
-def test_every_turn_is_answered_behind_the_targets_own_answers(target, processor, data, tmp_path):
+def test_every_turn_is_answered_after_the_targets_own_answers(target, processor, data, tmp_path):
     before = load_conversations(json.loads(data.read_text())[:6], data.parent)
     report = regenerate(target, processor, before, tmp_path / "out.jsonl", max_new_tokens=LIMIT, batch_size=3)
     after = load_conversations(report.output, image_folder=data.parent)
@@ -103,7 +103,7 @@ def test_every_turn_is_answered_behind_the_targets_own_answers(target, processor
         assert new.images == old.images
         num_cut += not complete
     assert report.num_cut == num_cut
-    assert 0 < num_cut < 6 < num_turns  # else this test says little
+    assert 0 < num_cut < 6 < num_turns  # some answers are cut, and some conversations have several turns
     assert "No idea." not in report.output.read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
@@ -165,27 +165,27 @@ def test_rows_draw_from_the_softmax_of_their_scores():
 
 
 @pytest.mark.parametrize("kept", [0, 3, 8])
-def test_interrupted_run_goes_on_to_the_same_result(target, processor, data, tmp_path, monkeypatch, kept):
+def test_interrupted_run_resumes_to_the_same_result(target, processor, data, tmp_path, monkeypatch, kept):
     arguments = {"max_new_tokens": 10, "batch_size": 2, "temperature": 3.0}
     conversations, answer, batches = load_conversations(data), AnswerGenerator.__call__, []
     limit = None
 
-    def watched(self, prompts, seeds):
+    def recorded_answer(self, prompts, seeds):
         if len(batches) == limit:
             raise KeyboardInterrupt
         batches.append(list(seeds))
         return answer(self, prompts, seeds)
 
-    monkeypatch.setattr(AnswerGenerator, "__call__", watched)
+    monkeypatch.setattr(AnswerGenerator, "__call__", recorded_answer)
     whole = regenerate(target, processor, conversations, tmp_path / "whole.jsonl", **arguments).output.read_bytes()
     expected = list(batches)
     batches.clear()
-    limit = len(expected) - 1  # in the second window, of the samples 8 and 9
+    limit = len(expected) - 1  # the interrupt comes in the second window, which holds samples 8 and 9
     output, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
     with pytest.raises(KeyboardInterrupt):
         regenerate(target, processor, conversations, output, **arguments)
     assert not output.exists()
-    # What a kill leaves that comes while a line is written.
+    # A kill while a line is written leaves a part of that line.
     lines = partial.read_bytes().splitlines(keepends=True)
     assert len(lines) == 9
     partial.write_bytes(b"".join(lines[: 1 + kept]) + b'{"sample": {"id"')
@@ -196,7 +196,7 @@ def test_interrupted_run_goes_on_to_the_same_result(target, processor, data, tmp
     assert output.read_bytes() == whole
     assert report.num_samples == 10
     assert not partial.exists()
-    # Rounding differs between batches, so they must be the same again; what is done is not done again.
+    # Rounding differs between batches, so the same batches must be formed; finished ones are not repeated.
     redone = [batch for batch in expected if kept < 8 or batch[0].split("/")[1] in "89"]
     assert batches == redone
 
@@ -206,7 +206,7 @@ def test_a_kill_at_the_last_step_costs_no_answer(target, processor, data, tmp_pa
     arguments = {"max_new_tokens": 4, "batch_size": 1}
     regenerate(target, processor, conversations, output, **arguments)
     whole = output.read_bytes()
-    # As after a kill between the last two steps: the file is there, and what it was made from too.
+    # A kill between the last two steps leaves both the output and the journal that it was made from.
     records = [json.dumps({"sample": entry}).encode() + b"\n" for entry in read_lines(output)]
     monkeypatch.setattr(Journal, "finish", lambda self, key: self.close())
     output.unlink()
@@ -237,7 +237,7 @@ def test_other_settings_are_refused(target, processor, data, tmp_path, monkeypat
     fewer = load_conversations(json.loads(data.read_text())[:4], data.parent)
     with pytest.raises(MSDError, match=r"other settings: data \("):
         regenerate(target, processor, fewer, output, **arguments)
-    with pytest.raises(KeyboardInterrupt):  # the same ones go on
+    with pytest.raises(KeyboardInterrupt):  # the same settings continue the run
         regenerate(target, processor, load_conversations(data), output, **arguments)
     monkeypatch.undo()
     (tmp_path / "there.jsonl").write_text("{}\n")
