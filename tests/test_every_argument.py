@@ -1,7 +1,7 @@
 """Every field of the installed `GenerationConfig`, every argument of `generate`: identical with a draft, or refused.
 
-`IDENTICAL` says what to try of each; refusals are read, with their sentences, from the table in `examples/SUPPORT.md`.
-A field that a new release of transformers brings fails the first test until it is in one of the two.
+`IDENTICAL` lists the values to try of each. The refused ones and their messages come from the table in
+`examples/SUPPORT.md`. A field that is new in transformers fails the first test until it is in one of the two.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from msd_hf.compat import CACHE_NAME
 
 FIELDS = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
 ARGUMENTS = set(inspect.signature(GenerationMixin.generate).parameters) - {"self"}
-# What `generate` takes besides, by name.
+# Keyword arguments of `generate` that its signature does not name.
 MORE_ARGUMENTS = {"tokenizer", "assistant_tokenizer", "inputs_embeds", "attention_mask", "position_ids", CACHE_NAME}
-# Not in all supported releases.
+# Fields that some supported releases lack.
 NEWER_FIELDS = {"assistant_ensemble_weight", "max_cache_len", "speculation_type", "use_mtp"}
 
 
 @dataclass
 class Run:
-    """What a case may depend on."""
+    """A prompt and the tokens that it gives, on which the options of a case may depend."""
 
     inputs: dict[str, torch.Tensor]
-    rows: list[list[int]]  # the tokens that come without the case's options
+    rows: list[list[int]]  # the new tokens without the case's options
 
     @property
     def length(self) -> int:
@@ -55,7 +55,7 @@ class Run:
 
     @property
     def eos(self) -> dict[str, Any]:
-        """Ends the rows far apart."""
+        """Options with EOS tokens that end the rows far apart."""
         return {"eos_token_id": [row[2 * place + 2] for place, row in enumerate(self.rows)], "pad_token_id": 0}
 
     @property
@@ -67,13 +67,13 @@ class Run:
 @dataclass
 class Case:
     """
-    Options that are tried greedily and sampled, with one prompt and with a ragged batch of three.
+    Options to try, greedily and with sampling, on one prompt and on a ragged batch of three.
 
     Args:
-        options: of `generate`, or a function that makes them, once a call.
-        effect: whether the options change what comes out of the target alone, in one of these runs at least.
-        modes: `do_sample`.
-        prompts: of `PROMPTS`.
+        options: arguments of `generate`, or a function that makes them anew for each call.
+        effect: whether the options change the output of the target alone in at least one of the runs.
+        modes: values of `do_sample`.
+        prompts: keys of `PROMPTS`.
     """
 
     options: dict[str, Any] | Callable[[Run], dict[str, Any]]
@@ -93,8 +93,8 @@ PROMPTS: dict[str, dict[str, torch.Tensor]] = {
 }
 
 
-class CountsCalls(LogitsProcessor):
-    """Keeps a state: favours another token at each call."""
+class CallCountingProcessor(LogitsProcessor):
+    """Has state: favours another token at each call."""
 
     def __init__(self):
         self.calls = 0
@@ -105,8 +105,8 @@ class CountsCalls(LogitsProcessor):
         return scores.scatter_add(1, favoured.unsqueeze(1), torch.full_like(scores[:, :1], 4.0))
 
 
-class StopsAtLength(StoppingCriteria):
-    """Ends the first row four tokens after the prompt, and each other one two later than the one before."""
+class StopsRowsAtLengths(StoppingCriteria):
+    """Ends the first row four tokens after the prompt, and each further row two tokens later."""
 
     def __init__(self, length: int):
         self.length = length
@@ -150,7 +150,7 @@ IDENTICAL: dict[str, list[Case]] = {
     "eos_token_id": cases(lambda run: run.eos, lambda run: {"eos_token_id": run.rows[0][4]}),
     "pad_token_id": cases(
         lambda run: {**run.eos, "pad_token_id": 9},
-        lambda run: {**run.eos, "pad_token_id": None},  # then it is the first EOS token
+        lambda run: {**run.eos, "pad_token_id": None},  # then `generate` pads with the first EOS token
     ),
     "bos_token_id": cases({"bos_token_id": 5}, prompts=("none",)) + cases({"bos_token_id": 5}, **WITHOUT_EFFECT),
     # Sampling.
@@ -194,18 +194,21 @@ IDENTICAL: dict[str, list[Case]] = {
         **SAMPLED,
     ),
     "logits_processor": cases(
-        lambda run: {"logits_processor": LogitsProcessorList([CountsCalls()])},
-        lambda run: {"logits_processor": [CountsCalls()], "repetition_penalty": 1.2, **run.eos},
+        lambda run: {"logits_processor": LogitsProcessorList([CallCountingProcessor()])},
+        lambda run: {"logits_processor": [CallCountingProcessor()], "repetition_penalty": 1.2, **run.eos},
     ),
     "prefix_allowed_tokens_fn": cases(
         {"prefix_allowed_tokens_fn": lambda row, ids: [3 + (int(ids[-1]) + 5 * n + row) % 50 for n in range(9)]}
     ),
     "stopping_criteria": cases(
-        lambda run: {"stopping_criteria": StoppingCriteriaList([StopsAtLength(run.length)])},
-        lambda run: {"stopping_criteria": [StopsAtLength(run.length), MaxLengthCriteria(run.length + 6)], **run.eos},
+        lambda run: {"stopping_criteria": StoppingCriteriaList([StopsRowsAtLengths(run.length)])},
+        lambda run: {
+            "stopping_criteria": [StopsRowsAtLengths(run.length), MaxLengthCriteria(run.length + 6)],
+            **run.eos,
+        },
         lambda run: {"stopping_criteria": [EosTokenCriteria(run.eos["eos_token_id"])], "pad_token_id": 0},
     ),
-    # What is returned.
+    # Outputs.
     "return_dict_in_generate": cases({"return_dict_in_generate": False}),
     "output_scores": cases({"output_scores": False}),
     "output_logits": cases({"output_logits": False}),
@@ -260,7 +263,7 @@ IDENTICAL: dict[str, list[Case]] = {
     "synced_gpus": cases({"synced_gpus": False}, **WITHOUT_EFFECT),
     "num_assistant_tokens_schedule": cases({"num_assistant_tokens_schedule": "constant"}, **WITHOUT_EFFECT),
     "assistant_confidence_threshold": cases({"assistant_confidence_threshold": 0.0}, **WITHOUT_EFFECT),
-    # What has no effect on greedy decoding and sampling, without a draft as with one.
+    # Options without effect on greedy decoding and sampling.
     "cache_config": cases({"cache_config": {"nbits": 4}}, **WITHOUT_EFFECT),
     "max_cache_len": cases({"max_cache_len": 64}, **WITHOUT_EFFECT),
     "early_stopping": cases({"early_stopping": True}, **WITHOUT_EFFECT),
@@ -283,7 +286,7 @@ IDENTICAL: dict[str, list[Case]] = {
 NOT_COMPARED = {"assistant_model"}
 
 
-def test_every_field_and_argument_is_decided_upon():
+def test_every_field_and_argument_is_tried_or_refused():
     decided = IDENTICAL.keys() | refusals_table.names() | NOT_COMPARED
     known = FIELDS | ARGUMENTS | MORE_ARGUMENTS
     assert known - decided == set(), "neither tried in IDENTICAL nor refused in examples/SUPPORT.md"
@@ -312,7 +315,7 @@ def generate(pair: tiny.Pair, draft: Any, run: Run, options: dict[str, Any], do_
 
 
 def contents(output: Any) -> dict[str, Any]:
-    """What can be compared of an output."""
+    """The parts of an output that can be compared."""
     if isinstance(output, torch.Tensor):
         return {"sequences": output}
     parts = {name: value for name, value in output.items() if name != "acceptance_lengths"}
@@ -360,7 +363,7 @@ def test_identical(name):
                 expected, after = generate(pair, None, run, options[0], do_sample)
                 output, after_drafted = generate(pair, draft, run, options[1], do_sample)
                 message = f"{name}, case {number}, {prompt}, do_sample={do_sample}"
-                # Attention probabilities are float32 in eager attention.
+                # Eager attention computes its probabilities in float32.
                 tolerance = {"atol": 1e-5, "rtol": 1e-5}
                 torch.testing.assert_close(
                     contents(output),

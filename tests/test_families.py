@@ -1,4 +1,4 @@
-"""With a draft, targets of every family generate the tokens that they generate alone, in float64 exactly."""
+"""With a draft, targets of every family generate the tokens that they generate alone, exactly in float64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 20}
 
 @dataclass
 class Case:
-    """Tokens of a target alone and with a draft, and how many each verification emitted."""
+    """Tokens of a target alone and with a draft, and the number of tokens that each verification emitted."""
 
     expected: torch.Tensor
     tokens: torch.Tensor
@@ -75,7 +75,7 @@ def test_videos(name, num_images, num_videos):
 @pytest.mark.parametrize("mode", ["greedy", "sampling"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_rows_of_different_lengths_and_pictures(name, mode):
-    """Left padding, rows with one image, several or none; rows end at tokens of their own."""
+    """Rows have no, one or two images, are padded on the left if the family allows it, and end at different steps."""
     family = FAMILIES[name]
     images = (1, 0, 2) if family.has_images else (0, 0, 0)
     can_pad = family.attentions[0] == "sdpa" or family.eager_left_padding
@@ -95,13 +95,13 @@ def test_rows_of_different_lengths_and_pictures(name, mode):
 
 
 def test_drafts_are_accepted():
-    """Otherwise the tests above would show little."""
+    """If no candidate were accepted, the tests above would only check plain decoding."""
     assert mean(length for case in GRID for length in run(*case).acceptance_lengths) > 1.5
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.has_images])
 def test_targets_see_their_images(name):
-    """Otherwise images that a draft's loop lost would go unnoticed: another image of the same size, other tokens."""
+    """Other images of the same size change the tokens; otherwise a loop that lost images would go unnoticed."""
     family, target = FAMILIES[name], family_pair(name).target
     prompts = [family.prompt(seed, 1, first_size=0, num_text=6) for seed in range(4)]
     for prompt in prompts:

@@ -21,12 +21,12 @@ from msd_hf.tree.candidate import CandidateTree
 
 
 NUM_ROUNDS, NUM_NODES = 3, 9
-# Of logits of about 10. Eager attention of transformers has a softmax in float32.
+# Logits are about 10. Eager attention of transformers computes its softmax in float32.
 TOLERANCES = {"sdpa": 1e-9, "eager": 1e-4}
 
 
 class ForcedTokens(LogitsProcessor):
-    """Leaves `tokens` (`[B, T]`) as the only choice behind a prompt of `length`."""
+    """Forces `tokens` (`[B, T]`) after a prompt of `length` tokens."""
 
     def __init__(self, length: int, tokens: torch.Tensor):
         self.length, self.tokens = length, tokens
@@ -41,8 +41,8 @@ def random_token(rng: random.Random) -> int:
 
 
 def decode_trees(target: PreTrainedModel, input_ids: torch.Tensor, *args: Any, rng, seen, **model_kwargs: Any):
-    """A decoding method for `generate`: random trees, of which each row accepts a random path of its own. Puts the
-    tokens of each row, and the logits after each of them, into `seen`."""
+    """A decoding method for `generate` that verifies random trees. Each row accepts a random path. Stores the tokens
+    of each row, and the logits after each of them, in `seen`."""
     generation_config = args[2] if len(args) > 2 else model_kwargs.pop("generation_config")
     for name in ("logits_processor", "stopping_criteria"):
         model_kwargs.pop(name, None)
@@ -80,7 +80,7 @@ def decode_trees(target: PreTrainedModel, input_ids: torch.Tensor, *args: Any, r
 
 
 def largest_difference(target: PreTrainedModel, inputs: dict[str, Any], seed: int) -> float:
-    """Between the logits of trees and those of `generate`, forced along the accepted paths."""
+    """Compares the logits of trees with those of `generate` when it is forced along the accepted paths."""
     seen: dict[str, Any] = {}
     method = functools.partial(decode_trees, rng=random.Random(seed), seen=seen)
     target.generate(**inputs, max_new_tokens=1, custom_generate=method)

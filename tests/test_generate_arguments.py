@@ -88,7 +88,7 @@ def test_default_length(pair, inputs):
 
 @pytest.mark.parametrize("limit", [3, 11, 16, 20])
 def test_length_criterion_of_the_user(pair, inputs, limit):
-    """Also one that is shorter than the prompt: then one token comes."""
+    """The limit may be shorter than the prompt; then one token is generated."""
     options = {"max_new_tokens": 30, "stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(limit)])}
     expected = pair.target.generate(**inputs, **options)
     output = pair.target.generate(**inputs, **options, assistant_model=pair.draft, streamer=LimitedStreamer(40))
@@ -122,7 +122,7 @@ def test_defaults_of_the_target_apply(pair, inputs):
 @pytest.mark.parametrize("place", [1, 5, 12, 18])
 @pytest.mark.parametrize("shift", [0, 1])
 def test_stop_strings(pair, inputs, tokenizer, place, shift):
-    """A string that ends with a token, or within one; across two tokens."""
+    """The string spans two tokens and ends with a token (`shift=0`) or inside one (`shift=1`)."""
     tokens = new_tokens(pair.target.generate(**inputs, max_new_tokens=20), inputs)
     text = tokenizer.decode(tokens[place - 1 : place + 1])
     stop = text[shift : len(text) - shift]
@@ -196,7 +196,7 @@ class RecordingStreamer(BaseStreamer):
 
 
 class LimitedStreamer(BaseStreamer):
-    """Ends a generation that does not end by itself."""
+    """Fails a generation that does not end by itself."""
 
     def __init__(self, max_tokens: int):
         self.tokens_left = max_tokens
@@ -299,7 +299,7 @@ def test_async_text_iterator_streamer(inputs, tokenizer):
     assert text == tokenizer.decode(expected)
 
 
-# What is returned.
+# Outputs.
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 5}, {"repetition_penalty": 1.3}], ids=str)
@@ -346,7 +346,7 @@ def test_without_the_output_flags_there_are_none(pair, inputs):
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 12])
 def test_returned_cache(pair, inputs, max_new_tokens):
-    """It is the cache that comes without a draft, and a second turn goes on from it."""
+    """The cache equals the one without a draft, and a second turn can continue from it."""
     options = {"max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
     expected = pair.target.generate(**inputs, **options)
     output = pair.target.generate(**inputs, **options, assistant_model=pair.draft)
@@ -362,7 +362,7 @@ def test_returned_cache(pair, inputs, max_new_tokens):
     others = [copy.deepcopy(expected_cache), copy.deepcopy(cache)]
     turns = [pair.target.generate(**second, **{CACHE_NAME: past}) for past in (expected_cache, cache)]
     assert turns[0].tolist() == turns[1].tolist()
-    for past in others:  # with the draft, also where it was not there in the first turn
+    for past in others:  # the second turn uses the draft; the first one may have run without it
         assert pair.target.generate(**second, **{CACHE_NAME: past}, assistant_model=pair.draft).equal(turns[0])
     whole = pair.target.generate(**second, pixel_values=inputs["pixel_values"])
     assert turns[1].tolist() == whole.tolist()
@@ -400,7 +400,7 @@ def test_positional_prompt_and_attention_mask_of_ones(pair, inputs):
 
 @pytest.mark.parametrize("vocab_size", [32, 58, 64, 32000])
 def test_vocabulary_of_the_draft_may_differ(inputs, vocab_size):
-    """It is only a number in the draft's configuration: no tokenizers are asked for."""
+    """The size is only a number in the draft's configuration, so `generate` must not demand tokenizers."""
     pair = tiny.pair(0)
     draft = copy.deepcopy(pair.with_tree(24, 4, 4))
     draft.config.vocab_size = vocab_size
@@ -409,7 +409,7 @@ def test_vocabulary_of_the_draft_may_differ(inputs, vocab_size):
 
 
 def test_prompts_of_equal_length(pair):
-    """A batch without padding, and without an attention mask."""
+    """The batch has neither padding nor an attention mask."""
     ids = torch.cat([tiny.make_prompt(seed, 6)["input_ids"] for seed in range(3)])
     expected = pair.target.generate(ids, max_new_tokens=12)
     assert torch.equal(pair.target.generate(ids, max_new_tokens=12, assistant_model=pair.draft), expected)
@@ -417,13 +417,13 @@ def test_prompts_of_equal_length(pair):
 
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_embeddings_of_a_prompt_with_image(pair, inputs, with_ids):
-    """What the decoder reads is given as it is; the output is that of the prompt with its image."""
+    """The decoder's own inputs are passed as `inputs_embeds` and give the output of the prompt with its image."""
     seen = {}
 
-    def look(module, args, kwargs):
+    def record_embeds(module, args, kwargs):
         seen["embeds"] = kwargs["inputs_embeds"]
 
-    handle = pair.target.get_decoder().register_forward_pre_hook(look, with_kwargs=True)
+    handle = pair.target.get_decoder().register_forward_pre_hook(record_embeds, with_kwargs=True)
     whole = pair.target.generate(**inputs, max_new_tokens=1)
     handle.remove()
     prompt = {"inputs_embeds": seen["embeds"][:, : inputs["input_ids"].shape[1]]}
@@ -438,7 +438,7 @@ def test_embeddings_of_a_prompt_with_image(pair, inputs, with_ids):
 
 
 def test_attention_implementation_of_the_user(inputs):
-    """One of which is not known whether it takes a tree mask reads the prompt, and no tree."""
+    """A function that is not known to take a tree mask reads the prompt but never a tree."""
     lengths = []
 
     def own_attention(module, query, key, value, attention_mask, **kwargs):
@@ -489,7 +489,7 @@ def test_text_target_with_windows(layer_types, size):
     assert torch.equal(target.generate(**inputs, **options, assistant_model=draft), expected)
 
 
-# Refusals by the draft; those of arguments are in test_refusals.py.
+# Refusals because of the draft; test_refusals.py has those of arguments.
 
 
 @pytest.fixture
@@ -537,13 +537,13 @@ def test_refused_pairs(never_run, inputs):
     ],
     ids=str,
 )
-def test_values_that_leave_an_argument_off_are_taken(pair, inputs, options):
+def test_values_that_switch_an_argument_off_are_accepted(pair, inputs, options):
     output = pair.target.generate(**inputs, max_new_tokens=6, **options, assistant_model=pair.draft)
     assert torch.equal(output, pair.target.generate(**inputs, max_new_tokens=6))
 
 
 @pytest.mark.parametrize("options", [{"not_an_argument": 1}, {"max_new_tokens": -1}], ids=str)
-def test_errors_of_generate_itself_stay(never_run, inputs, options):
+def test_errors_of_generate_itself_are_unchanged(never_run, inputs, options):
     def message(**more) -> str:
         with pytest.raises(ValueError) as caught:
             never_run.generate(**{**inputs, "max_new_tokens": 3, **options}, **more)

@@ -1,4 +1,4 @@
-"""Whole generations of the original implementation, run through `generate` of a transformers LLaVA."""
+"""Whole generations of the original implementation are reproduced by `generate` of a transformers LLaVA."""
 
 import golden_sets
 import pytest
@@ -11,7 +11,7 @@ IMAGE_TOKEN_ID = 319
 
 
 class FixedProjector(nn.Module):
-    """Stands for vision tower and projector of the original run, of which only the output is known."""
+    """Replaces vision tower and projector of the original run by their stored output."""
 
     def __init__(self, rows: torch.Tensor):
         super().__init__()
@@ -74,12 +74,12 @@ def test_generation_reproduces_the_original(name, attention, tmp_path):
         return_dict_in_generate=True,
     )
     generated = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-    # The original runs past EOS and past the length limit; its correct prefix is what is to be reproduced.
+    # The original runs past EOS and past the length limit; only the tokens before are compared.
     expected = info["msd_tokens"][:max_new_tokens]
     if info["eos_token_id"] in expected:
         expected = expected[: expected.index(info["eos_token_id"]) + 1]
     assert generated == expected
-    # It emits the root of a round with that round, we emit the bonus token: the sum differs by the prefill's token.
+    # The original counts a round's root in that round, we count the bonus token: the sums differ by the first token.
     left, lengths = len(expected) - 1, []
     for accepted in values["accept_lengths"].tolist():
         if left > 0:

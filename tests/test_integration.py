@@ -1,4 +1,4 @@
-"""The hook: what it leaves alone, how it is taken back, and that nothing is left behind by a call."""
+"""The hook into `generate` leaves other assistants alone, can be removed, and a call leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HOOKED = ("_assisted_decoding", "_extract_generation_mode_kwargs", "_validate_ge
 
 @pytest.fixture
 def registered():
-    """Leaves the package registered, whatever a test does."""
+    """Registers the package again after the test."""
     yield
     msd_hf.unregister()
     msd_hf.register()
@@ -53,7 +53,7 @@ def build_llama(seed: int, num_layers: int) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config).double().eval()
-    model.generation_config.eos_token_id = 2  # 5.10's prompt lookup cannot do without
+    model.generation_config.eos_token_id = 2  # prompt lookup in transformers 5.10 needs one
     return model
 
 
@@ -83,7 +83,7 @@ def test_other_assistants_are_left_alone(registered, do_sample):
 
 
 def test_other_assistants_are_passed_on_with_all_their_arguments(registered, monkeypatch):
-    """Including the demand for tokenizers when vocabularies differ."""
+    """transformers still demands tokenizers when vocabularies differ."""
     target, assistant = build_llama(0, 2), build_llama(1, 1)
     assistant.config.vocab_size = 61
     for _ in range(2):
@@ -177,7 +177,7 @@ def test_a_wrapper_of_somebody_else_is_not_undone(registered, caplog):
 
 
 def snapshot(model: PreTrainedModel) -> dict[str, Any]:
-    """All of a model and its classes that a call could change."""
+    """The state of a model and of its classes that a call could change."""
     hooks = {
         f"{name}.{kind}": dict(getattr(module, kind))
         for name, module in model.named_modules()
@@ -259,7 +259,7 @@ class RaisingStreamer(BaseStreamer):
 
 
 class RaisingLayer(nn.Module):
-    """A part of the target that fails in the second forward, that is while a tree is verified."""
+    """A layer that fails in its second forward; in the target, that is the verification of a tree."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -286,7 +286,7 @@ INTERRUPTIONS: dict[str, Any] = {
 
 @pytest.fixture
 def own_pair() -> tiny.Pair:
-    """A pair of its own, with a hook that is the user's and must stay."""
+    """A copy of a pair that a test may change. The user's hook on its decoder must stay."""
     pair = copy.deepcopy(tiny.pair(0))
     pair.with_tree(24, 4, 5)
     pair.target.get_decoder().register_forward_pre_hook(lambda module, args: None)
@@ -340,8 +340,8 @@ def test_a_refused_call_leaves_nothing_behind(own_pair):
     assert_same(before, (snapshot(own_pair.target), snapshot(own_pair.draft)))
 
 
-def test_the_check_sees_what_would_be_left(own_pair):
-    """The comparison above fails for each kind of trace."""
+def test_the_comparison_detects_every_kind_of_trace(own_pair):
+    """`assert_same` fails for each kind of change that a call could leave behind."""
     target = own_pair.target
     before = snapshot(target)
     handle = target.get_decoder().register_forward_hook(lambda *args: None)
@@ -377,7 +377,7 @@ def test_the_check_sees_what_would_be_left(own_pair):
 
 
 def test_a_draft_serves_several_targets_in_turn():
-    """No state of one call or one target is in the next."""
+    """A call uses no state of an earlier call or of another target."""
     targets = [tiny.build_target(seed) for seed in (0, 11)]
     draft = tiny.build_draft(targets[0])
     draft.generation_config.num_assistant_tokens = 12

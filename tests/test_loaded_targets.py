@@ -1,7 +1,7 @@
-"""Targets as people load them: the tokens are those of the same target alone, whatever holds its weights.
+"""Targets in low precision, offloaded, quantized, adapted, compiled or sharded give the tokens that they give alone.
 
-bitsandbytes needs a GPU and is not run here. It is served by what torchao and quanto show: the embedding and the head
-are called as modules, and a head whose weight has an integer dtype gets hidden states in the target's dtype.
+bitsandbytes needs a GPU and is not run here. The tests with torchao and with integer weights cover what it needs: the
+embedding and the head are called as modules, and a head with integer weights gets states in the target's dtype.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def assert_same_tokens(
     least_tau: float = 2.0,
     **options: Any,
 ) -> None:
-    """Greedy and sampled, with and without images. The mean acceptance tells that the draft saw what it must see."""
+    """Compares tokens, greedy and sampled, with and without images. The mean acceptance shows that features fit."""
     assistant = draft(dtype)
     lengths = []
     for seed, images_at in prompts:
@@ -71,7 +71,7 @@ def assert_same_tokens(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision(dtype):
-    """Where tokens differ, the target's two best logits are closer than their rounding errors."""
+    """If tokens differ, the target's two best logits must be closer than their rounding errors."""
     target, assistant = copy_of_target(dtype), draft(dtype)
     reference = copy.deepcopy(target).double()
     for seed in range(8):
@@ -81,7 +81,7 @@ def test_low_precision(dtype):
 
 
 def test_a_difference_that_rounding_does_not_explain():
-    """A draft would have to be wrong for this; here the target is, after the first call."""
+    """Only a wrong loop would give such a difference; here the second call suppresses a token of the first."""
     target, assistant = copy_of_target(torch.bfloat16), draft(torch.bfloat16)
     reference = copy.deepcopy(target).double()
     inputs = tiny.make_prompt(1, 8, (2,), dtype=torch.bfloat16)
@@ -113,7 +113,7 @@ def test_a_draft_in_another_dtype(target_dtype, draft_dtype):
 
 
 def test_weights_offloaded_to_the_cpu():
-    """accelerate keeps them elsewhere and leaves meta tensors in the model; its hooks bring them."""
+    """accelerate leaves meta tensors in the model, and its hooks load the weights for each forward."""
     target = accelerate.cpu_offload(copy_of_target(), execution_device="cpu")
     assert target.lm_head.weight.device.type == target.get_input_embeddings().weight.device.type == "meta"
     assert_same_tokens(target)
@@ -154,7 +154,7 @@ def test_torchao_int8_weights(tmp_path, with_head):
 
 
 def test_a_head_of_integer_weights():
-    """As bitsandbytes has them: the dtype of the weights is not that of the arithmetic."""
+    """The weights have another dtype than the arithmetic, as those of bitsandbytes."""
 
     class Int8Head(nn.Module):
         def __init__(self, linear: nn.Linear):
@@ -179,7 +179,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-def adapted(**fields: Any) -> peft.PeftModel:
+def build_adapted_target(**fields: Any) -> peft.PeftModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = peft.LoraConfig(r=4, lora_alpha=1, init_lora_weights=False, task_type="CAUSAL_LM", **fields)
@@ -193,7 +193,7 @@ def adapted(**fields: Any) -> peft.PeftModel:
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_targets_with_lora(kind):
     """The draft reads the adapted model and drafts with the adapted embedding and head."""
-    model, assistant = adapted(**ADAPTERS[kind]), draft()
+    model, assistant = build_adapted_target(**ADAPTERS[kind]), draft()
     adapter = TargetAdapter(model.get_base_model())
     ids = tiny.make_prompt(1, 8)["input_ids"]
     states = model(input_ids=ids, output_hidden_states=True).hidden_states
@@ -220,19 +220,19 @@ def test_prompt_learning_is_refused():
 
 @pytest.mark.parametrize("argument", ["adapter_names", "alora_offsets"])
 def test_adapters_of_some_rows_or_positions_are_refused(argument):
-    """Ended rows leave the batch, and peft counts positions from the end of each forward."""
+    """Rows that end leave the batch, and peft counts aLoRA positions from the end of each forward."""
     inputs = tiny.left_padded([tiny.make_prompt(seed, 8) for seed in (1, 2)])
     if argument == "adapter_names":
-        model, options = adapted(target_modules=["q_proj"]), {"adapter_names": ["default", "__base__"]}
+        model, options = build_adapted_target(target_modules=["q_proj"]), {"adapter_names": ["default", "__base__"]}
     else:
         invocation = inputs["input_ids"][0, -2:].tolist()
-        model, options = adapted(target_modules=["q_proj"], alora_invocation_tokens=invocation), {}
+        model, options = build_adapted_target(target_modules=["q_proj"], alora_invocation_tokens=invocation), {}
     model.generate(**inputs, **options, max_new_tokens=2)
     with pytest.raises(MSDUnsupportedError, match=f"`{argument}`"):
         model.generate(**inputs, **options, assistant_model=draft(), max_new_tokens=2)
 
 
-def compiled(target: LlavaForConditionalGeneration, how: str, backend: Any) -> Any:
+def compile_target(target: LlavaForConditionalGeneration, how: str, backend: Any) -> Any:
     if how == "model":
         return torch.compile(target, backend=backend)
     if how == "in place":
@@ -256,8 +256,8 @@ def compiled(target: LlavaForConditionalGeneration, how: str, backend: Any) -> A
     ],
 )
 def test_compiled_targets(how, is_used_before):
-    """A compiled forward need not notice hooks that come after its compilation, and one that does is compiled anew at
-    every call: calls with a draft compile nothing."""
+    """A compiled forward may ignore hooks that are added later, or compile again for them at every call. Calls with a
+    draft must therefore compile nothing."""
     torch._dynamo.reset()
     target = copy_of_target()
     if is_used_before:
@@ -268,10 +268,10 @@ def test_compiled_targets(how, is_used_before):
         graphs.append(graph)
         return graph.forward
 
-    target = compiled(target, how, backend)
+    target = compile_target(target, how, backend)
     inputs = tiny.make_prompt(1, 8)
     target.generate(**inputs, max_new_tokens=3)
-    assert bool(graphs) == (how != "model")  # whose `generate` is that of the model inside, which is not compiled
+    assert bool(graphs) == (how != "model")  # there `generate` runs the model inside, which is not compiled
     num_graphs = len(graphs)
     target.generate(**inputs, assistant_model=draft(), max_new_tokens=5)
     assert len(graphs) == num_graphs
@@ -279,8 +279,8 @@ def test_compiled_targets(how, is_used_before):
 
 
 @pytest.fixture
-def warned(monkeypatch):
-    """What is said once a process, as often as it is said."""
+def warnings_once(monkeypatch):
+    """Collects every warning that is normally shown once in a process."""
     messages: list[str] = []
     monkeypatch.setattr(tree_forward.logger, "warning_once", messages.append)
     return messages
@@ -292,31 +292,31 @@ def attention_without_a_mask(module, query, key, value, attention_mask, **kwargs
     return sdpa_attention_forward(module, query, key, value, None, **kwargs)
 
 
-def test_an_attention_function_that_takes_no_mask(warned):
-    """One that a user has registered; flash attention is of this kind too. Trees are verified with sdpa."""
+def test_an_attention_function_that_takes_no_mask(warnings_once):
+    """A user registered the function; flash attention is of this kind too. Trees are verified with sdpa instead."""
     AttentionInterface.register("without_a_mask", attention_without_a_mask)
     target = copy_of_target()
     target.set_attn_implementation("without_a_mask")
     assert_same_tokens(target)
     assert target.get_decoder().config._attn_implementation == "without_a_mask"
-    assert "'without_a_mask' takes no tree mask" in warned[0] and "verified with sdpa" in warned[0]
+    assert "'without_a_mask' takes no tree mask" in warnings_once[0] and "verified with sdpa" in warnings_once[0]
 
 
 @pytest.mark.slow  # imports the compiler, and scores are computed by vmap
-def test_flex_attention(warned, monkeypatch):
-    """Without its compilation, which takes minutes on a CPU, and is wrong there for heads of this width in torch 2.13
-    (a key length 8 above a multiple of 16). It has no float64."""
+def test_flex_attention(warnings_once, monkeypatch):
+    """Flex attention runs uncompiled: compiling it takes minutes on a CPU and gives wrong results there for heads of
+    this width in torch 2.13 (a key length 8 above a multiple of 16). It does not support float64."""
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda self: flex_attention.flex_attention)
     target = copy_of_target(torch.float32)
     target.set_attn_implementation("flex_attention")
     assert_same_tokens(target, torch.float32, PROMPTS[1:])
-    assert "'flex_attention' takes no tree mask" in warned[0]
+    assert "'flex_attention' takes no tree mask" in warnings_once[0]
 
 
 def test_tensor_parallel(tmp_path):
-    """Weights in halves on two processes: both write what one process writes. Vocabulary and head are halved too
-    where the plan of the installed release names them."""
+    """Two processes hold half of the weights each, and both generate what a single process generates. Embedding and
+    head are halved too if the plan of the installed release names them."""
     target = copy_of_target()
     sizes = {name: weight.numel() for name, weight in target.named_parameters()}
     target.save_pretrained(tmp_path / "target")

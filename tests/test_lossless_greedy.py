@@ -1,4 +1,4 @@
-"""Greedy generation with a draft gives the tokens of greedy generation without one, in float64 exactly."""
+"""Greedy generation with a draft gives the tokens of greedy generation without one, exactly in float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from msd_hf import MSDGenerateOutput
 
 
-# Nodes with the root, expansions after the first, candidates a node.
+# Nodes including the root, levels after the first, candidates per node.
 LARGE_TREES = [(59, 5, 10), (40, 7, 6), (24, 3, 6), (12, 4, 3), (500, 3, 4), (30, 5, 8)]
 CHAINS = [(7, 5, 1), (12, 9, 1)]
 SMALL_TREES = [(8, 0, 10), (3, 0, 2), (3, 9, 1), (1, 5, 10), (2, 0, 1)]
@@ -44,7 +44,7 @@ class Case:
 
 
 def choose_eos(rng: random.Random, kind: str, tokens: list[int]) -> int | list[int] | None:
-    """EOS ids so that generation ends where the kind says: `tokens` are what comes without EOS."""
+    """EOS ids that end generation at the place that `kind` names; `tokens` are generated without EOS."""
     absent = [token for token in range(3, tiny.VOCAB_SIZE) if token not in tokens]
     if kind == "none":
         return None
@@ -52,7 +52,7 @@ def choose_eos(rng: random.Random, kind: str, tokens: list[int]) -> int | list[i
         return absent[:2]
     if kind == "several":
         return [absent[0], tokens[len(tokens) // 2], tokens[-1]]
-    # A token that comes for the first time at the place, or next before it.
+    # The token must not occur before its place; otherwise the nearest earlier place is taken.
     place = {"first": 0, "early": min(3, len(tokens) - 1), "late": 3 * len(tokens) // 4, "last": len(tokens) - 1}[kind]
     while tokens.index(tokens[place]) < place and place > 0:
         place -= 1
@@ -66,8 +66,8 @@ def run_cases(number: int) -> list[Case]:
     trees = rng.sample(TREES, len(TREES)) * 2
     for index in range(PROMPTS_PER_PAIR):
         inputs = tiny.random_prompt(rng)
-        # Eager attention of transformers gives NaN at padding in float64 (its softmax is float32, to which the mask is
-        # -inf), with a draft or without: padded prompts have a test of their own below.
+        # Eager attention of transformers gives NaN at padding in float64, with or without a draft: its softmax is
+        # float32, in which the mask becomes -inf. Eager attention with padding has its own test below.
         attention = "sdpa" if "attention_mask" in inputs else ("sdpa", "eager")[index % 2]
         pair.set_attention(attention, attention if "attention_mask" in inputs else rng.choice(["sdpa", "eager"]))
         length = inputs["input_ids"].shape[1]
@@ -119,7 +119,8 @@ def test_drafts_are_accepted_in_part(number):
     assert 1.8 < tau < 6, tau
 
 
-def test_a_chain_longer_than_what_is_kept_between_rounds():
+def test_a_very_long_chain():
+    """The chain has more nodes than the 64 spare slots that a cache allocates at a time."""
     pair = tiny.pair(0)
     inputs = tiny.make_prompt(3, 9)
     expected = pair.target.generate(**inputs, max_new_tokens=80, eos_token_id=None)
@@ -129,8 +130,8 @@ def test_a_chain_longer_than_what_is_kept_between_rounds():
     )
 
 
-def test_the_cases_show_something():
-    """They are many, mostly long, of every kind, and trees are accepted."""
+def test_the_cases_are_many_and_varied():
+    """Equal tokens prove little unless cases are many, mostly long and of every kind, and candidates are accepted."""
     cases = [case for number in range(tiny.NUM_PAIRS) for case in run_cases(number)]
     assert len(cases) >= 300
     tau, tokens = mean_tau(cases), [case.num_tokens for case in cases]
@@ -139,14 +140,14 @@ def test_the_cases_show_something():
     assert sum(tokens) / len(cases) > 12
     assert sum(count >= 10 for count in tokens) > 0.55 * len(cases)
     assert 0.3 < sum(case.has_image for case in cases) / len(cases) < 0.8
-    # The targets do not just repeat one token.
+    # The targets do not only repeat one token.
     distinct = [len(set(case.expected[0, case.prompt_length :].tolist())) for case in cases if case.num_tokens >= 20]
     assert sum(distinct) / len(distinct) > 8
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 8])
-def test_every_tree_at_every_place_of_eos(max_new_tokens):
-    """Ending at each of the tokens of one round, whatever part of the tree it is in."""
+def test_eos_at_every_place_of_a_tree(max_new_tokens):
+    """Generation may end at any token of a round, wherever it lies in the tree."""
     pair = tiny.pair(0)
     inputs = tiny.make_prompt(5, 6, (2,))
     tokens = pair.target.generate(**inputs, max_new_tokens=max_new_tokens)[0, inputs["input_ids"].shape[1] :].tolist()
@@ -162,7 +163,7 @@ def test_every_tree_at_every_place_of_eos(max_new_tokens):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_attention_mask_with_a_hole(dtype, attention):
-    """In the middle of the prompt (and in float32 at its beginning too, see above): part of text and of an image."""
+    """The mask hides parts of the text and of an image; in float32 (see `run_cases`) also the first two tokens."""
     pair = tiny.pair(1)
     target, draft = copy.deepcopy(pair.target).to(dtype), copy.deepcopy(pair.with_tree(24, 5, 4)).to(dtype)
     target.set_attn_implementation(attention)
@@ -182,7 +183,7 @@ def test_attention_mask_with_a_hole(dtype, attention):
 @pytest.mark.parametrize("number", [0, 1, 6])
 @pytest.mark.parametrize("draft_attention", ["sdpa", "eager"])
 def test_left_padding_with_eager_attention(number, draft_attention):
-    """In float32, because of transformers (see above)."""
+    """In float32, because eager attention gives NaN at padding in float64 (see `run_cases`)."""
     pair = tiny.pair(number)
     target, draft = copy.deepcopy(pair.target).float(), copy.deepcopy(pair.with_tree(24, 5, 4)).float()
     target.set_attn_implementation("eager")
@@ -196,7 +197,7 @@ def test_left_padding_with_eager_attention(number, draft_attention):
 
 @pytest.mark.parametrize("where", ["everywhere", "in some channels", "below the last of a level"])
 def test_a_draft_that_overflows_changes_nothing(where):
-    """NaN and infinity, as a half-precision draft may give, make drafting useless but not wrong."""
+    """A half-precision draft may give NaN and infinity. They make drafting useless, but the tokens stay right."""
     pair = tiny.pair(0)
     for tree in ((59, 5, 10), (12, 3, 10), (8, 4, 3), (7, 5, 1)):
         draft = copy.deepcopy(pair.with_tree(*tree))
@@ -207,7 +208,7 @@ def test_a_draft_that_overflows_changes_nothing(where):
                 draft.layers[0].mlp.down_proj.weight[3:5].fill_(torch.inf)
 
         def overflow(module, args, output, tree=tree):
-            # A level of the tree, not a prompt: of its nodes only the least likely has no finite children.
+            # Changes levels of the tree and not prompts: only the least likely node of a level overflows.
             level = output.shape[-2] == tree[2]
             return output.index_fill(-2, torch.tensor([tree[2] - 1]), torch.nan) if level else None
 
@@ -222,7 +223,7 @@ def test_a_draft_that_overflows_changes_nothing(where):
 
 @pytest.mark.slow
 def test_long_generations():
-    """The caches grow beyond what is allocated first, several times."""
+    """The caches outgrow their allocated slots several times."""
     for number in range(4):
         pair = tiny.pair(number)
         for seed in range(3):

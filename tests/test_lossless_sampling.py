@@ -1,4 +1,4 @@
-"""Sampling with a draft gives, from the same seed, the tokens of sampling without one; and the right distribution."""
+"""From the same seed, sampling with a draft gives the tokens of sampling without one, and the right distribution."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from msd_hf.tree.settings import TreeSettings
 
 
 class CountingProcessor(LogitsProcessor):
-    """Keeps a state: the more often it was called, and the more often a token came, the more it changes."""
+    """Has state: its changes depend on the number of calls and on how often each token occurred."""
 
     def __init__(self):
         self.prefixes: list[list[int]] = []
@@ -46,7 +46,7 @@ class CountingProcessor(LogitsProcessor):
 
 
 class WholePrefixProcessor(LogitsProcessor):
-    """Looks at the whole prefix, in place: which tokens it excludes depends on all of it."""
+    """Changes scores in place. The token that it excludes depends on the whole prefix."""
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         places = torch.arange(1, input_ids.shape[1] + 1)
@@ -56,7 +56,7 @@ class WholePrefixProcessor(LogitsProcessor):
 
 
 def allow_by_prefix(batch_id: int, input_ids: torch.Tensor) -> list[int]:
-    """A `prefix_allowed_tokens_fn`: every third token is forbidden, which third depends on the last token."""
+    """A `prefix_allowed_tokens_fn` that forbids every third token; the last token decides which third."""
     return [token for token in range(3, tiny.VOCAB_SIZE) if (token + int(input_ids[-1])) % 3]
 
 
@@ -86,7 +86,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     "counting": {"logits_processor": CountingProcessor, "temperature": 0.6},
     "whole prefix": {"logits_processor": WholePrefixProcessor, "repetition_penalty": 1.2},
 }
-# Those that do something without sampling.
+# The processors that also change greedy decoding.
 GREEDY_PROCESSORS = [
     name
     for name in PROCESSORS
@@ -97,7 +97,7 @@ TREES = [(59, 5, 10), (24, 3, 6), (12, 4, 3), (7, 5, 1), (8, 0, 10), (1, 5, 10),
 
 
 def options_of(name: str) -> dict[str, Any]:
-    """Generation arguments; processors with a state are made anew."""
+    """Arguments of `generate`. Processors with state are made anew for each call."""
     options = dict(PROCESSORS[name])
     if "logits_processor" in options:
         options["logits_processor"] = LogitsProcessorList([options["logits_processor"]()])
@@ -165,7 +165,7 @@ def test_same_seed_gives_the_same_tokens(name):
         assert sum(case.output.acceptance_lengths[0]) == case.num_tokens - 1, case.description
 
 
-def test_the_cases_show_something():
+def test_the_cases_are_many_and_candidates_are_accepted():
     cases = [case for name in PROCESSORS for case in run_cases(name)]
     lengths = [length for case in cases if case.num_nodes > 2 for length in case.output.acceptance_lengths[0]]
     tau, tokens = sum(lengths) / len(lengths), sum(case.num_tokens for case in cases)
@@ -177,7 +177,7 @@ def test_the_cases_show_something():
 
 @pytest.mark.parametrize("name", GREEDY_PROCESSORS)
 def test_greedy_with_processors(name):
-    """Random weights are not the same in all releases: where nothing came of the processor, another case is tried."""
+    """Random weights differ between releases, so more cases are tried until the processor changes an output."""
     rng, changed = random.Random(name), False
     for number in range(20):
         pair, inputs = tiny.pair(number % 2), tiny.random_prompt(rng)
@@ -193,7 +193,7 @@ def test_greedy_with_processors(name):
 
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_processors_see_true_prefixes_and_only_those(do_sample):
-    """Called as often as without a draft, with the same prefixes: never with rejected tokens."""
+    """Processors get the same calls as without a draft, never a prefix with rejected tokens."""
     pair, inputs, calls = tiny.pair(0), tiny.make_prompt(1, 7, (3,)), []
     for draft in (None, pair.with_tree(59, 5, 10)):
         processor = CountingProcessor()
@@ -221,8 +221,9 @@ def test_different_seeds_give_different_tokens():
     assert len(outputs) == 5
 
 
-# The distribution, against exact probabilities: a target of few tokens, and the joint law of the three tokens after a
-# prompt (the first comes from the prefill, the second may be accepted from the tree, the third is then the bonus).
+# These tests compare the distribution of the three tokens after a prompt with exact probabilities. The target
+# has few tokens. The first of the three comes from the prefill, the second may be accepted from the tree, and the
+# third is then the bonus token.
 SMALL_VOCAB = 5
 SMALL_TREE = (8, 1, 3)
 TEMPERATURE = 0.6
@@ -230,14 +231,14 @@ TEMPERATURE = 0.6
 
 @functools.cache
 def small_pair() -> tiny.Pair:
-    """The first one whose walks end at the root in 15% to 85% of cases, by the exact probabilities: random weights
-    are not the same in all releases."""
+    """The first pair whose walks end at the root with an exact probability of 15% to 85%. It is searched for because
+    random weights differ between releases."""
     for seed in range(3, 50):
         target = tiny.build_target(seed, vocab_size=SMALL_VOCAB, initializer_range=0.3, hidden_size=16)
-        # Flat enough that the temperature, or its absence, shows.
+        # The distribution is flat enough that a missing temperature would show.
         target.get_output_embeddings().weight.data.mul_(0.5)
         pair = tiny.Pair(target, tiny.build_draft(target, seed), fitted=False)
-        if 0.15 < probability_of_leaving(pair) < 0.85:
+        if 0.15 < probability_of_rejection(pair) < 0.85:
             return pair
     raise AssertionError("no pair with walks of several lengths")
 
@@ -248,8 +249,8 @@ def likeliest_first(target) -> int:
 
 
 @torch.no_grad()
-def probability_of_leaving(pair: tiny.Pair) -> float:
-    """That the target chooses a token that the tree does not hold behind the likeliest first one."""
+def probability_of_rejection(pair: tiny.Pair) -> float:
+    """The probability that the tree lacks the token that the target chooses after the likeliest first token."""
     first = likeliest_first(pair.target)
     tree = propose_tree(pair, TargetAdapter(pair.target), first)
     held = [path[1] for path in paths_of(tree) if len(path) == 2]
@@ -264,7 +265,7 @@ def small_prompt() -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def exact_probabilities(num_tokens: int) -> dict[tuple[int, ...], float]:
-    """Of every sequence of new tokens, from the target's logits without any cache."""
+    """The probability of every sequence of new tokens, from the target's logits without a cache."""
     target, prompt = small_pair().target, small_prompt()["input_ids"]
     probabilities: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(num_tokens):
@@ -279,7 +280,7 @@ def exact_probabilities(num_tokens: int) -> dict[tuple[int, ...], float]:
 
 
 def chi_square_p_value(counts: Counter, probabilities: dict[tuple[int, ...], float]) -> float:
-    """Of Pearson's test; outcomes that are expected less than eight times count as one."""
+    """The p-value of Pearson's test. Outcomes that are expected less than eight times count as one."""
     total = sum(counts.values())
     assert set(counts) <= set(probabilities)
     expected, observed, rest_expected, rest_observed = [], [], 0.0, 0
@@ -327,8 +328,8 @@ def test_distribution_of_many_whole_generations():
 
 
 def test_distribution_of_many_walks():
-    """Thousands of walks through one tree: what a walk emits, ended by a draw where it is short, is what the target
-    would sample."""
+    """Thousands of walks through one tree emit tokens with the target's distribution. A walk that ends early is
+    continued by draws from the target's logits."""
     pair, inputs = small_pair(), small_prompt()
     prompt = inputs["input_ids"]
     config = GenerationConfig(do_sample=True)
@@ -353,7 +354,7 @@ def test_distribution_of_many_walks():
             while len(tokens) < 3:
                 tokens += selector.select(logits[tuple(tokens)].unsqueeze(0))
             counts[tuple(tokens)] += 1
-    assert lengths[1] > 400 and lengths[2] > 400  # bonus tokens after a rejection and after an acceptance
+    assert lengths[1] > 400 and lengths[2] > 400  # both rejections and acceptances occur
     assert chi_square_p_value(counts, conditional) > 1e-3
 
 

@@ -1,4 +1,4 @@
-"""Calls that are interrupted, mixed, near a limit, or of targets that a tree does not suit."""
+"""Calls that are interrupted, mix rows, reach a limit, or use a target that cannot verify a tree."""
 
 import threading
 
@@ -188,7 +188,7 @@ def test_decoders_that_are_called_by_position(kind):
         ("falcon", {"alibi": True}, "was tried and cannot run a candidate tree"),
     ],
 )
-def test_targets_that_no_tree_suits_are_refused(kind, fields, message):
+def test_targets_that_cannot_verify_a_tree_are_refused(kind, fields, message):
     target = small_target(kind, **fields)
     with pytest.raises(MSDUnsupportedError, match=message):
         target.generate(torch.arange(3, 12).unsqueeze(0), max_new_tokens=5, assistant_model=small_draft())
@@ -205,7 +205,7 @@ def test_learned_positions_may_be_filled_to_their_end(length):
 
 
 @pytest.mark.parametrize("length", range(30, 48))
-def test_learned_positions_may_be_filled_to_their_end_by_the_device(length, monkeypatch):
+def test_learned_positions_may_be_filled_to_their_end_by_compiled_rounds(length, monkeypatch):
     monkeypatch.setattr(compiled, "_compile", lambda function, mode: function)
     fields = {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 48}
     target, draft = small_target("opt", **fields), small_draft()
@@ -227,7 +227,8 @@ ROPES = {
 
 @pytest.mark.parametrize("rope_type", ROPES)
 def test_rotary_embeddings_that_change_with_the_length(rope_type):
-    """Refused where they may change, and exact before (and for longrope behind) that."""
+    """A call within which the embedding may change is refused. Shorter calls are exact, and so are longer prompts with
+    longrope."""
     family = FAMILIES["llama"]
     config = family.config()
     config.rope_parameters = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0, **ROPES[rope_type]}

@@ -1,4 +1,4 @@
-"""The shapes of llava-1.5-7b: its vision tower, its vocabulary, 576 visual tokens, and two of its decoder layers."""
+"""A target with the shapes of llava-1.5-7b: vision tower, vocabulary, 576 visual tokens, but two decoder layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUM_IMAGE_TOKENS = 576
 
 
 def fill(model: torch.nn.Module, seed: int) -> None:
-    """Random weights in place, of a size with which the model tells tokens apart."""
+    """Fills the weights in place with random values large enough that the model tells tokens apart."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -38,7 +38,7 @@ def target() -> LlavaForConditionalGeneration:
         model = LlavaForConditionalGeneration(config)
     model = model.to_empty(device="cpu").eval()
     fill(model, 0)
-    # Buffers are not filled by `to_empty`: they are made anew as their modules make them.
+    # `to_empty` leaves buffers unset, so they are computed again as their modules do.
     model.model.language_model.rotary_emb.__init__(config=text)
     embeddings = next(m for m in model.model.vision_tower.modules() if hasattr(m, "position_ids"))
     embeddings.position_ids = torch.arange(embeddings.position_ids.shape[1]).unsqueeze(0)
@@ -49,8 +49,8 @@ def target() -> LlavaForConditionalGeneration:
 
 @pytest.fixture(scope="module")
 def draft(target, tmp_path_factory) -> MSDDraftModel:
-    """Through an original-format folder. The draft's layer is the target's first, so that candidates are not all
-    wrong."""
+    """A draft that is loaded from a folder in the original format. Its layer is the target's first layer, so that some
+    candidates are right."""
     folder: Path = tmp_path_factory.mktemp("original")
     (folder / "config.json").write_text(
         json.dumps(
@@ -114,7 +114,7 @@ def test_identical_with_the_shapes_of_llava_7b(target, draft, with_image):
     assert len(new) == 10 and len(set(new)) > 3
     assert sum(output.acceptance_lengths[0]) == 9
     print("tokens of each verification:", output.acceptance_lengths[0])
-    # The image is seen: without it the answer is another.
+    # The target sees its image: a blank one changes the answer.
     if with_image:
         blank = {**inputs, "pixel_values": torch.zeros_like(inputs["pixel_values"])}
         assert target.generate(**blank, max_new_tokens=10).tolist() != expected.tolist()

@@ -33,7 +33,7 @@ from msd_hf.hook.refusals import REFUSED_ARGUMENTS
 from msd_hf.target.adapter import TargetAdapter
 
 
-# Where refusals are raised, each by a `raise` of its own.
+# The modules that raise refusals. Each refusal has its own `raise`.
 MODULES = (
     "hook/refusals",
     "target/support",
@@ -89,7 +89,7 @@ def with_an_adapter_for_each_row(target, draft):
 
 
 def unknown_target(target, draft):
-    """A target of a kind that is not known, which does not verify a tree as it decodes."""
+    """A target of unknown kind whose logits over a tree differ from those of plain decoding."""
     target = copy.deepcopy(tiny.pair(0).target)
     target.config.model_type = "unheard_of"
     original = TargetAdapter.verify
@@ -177,8 +177,8 @@ def never_running(target):
 
 
 @functools.cache
-def call(refused: str, by_name: bool = False) -> MSDError:
-    """The error that a row of the table is about."""
+def refusal_of(refused: str, by_name: bool = False) -> MSDError:
+    """Makes the call that a row of the table refuses; returns its error."""
     target, draft, options = never_running(copy.deepcopy(tiny.pair(0).target)), tiny.pair(0).draft, {}
     setting = re.fullmatch(r"`(draft\.generation_config\.)?(\w+)=(.*)`", refused)
     if setting is None:
@@ -208,9 +208,9 @@ def call(refused: str, by_name: bool = False) -> MSDError:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("refused", refusals_table.rows())
 def test_refusal_of_the_table(refused):
-    """Before the target has run, but for the check at the first call."""
+    """The call is refused before the target has run, except by the check at the first call."""
     sentence = refusals_table.rows()[refused]
-    error = call(refused)
+    error = refusal_of(refused)
     assert refusals_table.matches(sentence, str(error)), f"{error}"
     assert isinstance(error, ValueError)
 
@@ -220,12 +220,12 @@ def test_refused_by_name_as_well_as_in_a_generation_config():
     for refused, sentence in refusals_table.rows().items():
         setting = re.fullmatch(r"`(\w+)=(.*)`", refused)
         if setting is not None and setting[1] in fields:
-            assert refusals_table.matches(sentence, str(call(refused, by_name=True)))
+            assert refusals_table.matches(sentence, str(refusal_of(refused, by_name=True)))
 
 
 @pytest.mark.parametrize("name, value", [("num_assistant_tokens", 20), ("assistant_confidence_threshold", 0.4)])
-def test_values_that_generate_fills_in_are_refused_when_somebody_gives_them(name, value):
-    assert f"`{name}={value!r}`" in str(call(f"`{name}={value!r}`", by_name=True))
+def test_values_that_generate_fills_in_are_refused_if_given(name, value):
+    assert f"`{name}={value!r}`" in str(refusal_of(f"`{name}={value!r}`", by_name=True))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -239,7 +239,7 @@ def test_no_refusal_is_missing_from_the_table():
                 sites.add((module, node.lineno))
     seen = set()
     for refused in refusals_table.rows():
-        place = call(refused).__traceback__
+        place = refusal_of(refused).__traceback__
         while place.tb_next is not None:
             place = place.tb_next
         path = Path(place.tb_frame.f_code.co_filename).relative_to(package).with_suffix("")
@@ -249,7 +249,7 @@ def test_no_refusal_is_missing_from_the_table():
 
 @pytest.mark.parametrize("value", ["offloaded", "quantized", "offloaded_static", "hybrid", "sliding_window"])
 def test_other_caches_are_refused(value):
-    assert f"`cache_implementation={value!r}`" in str(call(f"`cache_implementation={value!r}`", by_name=True))
+    assert f"`cache_implementation={value!r}`" in str(refusal_of(f"`cache_implementation={value!r}`", by_name=True))
 
 
 def test_continuous_batching_is_refused_by_generate_itself():
@@ -262,7 +262,7 @@ def test_continuous_batching_is_refused_by_generate_itself():
 @pytest.mark.parametrize(
     "name, value", [("temperature", 1.0), ("do_sample", False), ("num_assistant_tokens_schedule", "constant")]
 )
-def test_settings_of_the_draft_that_are_off_are_taken(name, value):
+def test_settings_of_the_draft_that_are_off_are_accepted(name, value):
     draft = copy.deepcopy(tiny.pair(0).draft)
     setattr(draft.generation_config, name, value)
     output = tiny.pair(0).target.generate(**INPUTS, max_new_tokens=3, assistant_model=draft)
@@ -270,7 +270,7 @@ def test_settings_of_the_draft_that_are_off_are_taken(name, value):
 
 
 def test_compile_config_gets_the_warning_of_generate(monkeypatch):
-    """A dynamic cache does not allow it."""
+    """`generate` warns because a dynamic cache cannot be compiled."""
     warnings = []
     monkeypatch.setattr(utils.logger, "warning_once", warnings.append)
     options = {"max_new_tokens": 3, "compile_config": CompileConfig(), "assistant_model": tiny.pair(0).draft}
@@ -279,7 +279,7 @@ def test_compile_config_gets_the_warning_of_generate(monkeypatch):
 
 
 def test_custom_generate_from_a_folder_receives_the_draft(tmp_path):
-    """It is up to that code what it does with it."""
+    """The custom code decides how to use the draft."""
     (tmp_path / "custom_generate").mkdir()
     (tmp_path / "custom_generate" / "generate.py").write_text(
         "def generate(model, input_ids, assistant_model=None, **kwargs):\n"

@@ -1,4 +1,4 @@
-"""Attention in parts: what sdpa gives, on a CPU by sdpa itself, and by the kernels in Triton's interpreter."""
+"""Split attention gives what sdpa gives: on a CPU, where it calls sdpa, and in its kernels, run by an interpreter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from msd_hf.attention import split as split
 from msd_hf.attention.split import SPLIT_SDPA, split_attention
 
 
-# Heads, heads of keys, T, S, D, and which slots are seen: from, up to; `None` for one slot of each row.
+# Heads, key heads, queries, slots, head dimension, and the range of visible slots; `None`: one slot per query.
 SHAPES = {
     "one query": (4, 4, 1, 256, 64, (0, 256)),
     "one query, grouped": (8, 2, 1, 1024, 64, (0, 700)),
@@ -36,7 +36,7 @@ SHAPES = {
     "odd length, window": (2, 2, 59, 777, 16, (600, 777)),
     "long rows": (1, 1, 7, 256, 512, (0, 200)),
 }
-# The interpreter multiplies no bfloat16.
+# Tolerances. The interpreter cannot multiply bfloat16.
 DTYPES = {"float32": 1e-5, "float16": 2e-3}
 CASES = [(shape, dtype) for shape in SHAPES for dtype in DTYPES if (shape, dtype) != ("long rows", "float32")]
 
@@ -46,7 +46,7 @@ needs_triton = pytest.mark.skipif(
 
 
 def make_inputs(shape: str, dtype: torch.dtype):
-    """Queries, keys, values and a mask, none of them contiguous. What is in hidden slots would show."""
+    """Queries, keys, values and a mask, none contiguous. Hidden slots hold large values, so reading them shows."""
     num_heads, num_kv_heads, num_queries, num_slots, head_dim, seen = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
 
@@ -129,7 +129,7 @@ def test_bounds_of_live_slots(shape, dtype):
 
 
 def interpreted_distances() -> dict[str, float]:
-    """Of each case, how far the kernels are from sdpa; runs where `TRITON_INTERPRET` is set."""
+    """The distance of the kernels from sdpa in each case. Runs in a process with `TRITON_INTERPRET` set."""
     from msd_hf.attention import split_kernels as kernels
 
     launch, num_parts = kernels.attend_in_parts, []
@@ -143,12 +143,12 @@ def interpreted_distances() -> dict[str, float]:
         assert attended.dtype == inputs[0].dtype
         assert attended.shape == inputs[0].shape
         distances[f"{shape}, {dtype}"] = distance(attended, reference(*inputs, scale))
-    # Nothing else than the kernels ran.
+    # The kernels served every case.
     assert len(num_parts) == len(CASES)
     assert {2, 7, 8} <= set(num_parts)
 
     queries, keys, values, mask = make_inputs("window, grouped", torch.float32)
-    # A row that sees nothing, beside others and alone, gives numbers.
+    # A row that sees no slot gives finite numbers, with other rows and alone.
     mask[..., 3, :] = torch.finfo(mask.dtype).min
     attended = split_attention(queries, keys, values, mask, None)
     assert attended.isfinite().all()
@@ -157,7 +157,7 @@ def interpreted_distances() -> dict[str, float]:
     distances["a row that sees nothing"] = distance(attended[:, :, others], expected)
     assert split_attention(queries, keys, values, mask.fill_(torch.finfo(mask.dtype).min), None).isfinite().all()
 
-    # Left to sdpa.
+    # The kernels leave these inputs to sdpa.
     num_parts.clear()
     inputs = make_inputs("window", torch.float32)
     split_attention(*(part.repeat(2, 1, 1, 1) for part in inputs), None)
@@ -172,8 +172,8 @@ def interpreted_distances() -> dict[str, float]:
 
 
 def interpreted_answers() -> dict[str, list[list[int]]]:
-    """Tokens of a target alone, and with `compile=True` and all attention to buffers in the kernels; runs where
-    `TRITON_INTERPRET` is set."""
+    """Tokens of a target alone, and with `compile=True` and all attention to buffers in the kernels. Runs in a process
+    with `TRITON_INTERPRET` set."""
     import tiny
 
     from msd_hf.attention import split_kernels as kernels
@@ -200,7 +200,7 @@ def interpreted_answers() -> dict[str, list[list[int]]]:
         by_sdpa = target.generate(**inputs, **options, assistant_model=draft)
         answers["lengths by sdpa"] += by_sdpa.acceptance_lengths
     num_rounds = sum(map(len, answers["lengths"]))
-    # Each layer of the target, and the draft's for accepted tokens and each level.
+    # A round attends in each layer of the target, in the draft's pass over accepted tokens, and in each level.
     assert len(num_live) == num_rounds * (target.config.get_text_config().num_hidden_layers + 1 + 2)
     return answers
 
@@ -231,7 +231,7 @@ def test_kernels_with_odd_inputs(interpreted, case):
 def test_answers_through_the_kernels_are_those_of_the_target(interpreted):
     answers = interpreted["answers"]
     assert answers["with the draft"] == answers["alone"]
-    assert answers["lengths"] == answers["lengths by sdpa"]  # the draft sees what it is to see
+    assert answers["lengths"] == answers["lengths by sdpa"]  # the draft gets the right features
     assert any(length > 1 for lengths in answers["lengths"] for length in lengths)
 
 

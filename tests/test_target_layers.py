@@ -15,7 +15,7 @@ from msd_hf.training.trainer import new_draft
 def test_adapter_gives_the_outputs_of_the_layers_and_the_last_state():
     target = build_target(seed=1, num_layers=3)
     inputs = make_prompt(0, images_at=(2,))
-    target(**inputs)  # transformers has hooks of its own from the first forward on
+    target(**inputs)  # transformers adds hooks of its own in the first forward
     hooks = [dict(module._forward_hooks) for module in target.modules()]
     features = TargetAdapter(target, [2, 0]).features(**inputs)
     assert [dict(module._forward_hooks) for module in target.modules()] == hooks
@@ -78,7 +78,7 @@ def test_init_from_last_layer_copies_it():
     source = target.get_decoder().layers[-1].state_dict()
     own = draft.layers[0].state_dict()
     assert own.keys() == source.keys() and all(torch.equal(own[name], source[name]) for name in own)
-    # Its input is what the layers before it would have made of the token: the embedding comes nearest to that.
+    # The copied layer expects the output of the layers before it; the token's embedding is the best substitute.
     embedding_part, state_part = draft.fc.weight.detach().chunk(2, dim=1)
     assert embedding_part.diagonal().mean() == pytest.approx(1, abs=0.1)
     assert state_part.diagonal().mean() == pytest.approx(0, abs=0.1)
@@ -86,15 +86,15 @@ def test_init_from_last_layer_copies_it():
     assert source["mlp.up_proj.weight"].abs().sum() > 0  # a copy
 
 
-def test_init_from_a_layer_that_does_not_fit():
+def test_init_from_a_layer_that_does_not_fit_is_refused():
     target = build_target(seed=1)
     with pytest.raises(MSDError, match=r"no weight for .*mlp\.up_proj\.weight.* Do without `init_from_last_layer`"):
         MSDDraftModel.from_target(target, init_from_last_layer=True, intermediate_size=48)
 
 
 @pytest.mark.parametrize("name", ["paligemma", "qwen2", "mistral"])
-def test_norms_of_other_kinds_are_copied_by_what_they_do(name):
-    """Gemma multiplies by 1 + weight."""
+def test_copied_norms_of_other_kinds_give_the_same_output(name):
+    """Gemma's norms multiply by `1 + weight`, so the copied weights must be converted."""
     target = FAMILIES[name].build(0, "sdpa")
     layer = target.get_decoder().layers[-1]
     for norm in (layer.input_layernorm, layer.post_attention_layernorm):
@@ -107,7 +107,7 @@ def test_norms_of_other_kinds_are_copied_by_what_they_do(name):
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2"])
-def test_a_last_layer_with_more_in_it_is_refused_or_done_without(name, tmp_path):
+def test_a_last_layer_with_unknown_parts_is_refused_or_not_copied(name, tmp_path):
     target = FAMILIES[name].build(0, FAMILIES[name].attentions[0])
     with pytest.raises(MSDError, match=r"norm\.weight, of which the draft's layer knows nothing"):
         MSDDraftModel.from_target(target, init_from_last_layer=True)
