@@ -1,4 +1,4 @@
-"""`python -m msd_hf.toy.agreement` on a few prompts, and what it says of a difference."""
+"""`python -m msd_hf.toy.agreement` on a few prompts, and its report of a difference."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from msd_hf.evaluation import Disagreement
 from msd_hf.toy import agreement
 
 
-def test_bfloat16(capsys):
-    """These two are not near a tie anywhere."""
+def test_generations_in_bfloat16_are_identical(capsys):
+    """These two generations come nowhere near a tie, so rounding changes no token."""
     agreement.measure_agreement(agreement.Precision.bfloat16, generations=2, max_new_tokens=20)
     assert capsys.readouterr().out == "bfloat16: 2 of 2 generations are identical\n"
 

@@ -1,4 +1,4 @@
-"""The bundled pair: loads by plain `from_pretrained`, answers, and its draft is right often but not always."""
+"""The bundled pair loads by plain `from_pretrained` and answers; its draft is right often but not always."""
 
 import copy
 
@@ -49,23 +49,23 @@ def test_held_out_answers_are_right_and_identical_with_the_draft(pair):
     assert identical == len(prompts)
     assert correct > 0.6 * len(prompts)
     assert mean_acceptance_length(lengths) > 4
-    assert any(length == 1 for sequence in lengths for length in sequence)  # not always right
+    assert any(length == 1 for sequence in lengths for length in sequence)  # the draft is not always right
 
 
-def test_slots_of_the_path_that_the_draft_believes_in_need_not_move(pair, monkeypatch):
+def test_slots_of_the_likeliest_path_need_not_move(pair, monkeypatch):
     processor, target, draft = pair
     draft = copy.deepcopy(draft)
     draft.generation_config.update(num_assistant_tokens=24, tree_depth=6, tree_top_k=4)
     in_place = []
     commit = RunningRows.settle
 
-    def look(running):
+    def record_places(running):
         unsettled = running._unsettled
         if unsettled is not None:
             in_place.append(all(path[-1] == len(path) - 1 for path in unsettled[0].paths))
         commit(running)
 
-    monkeypatch.setattr(RunningRows, "settle", look)
+    monkeypatch.setattr(RunningRows, "settle", record_places)
     for prompt in make_evaluation_prompts(prompts_per_kind=1, seed=3)[:4]:
         target.generate(
             **build_inputs(processor, prompt.question, prompt.image), assistant_model=draft, max_new_tokens=60

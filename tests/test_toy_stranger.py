@@ -1,4 +1,4 @@
-"""The other target of the toy world: what it says it is, and trainable on like anybody's model."""
+"""A second target of the toy world, unlike the bundled one, for which a draft can be trained as for a user's model."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_an_image_is_seen(target, processor):
     assert not torch.allclose(*logits, atol=1e-4)
 
 
-def test_it_learns_answers_and_their_ends_alone(processor):
+def test_only_answers_and_their_ends_are_learnt(processor):
     encoder = ConversationEncoder(processor)
     for sample in (*make_samples("train", 1, 0, "visual"), *make_samples("train", 1, 0, "text")):
         features = encode_sample(encoder, sample)

@@ -184,7 +184,7 @@ def test_tokens_survive_decoding(processor, kind):
         ids = processor.tokenizer(text)["input_ids"]
         assert processor.tokenizer.decode(ids) == text
         num_tokens, num_characters = num_tokens + len(ids), num_characters + len(text)
-    # Bytes alone, without learnt merges, would be one token a character.
+    # Without learnt merges, each character would take a token.
     assert num_tokens < 0.6 * num_characters
     odd = "Zürich, 10 €!"
     assert processor.tokenizer.decode(processor.tokenizer(odd)["input_ids"]) == odd
@@ -217,7 +217,7 @@ def test_labels_are_the_answers_and_nothing_else(processor):
         )
         images = {"images": render(sample["scene"])} if "scene" in sample else {}
         prompt = processor(text=prompt_text, **images, return_tensors="pt")["input_ids"][0]
-        # What training sees before the first answer is what generation starts from.
+        # The tokens before the first answer in training equal the prompt of generation.
         first = int((labels >= 0).nonzero()[0])
         assert torch.equal(ids[:first], prompt)
 

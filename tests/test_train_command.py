@@ -1,4 +1,4 @@
-"""`msd-hf train` as a user runs it: in one process, killed and resumed, in two processes."""
+"""`msd-hf train` runs as a user runs it: in one process, killed and resumed, and in two processes."""
 
 import json
 import os
@@ -87,7 +87,7 @@ def test_a_run_that_gets_no_better_is_stopped(folder, tmp_path, monkeypatch, cap
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (1, 2, 3)]
 
 
-def test_a_yaml_file_of_arguments_and_the_command_line_over_it(folder, tmp_path):
+def test_the_command_line_overrides_a_yaml_file_of_arguments(folder, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
         f"target: {folder / 'target'}\ntext_data: a.json\nvisual-data: b.json\nlearning_rate: 3e-4\nmax_steps: 7\n"
@@ -144,7 +144,7 @@ def test_the_target_is_not_loaded_for_arguments_that_are_wrong(command, argv, me
     assert code == 1 and message in " ".join(err.split())
 
 
-def test_unknown_name_in_a_yaml_file(tmp_path, monkeypatch, capsys):
+def test_unknown_name_in_a_yaml_file_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "run.yaml").write_text("target: t\nlearning_rates: 3\n")
     code, _, err = run_main(monkeypatch, capsys, "train", "--config", tmp_path / "run.yaml")
     assert code == 1 and "unknown arguments: learning_rates" in err
@@ -164,7 +164,7 @@ def test_killed_in_stage_two_and_resumed_is_the_same_to_the_bit(folder, tmp_path
         start_new_session=True,
     )
     deadline = time.monotonic() + 300
-    # Stage 2 begins at step 10; anything may be half-written at the moment of the kill.
+    # Stage 2 begins at step 10. The kill may come while any file is half-written.
     while not (cut / "checkpoint-14").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
@@ -184,8 +184,8 @@ def history(output):
 
 
 @pytest.mark.parametrize("unroll_passes", [1, 2])
-def test_two_processes_follow_one(unroll_passes, folder, tmp_path, monkeypatch, capsys):
-    """The same global batch, over 50 steps in float32, noise included."""
+def test_two_processes_have_the_losses_of_one(unroll_passes, folder, tmp_path, monkeypatch, capsys):
+    """Two processes share the global batch of one, and their losses agree over 50 steps in float32, noise included."""
     config = Path(__file__).parent.parent / "examples" / "configs" / "cpu.yaml"
     port = str(29500 + os.getpid() % 999)
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", port]
@@ -225,7 +225,7 @@ def test_target_written_answers_are_made_once_and_trained_on(folder, tmp_path, m
         code, _, err = run_main(monkeypatch, capsys, "train", *arguments(folder, output, **more))
         assert code == 0, err
     _, visual = sorted((output / "answers").glob("*.jsonl"))
-    assert len(list((output / "answers").iterdir())) == 2  # pictures stay where they are
+    assert len(list((output / "answers").iterdir())) == 2  # pictures are not copied
     original = json.loads((folder / "data" / "visual.json").read_text())
     written = [json.loads(line) for line in visual.read_text().splitlines()]
     assert [sample["id"] for sample in written] == [sample["id"] for sample in original]

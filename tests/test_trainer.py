@@ -17,7 +17,7 @@ from msd_hf.training.checkpointing import last_complete_checkpoint
 
 
 def test_the_loss_of_a_step_is_what_the_paper_says(small_target, toy_processor, training_data, tmp_path):
-    """Against the formula, sample by sample, from the target's own outputs."""
+    """The test computes the paper's formula sample by sample from the target's own outputs."""
     trainer = make_trainer(
         small_target, toy_processor, training_data, tmp_path, max_steps=1, noise=0.0, curriculum="mixed"
     )
@@ -59,7 +59,7 @@ def test_the_loss_of_a_step_is_what_the_paper_says(small_target, toy_processor, 
 
 
 def answer_mask(tokenizer, ids):
-    """What the target generates: everything behind "ASSISTANT:", up to the end-of-sequence token."""
+    """Marks the tokens that the target generates: those after "ASSISTANT:", up to the end-of-sequence token."""
     mask, in_answer = [], False
     for position, token in enumerate(ids.tolist()):
         mask.append(in_answer)
@@ -128,7 +128,7 @@ def test_a_cache_for_another_draft_is_refused(small_target, toy_processor, train
         make_trainer(small_target, toy_processor, {**caches, "text": training_data["text"]}, tmp_path)
 
 
-def test_gradient_accumulation_is_the_larger_batch(small_target, toy_processor, training_data, tmp_path):
+def test_gradient_accumulation_equals_a_larger_batch(small_target, toy_processor, training_data, tmp_path):
     histories = []
     for batch_size, accumulation in ((4, 1), (1, 4)):
         trainer = make_trainer(
@@ -157,7 +157,7 @@ def test_gradient_accumulation_is_the_larger_batch(small_target, toy_processor, 
     ],
     ids=lambda arguments: next(iter(arguments)),
 )
-def test_what_does_not_change_the_training(arguments, small_target, toy_processor, training_data, tmp_path):
+def test_arguments_that_do_not_change_the_losses(arguments, small_target, toy_processor, training_data, tmp_path):
     plain = {key: value for key, value in arguments.items() if key == "per_device_train_batch_size"}
     runs = []
     for extra in (plain, arguments):
@@ -252,13 +252,13 @@ def test_best_checkpoint_early_stopping_and_provenance(small_target, toy_process
     provenance = json.loads((tmp_path / "training_provenance.json").read_text())
     assert provenance["command"] and provenance["versions"]["torch"] == torch.__version__
     assert provenance["data"]["text"] == provenance["data"]["visual"] == NUM_SAMPLES
-    # Of the weights beside it, which are the best ones, not the last.
+    # The provenance describes the saved weights, which are the best ones and not the last.
     assert provenance["metrics"]["eval_tau"] == max(taus) and provenance["recipe"] == "paper"
     assert provenance["step"] == taus.index(max(taus)) + 1 < trainer.state.global_step
     assert provenance["arguments"]["load_best_model_at_end"] is True
 
 
-def broken(conversations_source):
+def with_broken_samples(conversations_source):
     samples = [dict(sample) for sample in conversations_source]
     for index in (0, 3, 4):
         samples[index] = {**samples[index], "conversations": samples[index]["conversations"][:1]}
@@ -267,7 +267,7 @@ def broken(conversations_source):
 
 
 def test_broken_samples_are_counted_and_replaced(small_target, toy_processor, training_data, tmp_path, raw_samples):
-    data = {"text": broken(raw_samples["text"]), "visual": None}
+    data = {"text": with_broken_samples(raw_samples["text"]), "visual": None}
     arguments = {"curriculum": "text", "max_steps": 6}
     trainer = make_trainer(small_target, toy_processor, data, tmp_path, **arguments)
     trainer.train()
@@ -322,7 +322,7 @@ class StopAfter(TrainerCallback):
 def test_stopped_and_resumed_is_the_same_to_the_bit(recipe, small_target, toy_processor, training_data, tmp_path):
     arguments = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "recipe": recipe}
     whole = make_trainer(small_target, toy_processor, training_data, tmp_path / "whole", **arguments)
-    whole.train(resume_from_checkpoint=True)  # there is none: it starts anew
+    whole.train(resume_from_checkpoint=True)  # there is no checkpoint, so training starts from the beginning
     stopped = make_trainer(
         small_target, toy_processor, training_data, tmp_path / "cut", callbacks=[StopAfter(7)], **arguments
     )
@@ -351,7 +351,7 @@ def test_bad_arguments(arguments, message, tmp_path):
         MSDTrainingArguments(output_dir=str(tmp_path), **arguments)
 
 
-def test_recipes_fill_in_what_is_left_open(tmp_path):
+def test_recipes_fill_in_missing_arguments(tmp_path):
     paper = MSDTrainingArguments(output_dir=str(tmp_path))
     assert (RECIPES["paper"].learning_rate(128), paper.adam_beta1, paper.adam_beta2, paper.weight_decay) == (
         5e-5,
@@ -369,7 +369,7 @@ def test_recipes_fill_in_what_is_left_open(tmp_path):
     assert ours.unroll_passes == 2 and ours.init_from_last_layer and ours.trained_rows == "drafted"
 
 
-def test_a_missing_data_set(small_target, toy_processor, training_data, tmp_path):
+def test_a_missing_data_set_is_refused(small_target, toy_processor, training_data, tmp_path):
     trainer = make_trainer(small_target, toy_processor, {**training_data, "visual": None}, tmp_path)
     with pytest.raises(MSDError, match="needs visual samples and there are none"):
         trainer.train()
@@ -378,7 +378,7 @@ def test_a_missing_data_set(small_target, toy_processor, training_data, tmp_path
 
 
 @pytest.mark.parametrize("recipe, expected", [("paper", 5e-5), ("recommended", 5e-5 * 64)])
-def test_the_learning_rate_that_was_not_given(recipe, expected, small_target, toy_processor, training_data, tmp_path):
+def test_the_default_learning_rate(recipe, expected, small_target, toy_processor, training_data, tmp_path):
     trainer = make_trainer(
         small_target,
         toy_processor,

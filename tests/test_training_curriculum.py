@@ -1,4 +1,4 @@
-"""The schedule against the original's, and that draws depend on seed and number alone."""
+"""The schedule equals the original's, and a draw depends only on seed and number."""
 
 from collections import Counter
 
@@ -44,7 +44,7 @@ def test_drawn_shares_follow_the_schedule():
 
 def test_a_draw_depends_on_seed_and_number_alone():
     whole = run(make_sampler(), range(80))
-    assert run(make_sampler(), [63]) == whole[63 * 50 : 64 * 50]  # resumed
+    assert run(make_sampler(), [63]) == whole[63 * 50 : 64 * 50]  # a resumed run
     assert [make_sampler().draw(number) for number in (3999, 17)] == [whole[3999], whole[17]]
     other = run(make_sampler(seed=1), range(80))
     assert [draw.kind for draw in other] != [draw.kind for draw in whole]
@@ -80,11 +80,11 @@ def test_other_curricula():
         ({"text_fraction": 1.5}, "`text_fraction` must lie between 0 and 1"),
     ],
 )
-def test_bad_values(arguments, message):
+def test_bad_values_are_refused(arguments, message):
     with pytest.raises(MSDError, match=message):
         Curriculum(**arguments)
 
 
-def test_a_kind_without_samples():
+def test_a_kind_without_samples_is_refused():
     with pytest.raises(MSDError, match=r"needs visual samples and there are none.*choose the curriculum 'text'"):
         make_sampler(num_visual=0)

@@ -34,7 +34,7 @@ from msd_hf.training.data.encoding import ConversationEncoder, collate_conversat
 from msd_hf.training.data.expansion import TokenizerRecorder, align, move
 
 
-LLAVA_TEMPLATE = (  # of llava-hf/llava-1.5-7b-hf: images first, a space and no end behind each answer
+LLAVA_TEMPLATE = (  # of llava-hf/llava-1.5-7b-hf: images come first; a space and no end token follows each answer
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
     "{% if message['role'] != 'assistant' %}"
@@ -44,12 +44,12 @@ LLAVA_TEMPLATE = (  # of llava-hf/llava-1.5-7b-hf: images first, a space and no 
     "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-CHATML_TEMPLATE = (  # of Qwen2-VL, without marks: a line break behind the token that ends a turn
+CHATML_TEMPLATE = (  # of Qwen2-VL, without generation marks: a line break follows the token that ends a turn
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><image><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Writes an answer in another way than its prompt, so that only the marks tell where it is.
+# A prompt with an open answer differs from the written answer, so only the generation marks show where it is.
 THINKING_TEMPLATE = CHATML_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}").replace(
     "{{ part['text'] }}",
     "{% if message['role'] == 'assistant' %}{% generation %}{{ part['text'] + '<|im_end|>' }}{% endgeneration %}"
@@ -63,7 +63,7 @@ LLAMA2_TEMPLATE = (  # texts only; a space before the end token
     "{{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-PLAIN_TEMPLATE = (  # ends a turn by a line break, and a prompt by a space
+PLAIN_TEMPLATE = (  # a line break ends a turn, and a space ends a prompt
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}{% for part in message['content'] %}"
     "{{ part['text'] }}{% endfor %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}"
 )
@@ -88,7 +88,7 @@ def add_tokens(tokenizer, *tokens):
 
 @pytest.fixture(scope="module")
 def processors(toy):
-    """The toy's, with other templates and tokenizers, and small ones of other families."""
+    """The toy processor, copies of it with other templates and tokenizers, and small ones of other families."""
     chatml = copy.deepcopy(toy)
     add_tokens(chatml.tokenizer, "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
     chatml.chat_template = CHATML_TEMPLATE
@@ -101,7 +101,7 @@ def processors(toy):
     thinking.chat_template = THINKING_TEMPLATE
     bos = copy.copy(toy)
     bos.tokenizer = sentencepiece.tokenizer
-    trimmed = copy.deepcopy(chatml)  # as for Qwen2: white space in front of a token is not among its characters
+    trimmed = copy.deepcopy(chatml)  # as for Qwen2: a token's offsets exclude the white space before it
     trimmed.tokenizer.backend_tokenizer.post_processor = processors_of_tokens.ByteLevel(trim_offsets=True)
     return {
         "toy": toy,
@@ -118,7 +118,7 @@ def processors(toy):
 
 
 def build_llava_next(tokenizer):
-    """Images differ in their number of patches and of tokens; transformers 5.10 expands them without saying where."""
+    """Images differ in their numbers of patches and tokens, and transformers 5.10 does not say where they expand."""
     image_processor = LlavaNextImageProcessorPil(
         size={"shortest_edge": 28},
         crop_size={"height": 28, "width": 28},
@@ -130,7 +130,7 @@ def build_llava_next(tokenizer):
 
 
 def build_gemma(tokenizer):
-    """Writes line breaks around images, and gives a value a token."""
+    """Writes line breaks around images, and returns an array with one value per token."""
     tokenizer = copy.deepcopy(tokenizer)
     for name, token in (("image", "<soft>"), ("boi", "<begin>"), ("eoi", "<end>")):
         add_tokens(tokenizer, token)
@@ -147,7 +147,7 @@ class Qwen2VLProcessorWithoutVideo(Qwen2VLProcessor):
 
 
 def build_qwen(tokenizer):
-    """The patches of all images stand one after another."""
+    """Returns the patches of all images in one array, one after another."""
     tokenizer = add_tokens(copy.deepcopy(tokenizer), "<video>")
     tokenizer.image_token, tokenizer.video_token = "<image>", "<video>"
     image_processor = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=8 * 28 * 28)
@@ -155,7 +155,7 @@ def build_qwen(tokenizer):
 
 
 def build_sentencepiece() -> PreTrainedTokenizerFast:
-    """Like the one of Llama: a space belongs to the word behind it, also in the characters of a token."""
+    """Like Llama's tokenizer: a space belongs to the following word, also in the offsets of a token."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -164,9 +164,9 @@ def build_sentencepiece() -> PreTrainedTokenizerFast:
     special = ["<unk>", "<s>", "</s>", "<image>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
     text = "USER: What is this? ASSISTANT: Red. A box, and another one here. Green. Hello Yes No Thanks"
-    tokenizer.train_from_iterator(text.split() * 3, trainer)  # words, as no merge goes over a space
+    tokenizer.train_from_iterator(text.split() * 3, trainer)  # single words, because no merge crosses a space
     tokenizer.post_processor = processors_of_tokens.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    # Byte tokens are no special ones.
+    # Byte tokens are not special tokens.
     state = json.loads(tokenizer.to_str())
     state["added_tokens"] = state["added_tokens"][:4]
     return PreTrainedTokenizerFast(
@@ -244,13 +244,13 @@ def test_answers_with_their_end_are_trained_and_nothing_else(name, chat, process
 
     answers = answers_of(conversation)
     ends = ["</s>"] * len(answers) if name in ("toy", "bos") else ["<|im_end|>"] * len(answers)
-    if name in ("llava", "sentencepiece"):  # that template ends no turn; the last one is ended all the same
+    if name in ("llava", "sentencepiece"):  # this template ends no turn, but the last answer gets an end token
         ends = [""] * (len(answers) - 1) + ["</s>"]
     runs = trained_runs(sample, processor.tokenizer)
     assert [run.removeprefix(" ") for run in runs] == [a + end for a, end in zip(answers, ends, strict=True)]
 
     assert (ids == processor.tokenizer.bos_token_id).sum() == (name in ("toy", "sentencepiece", "bos"))
-    # What the target is given at generation ends where training begins.
+    # The prompt of generation ends where training begins.
     if name == "thinking":
         return
     for place, message in enumerate(conversation.messages):
@@ -269,7 +269,7 @@ def test_white_space_of_an_answer_is_trained_as_the_target_writes_it(name, proce
     messages = [turn("user", "Hello"), turn("assistant", answer), turn("user", "A\n"), turn("assistant", answer)]
     processor = processors[name]
     runs = trained_runs(ConversationEncoder(processor)(Conversation("x", messages)), processor.tokenizer)
-    if name in ("llava", "sentencepiece"):  # at the end it is not: the template writes a space there itself
+    if name in ("llava", "sentencepiece"):  # white space at the end is not trained: the template writes its own
         assert [run.lstrip(" ") for run in runs] == [answer.rstrip(), answer.rstrip() + "</s>"]
     else:
         end = "</s>" if name in ("toy", "bos") else "<|im_end|>"
@@ -285,7 +285,7 @@ def test_white_space_of_an_answer_is_trained_as_the_target_writes_it(name, proce
         ("\nYes and ", False, "\nYes and "),
     ],
 )
-def test_spaces_without_characters_of_their_own(answer, complete, trained, processors):
+def test_spaces_that_offsets_exclude(answer, complete, trained, processors):
     processor = copy.copy(processors["trimmed"])
     processor.chat_template = PLAIN_TEMPLATE
     messages = [turn("user", "Hello"), turn("assistant", answer)]
@@ -294,7 +294,7 @@ def test_spaces_without_characters_of_their_own(answer, complete, trained, proce
 
 
 @pytest.mark.parametrize("name", ["qwen", "gemma"])
-def test_values_a_token_are_padded_like_tokens(name, processors):
+def test_values_per_token_are_padded_like_tokens(name, processors):
     encoder = ConversationEncoder(processors[name])
     samples = [encoder(CHATS[chat]) for chat in ("several images, odd characters", "one image", "text only")]
     key = "mm_token_type_ids" if name == "qwen" else "token_type_ids"
@@ -321,7 +321,7 @@ def test_images_are_what_the_processor_makes_of_them(processors):
 
 
 @pytest.mark.parametrize("name", ["toy", "chatml", "sentencepiece"])
-def test_no_end_is_trained_behind_an_answer_that_was_cut(name, processors):
+def test_no_end_is_trained_after_an_answer_that_was_cut(name, processors):
     messages = [*CHATS["image in a later turn"].messages[:3], turn("assistant", "Hello and")]
     processor = processors[name]
     encoder = ConversationEncoder(processor)
@@ -376,7 +376,7 @@ def test_a_tokenizer_that_lies_about_characters_never_gives_a_wrong_mask(name, p
                 except MSDDataError as error:
                     assert error.reason == "tokenization"
                     num_errors += 1
-                else:  # white space is not told apart
+                else:  # runs may differ in white space
                     assert [run.strip() for run in found] == [run.strip() for run in runs]
     assert num_errors > 8 * len(CHATS)
 
@@ -422,7 +422,9 @@ def test_long_samples_are_cut_but_no_image_is(name, processors):
     for max_length in (int(images[0]), int(images[2]), int(images[-1])):
         with pytest.raises(MSDDataError, match="an image would be cut off"):
             ConversationEncoder(processor, max_length)(later)
-    ConversationEncoder(processor, int(images[-1]) + 1 + (name == "next"))(later)  # its end token is of the image
+    ConversationEncoder(processor, int(images[-1]) + 1 + (name == "next"))(
+        later
+    )  # the image's end token must fit as well
 
 
 @pytest.mark.parametrize("name", ["toy", "next"])
@@ -430,7 +432,7 @@ def test_batches_hold_each_sample_as_it_was(name, processors):
     encoder = ConversationEncoder(processors[name])
     tall = Conversation("tall", CHATS["one image"].messages, (GREEN.resize((10, 70)),))
     samples = [encoder(CHATS[chat]) for chat in ("text only", "several images, odd characters")] + [encoder(tall)]
-    for index, sample in enumerate(samples):  # as of a processor that gives token types
+    for index, sample in enumerate(samples):  # as if the processor gave token types
         if index != 1:
             sample["mm_token_type_ids"] = torch.ones_like(sample["input_ids"])
     batch = collate_conversations(samples, pad_token_id=7)
@@ -465,7 +467,7 @@ def test_images_with_another_number_of_patches_are_padded():
     batch = collate_conversations([{**common, "pixel_values": few}, {**common, "pixel_values": many}], 0)
     assert batch["pixel_values"].shape == (3, 5, 3, 4, 4)
     assert batch["pixel_values"].sum() == few.sum() + many.sum() and not batch["pixel_values"][:2, 3:].any()
-    # Qwen2-VL: the patches of all images one after another.
+    # Qwen2-VL concatenates the patches of all images.
     grids = [{"pixel_values": torch.rand(n, 6), "image_grid_thw": torch.tensor([[1, n // 2, 2]])} for n in (4, 8)]
     batch = collate_conversations([{**common, **grid} for grid in grids], 0)
     assert torch.equal(batch["pixel_values"], torch.cat([grid["pixel_values"] for grid in grids]))
@@ -482,7 +484,7 @@ def test_encoder_leaves_the_processor_alone_and_survives_pickling(toy):
     assert torch.equal(again(CHATS["one image"])["input_ids"], sample["input_ids"])
 
 
-def test_fingerprint_of_an_encoder_tells_what_changes_its_result(toy, processors):
+def test_fingerprint_of_an_encoder_depends_on_all_that_changes_its_result(toy, processors):
     fingerprint = ConversationEncoder(toy).fingerprint
     toy.tokenizer(["a", "a b c"], padding=True, truncation=True, max_length=2)  # leaves traces in the tokenizer
     assert ConversationEncoder(AutoProcessor.from_pretrained(TARGET_DIR)).fingerprint == fingerprint
@@ -501,7 +503,7 @@ def test_fingerprint_of_an_encoder_tells_what_changes_its_result(toy, processors
 
 
 def llava(*turns, **fields):
-    """A LLaVA sample whose turns are the user's and the assistant's in turn."""
+    """A LLaVA sample in which the turns of user and assistant alternate."""
     names = ("human", "gpt")
     return {"conversations": [{"from": names[i % 2], "value": t} for i, t in enumerate(turns)], **fields}
 
@@ -636,7 +638,7 @@ def test_datasets_are_read_without_decoding_images(monkeypatch):
         load_conversations(dataset.to_iterable_dataset())
 
 
-def test_nothing_is_opened_before_it_is_asked_for(folder, monkeypatch):
+def test_images_are_not_opened_before_they_are_needed(folder, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("an image was opened")
 
@@ -645,7 +647,7 @@ def test_nothing_is_opened_before_it_is_asked_for(folder, monkeypatch):
     assert data[0].images == (folder / "red.png",)
 
 
-def test_fingerprint_of_data_is_of_its_content(tmp_path):
+def test_fingerprint_of_data_depends_on_its_content(tmp_path):
     samples = [llava("a", "b"), llava("<image>c", "d", image=RED)]
     fingerprint = load_conversations(samples).fingerprint
     assert load_conversations(copy.deepcopy(samples)).fingerprint == fingerprint
@@ -740,7 +742,7 @@ def broken_folder(folder, monkeypatch):
 
 
 def make_image(sample, folder):
-    """The sample with an image that only a test can make."""
+    """Replaces a placeholder in the sample by an image that needs the test's folder."""
     if isinstance(sample, dict) and sample.get("image") == "SECRET":
         return {**sample, "image": str(folder.parent / "secret.png")}
     if isinstance(sample, dict) and sample.get("image") == "CLOSED":
@@ -808,7 +810,7 @@ def checked_data(broken_folder):
     return load_conversations([*bad[:20], *good, *bad[20:]], image_folder=broken_folder)
 
 
-def test_check_counts_what_can_be_used_and_why_not(checked_data, toy):
+def test_check_counts_usable_samples_and_reasons(checked_data, toy):
     report = check_conversations(checked_data, toy, max_length=100, num_shown=2)
     expected = [reason for reason, _ in BROKEN_SAMPLES]
     assert dict(report.reasons) == {reason: expected.count(reason) for reason in expected}

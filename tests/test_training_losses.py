@@ -1,4 +1,4 @@
-"""Batches, losses, gradients and noise against the original implementation; the chunked head against the plain one."""
+"""Batches, losses, gradients and noise equal the original implementation; the chunked head equals the plain one."""
 
 import golden_sets
 import pytest
@@ -14,7 +14,7 @@ SETS = ("llava", "qwen2vl")
 
 
 def golden_features(name):
-    """The features of the raw samples as a right-padded batch: what our collators make of them."""
+    """The features of the raw samples as a right-padded batch, as our collators make it."""
     values, _ = golden_sets.load(f"draft_forward_train_{name}")
     length = values["batch.attention_mask"].shape[1]
     weights, _ = golden_sets.load(f"draft_weights_{name}")
@@ -50,7 +50,7 @@ def test_batches(name):
     lengths = values["batch.attention_mask"].sum(1).tolist()
     assert torch.equal(rows.trained.long(), values["batch.loss_mask"])
     for row, length in enumerate(lengths):
-        # The original puts the embedding of token 0 in the last row, which neither counts nor is seen.
+        # The last row differs: the original puts the embedding of token 0 there, but no trained row depends on it.
         inside = slice(0, length - 1)
         assert torch.equal(rows.inputs_embeds[row, inside].float(), values["batch.inputs_embeds"][row, inside])
         assert torch.equal(rows.goals[row, :length].float(), values["batch.target"][row, :length])
@@ -153,4 +153,4 @@ def test_drafted_rows_are_those_that_generation_asks_for():
     drafted = [j for j in range(length - 2) if assistant[j + 1] and assistant[j + 2]]
     assert trained_rows(mask, attention_mask, "drafted")[0].nonzero().flatten().tolist() == drafted == [3, 4, 8]
     answer = trained_rows(mask, attention_mask, "answer")[0].nonzero().flatten().tolist()
-    assert answer == [4, 5, 6, 9]  # the hidden state's token is the assistant's; not the last one of the sample
+    assert answer == [4, 5, 6, 9]  # rows whose own token is the assistant's, except the sample's last

@@ -1,4 +1,4 @@
-"""The weighting of unrolled passes and the noise of a batch, against sums made by hand."""
+"""The weighting of unrolled passes and the noise of a batch are compared with sums computed by hand."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def sums_by_hand(target, states, goals, trained):
     return 1.0 * feature + 0.1 * token
 
 
-def test_later_passes_weigh_less_and_count_only_what_generation_drafts_from(parts):
+def test_later_passes_weigh_less_and_count_only_rows_that_generation_drafts(parts):
     target, draft, batch, trained, objective = parts
     total, sums = objective(noise=0.0, unroll_passes=3, unroll_decay=0.5)(draft, batch, draft.dtype)
     features = TargetAdapter(target).features(batch["input_ids"])
@@ -74,7 +74,7 @@ def test_noise_belongs_to_the_sample_and_is_for_training_alone(parts):
     _, draft, batch, _, objective = parts
     with_noise = objective(noise=0.2)
     total, _ = with_noise(draft, batch, draft.dtype)
-    assert torch.equal(total, with_noise(draft, batch, draft.dtype)[0])  # drawn by the samples' numbers
+    assert torch.equal(total, with_noise(draft, batch, draft.dtype)[0])  # the samples' numbers seed the noise
     swapped = {name: value.flip(0) for name, value in batch.items()}
     torch.testing.assert_close(with_noise(draft, swapped, draft.dtype)[0], total)
     others = {**batch, "numbers": batch["numbers"] + 1}

@@ -1,4 +1,4 @@
-"""Unrolled passes against what drafting does: `GrowingDrafter` growing a chain from each row."""
+"""Unrolled passes equal drafting, in which `GrowingDrafter` grows a chain from each row."""
 
 import pytest
 import torch
