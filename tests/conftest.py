@@ -2,7 +2,7 @@ import os
 import sys
 
 
-# The libraries read these when they are imported, in the processes that tests start too.
+# The libraries read these variables at import, also in the processes that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests must not download anything
 os.environ["OMP_NUM_THREADS"] = "1"  # the tests' models are so tiny that more threads only slow them down
 

@@ -1,7 +1,7 @@
 """Tiny random targets of every family, and inputs of `generate` for them: images, videos, left-padded batches.
 
-Built from configurations alone. Prompts are expanded as the family's processor expands them; a model refuses images
-whose features do not match the image tokens in number.
+The targets are built from configurations alone. Prompts are expanded as the family's processor expands them; a model
+refuses images whose features do not match the image tokens in number.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FIRST_TEXT_TOKEN_ID, NUM_TEXT_TOKENS = 3, 72
 BREAK_TOKEN_ID, END_TOKEN_ID, START_TOKEN_ID, VIDEO_TOKEN_ID, IMAGE_TOKEN_ID = range(75, VOCAB_SIZE)
 SPECIAL_TOKEN_IDS = [PAD_TOKEN_ID, *range(BREAK_TOKEN_ID, VOCAB_SIZE)]
 IMAGE_SIZE = 16
-WINDOW = 8  # of sliding attention: shorter than the prompts
+WINDOW = 8  # width of sliding attention; shorter than the prompts
 
 
 @dataclass
@@ -314,7 +314,7 @@ def _tiled_image(generator: torch.Generator, number: int, num_images: int) -> Pi
 
 
 def _padded_tiles_image(generator: torch.Generator, number: int, num_images: int) -> Picture:
-    """Tiles of 4 tokens between separators. The image fills only a part of its tiles, the rest is padding."""
+    """Tiles of 4 tokens between separators. The image may fill only a part of its tiles."""
     num_tiles = (1, 3, 2)[number % 3]
     height, width = ((16, 16), (12, 16), (16, 8))[number % 3]
     pixels = _noise(generator, num_tiles, 3, IMAGE_SIZE, IMAGE_SIZE)
@@ -399,7 +399,7 @@ def _collate_pixtral(rows: Rows) -> dict[str, Any]:
     return {"pixel_values": pixel_values, "image_sizes": torch.tensor([picture.size for picture in pictures])}
 
 
-_GRID_PATCH_PIXELS = 3 * 2 * 4 * 4  # channels, frames of a patch, height, width
+_GRID_PATCH_PIXELS = 3 * 2 * 4 * 4  # channels, frames per patch, height, width
 
 
 def _grid_picture(generator: torch.Generator, token_id: int, grid: tuple[int, int, int]) -> Picture:
@@ -409,7 +409,7 @@ def _grid_picture(generator: torch.Generator, token_id: int, grid: tuple[int, in
 
 
 def _grid_image(generator: torch.Generator, number: int, num_images: int) -> Picture:
-    """An image of its own size, 2 x 2 patches to a token."""
+    """An image of its own size, with 2 x 2 patches per token."""
     return _grid_picture(generator, IMAGE_TOKEN_ID, ((1, 4, 4), (1, 4, 6), (1, 2, 4))[number % 3])
 
 

@@ -146,7 +146,7 @@ def test_nothing_is_drafted_after_the_end_of_an_answer():
     assert ends
 
 
-def test_generate_is_as_before_afterwards():
+def test_generate_is_restored_afterwards():
     target, draft = build_target(), pair(0).draft
     inputs, own_settings = make_prompt(0), draft.generation_config
 

@@ -95,7 +95,10 @@ def test_summary_of_a_pair(result):
     assert methods["tree"]["tau"] == pytest.approx(3 * 15 / rounds)
     assert 0 < methods["tree"]["round_efficiency"] < 1
     assert methods["assisted-chain"]["tau"] > 1 and sum(methods["assisted-chain"]["acceptance_histogram"].values()) > 1
-    for name in ("prompt-lookup", "assisted-chain"):  # transformers' loop runs them, whose phases are not timed
+    for name in (
+        "prompt-lookup",
+        "assisted-chain",
+    ):  # transformers' loop runs these methods, and its phases are not timed
         assert "round_efficiency" not in methods[name]
     assert [group["num_prompts"] for group in summary["groups"].values()] == [1, 2]
     assert all(

@@ -98,7 +98,7 @@ def test_simulated_rounds_are_those_of_the_loop(images_at, is_compiled, monkeypa
     assert widths == [length] + [10] * (FIRST_ROUNDS + 7) and started == [FIRST_ROUNDS + 2]
 
 
-def test_an_interrupted_loop_is_put_back():
+def test_an_interrupted_loop_is_restored():
     target, draft = pair(0).target, pair(0).with_tree(10, 3, 3)
     before = TargetAdapter.verify
 

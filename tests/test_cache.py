@@ -1,4 +1,4 @@
-"""The in-place cache layer against transformers' own `DynamicLayer`."""
+"""The in-place cache layer is compared with transformers' own `DynamicLayer`."""
 
 import random
 
@@ -74,7 +74,7 @@ def test_grows_without_copying_what_it_holds():
 
 def test_a_prompt_is_copied_if_it_is_a_view_or_an_inference_tensor():
     keys = torch.randn(1, 9, 5, 4)
-    both = keys[:, :3], keys[:, 3:]  # views of one projection, all of which they would keep in memory
+    both = keys[:, :3], keys[:, 3:]  # views would keep their whole tensor in memory
     with torch.inference_mode():
         inferred = states(5)
     for key_states, value_states in (both, inferred):

@@ -144,7 +144,7 @@ def test_other_drafts_and_trees(change):
 
 
 def test_candidates_that_overflow_harm_no_others():
-    """Slots of rejected candidates stay in the buffers. Attention multiplies them by 0, so infinity gives NaN."""
+    """Slots of rejected candidates stay in the buffers. Attention gives them weight 0, and 0 times infinity is NaN."""
     target, draft = copy.deepcopy(build_pair())
     inputs = tiny.make_prompt(0, 8)
     expected = target.generate(**inputs, max_new_tokens=30)

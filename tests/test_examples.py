@@ -66,7 +66,7 @@ def test_batch(run, answers):
 
 
 def test_chat(run, answers):
-    """The first answer is the target's; questions from standard input give the same answers as those of `--say`."""
+    """The first answer is the target's. Questions from standard input and from `--say` get the same answers."""
     asked = [PICTURE, "How many objects are there?"]
     printed = run("chat.py", "--image", str(DEMO_IMAGE), "--say", *asked).splitlines()
     assert printed[0].strip() == answers[PICTURE] and len(printed) == 2

@@ -385,7 +385,9 @@ def test_broken_samples_are_counted_or_raised(target, processor, data, tmp_path)
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
-def test_the_disk_need_is_known_before_and_checked(storage, target, processor, conversations, tmp_path, monkeypatch):
+def test_the_disk_need_is_estimated_and_checked_first(
+    storage, target, processor, conversations, tmp_path, monkeypatch
+):
     arguments = {"storage": storage, "feature_layers": [0, 2]}
     estimate = estimate_disk(target, processor, conversations, **arguments)
     report = extract_features(target, processor, conversations, tmp_path / "fits", **arguments)

@@ -79,7 +79,7 @@ def test_generation_reproduces_the_original(name, attention, tmp_path):
     if info["eos_token_id"] in expected:
         expected = expected[: expected.index(info["eos_token_id"]) + 1]
     assert generated == expected
-    # The original counts a round's root in that round, we count the bonus token: the sums differ by the first token.
+    # The original counts a round's root in that round and we count the bonus token, so the first token is not counted.
     left, lengths = len(expected) - 1, []
     for accepted in values["accept_lengths"].tolist():
         if left > 0:

@@ -154,7 +154,7 @@ def test_torchao_int8_weights(tmp_path, with_head):
 
 
 def test_a_head_of_integer_weights():
-    """The weights have another dtype than the arithmetic, as those of bitsandbytes."""
+    """The weights have another dtype than the arithmetic, like those of bitsandbytes."""
 
     class Int8Head(nn.Module):
         def __init__(self, linear: nn.Linear):

@@ -1,4 +1,4 @@
-"""When a step of the recorder is called, recorded and replayed, tested with fake CUDA graphs that only log."""
+"""Tests when a step is called, recorded and replayed, with fake CUDA graphs that only log their calls."""
 
 from __future__ import annotations
 

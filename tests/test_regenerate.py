@@ -330,7 +330,7 @@ def test_target_is_left_as_it_was(target, processor, data, tmp_path):
     assert target.generation_config.to_dict() == settings.to_dict()
 
 
-def test_a_draft_can_help(processor, data, tmp_path):
+def test_a_draft_does_not_change_the_answers(processor, data, tmp_path):
     target = AutoModelForImageTextToText.from_pretrained(TARGET_DIR)
     draft = MSDDraftModel.from_pretrained(DRAFT_DIR)
     conversations = load_conversations(json.loads(data.read_text())[:2], data.parent)

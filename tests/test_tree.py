@@ -1,4 +1,4 @@
-"""Growth of the candidate tree against the original implementation, and its edge cases."""
+"""The candidate tree grows as in the original implementation, and stays well formed in edge cases."""
 
 from types import SimpleNamespace
 
