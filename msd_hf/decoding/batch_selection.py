@@ -1,4 +1,4 @@
-"""The sequences of a batch: which of them are still running, how they advance, and what comes out."""
+"""Token selection for a batch: tracks the running rows, extends them, and collects their output."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from .sampling_noise import SamplingNoise
 from .token_selection import TokenSelector
 
 
-# These see to each row by itself and keep nothing from step to step, so rows may advance at their own pace. With any
-# other one the rows advance in step, and it sees the whole batch at each step as it does without a draft.
+# Processors that treat each row independently and keep no state between steps, so rows may advance at their own pace.
+# Any other processor must see the whole batch at each step, as without a draft, so the rows advance in step.
 _ROW_WISE_PROCESSORS = (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
@@ -70,15 +70,20 @@ _ROW_WISE_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, Stop
 
 class BatchSelector:
     """
-    Extends the B sequences of a batch as `generate` would, each at its own pace where nobody can tell.
+    Extends the B sequences of a batch as `generate` would. Each advances at its own pace when that cannot change the
+    output; otherwise all advance in step.
 
     Args:
         input_ids (`torch.LongTensor` of shape `[B, L]`): the prompts.
         logits_processor, stopping_criteria: as prepared by `generate`.
         generation_config (`GenerationConfig`): sampling and output flags.
         streamer (`BaseStreamer`, *optional*): receives every token. If it has a method
-            `put_verified(tokens, num_draft_tokens)`, that is called once a verification instead, for one sequence.
-        keeps_ended_rows (`bool`): whether rows in step that have ended shall stay in the batch, with their padding.
+            `put_verified(tokens, num_draft_tokens)` and there is one sequence, that method is called instead, once per
+            verification.
+        keeps_ended_rows (`bool`): whether ended rows stay in the batch, with their padding, if rows advance in step.
+
+    Attributes:
+        running (`list[int]`): the rows of the running batch. A *place* is an index into this list.
     """
 
     def __init__(
@@ -106,8 +111,8 @@ class BatchSelector:
             ]
         pads = self._groups[0].pads_ended_rows
         self.pad_token_id = self._groups[0].pad_token_id
-        # Without padding `generate` goes on with a row that has ended; with it, a processor that sees the whole batch
-        # sees the scores of that row all the same.
+        # Without padding `generate` keeps extending ended rows. With padding, a processor that sees the whole batch
+        # still sees their scores.
         needs_all_rows = not pads or not _are_row_wise(logits_processor)
         self.keeps_ended_rows = self.in_step and (needs_all_rows or keeps_ended_rows)
         self.running = list(range(self.batch_size))
@@ -121,12 +126,12 @@ class BatchSelector:
 
     @property
     def is_plain_argmax(self) -> bool:
-        """Whether every token depends on the logits of its own position alone."""
+        """Whether every token depends only on the logits of its own position."""
         return all(group.is_plain_argmax for group in self._groups)
 
     @property
     def keeps_logits(self) -> bool:
-        """Whether logits or scores of each step are asked for."""
+        """Whether the caller asked for logits or scores."""
         return any(group.scores is not None or group.logits is not None for group in self._groups)
 
     @property
@@ -136,26 +141,26 @@ class BatchSelector:
 
     @property
     def tokens_left(self) -> int | None:
-        """How many tokens the row that is furthest behind may still emit, if a length limit is set."""
+        """How many tokens the shortest unfinished row may still emit; `None` without a length limit."""
         left = [group.tokens_left for group in self._groups if not group.finished]
         return max((count for count in left if count is not None), default=None)
 
     @property
     def tokens_left_by_row(self) -> list[int] | None:
-        """How many tokens each running row may still emit, if a length limit is set."""
+        """How many tokens each running row may still emit; `None` without a length limit."""
         left = [group.tokens_left for group, places, _ in self.groups() for _ in places]
         counts = [count for count in left if count is not None]
         return counts if len(counts) == len(left) else None
 
     @property
     def padded_rows(self) -> list[int]:
-        """Places in the running batch of rows that have ended, and are only kept."""
+        """Places of rows that have ended but stay in the running batch."""
         if not self.in_step or not self._groups[0].pads_ended_rows:
             return []
         return [place for place, row in enumerate(self.running) if self._groups[0].ended[row]]
 
     def groups(self) -> Iterator[tuple[TokenSelector, list[int], list[int]]]:
-        """Of each group with running rows: its selector, and the places of its rows in the running batch and in it."""
+        """For each group with running rows: its selector, the places of these rows, and their rows in the selector."""
         if self.in_step:
             yield self._groups[0], list(range(len(self.running))), self.running
         else:
@@ -163,13 +168,13 @@ class BatchSelector:
                 yield self._groups[row], [place], [0]
 
     def select(self, logits: torch.Tensor) -> list[int]:
-        """Emits the first token of each row from the logits `[B, V]` at the end of the prompts."""
+        """Emits the first token of each row, given the logits `[B, V]` at the end of the prompts."""
         chosen = [group.select(logits[places]) for group, places, _ in self.groups()]
         self._stream(0)
         return [token for tokens in chosen for token in tokens]
 
     def end_round(self, counts: Sequence[int], num_draft_tokens: Sequence[int]) -> None:
-        """Takes note of what one verification emitted for each running row, and streams it."""
+        """Records how many tokens one verification emitted for each running row, and streams the tokens."""
         for row, count in zip(self.running, counts, strict=True):
             self.acceptance_lengths[row].append(count)
         self._stream(num_draft_tokens[0])
@@ -178,20 +183,20 @@ class BatchSelector:
             self._noise.forget(min(running, default=0))
 
     def drop_ended(self) -> list[int]:
-        """Takes the rows that have ended out of the running batch. Returns the places of those that stay."""
+        """Removes rows that have ended from the running batch. Returns the places of the rows that stay."""
         ended = [self._has_ended(row) for row in self.running]
         places = [place for place in range(len(self.running)) if not ended[place]]
         self.running = [self.running[place] for place in places]
         return places
 
     def pad(self, row: int, logits: torch.Tensor) -> None:
-        """Emits padding behind a row that has ended, one token for each of `logits` (`[n, V]`)."""
-        for number in range(logits.shape[0]):
-            self._groups[row].pad(logits[number : number + 1])
+        """Pads a row that has ended, with one token for each of the `[n, V]` logits."""
+        for step in range(logits.shape[0]):
+            self._groups[row].pad(logits[step : step + 1])
 
     @property
     def sequences(self) -> torch.Tensor:
-        """Prompts and emitted tokens, padded behind the end of a row, `[B, L + new tokens]`."""
+        """Prompts and emitted tokens, with padding behind shorter rows, `[B, L + new tokens]`."""
         rows = [self.row_tokens(row) for row in range(self.batch_size)]
         length = max(len(tokens) for tokens in rows)
         padded = [tokens + [self.pad_token_id] * (length - len(tokens)) for tokens in rows]
@@ -199,12 +204,12 @@ class BatchSelector:
 
     @property
     def scores(self) -> tuple[torch.Tensor, ...] | None:
-        """Processed scores of each step, `[B, V]`; `None` if they were not asked for."""
+        """Processed scores of each step, `[B, V]`; `None` if the caller did not ask for them."""
         return _by_step([group.scores for group in self._groups])
 
     @property
     def logits(self) -> tuple[torch.Tensor, ...] | None:
-        """Logits of each step, `[B, V]`; `None` if they were not asked for."""
+        """Logits of each step, `[B, V]`; `None` if the caller did not ask for them."""
         return _by_step([group.logits for group in self._groups])
 
     def row_tokens(self, row: int) -> list[int]:
@@ -213,7 +218,7 @@ class BatchSelector:
 
     @property
     def running_tokens(self) -> dict[int, list[int]]:
-        """The tokens that each running row has emitted, by its number in the batch."""
+        """The emitted tokens of each running row: row of the batch -> tokens."""
         return {row: self.row_tokens(row) for row in self.running}
 
     def _has_ended(self, row: int) -> bool:
@@ -222,7 +227,7 @@ class BatchSelector:
         return self._groups[row].finished
 
     def _stream(self, num_draft_tokens: int) -> None:
-        """Hands on the tokens of all steps that every row has reached; the first `num_draft_tokens` were drafted."""
+        """Streams the tokens of all steps that every row has reached. The first `num_draft_tokens` were drafted."""
         if self.streamer is None:
             return
         rows = [self.row_tokens(row) for row in range(self.batch_size)]
@@ -245,14 +250,16 @@ def _is_row_wise(logits_processor: LogitsProcessorList, stopping_criteria: Stopp
     if not _are_row_wise(logits_processor):
         return False
     kinds = {type(criterion) for criterion in stopping_criteria}
-    # Without an EOS criterion `generate` goes on with a row that has ended until the last one has.
+    # Without an EOS criterion `generate` extends ended rows until all rows have ended. Under a length limit alone, all
+    # rows end at once.
     return kinds <= set(_ROW_WISE_CRITERIA) and (EosTokenCriteria in kinds or kinds <= {MaxLengthCriteria})
 
 
 def _of_row(logits_processor: LogitsProcessorList, row: int) -> LogitsProcessorList:
-    """The processors as they are for one row: this one knows how much padding each row of the batch has."""
+    """The processors for a single row of the batch."""
     processors = LogitsProcessorList()
     for processor in logits_processor:
+        # The only state per row: how much padding precedes the prompt.
         if isinstance(getattr(processor, "prompt_ignore_length", None), torch.Tensor):
             processor = copy.copy(processor)
             processor.prompt_ignore_length = processor.prompt_ignore_length[row : row + 1]

@@ -1,4 +1,4 @@
-"""Hidden states and attentions of each step, as `generate` gives them without a draft."""
+"""Hidden states and attentions of each step, in the form that `generate` returns without a draft."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from transformers.utils import ModelOutput
 
 class DecoderOutputs:
     """
-    Picks, from verifications of whole trees, what belongs to the steps of each sequence.
+    Collects the hidden states and attentions of each step of each sequence from verifications of whole trees.
 
     Args:
-        batch_size (`int`): sequences.
-        windows (`Sequence[int | None]`): of each decoder layer; attentions of a step reach no further back.
-        output_flags (`dict[str, bool]`): `output_hidden_states`, `output_attentions`: what is kept.
+        batch_size (`int`): number of sequences.
+        windows (`Sequence[int | None]`): window of each decoder layer, in slots; `None`: no window. The attentions of
+            a step are cut to the window.
+        output_flags (`dict[str, bool]`): `output_hidden_states` and `output_attentions`, whether to collect each.
     """
 
     def __init__(self, batch_size: int, windows: Sequence[int | None], output_flags: dict[str, bool]):
         self.windows = windows
         self._prefill: ModelOutput | None = None
-        # Of each sequence, and step, and layer.
+        # Indexed by sequence, step and layer.
         self._hidden_states: list[list[list[torch.Tensor]]] | None = None
         self._attentions: list[list[list[torch.Tensor]]] | None = None
         if output_flags.get("output_hidden_states"):
@@ -30,7 +31,7 @@ class DecoderOutputs:
             self._attentions = [[] for _ in range(batch_size)]
 
     def add_prefill(self, outputs: ModelOutput) -> None:
-        """Keeps those of the prompt."""
+        """Collects the outputs for the prompt."""
         if self._hidden_states is not None or self._attentions is not None:
             self._prefill = outputs
 
@@ -42,13 +43,13 @@ class DecoderOutputs:
         lengths: Sequence[int],
     ) -> None:
         """
-        Keeps those of one verification.
+        Collects the outputs of one verification.
 
         Args:
-            outputs (`ModelOutput`): the target's.
-            rows (`Sequence[int]`): which sequence each row of the outputs is.
-            paths (`Sequence[Sequence[int]]`): the nodes of each that were accepted.
-            lengths (`Sequence[int]`): slots of the cache that were the context of each.
+            outputs (`ModelOutput`): the target's outputs.
+            rows (`Sequence[int]`): the sequence of each row of the outputs.
+            paths (`Sequence[Sequence[int]]`): the accepted nodes of each row.
+            lengths (`Sequence[int]`): the context length of each row, in slots of the cache.
         """
         for place, (row, path, length) in enumerate(zip(rows, paths, lengths, strict=True)):
             if self._hidden_states is not None:
@@ -56,28 +57,29 @@ class DecoderOutputs:
                     layers = [states[place : place + 1, node : node + 1] for states in outputs.hidden_states]
                     self._hidden_states[row].append(layers)
             if self._attentions is not None:
-                for count in range(1, len(path) + 1):
+                for end in range(1, len(path) + 1):
                     layers = [
-                        self._of_step(attention, place, path[:count], length, window)
+                        self._of_step(attention, place, path[:end], length, window)
                         for attention, window in zip(outputs.attentions, self.windows, strict=True)
                     ]
                     self._attentions[row].append(layers)
 
     @property
     def hidden_states(self) -> tuple[tuple[torch.Tensor, ...], ...] | None:
-        """Of each step a tuple of layers, `[B, 1, H]`; of the first one `[B, L, H]`."""
+        """A tuple of layers for each step, `[B, 1, H]` each; `[B, L, H]` for the first step, which is the prompt."""
         first = None if self._prefill is None else self._prefill.get("hidden_states")
         return _by_step(first, self._hidden_states)
 
     @property
     def attentions(self) -> tuple[tuple[torch.Tensor, ...], ...] | None:
-        """Of each step a tuple of layers, `[B, heads, 1, slots]`; of the first one `[B, heads, L, slots]`."""
+        """A tuple of layers for each step, `[B, heads, 1, slots]` each; `[B, heads, L, slots]` for the first step."""
         first = None if self._prefill is None else self._prefill.get("attentions")
         return _by_step(first, self._attentions)
 
     def _of_step(
         self, attention: torch.Tensor, place: int, path: Sequence[int], length: int, window: int | None
     ) -> torch.Tensor:
+        """The attention of the last node of a path to the context and the path, `[1, heads, 1, slots]`."""
         num_slots = attention.shape[-1] - attention.shape[-2]
         columns = [*range(length), *(num_slots + node for node in path)]
         if window is not None:

@@ -1,4 +1,4 @@
-"""What a call of `generate` with a draft returns, and its mean acceptance length."""
+"""The output of `generate` with a draft, and its mean acceptance length."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from transformers.generation import GenerateDecoderOnlyOutput
 @dataclass
 class MSDGenerateOutput(GenerateDecoderOnlyOutput):
     """
-    What `generate(assistant_model=draft, return_dict_in_generate=True)` returns: all that `generate` returns without a
-    draft, and
+    Output of `generate(assistant_model=draft, return_dict_in_generate=True)`. It has one field more than the output of
+    `generate` without a draft.
 
     Args:
         acceptance_lengths (`list[list[int]]`):
-            One list a sequence: the tokens emitted by each verification, the bonus token included. Their mean is tau.
+            For each sequence, the number of tokens that each verification emitted, the bonus token included. The mean
+            of these numbers is tau.
     """
 
     acceptance_lengths: list[list[int]] | None = None
@@ -24,11 +25,11 @@ class MSDGenerateOutput(GenerateDecoderOnlyOutput):
 
 def mean_acceptance_length(acceptance_lengths: Iterable[Sequence[int]]) -> float:
     """
-    tau: tokens emitted per verification forward of the target, the bonus token included. Its least value is 1; the
-    mean number of accepted draft tokens, which some papers print instead, is `tau - 1`.
+    tau: the mean number of tokens emitted per verification forward of the target, the bonus token included. tau is at
+    least 1. Some papers print the mean number of accepted draft tokens instead, which is `tau - 1`.
 
     Args:
-        acceptance_lengths: one list a sequence, as in `MSDGenerateOutput.acceptance_lengths`.
+        acceptance_lengths: one list per sequence, as in `MSDGenerateOutput.acceptance_lengths`.
 
     Returns:
         `float`: the mean over all verifications; `nan` if there was none.

@@ -13,15 +13,17 @@ from .sampling_noise import SamplingNoise
 
 class TokenSelector:
     """
-    Holds R sequences that advance in step, and extends them as `generate` would: logits processors on the true prefix,
-    argmax or one multinomial draw, stopping criteria after every token, padding behind a sequence that has ended.
+    Extends R sequences by one token at a time, in step, as `generate` would: it applies the logits processors to the
+    emitted prefix, takes the argmax or draws once, checks the stopping criteria after every token, and pads sequences
+    that have ended.
 
     Args:
         input_ids (`torch.LongTensor` of shape `[R, L]`): the prompts.
         logits_processor, stopping_criteria: as prepared by `generate`.
         generation_config (`GenerationConfig`): sampling and output flags.
-        noise (`SamplingNoise`, *optional*): where the random numbers of R = 1 sequence of a batch come from.
-        row (`int`): which row of `noise` this is.
+        noise (`SamplingNoise`, *optional*): makes the random draws if the sequence is one row of a batch (R = 1). By
+            default `torch.multinomial` makes them.
+        row (`int`): the row of `noise` that belongs to the sequence.
     """
 
     def __init__(
@@ -43,23 +45,23 @@ class TokenSelector:
         self.length = self.prompt_length
         self.ended = [False] * self.num_rows
         self.tokens: list[list[int]] = [[] for _ in range(self.num_rows)]
-        # Without an EOS criterion `generate` goes on with every row until all of them have ended.
+        # Without an EOS criterion `generate` extends every row until all rows have ended.
         self.pads_ended_rows = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         pad_token = getattr(generation_config, "_pad_token_tensor", None)
         self.pad_token_id = 0 if pad_token is None else int(pad_token)
         self._noise, self._row = noise, row
         self._input_ids = input_ids
-        self._num_held = 0  # of the emitted tokens, those that are in `_input_ids`
+        self._num_appended = 0  # emitted tokens that are already part of `_input_ids`
         self._max_length, self.eos_token_ids, self._simple_stops = _read_simple_criteria(stopping_criteria)
 
     @property
     def input_ids(self) -> torch.Tensor:
         """Prompts and emitted tokens, `[R, length]`."""
-        count = self.length - self.prompt_length
-        if count > self._num_held:
-            pending = [tokens[self._num_held :] for tokens in self.tokens]
+        num_emitted = self.length - self.prompt_length
+        if num_emitted > self._num_appended:
+            pending = [tokens[self._num_appended :] for tokens in self.tokens]
             self._input_ids = torch.cat([self._input_ids, self._input_ids.new_tensor(pending)], dim=1)
-            self._num_held = count
+            self._num_appended = num_emitted
         return self._input_ids
 
     @property
@@ -69,12 +71,12 @@ class TokenSelector:
 
     @property
     def tokens_left(self) -> int | None:
-        """How many tokens may still be emitted, if a length limit is set."""
+        """How many tokens may still be emitted; `None` without a length limit."""
         return None if self._max_length is None else self._max_length - self.length
 
     @property
     def is_plain_argmax(self) -> bool:
-        """Whether a token depends on the logits of its own position alone."""
+        """Whether a token depends only on the logits of its own position."""
         return self.num_rows == 1 and not self.do_sample and len(self.logits_processor) == 0
 
     def select(self, logits: torch.Tensor, rows: Sequence[int] | None = None) -> list[int]:
@@ -82,11 +84,11 @@ class TokenSelector:
         Chooses the next token of every row, and emits it.
 
         Args:
-            logits (`torch.Tensor` of shape `[r, V]`): the target's, of some rows.
-            rows (`Sequence[int]`, *optional*): which rows; the others must have ended. Default: all.
+            logits (`torch.Tensor` of shape `[r, V]`): the target's logits for `rows`.
+            rows (`Sequence[int]`, *optional*): r rows; all other rows must have ended. Default: all rows.
 
         Returns:
-            R tokens.
+            The tokens of all R rows.
         """
         raw = logits.to(copy=True, dtype=torch.float32, device=self._input_ids.device)
         if rows is not None and len(rows) < self.num_rows:
@@ -110,26 +112,28 @@ class TokenSelector:
 
     def extend(self, tokens: list[int], logits: torch.Tensor, nodes: Sequence[int]) -> int:
         """
-        Emits tokens of a single row that were already chosen by argmax, up to the one that ends the sequence.
+        Emits tokens that were already chosen by argmax for a single row (R = 1). Stops after a token that ends the
+        sequence.
 
         Args:
             tokens (`list[int]`): n tokens.
-            logits (`torch.Tensor` of shape `[N, V]`): the target's at the nodes of a tree; read only if they are kept.
+            logits (`torch.Tensor` of shape `[N, V]`): the target's logits at the nodes of a tree; read only if the
+                caller asked for logits or scores.
             nodes (`Sequence[int]`): the n nodes at which the tokens were chosen.
 
         Returns:
-            How many tokens were emitted.
+            The number of emitted tokens.
         """
         keep = self.scores is not None or self.logits is not None
-        for count, (token, node) in enumerate(zip(tokens, nodes, strict=True), start=1):
+        for num_emitted, (token, node) in enumerate(zip(tokens, nodes, strict=True), start=1):
             row = logits[node : node + 1].to(copy=True, dtype=torch.float32) if keep else None
             self._emit([token], row, row)
             if self.finished:
-                return count
+                return num_emitted
         return len(tokens)
 
     def pad(self, logits: torch.Tensor) -> None:
-        """Emits one token of padding for each row: all have ended. `logits`: `[R, V]`."""
+        """Emits one padding token in each row. All rows must have ended. `logits`: `[R, V]`."""
         raw = logits.to(copy=True, dtype=torch.float32, device=self._input_ids.device)
         scores = raw if len(self.logits_processor) == 0 else self.logits_processor(self.input_ids, raw)
         self._record([self.pad_token_id] * self.num_rows, raw, scores)
@@ -159,15 +163,15 @@ class TokenSelector:
 
 
 def _read_simple_criteria(criteria: StoppingCriteriaList) -> tuple[int | None, frozenset[int], bool]:
-    """Length limit and EOS tokens of the criteria, and whether they are all of these two kinds: then they are checked
-    on the host without building tensors."""
+    """The length limit and the EOS tokens of the criteria, and whether there are no other criteria. If so, they are
+    checked on the host without building tensors."""
     max_length: int | None = None
     eos_token_ids: set[int] = set()
     simple = True
     for criterion in criteria:
         if type(criterion) is MaxLengthCriteria:
             max_length = criterion.max_length if max_length is None else min(max_length, criterion.max_length)
-            # Beyond the position limit it also warns, which is left to itself.
+            # Beyond the position limit the criterion also warns, so it has to be called.
             limit = criterion.max_position_embeddings
             simple = simple and (limit is None or criterion.max_length <= limit)
         elif type(criterion) is EosTokenCriteria:

@@ -1,7 +1,7 @@
-"""Acceptance: a walk from the root that takes the target's choice at every node until it leaves the tree.
+"""Acceptance: a walk from the root that follows the target's choice at every node until it leaves the tree.
 
-One rule serves greedy decoding and sampling. For a tree that does not depend on the random draws, taking the target's
-own choice at each node has the law of the target, and the acceptance probability of recursive rejection sampling.
+One rule serves greedy decoding and sampling. If the tree does not depend on the random draws, following the target's
+choice samples from the target's distribution, and accepts as often as recursive rejection sampling does.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Verification:
     """The outcome of one verification, for each running row.
 
     Args:
-        paths (`list[list[int]]`): the nodes whose slots stay in the cache: the root, then accepted ones.
-        tokens (`list[list[int]]`): the emitted tokens, one for each node of the path; the last one has no slot yet.
-        num_draft_tokens (`list[int]`): how many of the tokens were drafted.
+        paths (`list[list[int]]`): the nodes whose slots stay in the cache: the root, then accepted nodes.
+        tokens (`list[list[int]]`): the emitted tokens, one for each node of the path. The last token has no slot yet.
+        num_draft_tokens (`list[int]`): how many of the emitted tokens were drafted.
     """
 
     paths: list[list[int]]
@@ -31,7 +31,7 @@ class Verification:
 
     @property
     def counts(self) -> list[int]:
-        """Emitted tokens of each row."""
+        """The number of emitted tokens of each row."""
         return [len(tokens) for tokens in self.tokens]
 
 
@@ -41,8 +41,8 @@ def verify(tree: CandidateTree, logits: torch.Tensor, selector: BatchSelector) -
 
     Args:
         tree (`CandidateTree`): a tree of N nodes for each running row of the selector.
-        logits (`torch.Tensor` of shape `[B, N, V]`): the target's, at each node.
-        selector (`BatchSelector`): chooses and emits.
+        logits (`torch.Tensor` of shape `[B, N, V]`): the target's logits at each node.
+        selector (`BatchSelector`): chooses and emits the tokens.
     """
     if selector.is_plain_argmax:
         return _verify_argmax(tree, logits, selector)
@@ -51,23 +51,23 @@ def verify(tree: CandidateTree, logits: torch.Tensor, selector: BatchSelector) -
 
 def accepted_by_argmax(tree: CandidateTree, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The accepted path of greedy decoding, without reading anything back from the device.
+    The accepted paths of greedy decoding, computed without a read-back from the device.
 
     Args:
         tree (`CandidateTree`): a batch of trees.
-        logits (`torch.Tensor` of shape `[B, N, V]`): the target's, at each node.
+        logits (`torch.Tensor` of shape `[B, N, V]`): the target's logits at each node.
 
     Returns:
         `torch.LongTensor` of shape `[B, N]`: the target's choice at each node; and `torch.BoolTensor` of shape
         `[B, N]`: true at the root and at accepted nodes.
     """
     choices = _argmax(logits)
-    # At most one of a node's children carries its choice, because siblings differ in their tokens.
+    # Siblings have different tokens, so at most one child of a node matches the target's choice.
     return choices, tree.path(tree.tokens == choices.gather(1, tree.parents))
 
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:
-    # In float32 as in `generate`: a tie that arises in float32 is resolved there. Lower precisions make no new tie.
+    # `generate` takes the argmax in float32, in which float64 logits may tie. Lower precisions need no conversion.
     return (logits.float() if logits.dtype == torch.float64 else logits).argmax(-1)
 
 
@@ -77,17 +77,17 @@ def _verify_argmax(tree: CandidateTree, logits: torch.Tensor, selector: BatchSel
         accepted_lists = [[0]] * len(choice_lists)
     else:
         choices, accepted = accepted_by_argmax(tree, logits)
-        numbered = torch.arange(accepted.shape[1], device=accepted.device)
-        # One read-back a round. Flat order makes an increasing list of nodes a path.
-        accepted_lists, choice_lists = torch.stack([torch.where(accepted, numbered, -1), choices]).tolist()
+        all_nodes = torch.arange(accepted.shape[1], device=accepted.device)
+        # One read-back per round. In flat order a path lists its nodes in increasing order.
+        accepted_lists, choice_lists = torch.stack([torch.where(accepted, all_nodes, -1), choices]).tolist()
     result = Verification([], [], [])
     for group, (place,), _ in selector.groups():
         nodes = [node for node in accepted_lists[place] if node >= 0]
         tokens = [choice_lists[place][node] for node in nodes]
-        count = group.extend(tokens, logits[place], nodes)
-        result.paths.append(nodes[:count])
-        result.tokens.append(tokens[:count])
-        result.num_draft_tokens.append(min(len(nodes) - 1, count))
+        num_emitted = group.extend(tokens, logits[place], nodes)
+        result.paths.append(nodes[:num_emitted])
+        result.tokens.append(tokens[:num_emitted])
+        result.num_draft_tokens.append(min(len(nodes) - 1, num_emitted))
     return result
 
 
@@ -112,8 +112,8 @@ def _walk(
     keeps_ended_rows: bool,
     result: Verification,
 ) -> None:
-    """Walks the trees of one group's rows in step, until a row leaves its tree."""
-    nodes = dict.fromkeys(places, 0)
+    """Walks the trees of one group's rows in step, until a row leaves its tree or all rows have ended."""
+    nodes = dict.fromkeys(places, 0)  # place -> current node
     row_of = dict(zip(places, rows, strict=True))
     while True:
         walking = list(nodes)
