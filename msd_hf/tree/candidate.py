@@ -1,8 +1,8 @@
 """The candidate tree.
 
-Nodes are numbered in *flat order*: the root is node 0, then level by level, then an added branch from its top to its
-end; or with the draft's most likely path before all other nodes. So a parent always has a smaller number than its
-children, and the accepted path is an increasing list of nodes.
+Nodes are numbered in *flat order*: the root is node 0, the drafted nodes follow level by level, and an added branch
+follows from top to bottom. The draft's most likely path may be moved before all other nodes. A parent always has a
+smaller number than its children, so an accepted path is an increasing list of nodes.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class CandidateTree:
     Args:
         tokens (`torch.LongTensor` of shape `[B, N]`): token of each node; node 0 is the root, the last emitted token.
         parents (`torch.LongTensor` of shape `[B, N]`): parent node of each node; the root is its own parent.
-        depths (`torch.LongTensor` of shape `[B, N]`): levels below the root.
-        ancestors (`torch.BoolTensor` of shape `[B, N, N]`): `[b, i, j]` is true if node j is node i or above it.
-        max_depth (`int`): an upper bound of `depths`, known without reading them back from the device.
+        depths (`torch.LongTensor` of shape `[B, N]`): how many levels each node is below the root.
+        ancestors (`torch.BoolTensor` of shape `[B, N, N]`): `[b, i, j]` is true if node j is node i or its ancestor.
+        max_depth (`int`): an upper bound of `depths`, known without a read-back from the device.
         scores (`torch.Tensor` of shape `[B, D]`, *optional*): the draft's cumulative log-probability of the first D
-            nodes. Nodes behind them were not proposed by the draft.
+            nodes. The draft has not proposed the other nodes.
     """
 
     tokens: torch.Tensor
@@ -40,7 +40,7 @@ class CandidateTree:
         cls, tokens: torch.Tensor, parents: torch.Tensor, max_depth: int, scores: torch.Tensor | None = None
     ) -> CandidateTree:
         """A tree from tokens and parents (both `[B, N]`, root first, in flat order)."""
-        above = [parents]  # the nodes 1, 2, ... levels above each node; the root is above itself
+        above = [parents]  # the ancestors 1, 2, ... levels above each node; the root is its own
         for _ in range(max_depth - 1):
             above.append(parents.gather(1, above[-1]))
         ancestors = torch.zeros(*tokens.shape, tokens.shape[1], dtype=torch.bool, device=tokens.device)
@@ -50,29 +50,29 @@ class CandidateTree:
 
     @classmethod
     def bare(cls, roots: torch.Tensor) -> CandidateTree:
-        """Trees of a root (`[B]`) alone."""
+        """Trees that consist of their roots (`[B]`) alone."""
         tokens = roots.unsqueeze(1)
         zeros = torch.zeros_like(tokens)
         return cls(tokens, zeros, zeros, torch.ones_like(tokens, dtype=torch.bool).unsqueeze(2), max_depth=0)
 
     @classmethod
     def chain(cls, tokens: torch.Tensor) -> CandidateTree:
-        """A chain of `tokens` (`[B, N]`) in each row."""
+        """Trees that are chains of `tokens` (`[B, N]`)."""
         num_nodes = tokens.shape[1]
         parents = (torch.arange(num_nodes, device=tokens.device) - 1).clamp(min=0)
         return cls.from_parents(tokens, parents.expand_as(tokens), max_depth=num_nodes - 1)
 
     def with_chain(self, rows: Sequence[int], token: int) -> CandidateTree:
-        """The same trees, except that the given rows become a chain of one token below their root."""
+        """The same trees, except that each given row becomes a chain which repeats one token below its root."""
         num_nodes = self.tokens.shape[1]
         index = torch.tensor(rows, device=self.tokens.device)
-        numbers = torch.arange(num_nodes, device=self.tokens.device)
+        nodes = torch.arange(num_nodes, device=self.tokens.device)
         tokens, parents, depths, ancestors = (
             part.index_copy(0, index, chain.expand(len(rows), *part.shape[1:]))
             for part, chain in (
-                (self.tokens, torch.full_like(numbers, token)),
-                (self.parents, (numbers - 1).clamp(min=0)),
-                (self.depths, numbers),
+                (self.tokens, torch.full_like(nodes, token)),
+                (self.parents, (nodes - 1).clamp(min=0)),
+                (self.depths, nodes),
                 (self.ancestors, torch.ones_like(self.ancestors[0]).tril()),
             )
         )
@@ -81,45 +81,45 @@ class CandidateTree:
 
     def with_branch(self, tokens: torch.Tensor, num_nodes: int) -> CandidateTree:
         """
-        The same trees with a path of given tokens below the root. Nodes that carry the begin of the path already are
-        used; new nodes go on from the last of them.
+        The same trees with a path of the given tokens below the root. Existing nodes that match the start of the path
+        are reused, and the new nodes continue from the last of these.
 
         Args:
-            tokens (`torch.LongTensor` of shape `[B, P]`): of the path; P is at least `max_depth + num_nodes`.
-            num_nodes (`int`): nodes to add to each row.
+            tokens (`torch.LongTensor` of shape `[B, P]`): tokens of the path; P is at least `max_depth + num_nodes`.
+            num_nodes (`int`): nodes to add to each tree, M.
         """
-        num_held = self.tokens.shape[1]
-        carries = self.tokens == tokens.gather(1, (self.depths - 1).clamp(min=0))
-        held = self.path(carries)  # [B, N]
-        depth = held.sum(1, keepdim=True) - 1  # [B, 1]
-        numbers = torch.arange(num_held + num_nodes, device=self.tokens.device)
-        # Flat order makes the last node of a path the one with the largest number.
-        last = torch.where(held, numbers[:num_held], 0).amax(1, keepdim=True)
-        below = depth + numbers[:num_nodes]  # [B, M]: their places in `tokens`
-        above = self.ancestors.gather(1, last.unsqueeze(2).expand(-1, -1, num_held)).expand(-1, num_nodes, -1)
+        num_old = self.tokens.shape[1]
+        matches = self.tokens == tokens.gather(1, (self.depths - 1).clamp(min=0))
+        reused = self.path(matches)  # [B, N]
+        depth = reused.sum(1, keepdim=True) - 1  # [B, 1]
+        nodes = torch.arange(num_old + num_nodes, device=self.tokens.device)
+        # In flat order the last node of a path has the largest number.
+        last = torch.where(reused, nodes[:num_old], 0).amax(1, keepdim=True)
+        path_index = depth + nodes[:num_nodes]  # [B, M]: which of `tokens` each new node carries
+        above = self.ancestors.gather(1, last.unsqueeze(2).expand(-1, -1, num_old)).expand(-1, num_nodes, -1)
         own = torch.ones_like(self.ancestors[:, :1, :1]).expand(-1, num_nodes, num_nodes).tril()
         ancestors = torch.cat([functional.pad(self.ancestors, (0, num_nodes)), torch.cat([above, own], dim=2)], dim=1)
         return CandidateTree(
-            torch.cat([self.tokens, tokens.gather(1, below)], dim=1),
-            torch.cat([self.parents, last, numbers[num_held:-1].expand(len(last), -1)], dim=1),
-            torch.cat([self.depths, below + 1], dim=1),
+            torch.cat([self.tokens, tokens.gather(1, path_index)], dim=1),
+            torch.cat([self.parents, last, nodes[num_old:-1].expand(len(last), -1)], dim=1),
+            torch.cat([self.depths, path_index + 1], dim=1),
             ancestors,
             self.max_depth + num_nodes,
             self.scores,
         )
 
     def with_best_path_first(self) -> CandidateTree:
-        """The same trees, renumbered so that the path to the best of the deepest nodes comes first. If it is accepted,
-        its slots are in place already."""
+        """The same trees, renumbered so that the path to the best of the deepest nodes comes first. If that path is
+        accepted, its slots need not be moved."""
         assert self.scores is not None
-        best = (self.depths + self.scores.exp()).argmax(1)  # a probability weighs at most one level
-        is_last = self.ancestors.gather(1, best.view(-1, 1, 1).expand(-1, -1, self.ancestors.shape[2])).squeeze(1)
-        order = is_last.sort(dim=1, descending=True, stable=True).indices  # [B, N]: the old number of each node
-        numbers = order.argsort(dim=1)
+        best = (self.depths + self.scores.exp()).argmax(1)  # depth decides, then probability, which is at most 1
+        on_best_path = self.ancestors.gather(1, best.view(-1, 1, 1).expand(-1, -1, self.ancestors.shape[2])).squeeze(1)
+        order = on_best_path.sort(dim=1, descending=True, stable=True).indices  # [B, N]: old number of each new node
+        new_numbers = order.argsort(dim=1)  # [B, N]: new number of each old node
         square = order.unsqueeze(2).expand_as(self.ancestors)
         return CandidateTree(
             self.tokens.gather(1, order),
-            numbers.gather(1, self.parents.gather(1, order)),
+            new_numbers.gather(1, self.parents.gather(1, order)),
             self.depths.gather(1, order),
             self.ancestors.gather(1, square).gather(2, square.transpose(1, 2)),
             self.max_depth,
@@ -128,8 +128,8 @@ class CandidateTree:
 
     def with_emittable_depths(self, tokens_left: Sequence[int] | None) -> CandidateTree:
         """
-        The same trees, in which nodes too deep to be emitted stand no deeper than the deepest node that can be: the
-        target may have no positions for them.
+        The same trees, with depths limited to the deepest node that can still be emitted. The target may have no
+        position for deeper nodes.
 
         Args:
             tokens_left (`Sequence[int]`, *optional*): how many tokens each row may still emit, the bonus token
@@ -140,26 +140,26 @@ class CandidateTree:
         return self.with_depths_below(torch.tensor(tokens_left, device=self.depths.device))
 
     def with_depths_below(self, tokens_left: torch.Tensor) -> CandidateTree:
-        """`with_emittable_depths` on the device alone, with `tokens_left` of shape `[B]`."""
+        """`with_emittable_depths` without a read-back from the device. `tokens_left` has shape `[B]`."""
         return replace(self, depths=self.depths.minimum((tokens_left - 1).clamp(min=0).unsqueeze(1)))
 
     def path(self, matches: torch.Tensor) -> torch.Tensor:
-        """The path of matching nodes that begins at the root, `[B, N]`. `matches` (`[B, N]`) is true for at most one
-        of any siblings; the root counts as a match."""
+        """The longest path of matching nodes from the root, `[B, N]`: true at its nodes. `matches` (`[B, N]`) is true
+        for at most one node among siblings. The root always counts as a match."""
         matches = matches.clone()
         matches[:, 0] = True
         return (matches.unsqueeze(1) | ~self.ancestors).all(-1)
 
     def padded(self, num_nodes: int) -> CandidateTree:
         """The same trees, padded with inert nodes: each sees only itself, and no other node sees it."""
-        count = num_nodes - self.tokens.shape[1]
-        if count == 0:
+        num_added = num_nodes - self.tokens.shape[1]
+        if num_added == 0:
             return self
         tokens, parents, depths = (
-            functional.pad(part, (0, count)) for part in (self.tokens, self.parents, self.depths)
+            functional.pad(part, (0, num_added)) for part in (self.tokens, self.parents, self.depths)
         )
-        ancestors = functional.pad(self.ancestors, (0, count, 0, count))
-        ancestors.diagonal(dim1=1, dim2=2)[:, num_nodes - count :] = True
+        ancestors = functional.pad(self.ancestors, (0, num_added, 0, num_added))
+        ancestors.diagonal(dim1=1, dim2=2)[:, num_nodes - num_added :] = True
         return CandidateTree(tokens, parents, depths, ancestors, self.max_depth)
 
     def clone(self) -> CandidateTree:

@@ -1,4 +1,4 @@
-"""What rounds of drafting and verification have cost and brought so far, for one pair on one machine."""
+"""Measured costs of drafting and verification, and measured acceptance, for one pair on one machine."""
 
 from __future__ import annotations
 
@@ -7,36 +7,38 @@ from collections import deque
 from collections.abc import Sequence
 
 
-# Numbers of nodes that are tried, to learn what they cost.
+# Sizes of trees, in nodes, that are drafted to measure their costs.
 SIZES = (1, 4, 8, 16, 32, 64, 128)
-# Each is tried this often, in one round of so many: the first time also pays for warming up.
-_TRIALS, _ROUNDS_A_TRIAL = 2, 3
-# Larger trees are not tried before a draft has shown some use.
-_LARGEST_ON_TRUST = 16
-# What a node is taken to add to a verification, until it is known; and what that counts for, in squared nodes.
+# Each size is measured twice, because the first measurement includes warming up; at most one round in three measures.
+_TRIALS_PER_SIZE, _ROUNDS_PER_TRIAL = 2, 3
+# Larger trees are not measured before rounds with drafting emit more than one token.
+_LARGEST_UNPROVEN_SIZE = 16
+# Assumed cost of one more node, as a share of the mean cost; and the weight of this assumption, in squared nodes.
 _PRIOR_SLOPE, _SLOPE_WEIGHT = 0.01, 64.0
-_COSTS_KEPT = 15
-# Contexts of up to so many slots cost about the same; from there on ranges double.
+_NUM_COSTS_KEPT = 15  # for each width of a level
+# Last context length, in slots, of the first range. The following ranges end at twice, four times, ... this length.
 _FIRST_RANGE = 512
 
+# Nodes are counted in bins of log-probability; an octave is a factor of 2 in probability.
 _BINS_PER_OCTAVE, _NUM_BINS = 2, 40
 _LEAST_LOG_PROB = -1e3
-_PRIOR_WEIGHT = 8.0  # observations that the draft's own probability counts for
-_FORGETTING = 0.97  # of old rounds, by each new one
-# Rounds without drafting after it did not pay; doubled each time that a trial does not pay either.
+_PRIOR_WEIGHT = 8.0  # weight of the draft's own probability, in observed nodes
+_FORGETTING = 0.97  # factor on the weight of old rounds at each new round
+# Rounds without drafting after drafting did not pay. The pause doubles each time that it still does not pay.
 _PAUSE, _LONGEST_PAUSE = 16, 512
-_ROUNDS_TO_JUDGE, _ROUNDS_OF_A_TRIAL = 4, 2
-# What rounds of other calls count for in the pace of one.
-_ROUNDS_OF_OTHERS = 4.0
+# Rounds with drafting before it is judged: at first, and after a pause.
+_ROUNDS_TO_JUDGE, _ROUNDS_TO_JUDGE_AGAIN = 4, 2
+# Weight of the mean over all calls in the rate of one call, in rounds.
+_PRIOR_ROUNDS = 4.0
 
 
 def level_widths(widest: int) -> list[int]:
-    """Numbers of nodes of which one level of drafting is made, at most `widest`."""
+    """The widths that a level of drafting may have: the powers of two below `widest`, and `widest`."""
     return [1 << power for power in range((widest - 1).bit_length())] + [widest]
 
 
 class _Mean:
-    """A mean that forgets."""
+    """A mean in which old values lose weight."""
 
     def __init__(self) -> None:
         self.total = self.weight = 0.0
@@ -51,18 +53,18 @@ class _Mean:
 
 
 class _Line:
-    """What so many nodes cost: a line through rounds, of which it forgets old ones. So all costs follow a machine that
-    becomes slower or faster."""
+    """Cost as a linear function of the number of nodes, fitted to rounds. Old rounds lose weight, so when the machine
+    becomes slower or faster, the costs of all sizes follow."""
 
     def __init__(self) -> None:
-        self._forget()
+        self._reset()
 
     def add(self, num_nodes: int, seconds: float) -> None:
         if self.nodes.weight:
             known = self.at(num_nodes)
             if seconds < known / 4:
-                self._forget()  # it was warming up
-            seconds = min(seconds, 1.5 * known)  # others take the processor away now and then
+                self._reset()  # earlier rounds included warming up
+            seconds = min(seconds, 1.5 * known)  # now and then another process takes the processor
         for mean, value in (
             (self.nodes, num_nodes),
             (self.seconds, seconds),
@@ -71,27 +73,27 @@ class _Line:
         ):
             mean.add(value)
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self.nodes, self.seconds, self.squares, self.products = _Mean(), _Mean(), _Mean(), _Mean()
 
     @property
     def slope(self) -> float:
-        """What a node more costs."""
+        """Cost of one more node, in seconds."""
         mean_nodes, mean_seconds = self._means
         covariance = self.products.total - self.nodes.total * mean_seconds
         variance = self.squares.total - self.nodes.total * mean_nodes
         slope = (covariance + _SLOPE_WEIGHT * _PRIOR_SLOPE * mean_seconds) / (variance + _SLOPE_WEIGHT)
-        return min(max(slope, 0.0), mean_seconds / mean_nodes)  # no steeper than from nothing at all
+        return min(max(slope, 0.0), mean_seconds / mean_nodes)  # at most as steep as a line through the origin
 
     def at(self, num_nodes: int) -> float:
-        """The cost of so many nodes."""
+        """Cost of `num_nodes` nodes, in seconds."""
         mean_nodes, mean_seconds = self._means
         return mean_seconds + self.slope * (num_nodes - mean_nodes)
 
     def up_to(self, num_nodes: int) -> list[float]:
-        """The costs of 1, 2, ... nodes."""
+        """Costs of 1, 2, ..., `num_nodes` nodes, in seconds."""
         first, slope = self.at(1), self.slope
-        return [first + slope * count for count in range(num_nodes)]
+        return [first + slope * num_more for num_more in range(num_nodes)]
 
     @property
     def _means(self) -> tuple[float, float]:
@@ -100,55 +102,61 @@ class _Line:
 
 class Experience:
     """
-    Costs in seconds, and acceptance.
+    Measured costs, in seconds, and measured acceptance.
 
     Args:
-        max_nodes (`int`): largest tree that is ever built.
+        max_nodes (`int`): number of nodes of the largest tree.
     """
 
     def __init__(self, max_nodes: int):
         self.sizes = [size for size in SIZES if size < max_nodes] + [max_nodes]
-        self._costs: dict[int, _Line] = {}  # range of context -> what rounds of several nodes cost
-        self._plain_costs: dict[int, _Mean] = {}  # those of one node
-        self._trials: dict[int, dict[int, int]] = {}  # range of context -> nodes -> how often tried
+        # By range of context lengths; all without the cost of drafting.
+        self._costs: dict[int, _Line] = {}  # rounds with several nodes
+        self._plain_costs: dict[int, _Mean] = {}  # rounds with one node
+        self._num_trials: dict[int, dict[int, int]] = {}  # for each size of a tree
         self._range = 0
         self._num_rounds = 0
-        self._levels: dict[int, deque[float]] = {}  # number of nodes -> last costs of a level
-        self._level_trials: dict[int, int] = {}
+        # By width of a level.
+        self._level_costs: dict[int, deque[float]] = {}
+        self._num_level_trials: dict[int, int] = {}
+        # Whole rounds, with and without drafting.
         self._drafted_tokens, self._drafted_seconds = _Mean(), _Mean()
         self._plain_seconds = _Mean()
-        # Of nodes by log-probability; those that are the best of their level apart from others.
+        # Nodes in each bin. The best node of each level is counted apart from the others.
         self._accepted = {is_best: [0.0] * _NUM_BINS for is_best in (False, True)}
         self._seen = {is_best: [0.0] * _NUM_BINS for is_best in (False, True)}
         self._steps = _Mean()
         self._pause = _PAUSE
-        self._paused_rounds = 0
-        self._trial_rounds = _ROUNDS_TO_JUDGE
+        self._pause_left = 0
+        self._rounds_to_judge = _ROUNDS_TO_JUDGE
 
-    # ---- what there is to know ----
+    # ---- estimates ----
 
     def enter_context(self, num_slots: int) -> None:
-        """Turns to the range of context that a round is in."""
+        """Selects the statistics for this context length."""
         self._range = max(0, math.ceil(math.log2(max(num_slots, 1) / _FIRST_RANGE)))
 
     def next_to_explore(self) -> int | None:
-        """Nodes that a round's tree shall have, to learn what they cost in this range of context; `None`: as many as
-        pay."""
-        if self._range not in self._trials:
-            # From the middle to both ends: few are enough to interpolate.
+        """The number of nodes whose cost this round should measure; `None`: no measurement, take the size that pays.
+        Called once per round."""
+        if self._range not in self._num_trials:
+            # 16, then the sizes furthest from it: a few costs are enough to interpolate the others.
             order = sorted(self.sizes, key=lambda size: -abs(math.log2(size / 16)))
-            self._trials[self._range] = dict.fromkeys(([16] if 16 in order else []) + order, 0)
+            self._num_trials[self._range] = dict.fromkeys(([16] if 16 in order else []) + order, 0)
         self._num_rounds += 1
-        trials = self._trials[self._range]
-        is_of_use = (self._drafted_tokens.value or 1.0) > 1.0
-        size = min((size for size in trials if is_of_use or size <= _LARGEST_ON_TRUST), key=trials.__getitem__)
-        if trials[size] >= _TRIALS or self._num_rounds % _ROUNDS_A_TRIAL != 1:
+        num_trials = self._num_trials[self._range]
+        is_proven = (self._drafted_tokens.value or 1.0) > 1.0
+        size = min(
+            (size for size in num_trials if is_proven or size <= _LARGEST_UNPROVEN_SIZE), key=num_trials.__getitem__
+        )
+        if num_trials[size] >= _TRIALS_PER_SIZE or self._num_rounds % _ROUNDS_PER_TRIAL != 1:
             return None
-        trials[size] += 1  # counted here: a tree may turn out smaller, at the end of a sequence
+        num_trials[size] += 1  # counted here, because a tree near the length limit is smaller than asked for
         return size
 
     def seconds_up_to(self, num_nodes: int) -> list[float]:
-        """What rounds of 1, 2, ... nodes cost besides drafting them."""
+        """Costs of rounds with 1, 2, ..., `num_nodes` nodes, without drafting. Before the first measurement, only their
+        ratios are meaningful."""
         line, plain = self._costs.get(self._range), self._plain_costs.get(self._range)
         costs = (
             [1.0 + _PRIOR_SLOPE * nodes for nodes in range(1, num_nodes + 1)]
@@ -162,106 +170,107 @@ class Experience:
         return costs
 
     def acceptance(self, log_prob: float, is_best: bool) -> float:
-        """How likely a node of such a cumulative log-probability, the best of its level or not, is accepted."""
-        if not log_prob > _LEAST_LOG_PROB:  # or not a number
+        """The probability that a node is accepted, given its cumulative log-probability and whether it is the best node
+        of its level."""
+        if not log_prob > _LEAST_LOG_PROB:  # true for NaN too
             return 0.0
-        place = _bin(log_prob)
-        accepted, seen = self._accepted[is_best][place], self._seen[is_best][place]
+        index = _bin_index(log_prob)
+        accepted, seen = self._accepted[is_best][index], self._seen[is_best][index]
         return (accepted + _PRIOR_WEIGHT * math.exp(log_prob)) / (seen + _PRIOR_WEIGHT)
 
     @property
     def step(self) -> float:
-        """How likely, where a level was reached, the next one is too."""
+        """The probability that an accepted path which reaches a level also reaches the next one."""
         return 1.0 if self._steps.value is None else self._steps.value
 
     def width_to_explore(self, widest: int) -> int:
-        """Nodes of a level, of those whose cost is known least."""
-        width = min(level_widths(widest), key=lambda width: self._level_trials.get(width, 0))
-        self._level_trials[width] = self._level_trials.get(width, 0) + 1
+        """The width whose cost was measured least often, at most `widest`. Counts this as a measurement."""
+        width = min(level_widths(widest), key=lambda width: self._num_level_trials.get(width, 0))
+        self._num_level_trials[width] = self._num_level_trials.get(width, 0) + 1
         return width
 
     @property
     def tokens_per_second(self) -> float | None:
-        """What rounds with drafting emit, in the mean."""
+        """The mean rate of rounds with drafting; `None` before the first."""
         return self.rate_with(0.0, 0.0)
 
     def rate_with(self, tokens: float, seconds: float) -> float | None:
-        """Tokens a second of a call that has emitted so many in so many seconds: until it is long, it is taken to be
-        like others."""
+        """Tokens per second of a call that has emitted `tokens` in `seconds`, blended with the mean over all calls: a
+        short call is assumed to be like others."""
         mean_tokens, mean_seconds = self._drafted_tokens.value, self._drafted_seconds.value
         if mean_tokens is None or mean_seconds is None:
             return None
-        return (_ROUNDS_OF_OTHERS * mean_tokens + tokens) / (_ROUNDS_OF_OTHERS * mean_seconds + seconds)
+        return (_PRIOR_ROUNDS * mean_tokens + tokens) / (_PRIOR_ROUNDS * mean_seconds + seconds)
 
     def seconds_of_level(self, width: int) -> float | None:
-        """What another level of drafting costs, and the verification of as many nodes."""
-        if not self._levels:
+        """Cost of drafting one more level and verifying its nodes; `None` before a level was measured."""
+        if not self._level_costs:
             return None
-        # A level costs no more than a wider one, whatever its first times have cost.
-        known = [_usual(costs) for nodes, costs in self._levels.items() if nodes >= width]
-        seconds = min(known) if known else _usual(self._levels[max(self._levels)])
+        # A level costs no more than a wider one. If it was measured higher, the measurement included warming up.
+        known = [_lower_quartile(costs) for measured, costs in self._level_costs.items() if measured >= width]
+        seconds = min(known) if known else _lower_quartile(self._level_costs[max(self._level_costs)])
         line = self._costs.get(self._range)
         return seconds + (0.0 if line is None else width * line.slope)
 
     def drafting_pays(self) -> bool:
-        """Whether this round should draft: after it did not pay, only every now and then, to see whether it would."""
-        if self._paused_rounds > 0:
-            self._paused_rounds -= 1
-            if self._paused_rounds == 0:
-                self._trial_rounds = _ROUNDS_OF_A_TRIAL
+        """Whether this round should draft. When drafting does not pay, it pauses, and is then judged again."""
+        if self._pause_left > 0:
+            self._pause_left -= 1
+            if self._pause_left == 0:
+                self._rounds_to_judge = _ROUNDS_TO_JUDGE_AGAIN
                 self._drafted_tokens, self._drafted_seconds = _Mean(), _Mean()
             return False
-        if self._trial_rounds > 0:
+        if self._rounds_to_judge > 0:
             return True
         rate, plain = self.tokens_per_second, self._plain_seconds.value
         if rate is None or plain is None or rate >= 1.0 / plain:
             self._pause = _PAUSE
             return True
-        self._paused_rounds, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+        self._pause_left, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
         return False
 
-    # ---- what is learnt ----
+    # ---- measurements ----
 
     def add_verification(self, num_nodes: int, seconds: float) -> None:
-        """Takes note of what a round of so many nodes cost besides drafting."""
+        """Records the cost of a round with `num_nodes` nodes, without drafting."""
         if num_nodes == 1:
             self._plain_costs.setdefault(self._range, _Mean()).add(seconds)
         else:
             self._costs.setdefault(self._range, _Line()).add(num_nodes, seconds)
 
     def add_level(self, width: int, seconds: float) -> None:
-        """Takes note of what drafting a level of so many nodes cost."""
-        self._levels.setdefault(width, deque(maxlen=_COSTS_KEPT)).append(seconds)
+        """Records the cost of drafting a level of `width` nodes."""
+        self._level_costs.setdefault(width, deque(maxlen=_NUM_COSTS_KEPT)).append(seconds)
 
     def add_step(self, share: float) -> None:
-        """Takes note of how much less than its parents' level one was likely to be reached."""
+        """Records the probability of reaching a level, divided by that of reaching the level above it."""
         self._steps.add(share)
 
     def add_node(self, log_prob: float, is_best: bool, is_accepted: bool) -> None:
-        """Takes note of a node's fate."""
+        """Records whether a node was accepted."""
         if not log_prob > _LEAST_LOG_PROB:
             return
-        place = _bin(log_prob)
-        self._accepted[is_best][place] = 0.99 * self._accepted[is_best][place] + is_accepted
-        self._seen[is_best][place] = 0.99 * self._seen[is_best][place] + 1.0
+        index = _bin_index(log_prob)
+        self._accepted[is_best][index] = 0.99 * self._accepted[is_best][index] + is_accepted
+        self._seen[is_best][index] = 0.99 * self._seen[is_best][index] + 1.0
 
     def add_round(self, is_drafted: bool, num_tokens: float, seconds: float) -> None:
-        """Takes note of a whole round."""
+        """Records the tokens and the time of a whole round."""
         if not is_drafted:
             self._plain_seconds.add(seconds)
             return
-        self._trial_rounds = max(0, self._trial_rounds - 1)
+        self._rounds_to_judge = max(0, self._rounds_to_judge - 1)
         self._drafted_tokens.add(num_tokens)
         self._drafted_seconds.add(seconds)
 
 
-def _usual(costs: Sequence[float]) -> float:
-    """Their lower quartile. Not the mean: the first time also pays for warming up, and others take the processor away
-    now and then; what was once dear would not be tried again."""
+def _lower_quartile(costs: Sequence[float]) -> float:
+    """A typical cost. The mean would be too high, because the first costs include warming up, and now and then another
+    process takes the processor. A width that seems too expensive would never be measured again."""
     return sorted(costs)[len(costs) // 4]
 
 
-def _bin(log_prob: float) -> int:
+def _bin_index(log_prob: float) -> int:
     return min(_NUM_BINS - 1, int(-log_prob * _BINS_PER_OCTAVE / math.log(2)))
 
 

@@ -15,7 +15,7 @@ DEFAULT_NUM_ASSISTANT_TOKENS = 59
 DEFAULT_TREE_DEPTH = 5
 DEFAULT_TREE_TOP_K = 10
 
-# `num_assistant_tokens="auto"`, and the bounds that it sets.
+# `num_assistant_tokens="auto"`, and the bounds that it implies.
 AUTO = "auto"
 AUTO_NUM_ASSISTANT_TOKENS = 64
 AUTO_TREE_DEPTH = 40
@@ -23,14 +23,14 @@ AUTO_TREE_DEPTH = 40
 
 @dataclass(frozen=True)
 class TreeSettings:
-    """How large the candidate tree may grow.
+    """Bounds of the size of a candidate tree.
 
     Args:
         num_nodes (`int`): nodes of the tree, the root included. 1 means no drafting at all.
         depth (`int`): expansions after the first; nodes reach at most `depth + 1` levels below the root.
         top_k (`int`): candidates per expanded node, and nodes expanded per level. 1 makes the tree a chain.
-        is_auto (`bool`): whether these are bounds, within which each tree gets the size that pays.
-        suffix_nodes (`int`): nodes that are added where the text goes on as it did before. 0: none.
+        is_auto (`bool`): whether each tree gets the most profitable size within these bounds.
+        suffix_nodes (`int`): nodes that are added when the text repeats itself. 0: none.
     """
 
     num_nodes: int = DEFAULT_NUM_ASSISTANT_TOKENS
@@ -53,11 +53,11 @@ class TreeSettings:
 
     @classmethod
     def from_generation_config(cls, generation_config: GenerationConfig) -> TreeSettings:
-        """Reads `num_assistant_tokens` (which may be `"auto"`), `tree_depth`, `tree_top_k` and `suffix_nodes` of a
+        """Reads `num_assistant_tokens` (which may be `"auto"`), `tree_depth`, `tree_top_k` and `suffix_nodes` from a
         draft's generation config.
 
         Raises:
-            MSDError: when one of them is not an integer in its range.
+            MSDError: when a setting is not an integer in its range.
         """
 
         def read(name: str, default: int) -> int:
@@ -80,11 +80,10 @@ class TreeSettings:
         return self.depth * self.top_k
 
     def limited_to(self, tokens_left: int | None) -> TreeSettings:
-        """The same settings for a tree of which every node may be emitted: near the length limit deeper ones could
-        not."""
+        """The same settings, without levels that are too deep to be emitted before the length limit."""
         if tokens_left is None:
             return self
-        num_levels = tokens_left - 1  # the bonus token is the last one
+        num_levels = tokens_left - 1  # the last token is the bonus token
         if num_levels <= 0:
             return replace(self, num_nodes=1, depth=0, suffix_nodes=0)
         depth = min(self.depth, num_levels - 1)

@@ -1,4 +1,4 @@
-"""Text that goes on as it did before: a suffix match in the tokens so far adds a branch to the candidate tree."""
+"""Repeated text: if the last tokens have occurred before, the tokens after them are added to the tree as a branch."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ import torch
 from .candidate import CandidateTree
 
 
-NGRAM = 3  # tokens that must have come before, in this order
-_VISUAL = -1
+NGRAM = 3  # number of last tokens that must have occurred before
+_VISUAL = -1  # stands for a visual position
 
 
 class SuffixIndex:
     """
-    One sequence, and where its last tokens came before. Costs O(1) per token.
+    Finds where the last tokens of a sequence have occurred before. Costs O(1) per token.
 
     Args:
-        tokens (`Iterable[int]`): how it begins; negative ones are never proposed.
+        tokens (`Iterable[int]`): the first tokens of the sequence. Negative ones are never proposed.
         ngram (`int`): how many tokens must match.
     """
 
     def __init__(self, tokens: Iterable[int] = (), ngram: int = NGRAM):
         self.tokens: list[int] = []
         self.ngram = ngram
-        self._places: dict[tuple[int, ...], int] = {}  # an n-gram -> the place behind its latest occurrence
-        self._match: int | None = None  # the place behind the earlier occurrence that the last token goes on
+        self._next: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token after its latest occurrence
+        self._match: int | None = None  # index of the token after the earlier occurrence of the last tokens
         self.extend(tokens)
 
     def extend(self, tokens: Iterable[int]) -> None:
         """Appends tokens."""
         for token in tokens:
-            # A match is followed as long as it holds: it is longer than any that begins now.
+            # A match is followed while it holds, because it is longer than a match that begins with this token.
             holds = self._match is not None and self.tokens[self._match] == token
             self.tokens.append(token)
             key = tuple(self.tokens[-self.ngram :])
-            self._match = self._match + 1 if holds else self._places.get(key)  # type: ignore[operator]
-            self._places[key] = len(self.tokens)
+            self._match = self._match + 1 if holds else self._next.get(key)  # type: ignore[operator]
+            self._next[key] = len(self.tokens)
 
     def continuation(self, length: int) -> list[int]:
-        """What came after the match, `length` tokens or fewer: up to an image, none without a match. A match that
-        reaches the end of the sequence goes on with itself."""
+        """The tokens after the match, at most `length`. They end before an image. When they reach the end of the
+        sequence, they repeat from the match on. Empty without a match."""
         if self._match is None:
             return []
         period = len(self.tokens) - self._match
@@ -51,11 +51,12 @@ class SuffixIndex:
 
 class SuffixBranches:
     """
-    Adds branches to the trees of a batch. They follow from what was emitted alone, so trees stay independent of the
-    random draws of their verification.
+    Adds branches to the trees of a batch. A branch depends only on prompt and emitted tokens, so the trees stay
+    independent of the random draws of their verification.
 
     Args:
-        prompts (`torch.LongTensor` of shape `[B, L]`): the prompts. What a filled cache holds besides is not searched.
+        prompts (`torch.LongTensor` of shape `[B, L]`): the prompts. Tokens that only a filled cache holds are not
+            searched.
         visual_mask (`torch.BoolTensor` of shape `[B, L]`): true at visual positions, which are not proposed.
     """
 
@@ -68,13 +69,13 @@ class SuffixBranches:
         Adds the branches.
 
         Args:
-            tree (`CandidateTree`): of the running rows.
-            num_nodes (`int`): nodes to add to each row. In a batch, rows without a match get inert ones.
-            emitted (`Mapping[int, Sequence[int]]`): the tokens that each running row has emitted so far, by its number
-                in the batch, in the order of the tree's rows.
+            tree (`CandidateTree`): the trees of the running rows.
+            num_nodes (`int`): nodes to add to each tree. In a batch, rows without a match get nodes with token 0.
+            emitted (`Mapping[int, Sequence[int]]`): row of the batch -> its emitted tokens, for each running row, in
+                the order of the trees.
 
         Returns:
-            The larger tree, or the same one if no row repeats itself.
+            The larger trees, or the given ones if no row has a match.
         """
         if num_nodes == 0:
             return tree
@@ -84,7 +85,8 @@ class SuffixBranches:
         rows = [self._continuation(row, tokens, length) for row, tokens in emitted.items()]
         if not any(rows):
             return tree
-        # Behind the end any token will do: a path goes down nodes that carry it, so siblings differ.
+        # Padded with token 0. Any token would do: `with_branch` reuses a node that has it already, so siblings stay
+        # different.
         chains = [[*tokens, *[0] * (length - len(tokens))] for tokens in rows]
         return tree.with_branch(torch.tensor(chains, device=tree.tokens.device), num_nodes)
 
