@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 # Sizes of trees, in nodes, that are drafted to measure their costs.
 SIZES = (1, 4, 8, 16, 32, 64, 128)
-# Each size is measured twice, because the first measurement includes warming up; at most one round in three measures.
+# Each size is measured twice, because the first measurement includes warming up, in at most one round of three.
 _TRIALS_PER_SIZE, _ROUNDS_PER_TRIAL = 2, 3
-# Larger trees are not measured before rounds with drafting emit more than one token.
+# Larger trees are not measured before rounds with drafting emit more than one token on average.
 _LARGEST_UNPROVEN_SIZE = 16
 # Assumed cost of one more node, as a share of the mean cost; and the weight of this assumption, in squared nodes.
 _PRIOR_SLOPE, _SLOPE_WEIGHT = 0.01, 64.0
@@ -110,11 +110,11 @@ class Experience:
 
     def __init__(self, max_nodes: int):
         self.sizes = [size for size in SIZES if size < max_nodes] + [max_nodes]
-        # By range of context lengths; all without the cost of drafting.
+        # By range of context lengths. The costs exclude drafting.
         self._costs: dict[int, _Line] = {}  # rounds with several nodes
         self._plain_costs: dict[int, _Mean] = {}  # rounds with one node
-        self._num_trials: dict[int, dict[int, int]] = {}  # for each size of a tree
-        self._range = 0
+        self._num_trials: dict[int, dict[int, int]] = {}  # size of a tree -> number of measurements
+        self._range = 0  # of the current context length
         self._num_rounds = 0
         # By width of a level.
         self._level_costs: dict[int, deque[float]] = {}
@@ -125,7 +125,7 @@ class Experience:
         # Nodes in each bin. The best node of each level is counted apart from the others.
         self._accepted = {is_best: [0.0] * _NUM_BINS for is_best in (False, True)}
         self._seen = {is_best: [0.0] * _NUM_BINS for is_best in (False, True)}
-        self._steps = _Mean()
+        self._steps = _Mean()  # see `step`
         self._pause = _PAUSE
         self._pause_left = 0
         self._rounds_to_judge = _ROUNDS_TO_JUDGE
@@ -155,8 +155,8 @@ class Experience:
         return size
 
     def seconds_up_to(self, num_nodes: int) -> list[float]:
-        """Costs of rounds with 1, 2, ..., `num_nodes` nodes, without drafting. Before the first measurement, only their
-        ratios are meaningful."""
+        """Costs of rounds with 1, 2, ..., `num_nodes` nodes, without drafting. Before the first measurement only
+        their ratios are meaningful."""
         line, plain = self._costs.get(self._range), self._plain_costs.get(self._range)
         costs = (
             [1.0 + _PRIOR_SLOPE * nodes for nodes in range(1, num_nodes + 1)]
@@ -170,8 +170,8 @@ class Experience:
         return costs
 
     def acceptance(self, log_prob: float, is_best: bool) -> float:
-        """The probability that a node is accepted, given its cumulative log-probability and whether it is the best node
-        of its level."""
+        """The probability that a node is accepted, given its cumulative log-probability and whether it is the best
+        node of its level."""
         if not log_prob > _LEAST_LOG_PROB:  # true for NaN too
             return 0.0
         index = _bin_index(log_prob)
