@@ -1,8 +1,8 @@
-"""Attention of few queries to long buffers, computed for several parts of the buffers at a time.
+"""Attention of few queries to long buffers, computed for several parts of the buffers in parallel.
 
-A kernel that gives each head to one processor leaves most of a GPU idle where the queries are a tree and the keys a
-whole context. Parts of the keys are attended to side by side here, as in flash decoding, and joined by their
-log-sum-exps.
+A kernel that gives each head to one processor leaves most of a GPU idle when the queries are a tree and the keys a
+whole context. Here, as in flash decoding, the queries attend to several parts of the keys in parallel, and the results
+are joined by their log-sum-exps.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from transformers.masking_utils import sdpa_mask
 
 
 SPLIT_SDPA = "msd_split_sdpa"
-LIVE_SLOTS = "msd_live_slots"  # argument of decoders that hand on what they do not know to their attention
+LIVE_SLOTS = "msd_live_slots"  # keyword argument of a decoder that passes unknown arguments on to its attention
 
-NUM_PROGRAMS = 128  # of heads, parts and blocks of queries, at most: as many as large GPUs have processors
+# Largest number of programs: heads x parts x blocks of queries. Large GPUs have about as many processors.
+NUM_PROGRAMS = 128
 _MIN_SLOTS = 128  # of a part
-_DEVICE = "cuda"  # that the kernels are for
+_DEVICE = "cuda"  # device type that the kernels run on
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # not with all builds of PyTorch
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # some builds of PyTorch come without it
 
 
 def split_attention(
@@ -36,18 +37,18 @@ def split_attention(
     live_slots: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Attends as `scaled_dot_product_attention` does; on a GPU to several parts of the slots at a time, and only to those
-    between the first and the last that some query sees.
+    Computes `scaled_dot_product_attention`. On a GPU it reads several parts of the slots in parallel, and skips the
+    slots before the first and after the last that some query sees.
 
     Args:
         queries (`torch.Tensor` of shape `[B, H, T, D]`).
         keys, values (`torch.Tensor` of shape `[B, Hk, S, D]`): Hk divides H; H / Hk successive heads of queries
-            share one of keys. What hidden slots hold is finite.
-        mask (`torch.Tensor` of shape `[B, 1, T, S]`, *optional*): additive, of the dtype of the queries. Hides a slot
-            with the lowest number of the dtype. Each query sees some slot.
-        scale (`float`, *optional*): of the scores; by default `D ** -0.5`.
-        live_slots (`torch.IntTensor` of shape `[2]`, *optional*): what `find_live_slots` gives for the mask, or a
-            wider range. Layers with the same mask need not find it each.
+            share one head of keys. Hidden slots must hold finite values.
+        mask (`torch.Tensor` of shape `[B, 1, T, S]`, *optional*): additive mask, in the dtype of the queries. The
+            lowest number of the dtype hides a slot. Each query must see at least one slot.
+        scale (`float`, *optional*): scale of the scores; by default `D ** -0.5`.
+        live_slots (`torch.IntTensor` of shape `[2]`, *optional*): the result of `find_live_slots` for the mask, or a
+            wider range. Given to save its computation in each of several layers with the same mask.
 
     Returns:
         `torch.Tensor` of shape `[B, H, T, D]`.
@@ -64,7 +65,7 @@ def split_attention(
 
 
 def _num_parts(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> int:
-    """How many parts to make of the slots; 1 also where the kernels cannot do it."""
+    """The number of parts to split the slots into; 1 also if the kernels do not support the arguments."""
     batch_size, num_heads, num_queries, head_dim = queries.shape
     num_kv_heads, num_slots = keys.shape[1], keys.shape[2]
     if (
@@ -72,7 +73,7 @@ def _num_parts(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
         or queries.device.type != _DEVICE
         or batch_size != 1
         or head_dim < 16
-        or head_dim & (head_dim - 1) != 0  # no power of two
+        or head_dim & (head_dim - 1) != 0  # not a power of two
         or keys.shape != values.shape
         or mask.shape != (1, 1, num_queries, num_slots)
         or not mask.is_floating_point()
@@ -95,7 +96,7 @@ def _num_parts(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
 
 
 def find_live_slots(mask: torch.Tensor) -> torch.Tensor:
-    """Of a mask `[B, 1, T, S]`, the first slot that a query sees and the one behind the last: int32, `[2]`."""
+    """The first slot that some query sees (mask `[B, 1, T, S]`), and the slot after the last one: int32, `[2]`."""
     num_slots = mask.shape[3]
     is_live = (mask > torch.finfo(mask.dtype).min).flatten(0, 2).any(0)
     slots = torch.arange(num_slots, dtype=torch.int32, device=mask.device)
@@ -114,7 +115,7 @@ def _forward(
     msd_live_slots: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers."""
+    """An attention function with the signature that transformers expects."""
     if (
         attention_mask is None
         or attention_mask.shape[1:] != (1, query.shape[2], key.shape[2])
@@ -134,8 +135,8 @@ def grouped_sdpa(
     mask: torch.Tensor | None,
     scale: float | None,
 ) -> torch.Tensor:
-    """`scaled_dot_product_attention` of the same arguments as `split_attention`. The queries of a group stand behind
-    each other, so that keys need not be repeated for them."""
+    """`scaled_dot_product_attention` with the arguments of `split_attention`. Heads of queries that share a head of
+    keys are treated as one head with more queries, so that the keys need not be repeated."""
     batch_size, num_heads, _, head_dim = queries.shape
     num_kv_heads = keys.shape[1]
     grouped = queries

@@ -1,6 +1,6 @@
-"""Triton kernels of flash decoding: programs attend to a part of the slots each, and a second kernel joins the parts.
+"""Triton kernels of flash decoding: one attends to parts of the slots in parallel, the other joins the parts.
 
-Of its own because Triton is not there with all builds of PyTorch.
+They have a module of their own because some builds of PyTorch come without Triton.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 
 
-BLOCK_SLOTS = 64  # that a program reads at a time
-BLOCK_ROWS = 64  # of queries, at most: fewer make the processors multiply what is thrown away
-BLOCK_BYTES = 2**14  # of keys, values or queries, at most; the blocks of large or wide heads are shorter
+BLOCK_SLOTS = 64  # slots that a program reads at a time
+BLOCK_ROWS = 64  # most rows of queries in a program; empty rows of a block cost as much as full ones
+BLOCK_BYTES = 2**14  # most bytes of a block of keys, values or queries; heads with longer rows get shorter blocks
 NUM_WARPS = 4
-# Of the loads of keys and values. Small GPUs have a processor's memory for two, of 100 kB.
+# Stages of the pipelined loads of keys and values. Processors of small GPUs (100 kB of memory) have room for two.
 NUM_STAGES = min(
     (
         3 if getattr(torch.cuda.get_device_properties(number), "shared_memory_per_block_optin", 0) > 2**17 else 2
@@ -22,22 +22,22 @@ NUM_STAGES = min(
     ),
     default=2,
 )
-PARTS_IN_FLOAT32 = False  # else in the dtype of the queries, half of the traffic between the kernels
-# Of others than Nvidia nothing is known; and without the tensor cores that Triton knows, its products are slow.
+PARTS_IN_FLOAT32 = False  # otherwise in the dtype of the queries, which halves the traffic between the kernels
+# Not tried on GPUs of other makers than Nvidia. Before capability 8.0 Triton uses no tensor cores and is slow.
 IS_SUPPORTED = torch.version.hip is None and all(
     torch.cuda.get_device_capability(number) >= (8, 0) for number in range(torch.cuda.device_count())
 )
-MAX_PARTS = 64  # which a program joins at once
-_MIN_BLOCK = 16  # of matrix products
-_JOINED_PER_WARP = 2048  # numbers: 64 registers of each thread
+MAX_PARTS = 64  # a program joins all parts at once
+_MIN_BLOCK = 16  # smallest side of a matrix product
+_JOINED_PER_WARP = 2048  # elements: 64 registers of each thread
 
-_LOG2_E = tl.constexpr(1.4426950408889634)  # exponentials of two are what the hardware has
-# Hides a slot as well as the lowest number does, which overflows when it is scaled.
+_LOG2_E = tl.constexpr(1.4426950408889634)  # the hardware computes exponentials to base 2
+# Score of a hidden slot. The lowest number of the dtype would overflow when it is scaled.
 _HIDDEN = tl.constexpr(-1e30)
 
 
 def block_rows(num_rows: int, row_bytes: int) -> int:
-    """How many rows of queries, of so many bytes, a program takes; 0 if the kernels take no such rows."""
+    """How many rows of queries a program takes, given the bytes of a row; 0 if the kernels support no such rows."""
     most = min(BLOCK_ROWS, BLOCK_BYTES // row_bytes)
     return 0 if most < _MIN_BLOCK else min(most, max(_MIN_BLOCK, 1 << (num_rows - 1).bit_length()))
 
@@ -52,20 +52,22 @@ def attend_in_parts(
     num_parts: int,
 ) -> torch.Tensor:
     """
+    Attends to the parts of the slots in parallel, and joins the results.
+
     Args:
         queries (`torch.Tensor` of shape `[1, H, T, D]`): float16, bfloat16 or float32; D a power of two, at least 16.
-        keys, values (`torch.Tensor` of shape `[1, Hk, S, D]`): of the same dtype. Hk divides H.
-        mask (`torch.Tensor` of shape `[1, 1, T, S]`): additive.
-        bounds (`torch.IntTensor` of shape `[2]`): the first slot that a query sees, and the one behind the last.
-        scale (`float`): of the scores.
-        num_parts (`int`): of the slots, at most `MAX_PARTS`.
+        keys, values (`torch.Tensor` of shape `[1, Hk, S, D]`): in the dtype of the queries. Hk divides H.
+        mask (`torch.Tensor` of shape `[1, 1, T, S]`): additive mask.
+        bounds (`torch.IntTensor` of shape `[2]`): the first slot that a query sees, and the slot after the last one.
+        scale (`float`): scale of the scores.
+        num_parts (`int`): number of parts of the slots, at most `MAX_PARTS`.
 
     Returns:
-        `torch.Tensor` of shape `[1, H, T, D]`, in memory `[T, H, D]` as the output projection reads it.
+        `torch.Tensor` of shape `[1, H, T, D]`. It lies in memory as `[T, H, D]`, as the output projection reads it.
     """
     _, num_heads, num_queries, head_dim = queries.shape
     num_kv_heads, num_slots = keys.shape[1], keys.shape[2]
-    num_rows = num_heads // num_kv_heads * num_queries  # that share a head of keys
+    num_rows = num_heads // num_kv_heads * num_queries  # rows of queries that share a head of keys
     row_bytes = head_dim * queries.element_size()
     rows = block_rows(num_rows, row_bytes)
     slots = min(BLOCK_SLOTS, BLOCK_BYTES // row_bytes)
@@ -101,7 +103,7 @@ def attend_in_parts(
         BLOCK_SLOTS=slots,
         IS_EVEN=num_slots % slots == 0,
         PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
-        num_warps=NUM_WARPS * (2 if queries.dtype == torch.float32 else 1),  # whose products are made in registers
+        num_warps=NUM_WARPS * (2 if queries.dtype == torch.float32 else 1),  # float32 products are made in registers
         num_stages=NUM_STAGES,
     )
     block_parts = 1 << (num_parts - 1).bit_length()
@@ -142,21 +144,21 @@ def _attend_to_part(
     value_dim_stride,
     mask_query_stride,
     mask_slot_stride,
-    SCALE: tl.constexpr,  # as an argument, compiled code makes it float64, and with it all that is computed
+    SCALE: tl.constexpr,  # as a plain argument, compiled code would make it and all results float64
     HEAD_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
     IS_EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program for each head of keys, part of its slots and block of its rows: what the rows attend to in the part
-    (0 where there is no slot for it), and the logarithm, to base two, of their sum of exponentials (`-inf` there)."""
+    """Runs one program for each head of keys, part of the slots and block of rows. It stores the attention output of
+    the rows for the part, and the base-2 logarithm of their sums of exponentials; 0 and `-inf` for an empty part."""
     kv_head = tl.program_id(0)
     part = tl.program_id(1)
     num_parts = tl.num_programs(1)
     row = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     is_row = row < num_rows
-    row = tl.minimum(row, num_rows - 1)  # the others repeat the last one, for no load needs a condition then
+    row = tl.minimum(row, num_rows - 1)  # rows behind the end repeat the last one, so loads need no condition
     head = kv_head * (num_rows // num_queries) + row // num_queries
     query = row % num_queries
     dims = tl.arange(0, HEAD_DIM)
@@ -169,20 +171,21 @@ def _attend_to_part(
     value_offsets = (offsets * value_slot_stride)[:, None] + (dims * value_dim_stride)[None, :]
     mask_offsets = (query * mask_query_stride)[:, None] + (offsets * mask_slot_stride)[None, :]
 
-    # Whole blocks, as evenly as they go. The mask hides what is before and behind the bounds in the outer ones.
+    # A part consists of whole blocks, and parts differ by at most one block. In the first and the last block the mask
+    # hides the slots outside the bounds.
     first_block = tl.load(bounds) // BLOCK_SLOTS
     num_blocks = tl.cdiv(tl.load(bounds + 1), BLOCK_SLOTS) - first_block
     begin = first_block + num_blocks * part // num_parts
     end = first_block + num_blocks * (part + 1) // num_parts
 
-    # Of long buffers, offsets may be beyond 32 bits.
+    # Offsets into long buffers may exceed 32 bits.
     start = begin.to(tl.int64) * BLOCK_SLOTS
     keys += kv_head.to(tl.int64) * key_head_stride + start * key_slot_stride
     values += kv_head.to(tl.int64) * value_head_stride + start * value_slot_stride
     mask += start * mask_slot_stride
 
-    # Where a row sees no slot of a block, all scores are about as low as `_HIDDEN`: their weights are numbers, and
-    # vanish beside those of any slot that it sees, here or in another part.
+    # If a row sees no slot of a block, its scores are close to `_HIDDEN`. Their weights are finite, and vanish beside
+    # the weight of any slot that the row sees in another block or part.
     highest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     attended = tl.zeros([BLOCK_ROWS, HEAD_DIM], tl.float32)
@@ -228,7 +231,8 @@ def _join_parts(
     HEAD_DIM: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """One program for each head of each query: the parts `[P, H, T, D]` weighted with their sums of exponentials."""
+    """Runs one program for each head and query. It averages the parts `[P, H, T, D]`, weighted with their sums of
+    exponentials."""
     row = tl.program_id(0)
     part = tl.arange(0, BLOCK_PARTS)
     dims = tl.arange(0, HEAD_DIM)
@@ -236,7 +240,7 @@ def _join_parts(
     is_part = part < num_parts
     log_shares = tl.load(log_sum_exps + places, is_part, float("-inf"))
     blocks = tl.load(parts + places[:, None] * HEAD_DIM + dims[None, :], is_part[:, None], 0.0)
-    # Without any slot there is no part to weight: 0 is attended then.
+    # If no part has a slot, the result is 0.
     shares = tl.exp2(log_shares - tl.maximum(tl.max(log_shares, 0), _HIDDEN * 2))
     total = tl.sum(shares, 0)
     joined = tl.sum(blocks.to(tl.float32) * shares[:, None], 0) / tl.where(total == 0.0, 1.0, total)
