@@ -18,7 +18,7 @@ from ..errors import MSDCheckpointError
 from .configuration_msd import MSDDraftConfig
 
 
-# Of each original `model_type`: the decoder kind, whether q/k/v have biases and whether the first layer has its norm.
+# For each original `model_type`: the decoder's type, whether q/k/v have biases, whether the first layer has its norm.
 _ORIGINAL_KINDS: dict[str, dict[str, Any]] = {
     "llava": {"target_text_model_type": "llama", "attention_bias": False, "input_layernorm": False},
     "qwen2_vl": {"target_text_model_type": "qwen2_vl_text", "attention_bias": True, "input_layernorm": True},
@@ -44,7 +44,7 @@ MAX_LAYERS = 4  # the published drafts have one layer; a target has dozens
 _REQUIRED_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
 
 
-# Arguments of `from_pretrained` that say where a file is.
+# Arguments of `from_pretrained` that locate a file.
 _LOCATION_ARGUMENTS = (
     "cache_dir",
     "force_download",
@@ -62,13 +62,13 @@ def read_original_config(name_or_path: str | Path, **kwargs: Any) -> MSDDraftCon
 
     Args:
         name_or_path (`str` or `Path`): folder, or repository id.
-        kwargs: arguments of `from_pretrained`, of which those that say where files are count.
+        kwargs: arguments of `from_pretrained`. Only arguments that locate a file are used.
 
     Returns:
-        The configuration, or `None` if the checkpoint is one of this package's and needs no translation.
+        The configuration, or `None` if the checkpoint has the format of this package and needs no translation.
 
     Raises:
-        MSDCheckpointError: when what is there is not a draft.
+        MSDCheckpointError: when the checkpoint is not a draft.
         OSError: when there is no `config.json`.
     """
     location = {name: kwargs[name] for name in _LOCATION_ARGUMENTS if name in kwargs}
@@ -91,15 +91,15 @@ def config_from_original(original: Mapping[str, Any], source: str = "config.json
 
     Args:
         original (`Mapping`): the parsed `config.json`.
-        source (`str`): what to call it in an error.
+        source (`str`): name of the file in an error message.
 
     Raises:
-        MSDCheckpointError: when it is not an original draft's, or a field that is needed is missing.
+        MSDCheckpointError: when the file does not describe an original draft, or lacks a required field.
     """
     model_type = original.get("model_type")
     if model_type not in _ORIGINAL_KINDS:
         raise MSDCheckpointError(f"{source!r}: model_type {model_type!r} is none of {sorted(_ORIGINAL_KINDS)}.")
-    # A whole LLaVA or Qwen2-VL has the same model_type; only a draft's decoder fields stand at the top level.
+    # A whole LLaVA or Qwen2-VL has the same model_type, but its config.json has no decoder fields at the top level.
     missing = [name for name in _REQUIRED_FIELDS if original.get(name) is None]
     if missing or original.get("num_hidden_layers", 1) > MAX_LAYERS:
         raise MSDCheckpointError(
@@ -123,14 +123,15 @@ def _rope_from_original(original: Mapping[str, Any]) -> dict[str, Any]:
     theta = original.get("rope_theta", 10000.0)
     scaling = original.get("rope_scaling")
     kind = scaling.get("rope_type", scaling.get("type")) if scaling else None
-    if not scaling or kind in (None, "default", "mrope"):  # M-RoPE rows are equal in the draft: plain 1-D positions
+    if not scaling or kind in (None, "default", "mrope"):  # the rows of M-RoPE are equal in the draft: 1-D positions
         return {"rope_type": "default", "rope_theta": theta}
     return {"rope_type": kind, "rope_theta": theta, **{k: v for k, v in scaling.items() if k != "type"}}
 
 
 def check_loading_info(name_or_path: str | Path, loading_info: Mapping[str, Any]) -> None:
     """
-    Turns the warnings of `from_pretrained` into an error: a draft with a wrong weight only shows as being slow.
+    Turns the warnings of `from_pretrained` into an error, because a wrong weight is hard to notice: it only makes the
+    draft slow.
 
     Raises:
         MSDCheckpointError: names every key that is missing, unexpected or of the wrong shape.

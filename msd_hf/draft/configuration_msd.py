@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import MSDError
 
 
-# Rotary settings that only exist for multi-dimensional positions; a draft counts positions in one dimension.
+# Rotary settings for multi-dimensional positions. The positions of a draft have one dimension.
 _MULTIMODAL_ROPE_KEYS = ("mrope_section", "mrope_interleaved")
 
 
@@ -22,33 +22,36 @@ class MSDDraftConfig(PreTrainedConfig):
 
     Args:
         vocab_size (`int`, defaults to 32000):
-            Vocabulary the draft was trained with. For information: embedding and head are the target's.
+            Vocabulary size of the target with which the draft was trained. For information only: the draft uses the
+            target's embedding and head.
         hidden_size (`int`, defaults to 4096):
-            Width of the draft, which is the width of the target's decoder.
+            Width of the draft. It equals the width of the target's decoder.
         intermediate_size (`int`, defaults to 11008):
             Width of the MLP.
         num_hidden_layers (`int`, defaults to 1):
-            Decoder layers.
+            Number of decoder layers.
         num_attention_heads, num_key_value_heads, head_dim (`int`):
-            Attention heads, as in `LlamaConfig`.
+            Number and width of the attention heads, as in `LlamaConfig`.
         hidden_act, max_position_embeddings, initializer_range, rms_norm_eps, attention_dropout, mlp_bias:
             As in `LlamaConfig`.
         rope_parameters (`dict`, *optional*):
-            As in `LlamaConfig`. Positions are one-dimensional, also for targets with M-RoPE.
+            As in `LlamaConfig`. Positions have one dimension, also for targets with M-RoPE.
         attention_bias (`bool`, defaults to `False`):
-            Biases on the query, key and value projections, as in Qwen2. The output projection has none.
+            Whether the query, key and value projections have biases, as in Qwen2. The output projection has none.
         input_layernorm (`bool`, defaults to `False`):
-            Whether the first layer normalises its input. The published LLaVA drafts do not, those for Qwen2-VL do.
+            Whether the first layer normalises its input. The published drafts for LLaVA do not, the ones for
+            Qwen2-VL do.
         decouple_visual_tokens (`bool`, defaults to `True`):
-            Feed visual positions as they are, without `fc` and target hidden state. `False` is plain EAGLE.
+            Whether visual positions are fed unchanged, without `fc` and the target's hidden state. `False` gives plain
+            EAGLE.
         target_layers (`list[int]`, *optional*):
             Decoder layers of the target, counted from 0, whose outputs the draft reads besides the last hidden state.
-            Where the draft's own output stands in for the target's, it does without. The paper has none.
+            They are left out where the draft's own output stands in for the target's. The paper uses none.
         draft_vocab_size (`int`, *optional*):
-            Size of the draft's own vocabulary, among which it looks for candidates; see
-            [`~MSDDraftModel.set_draft_vocab`]. `None`: all of the target's.
+            Size of the draft's own vocabulary, from which it chooses candidates; see
+            [`~MSDDraftModel.set_draft_vocab`]. `None`: the target's whole vocabulary.
         target_model_type (`str`, *optional*):
-            `model_type` of the target that the draft belongs to. `None`: not known, and not checked.
+            `model_type` of the target that the draft belongs to. `None`: unknown and not checked.
         target_text_model_type (`str`, *optional*):
             `model_type` of the target's decoder.
 
@@ -110,14 +113,14 @@ class MSDDraftConfig(PreTrainedConfig):
     @classmethod
     def from_target(cls, target: PreTrainedModel | PreTrainedConfig, **overrides: Any) -> MSDDraftConfig:
         """
-        The configuration of a draft of the right shape for a target.
+        The configuration of a draft that fits a target.
 
         Args:
             target (`PreTrainedModel` or `PreTrainedConfig`): the target, or its configuration.
-            overrides: fields of the draft's configuration that shall differ from the target's decoder.
+            overrides: fields of the draft's configuration that differ from the target's decoder.
 
         Raises:
-            MSDError: when the target's configuration has no decoder of the usual kind.
+            MSDError: when the configuration of the target's decoder lacks a required field.
         """
         config = target.config if isinstance(target, PreTrainedModel) else target
         text_config = config.get_text_config(decoder=True)
@@ -128,7 +131,7 @@ class MSDDraftConfig(PreTrainedConfig):
                 f"Cannot derive a draft from a `{type(config).__name__}`: its decoder configuration "
                 f"(`{type(text_config).__name__}`) has no {', '.join(missing)}."
             )
-        # The layer kinds of the published drafts: Qwen2 layers as they are, LLaMA layers without the first norm.
+        # As in the published drafts: Qwen2 layers unchanged, LLaMA layers without the first norm.
         is_qwen2_kind = text_config.model_type.startswith("qwen2")
         fields: dict[str, Any] = {
             "attention_bias": is_qwen2_kind,
@@ -141,21 +144,21 @@ class MSDDraftConfig(PreTrainedConfig):
         for name in (*required, *copied, "pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(text_config, name, None) is not None:
                 fields[name] = getattr(text_config, name)
-        # Gemma's name comes first: where a configuration has both, it is the one that counts.
+        # Gemma's name comes first: a configuration with both names uses this one.
         activations = (getattr(text_config, name, None) for name in ("hidden_activation", "hidden_act"))
         fields["hidden_act"] = next((name for name in activations if name), "silu")
         return cls(**{**fields, **overrides})
 
 
 def _one_dimensional_rope(text_config: PreTrainedConfig) -> dict[str, Any] | None:
-    """The target's rotary settings, scaling included, for a draft of one dimension and full attention."""
+    """The target's rotary settings with scaling, for a draft with one-dimensional positions and full attention."""
     rope = getattr(text_config, "rope_parameters", None)
     if not rope:
         return None
     if all(isinstance(value, dict) for value in rope.values()):  # one entry per layer type
         rope = rope.get("full_attention") or next(iter(rope.values()))
     rope = {key: value for key, value in rope.items() if key not in _MULTIMODAL_ROPE_KEYS}
-    # The draft's layers rotate whole heads: scalings that were made for a part of a head do not fit them.
+    # The draft's layers rotate whole heads, so a scaling that was made for a part of a head does not fit them.
     partial = rope.pop("partial_rotary_factor", None) or getattr(text_config, "partial_rotary_factor", None)
     if rope.get("rope_type") in (None, "mrope") or partial not in (None, 1.0):
         return {"rope_type": "default", "rope_theta": rope["rope_theta"]}

@@ -24,7 +24,7 @@ from .plain_forward import PlainForward, PlainLayer
 from .plain_modules import TensorFunction
 
 
-# Kinds of rotary embeddings whose frequencies depend on the length of the text: they have no table of positions.
+# Kinds of rotary embeddings whose frequencies depend on the length of the text, so that no table of them can be made.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
@@ -50,14 +50,14 @@ class MSDDraftPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["MSDDraftDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
-    # The original checkpoints carry a copy of the target's embedding; ours is the target's own.
+    # Original checkpoints contain a copy of the target's embedding. This draft uses the target's own embedding.
     _keys_to_ignore_on_load_unexpected = [r"^embed_tokens\.weight$"]
     _supports_sdpa = True
     _supports_attention_backend = True
 
     @classmethod
     def can_generate(cls) -> bool:
-        # The draft has a generation config, saved and loaded with it: it holds the settings of the candidate tree.
+        # So the draft gets a generation config, which is saved with it and holds the settings of the candidate tree.
         return True
 
     def adjust_generation_fn(
@@ -74,12 +74,12 @@ class MSDDraftPreTrainedModel(PreTrainedModel):
 
 class MSDDraftModel(MSDDraftPreTrainedModel):
     """
-    A draft for multimodal speculative decoding, given to `generate` of its target as `assistant_model`.
+    A draft for multimodal speculative decoding, passed to the target's `generate` as `assistant_model`.
 
-    It owns `fc` and `layers` only. The token embedding and the language-model head are the target's, used by
-    reference, never copied or saved here. Settings of the candidate tree are in `generation_config`:
-    `num_assistant_tokens` (nodes of the tree with the root, 59), `tree_depth` (5), `tree_top_k` (10),
-    `suffix_nodes` (added where the text goes on as it did before, 0).
+    It owns `fc`, `layers` and, with `target_layers`, `feature_proj`. The token embedding and the language-model head
+    are the target's, and are not saved with the draft. `generation_config` holds the settings of the candidate tree:
+    `num_assistant_tokens` (nodes of the tree with the root, 59), `tree_depth` (5), `tree_top_k` (10), `suffix_nodes`
+    (nodes that are added when the text repeats itself, 0).
 
     Example:
 
@@ -103,14 +103,15 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         self.draft_vocab: torch.Tensor | None
         size = config.draft_vocab_size
         self.register_buffer("draft_vocab", None if size is None else torch.arange(size))
+        # A reference to a head's weight, its version, and the rows taken from the head.
         self._head_rows: tuple[Any, int, tuple[torch.Tensor, torch.Tensor | None]] | None = None
         self.gradient_checkpointing = False
         self.generation_config = _default_settings()
         self.post_init()
         if self.feature_proj is not None:
-            nn.init.zeros_(self.feature_proj.weight)  # starts as a draft that reads the last hidden state alone
+            nn.init.zeros_(self.feature_proj.weight)  # a new draft starts with the last hidden state alone
 
-    # `PreTrainedModel` looks for an embedding and a head of the model's own; the draft has neither.
+    # `PreTrainedModel` expects an embedding and a head in the model. The draft has neither.
     def get_input_embeddings(self):
         return None
 
@@ -122,13 +123,13 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         cls, target: PreTrainedModel, init_from_last_layer: bool = False, **overrides: Any
     ) -> MSDDraftModel:
         """
-        A draft with fresh weights, of the shape, dtype and device of a target.
+        A draft with new weights that fits a target, with the same dtype and device.
 
         Args:
             target (`PreTrainedModel`): the target.
             init_from_last_layer (`bool`, defaults to `False`): the draft's first layer starts as a copy of the
                 target's last one, and `fc` passes the embedding on.
-            overrides: fields of [`MSDDraftConfig`] that shall differ from the target's decoder.
+            overrides: fields of [`MSDDraftConfig`] that differ from the target's decoder.
 
         Raises:
             MSDError: when the target's last layer does not fit the draft's.
@@ -144,15 +145,16 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
 
     def set_draft_vocab(self, tokens: Sequence[int] | torch.Tensor | None) -> None:
         """
-        Gives the draft a vocabulary of its own. Candidates come from these tokens alone, so drafting computes fewer
+        Gives the draft a vocabulary of its own. Candidates come only from these tokens, so drafting computes fewer
         rows of the target's head. The output does not change, because the target verifies with its whole head. The
         vocabulary is saved with the draft.
 
         Args:
-            tokens (`Sequence[int]`): token ids, best the most frequent ones; `None`: the target's whole vocabulary.
+            tokens (`Sequence[int]`): token ids, preferably the most frequent ones; `None`: the target's whole
+                vocabulary.
 
         Raises:
-            MSDError: when there is no id, or an id is repeated or negative.
+            MSDError: when `tokens` is empty, or an id is repeated or negative.
         """
         if tokens is None:
             self.config.draft_vocab_size, self.draft_vocab = None, None
@@ -165,11 +167,12 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
 
     def head_rows(self, head: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """
-        The rows of a target's head (weight `[V', H]`, and bias) that belong to the draft's own vocabulary. They are
-        copied once for a head, or not at all if they are its first rows.
+        The rows of a target's head for the draft's own vocabulary. They are copied once per head, or not at all if
+        they are its first rows.
 
         Returns:
-            `None` if rows of the head cannot be taken, because it is quantised, sharded or offloaded.
+            Weight `[V', H]`, and bias `[V']` if the head has one; `None` if no rows can be taken, because the head is
+            quantised, sharded or offloaded.
 
         Raises:
             MSDPairingError: when the head has too few rows.
@@ -190,7 +193,7 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         bias: Any = getattr(head, "bias", None)
         taken = weight.detach()[index]
         if taken.device.type == "cpu" and not isinstance(index, slice):
-            # A product of few rows reads the transposed layout faster: 8,000 rows of 1,024 took 6.1 ms instead of 8.4.
+            # Products with few states are faster in this layout: 6.1 ms instead of 8.4 for 8,000 rows of 1,024.
             taken = taken.t().contiguous().t()
         rows = (taken, None if bias is None else bias.detach()[index])
         self._head_rows = (weakref.ref(weight), weight._version, rows)
@@ -214,7 +217,7 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
             )
         self.layers[0].load_state_dict(source)
         for name in ("input_layernorm", "post_attention_layernorm"):
-            # Some norms multiply by 1 + weight; what comes out of ones is the factor.
+            # Some norms multiply by 1 + weight. Their output for an input of ones is the factor.
             ours, theirs = getattr(self.layers[0], name), getattr(layer, name)
             factor = theirs(torch.ones_like(theirs.weight))
             if not torch.allclose(factor, theirs.weight, atol=1e-3):
@@ -228,8 +231,8 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         arguments of `PreTrainedModel.from_pretrained`.
 
         Raises:
-            MSDCheckpointError: when a weight is missing, unexpected or of the wrong shape, or when the folder holds
-                some other kind of model.
+            MSDCheckpointError: when a weight is missing, unexpected or of the wrong shape, or when the checkpoint
+                is another kind of model.
         """
         is_original = False
         if not isinstance(config, PreTrainedConfig):
@@ -247,14 +250,14 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
             *model_args,
             config=config,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # to report them with the others, by name
+            ignore_mismatched_sizes=True,  # so that `check_loading_info` reports them with the others
             **kwargs,
         )
         if accept_other_shapes:
             loading_info = {**loading_info, "mismatched_keys": set()}
         check_loading_info(pretrained_model_name_or_path, loading_info)
         if is_original and kwargs.get("generation_config") is None:
-            # A `generation_config.json` that lies beside it is a copy of the target's.
+            # A `generation_config.json` in an original checkpoint is a copy of the target's.
             draft.generation_config = _default_settings()
         return (draft, loading_info) if return_loading_info else draft
 
@@ -265,12 +268,12 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
 
     @property
     def num_cache_layers(self) -> int:
-        """Layers that keep keys and values."""
+        """Number of layers that keep keys and values."""
         return len(self.layers)
 
     def read_target(self, states: torch.Tensor) -> torch.Tensor:
         """
-        Hidden states of the target as one input of the draft.
+        Combines the hidden states of the target into one input of the draft.
 
         Args:
             states (`torch.Tensor` of shape `[B, T, W]`): see [`TargetReads`].
@@ -294,17 +297,16 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         layer_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        The input of the first layer: `fc([embedding ; hidden state])` at text positions, the projected image embedding
-        as it is at visual positions (paper section 3.2).
+        The input of the first layer: `fc([embedding ; hidden state])` at text positions, and the embedding alone at
+        visual positions (paper section 3.2).
 
         Args:
             inputs_embeds (`torch.Tensor` of shape `[B, T, H]`): row j is the embedding at sequence position j + 1.
             hidden_states (`torch.Tensor` of shape `[B, T, H]`): row j is the last hidden state of the target at
-                position j, after the final norm; or the output of the draft in its place.
-            visual_mask (`torch.BoolTensor` of shape `[B, T]`, *optional*): true where row j is visual, that is where
-                position j + 1 is.
+                position j, after the final norm, or the draft's output in its place.
+            visual_mask (`torch.BoolTensor` of shape `[B, T]`, *optional*): true at row j if position j + 1 is visual.
             layer_states (`torch.Tensor` of shape `[B, T, K * H]`, *optional*): outputs of the K `target_layers` at
-                position j. Left out where the draft's own output stands in for the target's.
+                position j. Left out where the draft's output stands in for the target's.
 
         Returns:
             `torch.Tensor` of shape `[B, T, H]`.
@@ -322,7 +324,7 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
             self.config._attn_implementation == "sdpa"
             and self.rotary_emb.rope_type not in LENGTH_DEPENDENT_ROPE
             and all(type(layer) is MSDDraftDecoderLayer for layer in self.layers)
-            # With hooks of accelerate, weights are elsewhere.
+            # Hooks of accelerate keep weights elsewhere until a module is called.
             and not any(hasattr(module, "_hf_hook") for module in self.modules())
         )
 
@@ -354,7 +356,7 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
             inputs_embeds, hidden_states, visual_mask, layer_states: see [`~MSDDraftModel.fuse`].
             attention_mask (`torch.Tensor`, *optional*): `[B, S + T]` with 1 for slots that may be seen, or an additive
                 mask `[B, 1, T, S + T]` in the draft's dtype. Without one, attention is causal.
-            position_ids (`torch.LongTensor` of shape `[B, T]`, *optional*): default: the slots of the cache.
+            position_ids (`torch.LongTensor` of shape `[B, T]`, *optional*): default: the next slots of the cache.
             past_key_values (`Cache`, *optional*): keys and values of S earlier rows; extended in place.
             use_cache (`bool`, *optional*): make a cache when none is given.
 

@@ -1,4 +1,4 @@
-"""The candidates after a draft state: scores of the target's head, or of the rows for the draft's own vocabulary."""
+"""Scores candidates after a draft state, with the target's head or its rows for the draft's own vocabulary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ LARGEST_BLOCK = 512  # tokens, see `_blocked_top_k`
 
 class DraftHead:
     """
-    Scores candidates. The output of `generate` does not depend on it: the target verifies with its full head.
+    Scores candidates. The output of `generate` does not depend on the scores, as the target verifies with its full
+    head.
 
     Args:
         draft (`Draft`): with or without a `draft_vocab`.
@@ -30,25 +31,25 @@ class DraftHead:
         self.draft = draft
         self._device = draft.device
         self._rows = None if draft.draft_vocab is None else draft.head_rows(target.head_module)
-        self._tokens: torch.Tensor | None = None  # the target's ids of these rows
-        at_hand = function_at(target.head_module, draft) if target.logit_cap is None else None
-        self._head = at_hand or target.head
+        self._tokens: torch.Tensor | None = None  # [V']: the token id of each row
+        plain_head = function_at(target.head_module, draft) if target.logit_cap is None else None
+        self._head = plain_head or target.head
         weight = target.head_module.weight
         if self._rows is not None:
             assert draft.draft_vocab is not None
             weight = self._rows[0]
             self._tokens = draft.draft_vocab.to(weight.device)
-        # Logits that no other code can hold are overwritten: on a CPU, new memory takes time.
-        is_own = self._rows is not None or at_hand not in (None, target.head_module)
-        self._overwrites = is_own and weight.device.type == "cpu" and weight.dtype not in _HALF
+        # On a CPU new memory takes time, so logits are overwritten if no other code can hold them.
+        owns_logits = self._rows is not None or plain_head not in (None, target.head_module)
+        self._overwrites = owns_logits and weight.device.type == "cpu" and weight.dtype not in _HALF
         self._scores: TensorFunction = self.logits
         is_plain = self._rows is not None and self._rows[1] is None and target.logit_cap is None
         if is_plain and self._overwrites and weight.device == self._device and weight.dtype == draft.dtype:
             self._scores = _ProductInPlace(weight)
-        self._is_here = weight.device == self._device
+        self._is_on_device = weight.device == self._device
 
     def keep_address(self) -> None:
-        """For compiled code: lets CUDA graphs read weights, or the rows for the draft's own vocabulary, in place."""
+        """Prepares for compiled code, whose CUDA graphs read the head, or rows taken from it, at a fixed address."""
         self._head = self.target.head
         self._overwrites = False
         for part in self._rows or ():
@@ -75,7 +76,7 @@ class DraftHead:
         log_probs, tokens = log_probs.topk(min(top_k, log_probs.shape[2]))
         if self._tokens is not None:
             tokens = self._tokens.take(tokens)
-        if self._is_here:
+        if self._is_on_device:
             return log_probs, tokens
         return log_probs.to(self._device), tokens.to(self._device)
 
@@ -101,21 +102,21 @@ class _ProductInPlace:
         batch_size, width, hidden_size = states.shape
         num_rows = batch_size * width
         if num_rows > self.room.shape[0]:
-            with torch.inference_mode(False):  # so that calls outside of inference mode can use it too
+            with torch.inference_mode(False):  # so that later calls outside of inference mode can write to it
                 self.room = self.room.new_empty(num_rows, self.room.shape[1])
         room = self.room.narrow(0, 0, num_rows)
         return torch.mm(states.reshape(num_rows, hidden_size), self.weight, out=room).view(batch_size, width, -1)
 
 
 def _blocked_top_k(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`topk` of `[B, F, V]`, searched only in the blocks with the best maxima. `topk` of a whole vocabulary takes
-    twenty kernels on a GPU, and as long as the projections of a layer."""
+    """`topk` of scores `[B, F, V]`, which searches only the blocks with the best maxima. On a GPU, `topk` of a whole
+    vocabulary takes twenty kernels, and as long as the projections of a layer."""
     vocab_size = scores.shape[-1]
-    size, least = 1, vocab_size + top_k
+    size, fewest = 1, vocab_size + top_k
     for divisor in range(1, LARGEST_BLOCK + 1):
-        searched = vocab_size // divisor + top_k * divisor  # by the two `topk` below
-        if vocab_size % divisor == 0 and searched < least:
-            size, least = divisor, searched
+        num_searched = vocab_size // divisor + top_k * divisor  # by both `topk` below
+        if vocab_size % divisor == 0 and num_searched < fewest:
+            size, fewest = divisor, num_searched
     if min(size, vocab_size // size) <= 2 * top_k:
         return scores.topk(top_k, dim=-1)
     blocks = scores.unflatten(-1, (-1, size))

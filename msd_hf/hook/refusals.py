@@ -1,4 +1,4 @@
-"""Arguments of `generate`, settings of a draft and pairs that cannot be served, each with its sentence."""
+"""Refusals: arguments of `generate`, settings of a draft and pairs that cannot be served, each with its reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..tree.settings import TreeSettings
 
 
 # Fields of a `GenerationConfig` that cannot be combined with an MSD draft: the values that switch the field off, and
-# the reason. A value that `generate` fills in by itself counts as off too.
+# the reason. A default that `generate` fills in also counts as off.
 REFUSED_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "prompt_lookup_num_tokens": ((None,), "prompt lookup is another way of drafting: choose one of the two"),
     "max_matching_ngram_size": ((None,), "it belongs to prompt lookup, another way of drafting"),
@@ -51,17 +51,17 @@ REFUSED_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 _DRAFT_SETTINGS = ("num_assistant_tokens", "tree_depth", "tree_top_k", "suffix_nodes", "compile")
-# A draft's generation config may contain these, as every model's does; the target's values are used.
+# A draft's generation config may contain special tokens, like any model's. The target's are used.
 _SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 
 
 def check_call(custom_generate: Any, kwargs: dict[str, Any]) -> None:
     """
-    Refuses arguments that `generate` would not hand on, or that cannot be told from a default later.
+    Refuses arguments that `generate` would not pass on, or that could not be distinguished from a default later.
 
     Args:
-        custom_generate (`str` or `Callable`, *optional*): as given to `generate`.
-        kwargs (`dict[str, Any]`): the keyword arguments of `generate`, as given.
+        custom_generate (`str` or `Callable`, *optional*): the argument of `generate`.
+        kwargs (`dict[str, Any]`): the other keyword arguments of `generate`.
 
     Raises:
         MSDUnsupportedError: names the argument, its value, and what to do.
@@ -115,15 +115,15 @@ def check_draft_settings(generation_config: GenerationConfig) -> None:
     Refuses settings of a draft that would be ignored.
 
     Args:
-        generation_config (`GenerationConfig`): the draft's.
+        generation_config (`GenerationConfig`): the draft's generation config.
 
     Raises:
-        MSDError: when a setting of the tree is out of its range.
+        MSDError: when a setting of the tree is out of range.
         MSDUnsupportedError: names the setting, its value, and what to do.
     """
     TreeSettings.from_generation_config(generation_config)
     defaults = GenerationConfig._get_default_generation_params()
-    del defaults["assistant_confidence_threshold"]  # `generate` does not fill it in here
+    del defaults["assistant_confidence_threshold"]  # `generate` does not fill it in for a draft
     for name, value in vars(generation_config).items():
         if name.startswith("_") or name in (*_DRAFT_SETTINGS, *_SPECIAL_TOKENS, "transformers_version"):
             continue

@@ -13,10 +13,10 @@ from ..draft.modeling_msd import LENGTH_DEPENDENT_ROPE
 from ..errors import MSDPairingError, MSDUnsupportedError
 
 
-# Attention implementations that take an additive mask. With any other, trees are verified with sdpa.
+# Attention implementations that take an additive mask. For a target with another one, trees are verified with sdpa.
 TREE_ATTENTION = ("sdpa", "eager")
 
-# Kinds of targets for which the tests show that a tree is verified correctly. Other kinds are tried at the first call.
+# Kinds of targets for which tests show that trees are verified correctly. Other kinds are checked at the first call.
 KNOWN_MODEL_TYPES = frozenset(
     {
         "aya_vision",
@@ -69,7 +69,7 @@ def decoder_inputs(decoder: nn.Module) -> list[str]:
 
 
 def takes_any_argument(decoder: nn.Module) -> bool:
-    """Whether a decoder's forward hands unknown arguments on to its attention."""
+    """Whether a decoder's forward passes unknown arguments on to its attention."""
     parameters = inspect.signature(decoder.forward).parameters.values()
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
@@ -120,21 +120,21 @@ def check_positions(
     attention_mask: torch.Tensor | None = None,
 ) -> None:
     """
-    Refuses calls in which rotary embeddings change with the length of the text. Decoding token by token, they change
-    at one position; the nodes of a tree stand at several positions.
+    Refuses calls in which rotary embeddings change with the length of the text. Token-by-token decoding changes them
+    between two positions, but the nodes of one tree have several positions.
 
     Args:
-        text_config (`PreTrainedConfig`): of the decoder.
-        prompt_length (`int`): positions of the prompt.
-        last_length (`int`): positions at the length limit of the call.
-        batch_size (`int`): rows; the longest row decides for all.
-        attention_mask (`torch.Tensor`, *optional*): of the prompt; 0 at padding.
+        text_config (`PreTrainedConfig`): configuration of the decoder.
+        prompt_length (`int`): number of positions of the prompt.
+        last_length (`int`): number of positions at the length limit of the call.
+        batch_size (`int`): number of rows. The longest row decides for all rows.
+        attention_mask (`torch.Tensor`, *optional*): mask of the prompt; 0 at padding.
 
     Raises:
-        MSDUnsupportedError: says from which length on, and what to do.
+        MSDUnsupportedError: names the length from which they change, and what to do.
     """
     parameters = getattr(text_config, "rope_parameters", None) or {}
-    for rope in (parameters, *parameters.values()):  # some decoders have parameters by kind of layer
+    for rope in (parameters, *parameters.values()):  # some decoders have one entry per kind of layer
         rope_type = rope.get("rope_type") if isinstance(rope, dict) else None
         if rope_type not in LENGTH_DEPENDENT_ROPE:
             continue
@@ -143,7 +143,7 @@ def check_positions(
             limit = rope.get("original_max_position_embeddings") or limit
             is_full = attention_mask is None or bool(attention_mask.all())
             if prompt_length > limit and batch_size == 1 and is_full:
-                continue  # the long frequencies hold from the first token on
+                continue  # the frequencies for long texts hold from the first token on
         if last_length > limit:
             raise MSDUnsupportedError(
                 f"Rotary embeddings of kind {rope_type!r} change where a text gets longer than {limit} tokens, which "
@@ -153,7 +153,7 @@ def check_positions(
 
 
 def _check_adapters(target: PreTrainedModel, name: str, advice: str) -> None:
-    # During a call, the target carries a method of peft's model.
+    # During a call, this method of the target belongs to peft's model.
     owner = getattr(target.prepare_inputs_for_generation, "__self__", target)
     adapter: Any = getattr(owner, "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):
@@ -161,7 +161,7 @@ def _check_adapters(target: PreTrainedModel, name: str, advice: str) -> None:
             f"{name} has an adapter of kind {adapter.peft_type.value}, which puts virtual tokens before the prompt "
             f"that MSD drafts know nothing of; LoRA and its like change weights, and can be used. {advice}"
         )
-    # Hooks hand these to each layer, for the rows and positions of a call without a draft.
+    # peft's hooks pass these arguments to each layer. They fit the rows and positions of a call without a draft.
     for hook in (hook for module in target.modules() for hook in module._forward_pre_hooks.values()):
         for argument in ("adapter_names", "alora_offsets"):
             if getattr(hook, "keywords", {}).get(argument) is not None:
@@ -177,11 +177,11 @@ def check_pair(target_config: PreTrainedConfig, draft_config: Any) -> None:
     Refuses a draft that was made for another target. Needs no weights, so it can run before they are loaded.
 
     Args:
-        target_config (`PreTrainedConfig`): of the target.
-        draft_config (`MSDDraftConfig`, or that of another kind of draft): of the draft.
+        target_config (`PreTrainedConfig`): configuration of the target.
+        draft_config (`MSDDraftConfig` or the configuration of another kind of draft): configuration of the draft.
 
     Raises:
-        MSDPairingError: says what differs.
+        MSDPairingError: names the difference.
     """
     text_config = target_config.get_text_config(decoder=True)
     advice = "Use the draft that was trained for this target."
