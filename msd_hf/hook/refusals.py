@@ -12,7 +12,7 @@ from ..compat import CACHE_NAME
 from ..compiled.compile import has_compiled_part
 from ..draft.interface import Draft
 from ..errors import MSDUnsupportedError
-from ..tree.settings import TreeSettings
+from ..tree.settings import DRAFT_SETTINGS, TREE_SETTINGS, TreeSettings
 
 
 # Fields of a `GenerationConfig` that cannot be combined with an MSD draft: the values that switch the field off, and
@@ -34,10 +34,7 @@ REFUSED_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
         (None, "dynamic", "dynamic_full"),
         "slots are moved within a dynamic cache; static, offloaded and quantized ones cannot do that",
     ),
-    "num_assistant_tokens": ((None,), "set `draft.generation_config.num_assistant_tokens`"),
-    "tree_depth": ((None,), "set `draft.generation_config.tree_depth`"),
-    "tree_top_k": ((None,), "set `draft.generation_config.tree_top_k`"),
-    "suffix_nodes": ((None,), "set `draft.generation_config.suffix_nodes`"),
+    **{name: ((None,), f"set `draft.generation_config.{name}`") for name in TREE_SETTINGS},
     "num_assistant_tokens_schedule": (
         (None, "constant"),
         "every tree has the size that `draft.generation_config` sets",
@@ -50,7 +47,6 @@ REFUSED_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "is_assistant": ((None, False), "it is for models that draft; the draft of this call is `assistant_model`"),
 }
 
-_DRAFT_SETTINGS = ("num_assistant_tokens", "tree_depth", "tree_top_k", "suffix_nodes", "compile")
 # A draft's generation config may contain special tokens, like any model's. The target's are used.
 _SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 
@@ -125,12 +121,12 @@ def check_draft_settings(generation_config: GenerationConfig) -> None:
     defaults = GenerationConfig._get_default_generation_params()
     del defaults["assistant_confidence_threshold"]  # `generate` does not fill it in for a draft
     for name, value in vars(generation_config).items():
-        if name.startswith("_") or name in (*_DRAFT_SETTINGS, *_SPECIAL_TOKENS, "transformers_version"):
+        if name.startswith("_") or name in (*DRAFT_SETTINGS, *_SPECIAL_TOKENS, "transformers_version"):
             continue
         if value not in (None, False, defaults.get(name)):
             raise MSDUnsupportedError(
                 f"`draft.generation_config.{name}={value!r}` has no effect: of a draft's settings only "
-                f"{', '.join(f'`{setting}`' for setting in _DRAFT_SETTINGS)} are read. Set it to None; what shall "
+                f"{', '.join(f'`{setting}`' for setting in DRAFT_SETTINGS)} are read. Set it to None; what shall "
                 "change the output is an argument of `generate`."
             )
 

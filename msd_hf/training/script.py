@@ -23,7 +23,7 @@ from transformers.integrations import get_available_reporting_integrations
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
 from ..loading import load_target
-from ..tree.settings import TreeSettings
+from ..tree.settings import TREE_SETTINGS, TreeSettings
 from .arguments import MSDTrainingArguments
 from .curriculum import SAMPLE_KINDS, other_kind
 from .data.conversations import Conversations, load_conversations
@@ -31,10 +31,6 @@ from .features.cache import FeatureCache
 from .features.fingerprint import target_fingerprint
 from .regeneration.regenerate import regenerate
 from .trainer import MSDTrainer, new_draft
-
-
-# The arguments that go into the generation config of the draft, under the same names.
-_TREE_SETTINGS = ("num_assistant_tokens", "tree_depth", "tree_top_k")
 
 
 @dataclass
@@ -121,9 +117,9 @@ def run_training(argv: Sequence[str]) -> MSDTrainer:
         }
     data, held_out = _hold_out(data, script_args)
     draft = new_draft(target, args) if script_args.draft is None else _load_draft(script_args.draft)
-    for name in _TREE_SETTINGS:
-        if getattr(script_args, name) is not None:
-            setattr(draft.generation_config, name, getattr(script_args, name))
+    for name, value in _tree_settings(script_args).items():
+        if value is not None:
+            setattr(draft.generation_config, name, value)
     patience = script_args.early_stopping_patience
     trainer = MSDTrainer(
         model=draft,
@@ -208,8 +204,12 @@ def _check(script_args: ScriptArguments, args: MSDTrainingArguments) -> None:
 
 def _check_tree(script_args: ScriptArguments) -> None:
     """Refuses wrong settings of the tree now; `generate` would refuse them only at the first evaluation."""
-    settings = {name: getattr(script_args, name) for name in _TREE_SETTINGS}
-    TreeSettings.from_generation_config(GenerationConfig(**settings))
+    TreeSettings.from_generation_config(GenerationConfig(**_tree_settings(script_args)))
+
+
+def _tree_settings(script_args: ScriptArguments) -> dict[str, Any]:
+    """The arguments that go into the generation config of the draft, under the same names."""
+    return {name: getattr(script_args, name) for name in TREE_SETTINGS if hasattr(script_args, name)}
 
 
 def _open_data(script_args: ScriptArguments) -> dict[str, Any]:

@@ -15,6 +15,16 @@ DEFAULT_NUM_ASSISTANT_TOKENS = 59
 DEFAULT_TREE_DEPTH = 5
 DEFAULT_TREE_TOP_K = 10
 
+# The fields of a draft's generation config that size its trees: the field of `TreeSettings`, and its least value.
+TREE_SETTINGS = {
+    "num_assistant_tokens": ("num_nodes", 1),
+    "tree_depth": ("depth", 0),
+    "tree_top_k": ("top_k", 1),
+    "suffix_nodes": ("suffix_nodes", 0),
+}
+# All fields of a draft's generation config that are read.
+DRAFT_SETTINGS = (*TREE_SETTINGS, "compile")
+
 # `num_assistant_tokens="auto"`, and the bounds that it implies.
 AUTO = "auto"
 AUTO_NUM_ASSISTANT_TOKENS = 64
@@ -40,12 +50,8 @@ class TreeSettings:
     suffix_nodes: int = 0
 
     def __post_init__(self) -> None:
-        for name, value, minimum in (
-            ("num_assistant_tokens", self.num_nodes, 1),
-            ("tree_depth", self.depth, 0),
-            ("tree_top_k", self.top_k, 1),
-            ("suffix_nodes", self.suffix_nodes, 0),
-        ):
+        for name, (field, minimum) in TREE_SETTINGS.items():
+            value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
                 raise MSDError(
                     f"`draft.generation_config.{name}` must be an integer of at least {minimum}, got {value!r}."
@@ -90,4 +96,4 @@ class TreeSettings:
         return replace(self, depth=depth, suffix_nodes=min(self.suffix_nodes, num_levels - depth - 1))
 
 
-__all__ = ["TreeSettings"]
+__all__ = ["DRAFT_SETTINGS", "TREE_SETTINGS", "TreeSettings"]
