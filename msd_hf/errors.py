@@ -1,23 +1,23 @@
-"""The errors raised by `msd_hf`: all are `ValueError`s, so that code written for `generate` catches them as it is."""
+"""The errors of `msd_hf`. All are `ValueError`s, so that code written for `generate` catches them unchanged."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class MSDError(ValueError):
-    """Base of every error that this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class MSDCheckpointError(MSDError):
-    """A draft checkpoint lacks a weight, has one too many, or one of the wrong shape."""
+    """A draft checkpoint lacks a weight, has an unknown weight, or has a weight of the wrong shape."""
 
 
 class MSDPairingError(MSDError):
-    """The draft does not fit the target it was given to: other hidden size, or another kind of decoder."""
+    """The draft does not fit the target: it has another hidden size, or was made for another kind of decoder."""
 
 
 class MSDUnsupportedError(MSDError):
-    """An argument of `generate`, or a kind of target, that cannot be combined with an MSD draft (yet)."""
+    """An argument of `generate`, or a kind of target, that MSD drafts do not support (yet)."""
 
 
 class MSDDataError(MSDError):
@@ -25,16 +25,16 @@ class MSDDataError(MSDError):
     A training sample that cannot be used.
 
     Args:
-        reason (`str`): short and fixed, so that samples can be counted by it.
-        detail (`str`): what is wrong with this one.
-        sample_id (`str`, *optional*): its `id`.
+        reason: a short, fixed text, by which samples are counted.
+        detail: what is wrong with this sample.
+        sample_id: `id` of the sample; `None` if it is not known.
     """
 
     def __init__(self, reason: str, detail: str, sample_id: str | None = None):
         super().__init__(detail if sample_id is None else f"Sample {sample_id!r}: {detail}")
         self.reason, self.detail, self.sample_id = reason, detail, sample_id
 
-    def __reduce__(self):  # as data loader workers send it
+    def __reduce__(self):  # data loader workers pickle the error
         return type(self), (self.reason, self.detail, self.sample_id)
 
 

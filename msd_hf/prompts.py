@@ -1,4 +1,4 @@
-"""From a prompt and an image file to the inputs of a target, by the target's own processor."""
+"""From a prompt and an image file to the inputs of a target, with the target's own processor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read_image(path: str | Path) -> Image:
     Reads an image file completely, as RGB.
 
     Raises:
-        MSDError: when the file is missing, or is not an image, or is damaged.
+        MSDError: when the file is missing, is not an image, or is damaged.
     """
     try:
         from PIL import Image, UnidentifiedImageError
@@ -35,18 +35,18 @@ def read_image(path: str | Path) -> Image:
             return image.convert("RGB")
     except UnidentifiedImageError as error:
         raise MSDError(f"{str(path)!r} is not an image that Pillow can read.") from error
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for truncated or broken files
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises these for truncated or broken files
         raise MSDError(f"The image {str(path)!r} is damaged: {error}.") from error
 
 
 def build_inputs(processor: Any, prompt: str, image: Image | None = None) -> BatchFeature:
     """
-    The inputs of a target for one user turn, in the processor's own chat template.
+    Makes the inputs of a target for one user turn, in the processor's own chat template.
 
     Args:
-        processor (`ProcessorMixin`): the target's.
-        prompt (`str`): the question.
-        image (`PIL.Image.Image`, *optional*): comes before the question.
+        processor (`ProcessorMixin`): the target's processor.
+        prompt: the question.
+        image (*optional*): an image, which comes before the question.
 
     Raises:
         MSDError: when the processor has no chat template.
@@ -59,12 +59,12 @@ def build_inputs(processor: Any, prompt: str, image: Image | None = None) -> Bat
 
 def build_chat_inputs(processor: Any, messages: list[dict[str, Any]], images: Sequence[Image] = ()) -> BatchFeature:
     """
-    The inputs of a target for the next answer of a chat.
+    Makes the inputs of a target for the next answer of a chat.
 
     Args:
-        processor (`ProcessorMixin` or tokenizer): the target's.
-        messages (`list[dict]`): chat messages, of which the last one is the user's.
-        images (`Sequence[PIL.Image.Image]`): one for each image part of the messages.
+        processor (`ProcessorMixin` or tokenizer): the target's processor.
+        messages: chat messages. The last message is the user's.
+        images: one image for each image part of the messages.
 
     Raises:
         MSDError: when the processor has no chat template.
@@ -78,8 +78,10 @@ def build_chat_inputs(processor: Any, messages: list[dict[str, Any]], images: Se
 
 def check_chat_template(processor: Any) -> None:
     """
+    Checks that a processor has a chat template.
+
     Raises:
-        MSDError: when the processor has no chat template.
+        MSDError: when it has none.
     """
     if getattr(processor, "chat_template", None) is None:
         raise MSDError(f"The target's processor (`{type(processor).__name__}`) has no chat template.")

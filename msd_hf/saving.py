@@ -1,4 +1,4 @@
-"""Writing a folder or a file so that it is there completely or not at all."""
+"""Writing folders and files that exist either completely or not at all."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from pathlib import Path
 
 @contextmanager
 def replaced_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder that takes the name `folder` when the block ends without an error.
+    """
+    A temporary folder that takes the name `folder` when the block ends without an error.
 
-    An older folder of that name is removed only then.
+    An older folder of this name is removed only at that moment.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield temporary
-        # mkdtemp makes folders that only their owner can read, safetensors files likewise.
+        # Only the owner can read folders of mkdtemp and files of safetensors.
         temporary.chmod(0o755)
         for path in temporary.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)

@@ -1,4 +1,4 @@
-"""The `msd-hf` command: one thin command for each thing that the package does."""
+"""The `msd-hf` command and its subcommands, which only parse options, call the library and print."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ app.add_typer(data_app, name="data")
 
 
 def main() -> None:
-    """Entry point: errors that a user can mend become one line and exit status 1."""
+    """Entry point. Errors that a user can mend are printed as one line, with exit status 1."""
     try:
         app()
-    except (OSError, ValueError) as error:  # every error of ours is a ValueError; a missing repository is an OSError
+    except (OSError, ValueError) as error:  # our errors are ValueErrors; a missing repository is an OSError
         Console(stderr=True, highlight=False, soft_wrap=True).print(
             f"[bold red]Error:[/bold red] {' '.join(str(error).split())}"
         )

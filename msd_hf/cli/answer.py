@@ -54,7 +54,7 @@ def generate(
     device: Device = "auto",
     repeats: Repeats = 1,
 ) -> None:
-    """The same for a target, a draft and a picture of your own."""
+    """Answer a question with your own target and draft, with and without the draft."""
     if (image is None) != text_only:
         raise MSDError("Give a picture with --image, or ask without one with --text-only (one of the two).")
     _run(target, draft, prompt, image, max_new_tokens, temperature, seed, dtype, device, repeats)
@@ -72,7 +72,7 @@ def _run(
     device: str,
     repeats: int,
 ) -> None:
-    # What can be wrong is found before the target's weights are loaded.
+    # All inputs are checked before the target's weights are loaded, which takes long.
     image = None if image_path is None else read_image(image_path)
     parse_dtype(dtype)
     parse_device(device)
@@ -88,7 +88,7 @@ def _run(
     if temperature > 0:
         arguments["temperature"] = temperature
 
-    # The first call of anything is slower; the stream warms both up.
+    # First calls are slower. These two calls warm up both ways before the comparison; the first shows the answer.
     streamer = AcceptanceStreamer(processor.tokenizer, console)
     torch.manual_seed(seed)
     target.generate(**inputs, **arguments, assistant_model=draft, streamer=streamer)

@@ -29,38 +29,42 @@ def bench(
         Path | None, typer.Option(help="Conversations, .json or .jsonl, whose first questions are asked.")
     ] = None,
     image_folder: ImageFolder = None,
-    toy: Annotated[bool, typer.Option("--toy", help="The toy world's held-out questions and its pair.")] = False,
+    toy: Annotated[
+        bool, typer.Option("--toy", help="Use the bundled toy pair and held-out questions of the toy world.")
+    ] = False,
     num_prompts: Annotated[int, typer.Option(min=1, help="Questions.")] = 65,
     min_answer_tokens: Annotated[int, typer.Option(min=1, help="Leave out questions with shorter answers.")] = 1,
     baseline: Annotated[
         list[str] | None,
-        typer.Option(help=f"Besides vanilla and tree: {', '.join(METHODS)}; again for more than one."),
+        typer.Option(help=f"A method besides vanilla and tree: {', '.join(METHODS)}; repeat for more than one."),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each method, in turns.")] = 3,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on behind the end of an answer, to the length limit.")
+        bool, typer.Option("--ignore-eos", help="Continue after the end of an answer, up to the length limit.")
     ] = False,
     seed: Seed = 0,
     shape: Annotated[
         str | None, typer.Option(help="Random weights in a published shape: llava-1.5-7b, llava-1.5-13b, ...")
     ] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt, with --shape.")] = 1000,
-    assume_tau: Annotated[str, typer.Option(help="Simulated acceptance, or several, with --shape.")] = "3.8",
+    assume_tau: Annotated[str, typer.Option(help="Simulated tau, or several with commas, with --shape.")] = "3.8",
     nodes: Annotated[str, typer.Option(help="Sizes of trees whose verification is timed, with --shape.")] = (
         "1,4,8,16,32,64"
     ),
-    compile: Annotated[bool, typer.Option("--compile", help="Compiled rounds too, with --shape.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Time compiled rounds too, with --shape.")] = False,
     draft_vocab_size: Annotated[
         int | None, typer.Option(help="Tokens of the draft's own vocabulary, with --shape.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for report.json and report.md.")] = None,
-    plots: Annotated[bool, typer.Option("--plots", help="Also draw plots there. Needs matplotlib.")] = False,
+    plots: Annotated[
+        bool, typer.Option("--plots", help="Also write plots to the folder of --output. Needs matplotlib.")
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Compare decoding with a draft with other ways, on prompts; or time its rounds at the sizes of a large model."""
+    """Compare decoding with a draft to other methods on prompts, or time its rounds at the size of a large model."""
     from ..evaluation.plots import check_matplotlib
     from ..evaluation.report import print_report, write_report
 
@@ -147,7 +151,7 @@ def _bench_shape(
 
 
 def _numbers(kind: Callable[[str], _Number], text: str) -> list[_Number] | None:
-    """What stands between the commas; `None` if not all of it are numbers."""
+    """The numbers between the commas; `None` if one of them is not a number."""
     try:
         return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:

@@ -1,4 +1,4 @@
-"""`msd-hf convert` and `msd-hf draft-vocab`: a draft is read, changed and written."""
+"""`msd-hf convert` and `msd-hf draft-vocab`, which read a draft, change it and write it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .options import ImageFolder, Overwrite, Strict, Target, console, print_skip
 
 def convert(
     source: Annotated[str, typer.Argument(help="Folder or Hub id of a draft of the original MSD repository.")],
-    destination: Annotated[Path, typer.Argument(help="Folder that is made.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to write.")],
     overwrite: Overwrite = False,
 ) -> None:
     """Write a draft of the original repository in this package's format."""
@@ -32,16 +32,16 @@ def convert(
 def draft_vocab(
     target: Target,
     draft: Annotated[str, typer.Option(help="Folder or Hub id of its draft.")],
-    data: Annotated[list[Path], typer.Option(help="Conversations, .json or .jsonl; again for more than one file.")],
-    output: Annotated[Path, typer.Option(help="Folder that is made: the draft with the vocabulary.")],
+    data: Annotated[list[Path], typer.Option(help="Conversations, .json or .jsonl; repeat for more than one file.")],
+    output: Annotated[Path, typer.Option(help="Folder to write the draft with the vocabulary to.")],
     image_folder: ImageFolder = None,
     size: Annotated[
-        str, typer.Option(help="Tokens; auto: as few as cover 99.5% of the data, at most a quarter of all.")
+        str, typer.Option(help="Number of tokens; auto: as few as cover 99.5% of the data, at most a quarter of all.")
     ] = "auto",
     strict: Strict = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Give a draft a vocabulary of its own, the tokens that are frequent in answers: its candidates cost less."""
+    """Restrict the candidates of a draft to the tokens that are frequent in answers, so that drafting costs less."""
     from ..training.data.conversations import load_conversations
     from ..training.draft_vocab import LARGEST_PAYING_SHARE, check_size, count_answer_tokens, coverage, frequent_tokens
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they mean."""
+"""Options that several commands share, and the console that they print to."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ console = Console(highlight=False)
 Target = Annotated[str, typer.Option(help="Folder or Hub id of the target.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it is there.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length limit of the answer, in tokens.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 for greedy decoding, above for sampling.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 for greedy decoding, above 0 for sampling.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
 Dtype = Annotated[str, typer.Option(help=f"{DTYPE_NAMES}.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...; auto: the GPU if there is one.")]
 ImageFolder = Annotated[
-    Path | None, typer.Option(help="Folder that image paths are relative to; default: the data's.")
+    Path | None, typer.Option(help="Folder that image paths are relative to; default: the folder of the data.")
 ]
-MaxLength = Annotated[int, typer.Option(min=1, help="Tokens of a sample, expanded images included.")]
+MaxLength = Annotated[int, typer.Option(min=1, help="Longest sample in tokens, expanded images included.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples per forward of the target.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first broken sample.")]
-Repeats = Annotated[int, typer.Option(min=1, help="Timed runs with and without the draft, of which medians count.")]
+Repeats = Annotated[
+    int, typer.Option(min=1, help="Timed runs with and without the draft; their medians are reported.")
+]
 
 
 def print_skipped(skipped: Mapping[str, int]) -> None:
-    """How many samples were left out, by reason."""
+    """Prints the number of skipped samples by reason."""
     for reason, count in skipped.items():
         console.print(f"skipped {count:,}: {reason}")

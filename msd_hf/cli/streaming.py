@@ -15,12 +15,12 @@ ACCEPTED_STYLE = "bold green"
 
 class AcceptanceStreamer(BaseStreamer):
     """
-    Prints text as it is generated, with accepted draft tokens in green, or between ‹ and › where the terminal has no
+    Prints text as it is generated. Accepted draft tokens are green, or stand between ‹ and › if the terminal has no
     colours.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): decodes.
-        console (`rich.console.Console`): prints.
+        tokenizer (`PreTrainedTokenizerBase`): decodes the tokens.
+        console: prints the text.
     """
 
     def __init__(self, tokenizer: Any, console: Console):
@@ -33,18 +33,18 @@ class AcceptanceStreamer(BaseStreamer):
         self._is_prompt = True
 
     def put(self, value: torch.Tensor) -> None:
-        """Receives the prompt, which is not shown."""
+        """Receives the prompt, which is not shown, and tokens of `generate` without a draft."""
         if self._is_prompt:
             self._is_prompt = False
         else:
             self.put_verified(value.reshape(-1), 0)
 
     def put_verified(self, tokens: torch.Tensor, num_draft_tokens: int) -> None:
-        """Receives the tokens of one verification, of which the first `num_draft_tokens` were drafted."""
+        """Receives the tokens of one verification. The first `num_draft_tokens` of them were drafted."""
         for index, token in enumerate(tokens.tolist()):
             self._tokens.append(token)
             text = self.tokenizer.decode(self._tokens, skip_special_tokens=True)
-            if text.endswith("�"):  # the bytes of a character are not complete yet
+            if text.endswith("�"):  # more bytes of this character follow
                 continue
             self._print(text[len(self._shown) :], accepted=index < num_draft_tokens)
             self._shown = text

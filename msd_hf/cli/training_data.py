@@ -1,4 +1,4 @@
-"""`msd-hf extract`, `msd-hf regenerate` and `msd-hf data check`: conversations before training."""
+"""`msd-hf extract`, `msd-hf regenerate` and `msd-hf data check`: preparing conversations for training."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ from .options import (
 def extract(
     target: Target,
     data: Annotated[Path, typer.Option(help="Conversations, .json or .jsonl.")],
-    output: Annotated[Path, typer.Option(help="Folder for the features; a run that was killed goes on there.")],
+    output: Annotated[Path, typer.Option(help="Folder for the features; a killed run resumes there.")],
     image_folder: ImageFolder = None,
     max_length: MaxLength = 2048,
     storage: Annotated[
         str, typer.Option(help="auto (the target's dtype), float32, bfloat16, float16 or int8.")
     ] = "auto",
-    target_layers: Annotated[
-        str, typer.Option(help="As in `msd-hf train`: numbers with commas, auto or none.")
-    ] = "none",
+    target_layers: Annotated[str, typer.Option(help="As in `msd-hf train`: ids with commas, auto or none.")] = "none",
     all_hidden_states: Annotated[
-        bool, typer.Option("--all-hidden-states", help="Also those that only a draft without decoupling reads.")
+        bool,
+        typer.Option(
+            "--all-hidden-states", help="Also keep hidden states that only a draft without decoupling reads."
+        ),
     ] = False,
     batch_size: BatchSize = 8,
     num_workers: Annotated[int, typer.Option(min=0, help="Processes that prepare samples.")] = 0,
@@ -47,12 +48,12 @@ def extract(
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Run the target over conversations once and keep its features on disk for `msd-hf train`."""
+    """Run the target over conversations once and write its features to disk for `msd-hf train`."""
     from ..training import MSDTrainingArguments, extract_features, load_conversations
     from ..training.features.disk_estimate import estimate_disk
     from ..training.features.storage import resolve_storage
 
-    # What can be wrong is found before the target's weights are loaded.
+    # The arguments are checked before the target's weights are loaded, which takes long.
     resolve_storage(storage, torch.float32)
     arguments = MSDTrainingArguments(target_layers=target_layers, use_cpu=True)
     conversations = load_conversations(data, image_folder)
@@ -81,7 +82,7 @@ def extract(
 def regenerate_answers(
     target: Target,
     data: Annotated[Path, typer.Option(help="Conversations, .json or .jsonl, whose answers are replaced.")],
-    output: Annotated[Path, typer.Option(help="The .jsonl file; a run that was killed goes on there.")],
+    output: Annotated[Path, typer.Option(help="The .jsonl file; a killed run resumes there.")],
     image_folder: ImageFolder = None,
     max_new_tokens: MaxNewTokens = 512,
     batch_size: BatchSize = 8,
@@ -91,7 +92,7 @@ def regenerate_answers(
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Let the target answer the prompts of a data set itself: a draft then learns what the target really says."""
+    """Let the target answer the prompts of a data set, so that a draft learns what the target really says."""
     from ..training import load_conversations, regenerate
     from ..training.regeneration.regenerate import check_output
 
@@ -120,10 +121,10 @@ def check(
     target: Annotated[str, typer.Option(help="Folder or Hub id of the target, for its processor.")],
     image_folder: ImageFolder = None,
     max_length: MaxLength = 2048,
-    show: Annotated[int, typer.Option(min=0, help="Samples to show, with the trained tokens coloured.")] = 3,
+    show: Annotated[int, typer.Option(min=0, help="Number of samples to show, with coloured trained tokens.")] = 3,
     strict: Strict = False,
 ) -> None:
-    """Encode every sample as training would; count what is broken, by reason; show a few."""
+    """Encode every sample as training would, count broken samples by reason, and show a few samples."""
     from ..training.data.check import check_conversations, render_report
     from ..training.data.conversations import load_conversations
 

@@ -143,7 +143,7 @@ def _shape_tables(report: Mapping[str, Any]) -> list[ReportTable]:
             if row["simulated_tau"] == report["rounds"][0]["simulated_tau"]
         ),
         ["memory bandwidth of a copy", f"{report['bandwidth_gigabytes_per_second']:.1f} GB/s"],
-        *([f"share of it, {name}", _share(value)] for name, value in share.items()),
+        *([f"share of this bandwidth, {name}", _share(value)] for name, value in share.items()),
         *([f"peak memory, {name}", f"{_megabytes(value)} MB"] for name, value in report["peak_memory_bytes"].items()),
         ["weights of the draft", f"{_megabytes(report['draft_weight_bytes'])} MB"],
     ]
@@ -163,7 +163,7 @@ def _shape_tables(report: Mapping[str, Any]) -> list[ReportTable]:
                 for row in report["rounds"]
             ],
         ),
-        ReportTable("Beside it", ("", "median (quartiles)"), rows),
+        ReportTable("Further measurements", ("", "median (quartiles)"), rows),
         _round_table({way: figures["round_milliseconds"] for way, figures in report["round"].items()}),
     ]
     if report["verification"]:

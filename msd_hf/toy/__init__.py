@@ -1,4 +1,4 @@
-"""A small multimodal world: procedural pictures, questions about them, and a real tiny model pair trained on it.
+"""A small multimodal world: procedural pictures, questions about them, and a tiny model pair trained on both.
 
 Importing this package and making data needs neither torch nor transformers.
 """

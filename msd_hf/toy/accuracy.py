@@ -20,7 +20,7 @@ from .visual_questions import VISUAL_KINDS
 
 @dataclass(frozen=True)
 class Score:
-    """Correct answers, answers equal to the reference, and questions of one kind."""
+    """Counts for one kind of question: correct answers, answers equal to the reference, and questions."""
 
     correct: int
     exact: int
@@ -46,12 +46,12 @@ def generate_answers(
     batch_size: int = 40,
     max_new_tokens: int = 140,
 ) -> list[str]:
-    """Greedy answers of the model, in the order of the prompts."""
+    """Generates greedy answers, in the order of the prompts."""
     answers: dict[int, str] = {}
     model.eval()
-    # The type of generate's `self` is a protocol that type checkers do not see the model fulfil.
+    # Type checkers do not see that the model fulfils the protocol that is the type of `self` in `generate`.
     generate = cast(Any, model).generate
-    # Neighbours in length (and all with or all without an image) waste the least padding.
+    # Sorted by kind, because prompts of one kind have similar lengths and need little padding.
     order = sorted(range(len(prompts)), key=lambda i: (prompts[i].image is None, prompts[i].kind))
     for start in tqdm(range(0, len(order), batch_size), desc="answering"):
         chosen = order[start : start + batch_size]
@@ -66,7 +66,7 @@ def generate_answers(
 
 
 def score_answers(prompts: Sequence[Prompt], answers: Sequence[str]) -> dict[str, Score]:
-    """Score per question kind. An answer is correct when it has all facts of its prompt."""
+    """The score of each kind of question. An answer is correct if it has all facts of its prompt."""
     if len(prompts) != len(answers):
         raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers.")
     rows: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
@@ -79,13 +79,13 @@ def score_answers(prompts: Sequence[Prompt], answers: Sequence[str]) -> dict[str
 
 
 def total_score(scores: dict[str, Score]) -> Score:
-    """All kinds together."""
+    """The score of all kinds together."""
     parts = list(scores.values())
     return Score(sum(s.correct for s in parts), sum(s.exact for s in parts), sum(s.total for s in parts))
 
 
 def accuracy_table(scores: dict[str, Score]) -> Table:
-    """A printable table of `score_answers`' result."""
+    """A printable table of the scores of `score_answers`."""
     table = Table(title="Held-out questions answered")
     table.add_column("question kind")
     for name in ("correct", "word for word", "questions"):

@@ -25,7 +25,7 @@ from .visual_questions import VISUAL_KINDS
 
 
 class Precision(str, Enum):
-    """Of the weights and of all arithmetic."""
+    """The dtype of the weights and of all arithmetic."""
 
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -34,17 +34,18 @@ class Precision(str, Enum):
 
 
 def measure_agreement(
-    dtype: Annotated[Precision, typer.Option(help="Of target and draft.")] = Precision.bfloat16,
+    dtype: Annotated[Precision, typer.Option(help="Dtype of target and draft.")] = Precision.bfloat16,
     generations: Annotated[int, typer.Option(min=1, help="Held-out questions, of all kinds.")] = 200,
     target_folder: Annotated[Path, typer.Option("--target", help="Folder of the target.")] = TARGET_DIR,
     draft_folder: Annotated[Path, typer.Option("--draft", help="Folder of the draft.")] = DRAFT_DIR,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer.")] = 140,
     seed: Annotated[int, typer.Option(help="Which held-out questions.")] = 0,
 ) -> None:
-    """Generate with and without the draft, and explain each difference. The exit status is 1 if one cannot be."""
+    """Generate with and without the draft, and explain each difference. The exit status is 1 if rounding does not
+    explain one of them."""
     logging.disable_progress_bar()
     target, processor = load_target_and_processor(target_folder, dtype.value)
-    reference = copy.deepcopy(target).double()  # the same weights, rounded as they are
+    reference = copy.deepcopy(target).double()  # the same rounded weights
     draft = MSDDraftModel.from_pretrained(draft_folder, dtype=target.dtype)
     num_kinds = len(VISUAL_KINDS) + len(TEXT_KINDS)
     prompts = make_evaluation_prompts(-(-generations // num_kinds), seed)
@@ -65,7 +66,7 @@ def measure_agreement(
 
 
 def disagreement_table(disagreements: list[Disagreement]) -> Table:
-    """One row for each generation that differs."""
+    """A table with one row for each generation that differs."""
     table = Table()
     for name in ("first difference at", "logit gap there", "rounding error there", "explained"):
         table.add_column(name, justify="right")

@@ -1,4 +1,4 @@
-"""Make the toy pair from nothing: `python -m msd_hf.toy.build --output DIR`."""
+"""Trains the toy pair from scratch: `python -m msd_hf.toy.build --output DIR`."""
 
 from __future__ import annotations
 
@@ -25,20 +25,22 @@ from .vision import pretrain_vision_tower
 logger = logging.get_logger(__name__)
 console = Console(width=100)
 
-# The deepened model starts from what it knows, so it takes smaller steps.
+# The deepened model is trained already, so it takes smaller steps. Relative to the rates of `build_optimizer`.
 DEEP_RATE = 0.3
 
 
 def build_pair(
     output: Annotated[Path, typer.Option(help="Folder that `target` and `draft` are written to.")],
-    vision_seconds: Annotated[float, typer.Option(help="Wall clock for training the vision tower alone.")] = 100.0,
-    shallow_seconds: Annotated[float, typer.Option(help="Wall clock for training a shallow target.")] = 1020.0,
-    deep_seconds: Annotated[float, typer.Option(help="Wall clock for training all of its layers.")] = 360.0,
-    vision_steps: Annotated[int | None, typer.Option(help="Steps instead of a time.")] = None,
-    shallow_steps: Annotated[int | None, typer.Option(help="Steps instead of a time.")] = None,
-    deep_steps: Annotated[int | None, typer.Option(help="Steps instead of a time.")] = None,
+    vision_seconds: Annotated[float, typer.Option(help="Seconds for training the vision tower alone.")] = 100.0,
+    shallow_seconds: Annotated[float, typer.Option(help="Seconds for training a shallow target.")] = 1020.0,
+    deep_seconds: Annotated[float, typer.Option(help="Seconds for training the target with all layers.")] = 360.0,
+    vision_steps: Annotated[int | None, typer.Option(help="Steps instead of --vision-seconds.")] = None,
+    shallow_steps: Annotated[int | None, typer.Option(help="Steps instead of --shallow-seconds.")] = None,
+    deep_steps: Annotated[int | None, typer.Option(help="Steps instead of --deep-seconds.")] = None,
     draft_steps: Annotated[int, typer.Option(help="Steps of the draft's training.")] = 1200,
-    draft_samples: Annotated[int, typer.Option(help="Conversations to learn from, half of them visual.")] = 4000,
+    draft_samples: Annotated[
+        int, typer.Option(help="Training conversations of the draft, half of them visual.")
+    ] = 4000,
     batch_size: Annotated[int, typer.Option(help="Conversations per step.")] = 16,
     prompts_per_kind: Annotated[int, typer.Option(help="Held-out questions of each kind in the final test.")] = 40,
     draft_only: Annotated[bool, typer.Option("--draft-only", help="Keep the target that is in the folder.")] = False,
@@ -69,8 +71,8 @@ def build_target_folder(
     prompts_per_kind: int,
     seed: int,
 ) -> None:
-    """Trains the vision tower, then a shallow target, then the whole one; saves it; prints its accuracy on held-out
-    questions."""
+    """Trains the vision tower, then a shallow target, then the target with all layers. Saves the target and prints its
+    accuracy on held-out questions."""
     processor = build_processor(seed)
     model = build_shallow_target(processor, seed)
     probes = pretrain_vision_tower(model.model.vision_tower, processor, vision_budget, seed)
@@ -81,14 +83,14 @@ def build_target_folder(
     console.print(f"{model.num_parameters():,} parameters, {torch.get_num_threads()} threads")
     train_target(model, processor, deep_budget, seed + 1, batch_size, DEEP_RATE)
     save_target(model, processor, folder)
-    # Measure what is on disk: the rounded weights, loaded the way a user loads them.
+    # The accuracy is that of the rounded weights on disk, which users load.
     print_accuracy(load_target(folder), processor, prompts_per_kind, seed)
 
 
 def print_accuracy(
     target: LlavaForConditionalGeneration, processor: LlavaProcessor, prompts_per_kind: int, seed: int
 ) -> None:
-    """Prints the target's accuracy per question kind on the test split, by real generation."""
+    """Prints the accuracy of generated answers on the test split, by kind of question."""
     prompts = make_evaluation_prompts(prompts_per_kind, seed)
     answers = generate_answers(target, processor, prompts)
     console.print(accuracy_table(score_answers(prompts, answers)))
@@ -97,7 +99,7 @@ def print_accuracy(
 
 
 def build_draft_folder(output: Path, num_steps: int, num_samples: int, batch_size: int, seed: int) -> None:
-    """Trains a fresh draft for the target in `output`, and saves it beside it."""
+    """Trains a new draft for the target in `output`, and saves it in the same folder."""
     target, processor = load_target_and_processor(output / "target")
     trainer = train_draft(target, processor, output / "work", num_steps, num_samples, seed, batch_size)
     console.print(f"draft of {trainer.model.num_parameters():,} parameters")

@@ -27,8 +27,8 @@ _VISUAL_SHARE = 0.6
 
 @dataclass(frozen=True)
 class Prompt:
-    """A single held-out question. `image` is a 144x144 RGB picture, or `None` for a text question; `answer` is the
-    reference and `facts` are the strings that a correct answer contains."""
+    """A single held-out question. `image` is a 144x144 RGB picture, or `None` for a text question. `answer` is the
+    reference, and `facts` are the strings that a correct answer contains."""
 
     question: str
     answer: str
@@ -43,7 +43,7 @@ class Prompt:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The chat for `processor.apply_chat_template`; the image goes to the processor separately."""
+        """The chat for `processor.apply_chat_template`. The processor gets the image separately."""
         parts: list[dict[str, str]] = [{"type": "image"}] if self.image is not None else []
         return [{"role": "user", "content": [*parts, {"type": "text", "text": self.question}]}]
 
@@ -65,10 +65,10 @@ def _to_sample(name: str, turns: list[Turn], scene: Scene | None) -> dict[str, A
 
 
 def make_sample(split: str, index: int, seed: int, kind: SampleKind) -> dict[str, Any]:
-    """Sample number `index` of the endless stream that (`split`, `seed`, `kind`) names.
+    """Sample `index` of the endless stream that `split`, `seed` and `kind` determine.
 
-    A LLaVA entry with `id`, `conversations`, the question kind (`kinds`) and the required strings (`facts`) per turn;
-    a visual sample also has `image` (relative path) and `scene` (for `render`).
+    It is a LLaVA entry with `id` and `conversations`, and for each turn the kind of question (`kinds`) and the
+    required strings (`facts`). A visual sample also has `image` (a relative path) and `scene` (for `render`).
     """
     check_split(split)
     if kind not in _NUM_TURNS:
@@ -88,7 +88,7 @@ def make_samples(split: str, num_samples: int, seed: int, kind: SampleKind) -> l
 
 
 def iterate_samples(split: str, seed: int, visual_share: float = _VISUAL_SHARE) -> Iterator[dict[str, Any]]:
-    """Endless mix of visual (`visual_share` of all) and text conversations."""
+    """An endless mix of text and visual conversations, with a share of `visual_share` visual ones."""
     rng = random.Random(f"{split}/mix/{seed}")
     counters: dict[SampleKind, int] = {"text": 0, "visual": 0}
     while True:
@@ -98,7 +98,7 @@ def iterate_samples(split: str, seed: int, visual_share: float = _VISUAL_SHARE) 
 
 
 def make_prompts(split: str, num_prompts: int, seed: int, kind: str) -> list[Prompt]:
-    """`num_prompts` single questions of one kind (a key of `VISUAL_KINDS` or `TEXT_KINDS`), no two alike."""
+    """`num_prompts` different questions of one kind, a key of `VISUAL_KINDS` or `TEXT_KINDS`."""
     check_split(split)
     if kind not in VISUAL_KINDS and kind not in TEXT_KINDS:
         raise ValueError(f"Unknown question kind {kind!r}: choose one of {', '.join([*VISUAL_KINDS, *TEXT_KINDS])}.")
@@ -120,10 +120,7 @@ def make_prompts(split: str, num_prompts: int, seed: int, kind: str) -> list[Pro
 
 
 def write_dataset(folder: str | Path, split: str, num_samples: int, seed: int) -> Path:
-    """Write `{split}.json` and `images/*.png` (144x144) to `folder`; returns the path of the JSON file.
-
-    Each file appears under its name only once complete.
-    """
+    """Writes `{split}.json` and `images/*.png` (144x144) to `folder`; returns the path of the JSON file."""
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     entries = []
@@ -140,8 +137,8 @@ def write_dataset(folder: str | Path, split: str, num_samples: int, seed: int) -
 
 
 class ToySamples(Sequence[dict[str, Any]]):
-    """The first `num_samples` conversations of a split, each with its picture drawn when it is asked for. Is data for
-    `load_conversations`."""
+    """The first `num_samples` conversations of a split as data for `load_conversations`. Pictures are drawn when a
+    sample is indexed."""
 
     def __init__(self, split: str, num_samples: int, seed: int, kind: SampleKind):
         self.samples = make_samples(split, num_samples, seed, kind)

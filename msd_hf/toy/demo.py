@@ -1,4 +1,4 @@
-"""The bundled demo picture: `python -m msd_hf.toy.demo` writes it anew."""
+"""The bundled demo picture: `python -m msd_hf.toy.demo` draws it again."""
 
 from __future__ import annotations
 

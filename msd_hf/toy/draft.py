@@ -27,7 +27,7 @@ from .rounding import save_rounded
 from .training import Budget
 
 
-# The tree that is fastest for this pair on two CPU cores, where a verification costs more with every node.
+# The fastest tree for this pair on two CPU cores, where each node adds to the cost of a verification.
 TREE: dict[str, Any] = {"num_assistant_tokens": "auto", "tree_depth": 40, "tree_top_k": 4}
 
 
@@ -42,16 +42,16 @@ def train_draft(
     **arguments: Any,
 ) -> MSDTrainer:
     """
-    Trains a fresh draft by the recommended recipe; returns the trainer, whose model it is.
+    Trains a new draft by the recommended recipe; returns the trainer, whose model is the draft.
 
     Args:
-        target, processor: the target.
-        work (`str` or `Path`): folder for answers and features; what is there already is used.
-        max_steps (`int`): training steps.
-        num_samples (`int`): conversations to learn from, half of them visual.
-        seed (`int`): of data, weights and draws.
-        batch_size (`int`): conversations per step.
-        arguments: others of `MSDTrainingArguments`.
+        target, processor: the target and its processor.
+        work: folder for answers and features. Those that exist there are used again.
+        max_steps: training steps.
+        num_samples: training conversations, half of them visual.
+        seed: seed of data, weights and the order of samples.
+        batch_size: conversations per step.
+        arguments: further arguments of `MSDTrainingArguments`.
     """
     args = MSDTrainingArguments(
         output_dir=str(work),
@@ -115,10 +115,7 @@ def _make_features(
 
 
 def save_draft(trainer: MSDTrainer, folder: str | Path) -> Path:
-    """Rounds the weights to float16 and writes the draft to `folder`, with what made it; returns `folder`.
-
-    As with the target, the configuration says float32: loading gives a float32 model.
-    """
+    """Writes the draft to `folder`, rounded by [`save_rounded`], with its provenance; returns `folder`."""
     draft = trainer.model
     for name, value in TREE.items():
         setattr(draft.generation_config, name, value)

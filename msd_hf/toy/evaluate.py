@@ -55,7 +55,7 @@ def evaluate_pair(
 
 
 def toy_prompts(processor: Any, num_prompts: int, seed: int) -> list[BenchPrompt]:
-    """The first `num_prompts` held-out questions for a benchmark, the kinds in turns."""
+    """`num_prompts` held-out questions for a benchmark, one of each kind in turn."""
     num_kinds = len(make_evaluation_prompts(1, seed))
     per_kind = -(-num_prompts // num_kinds)
     by_kind = make_evaluation_prompts(per_kind, seed)
@@ -71,7 +71,7 @@ def toy_prompts(processor: Any, num_prompts: int, seed: int) -> list[BenchPrompt
 
 
 def comparison_table(groups: dict[str, list[Comparison]]) -> Table:
-    """One row a group of prompts: tokens a answer, tau, median speedup and share of identical outputs."""
+    """A table with one row for each group of prompts: tokens per answer, tau, median speedup, identical outputs."""
     table = Table()
     for name in ("questions", "number", "tokens", "tau", "speedup", "identical"):
         table.add_column(name, justify="left" if name == "questions" else "right")

@@ -1,7 +1,7 @@
 """AdamW that moves hidden matrices along orthogonalised momentum (Muon).
 
-Muon needs several times fewer steps than AdamW for a deep, narrow model. `torch.optim.Muon` treats one matrix at a
-time in bfloat16; on a CPU, and with hundreds of small matrices, stacks of equal shape in float32 are far faster.
+Muon needs several times fewer steps than AdamW for a deep, narrow model. `torch.optim.Muon` updates one matrix at a
+time in bfloat16. For hundreds of small matrices on a CPU, updating stacks of equal shape in float32 is far faster.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _NUM_ITERATIONS = 5
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
-    """Replace each matrix of a `[stack, rows, columns]` tensor by nearly the closest semi-orthogonal one."""
+    """Replaces each matrix of a `[stack, rows, columns]` tensor by approximately the closest semi-orthogonal matrix."""
     a, b, c = _NEWTON_SCHULZ
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices
@@ -30,7 +30,7 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """AdamW in which the groups with `muon=True` (2-D weights only) get Muon steps with Nesterov momentum 0.95."""
+    """AdamW, except that groups with `muon=True` (2-D weights only) get Muon steps with Nesterov momentum 0.95."""
 
     momentum = 0.95
 
@@ -57,7 +57,7 @@ class MuonAdamW(torch.optim.AdamW):
                     state["momentum_buffer"] = torch.zeros_like(gradient)
                 state["momentum_buffer"].lerp_(gradient, 1 - self.momentum)
                 directions.append(gradient.lerp(state["momentum_buffer"], self.momentum))
-                # AdamW skips a parameter without a gradient.
+                # So that AdamW skips this parameter.
                 parameter.grad = None
             updates = orthogonalise(torch.stack(directions))
             scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
@@ -67,9 +67,9 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def build_optimizer(model: nn.Module, adamw_rate: float = 3e-3, muon_rate: float = 0.02) -> MuonAdamW:
-    """Muon for the matrices inside transformer layers, AdamW for everything else that is trained.
+    """Muon for the matrices inside transformer layers, AdamW for all other trained weights.
 
-    Embeddings and the output layer are matrices too, but their rows are separate entries and not a linear map.
+    Embeddings and the output layer get AdamW, because their rows are separate entries rather than a linear map.
     """
     hidden: list[nn.Parameter] = []
     others: list[nn.Parameter] = []

@@ -18,7 +18,7 @@ PATCH_SIZE = 12  # pixels
 NUM_IMAGE_TOKENS = (IMAGE_SIDE // PATCH_SIZE) ** 2
 PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = "<pad>", "<s>", "</s>"
 
-# The first user turn carries the image tag, as in LLaVA-1.5. The end-of-sequence token is inside the generation
+# As in LLaVA-1.5, the image tag stands in the first user turn. The end-of-sequence token is inside the generation
 # marks, so that a model trained on the marked tokens learns to stop.
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
@@ -47,7 +47,7 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer of 512 entries on `texts`."""
+    """Trains a byte-level BPE tokenizer of 512 entries on `texts`."""
     return train_tokenizer(
         texts,
         VOCABULARY_SIZE,
@@ -88,13 +88,13 @@ def train_tokenizer(
 
 
 def build_processor(seed: int = 0, num_samples: int = 4000) -> LlavaProcessor:
-    """The processor of the toy world, its tokenizer trained on `num_samples` conversations of the training split.
+    """The processor of the toy world. Its tokenizer is trained on `num_samples` conversations of the training split.
 
     An image becomes 3x72x72 pixels and 36 `<image>` tokens.
     """
     samples = islice(iterate_samples("train", seed), num_samples)
     roles = {"human": "USER:", "gpt": " ASSISTANT:"}
-    # Roles are part of the text that the tokenizer learns, so that they take few tokens in a chat.
+    # The texts include the roles, so that roles take few tokens in a chat.
     texts = (
         f"{roles[turn['from']]} {turn['value'].replace(IMAGE_TAG, '')}"
         for sample in samples

@@ -1,7 +1,7 @@
 """Another target of the toy world, unlike the bundled one: `python -m msd_hf.toy.stranger --output DIR`.
 
-A Qwen2 decoder with grouped-query attention behind another vision tower, its own tokenizer, and ChatML as its chat
-template, without a start token and without generation marks. Drafts are trained for it as for anybody's model:
+It has a Qwen2 decoder with grouped-query attention, another vision tower and another tokenizer. Its chat template is
+ChatML, without a start token and without generation marks. Drafts are trained for it as for any other model:
 
     msd-hf train --target DIR/target --text-data DIR/data/text.json --visual-data DIR/data/visual.json \\
         --image-folder DIR/data --output-dir DIR/draft
@@ -48,7 +48,7 @@ NUM_HEADS, NUM_KV_HEADS = 6, 2
 END_OF_TEXT, TURN_START, TURN_END, IMAGE_TOKEN = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>"
 SYSTEM_PROMPT = "You are a helpful assistant."
 
-# As Qwen2's: a system turn of its own where the chat has none, and a line break behind each turn's end.
+# As in Qwen2: a default system turn if the chat has none, and a line break after the end of each turn.
 CHAT_TEMPLATE = """\
 {%- if messages[0]['role'] != 'system' -%}
 {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
@@ -70,12 +70,12 @@ CHAT_TEMPLATE = """\
 
 def build_stranger(
     output: Annotated[Path, typer.Option(help="Folder that `target` and `data` are written to.")],
-    vision_seconds: Annotated[float, typer.Option(help="Wall clock for training the vision tower alone.")] = 60.0,
-    seconds: Annotated[float, typer.Option(help="Wall clock for training the whole model.")] = 360.0,
-    vision_steps: Annotated[int | None, typer.Option(help="Steps instead of a time.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps instead of a time.")] = None,
+    vision_seconds: Annotated[float, typer.Option(help="Seconds for training the vision tower alone.")] = 60.0,
+    seconds: Annotated[float, typer.Option(help="Seconds for training the whole model.")] = 360.0,
+    vision_steps: Annotated[int | None, typer.Option(help="Steps instead of --vision-seconds.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps instead of --seconds.")] = None,
     batch_size: Annotated[int, typer.Option(help="Conversations per step.")] = 16,
-    num_samples: Annotated[int, typer.Option(help="Conversations for a draft to learn from.")] = 6000,
+    num_samples: Annotated[int, typer.Option(help="Training conversations for a draft.")] = 6000,
     prompts_per_kind: Annotated[int, typer.Option(help="Held-out questions of each kind in the final test.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of data and initial weights.")] = 0,
 ) -> None:
@@ -99,7 +99,7 @@ def build_stranger(
 
 
 def build_stranger_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer of 700 entries, digits apart, without a start token."""
+    """Trains a byte-level BPE tokenizer of 700 entries, with single digits and without a start token."""
     digits_apart = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -115,14 +115,14 @@ def build_stranger_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def build_stranger_processor(seed: int = 0, num_samples: int = 4000) -> LlavaProcessor:
-    """A processor whose tokenizer is trained on `num_samples` conversations of the training split.
+    """The processor of the target. Its tokenizer is trained on `num_samples` conversations of the training split.
 
     An image becomes 3x80x80 pixels and 16 `<|image_pad|>` tokens.
     """
 
     def texts() -> Iterator[str]:
         for sample in islice(iterate_samples("train", seed), num_samples):
-            # The words that the chat template writes take few tokens this way.
+            # The texts include the words of the chat template, so that these take few tokens.
             yield f"system\n{SYSTEM_PROMPT}"
             for turn in sample["conversations"]:
                 role = "user" if turn["from"] == "human" else "assistant"

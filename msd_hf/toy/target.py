@@ -31,10 +31,10 @@ from .world import render
 
 HIDDEN_SIZE = 128
 NUM_LAYERS = 20
-NUM_SEED_LAYERS = 5  # of the shallow model that learns first
+NUM_SEED_LAYERS = 5  # layers of the shallow model that is trained first
 NUM_VISION_LAYERS = 3
 IGNORED = -100
-_POOL = 24  # batches that are grouped by length together
+_POOL = 24  # batches whose samples are sorted by length together
 
 
 def build_target_config(processor: LlavaProcessor, num_layers: int = NUM_LAYERS) -> LlavaConfig:
@@ -81,12 +81,12 @@ def join_configs(processor: LlavaProcessor, vision: CLIPVisionConfig, text: PreT
 
 
 def build_shallow_target(processor: LlavaProcessor, seed: int = 0) -> LlavaForConditionalGeneration:
-    """An untrained target of a few layers only, to be trained first and then deepened."""
+    """An untrained target with few layers, to be trained first and then deepened."""
     return build_untrained(build_target_config(processor, NUM_SEED_LAYERS), seed)
 
 
 def build_untrained(config: LlavaConfig, seed: int = 0) -> LlavaForConditionalGeneration:
-    """A model whose random weights suit training from nothing, at any depth."""
+    """A model whose random weights suit training from scratch, at any depth."""
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
     depths = dict.fromkeys(("o_proj", "down_proj"), config.text_config.num_hidden_layers)
@@ -95,9 +95,9 @@ def build_untrained(config: LlavaConfig, seed: int = 0) -> LlavaForConditionalGe
         for name, parameter in model.named_parameters():
             depth = depths.get(name.split(".")[-2])
             if depth is not None and name.endswith("weight"):
-                # Every layer adds to the residual stream; its size stays the same at any depth this way.
+                # Each layer adds to the residual stream. This scale keeps the stream at the same size at any depth.
                 parameter.mul_((2 * depth) ** -0.5)
-        # Of the size of what the layers add, or else the first of them drown which token it was.
+        # As large as the outputs of the layers, because smaller embeddings would be drowned by the first layers.
         model.get_input_embeddings().weight.normal_()
     return model
 
@@ -115,10 +115,10 @@ def scale_projector(model: LlavaForConditionalGeneration, processor: LlavaProces
 
 def deepen(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> LlavaForConditionalGeneration:
     """
-    The same function with all 20 layers, to be trained on.
+    Expands a shallow model to all 20 layers, for further training. The function of the model stays the same.
 
-    A shallow model learns as much from a sample as a deep one, at a quarter of the time. Behind each of its layers
-    come copies of that layer that add nothing to the residual stream yet (block expansion, arXiv 2401.02415).
+    A shallow model learns as much from a sample as a deep one, in a quarter of the time. Each layer is followed by
+    copies of itself that add nothing to the residual stream yet (block expansion, arXiv 2401.02415).
     """
     deep = LlavaForConditionalGeneration(build_target_config(processor))
     shallow = model.state_dict()
@@ -152,10 +152,11 @@ def to_messages(sample: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def encode_sample(encoder: ConversationEncoder, sample: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Ids and labels `[length]` (loss on the assistant's tokens only), pixels `[3, side, side]` for a visual sample.
+    """Encodes a sample: ids and labels `[length]`, and pixels `[3, side, side]` for a visual sample. Only tokens of the
+    assistant have labels.
 
-    The labels are those that drafts are trained on: the assistant masks of `apply_chat_template` are not the same on
-    all releases of transformers, and need generation marks in the chat template.
+    The encoder that drafts are trained with makes the labels, because the assistant masks of `apply_chat_template`
+    differ between releases of transformers and need generation marks in the chat template.
     """
     messages = to_messages(sample)
     images = tuple(part.pop("image") for message in messages for part in message["content"] if "image" in part)
@@ -168,9 +169,9 @@ def encode_sample(encoder: ConversationEncoder, sample: dict[str, Any]) -> dict[
 
 
 def collate_samples(features: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded `[batch, length]` ids and labels, `[images, 3, 72, 72]` pixels.
+    """Makes a batch: right-padded ids and labels `[batch, length]`, pixels `[images, 3, 72, 72]`.
 
-    There is no attention mask: in a causal model padding on the right is seen by padding only, and attention
+    There is no attention mask, because in a causal model only padding sees the padding on the right, and attention
     without a mask is faster.
     """
     pad = torch.nn.utils.rnn.pad_sequence
@@ -185,7 +186,7 @@ def collate_samples(features: list[dict[str, torch.Tensor]], pad_token_id: int) 
 
 
 def stream_encoded(processor: LlavaProcessor, seed: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless encoded training samples in which every `batch_size` consecutive ones have similar lengths."""
+    """Endless encoded training samples. Each `batch_size` consecutive samples have similar lengths."""
     encoder = ConversationEncoder(processor)
     samples = iterate_samples("train", seed)
     rng = random.Random(f"batches/{seed}")
@@ -207,8 +208,8 @@ def train_target(
     rate: float = 1.0,
 ) -> float:
     """
-    Trains projector and language model in place on fresh conversations; returns the mean training loss. The vision
-    tower keeps what it has learnt: an untrained language model would only make it forget.
+    Trains projector and language model in place on new conversations; returns the mean training loss. The vision tower
+    is frozen, because an untrained language model would only make it forget.
 
     `rate` is relative to the learning rates of `build_optimizer`.
     """
@@ -226,10 +227,7 @@ def train_target(
 
 
 def save_target(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: str | Path) -> Path:
-    """Round the weights to float16 (also in `model`), write model and processor to `folder`; returns `folder`.
-
-    The configuration still says float32, so that loading gives a float32 model: small on disk, exact on a CPU.
-    """
+    """Writes model, rounded by [`save_rounded`], and processor to `folder`; returns `folder`."""
     tokenizer = processor.tokenizer
     model.generation_config = GenerationConfig(
         do_sample=False,

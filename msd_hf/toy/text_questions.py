@@ -1,7 +1,7 @@
 """Text-only questions: counting, word lists, stories, how-to lists and the calendar.
 
-Each task has a key that names its content without the phrasing. The key decides the split, so a held-out task
-is unseen in every phrasing.
+Each task has a key that names its content without the phrasing. The key determines the split, so that training has
+seen a held-out task in no phrasing.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _first_and_last(words: list[str]) -> Turn:
 
 
 def sorting(rng: random.Random) -> TextTask:
-    """Words into alphabetical order."""
+    """Putting words into alphabetical order."""
     words = rng.sample(WORDS, rng.randint(3, 5))
     ordered = sorted(words)
     before, after = ", ".join(words), ", ".join(ordered)
@@ -76,7 +76,7 @@ def sorting(rng: random.Random) -> TextTask:
 
 
 def repeating(rng: random.Random) -> TextTask:
-    """A list of words said again, once or twice."""
+    """Repeating a list of words, once or twice."""
     words = rng.sample(WORDS, rng.randint(3, 6))
     text = ", ".join(words)
     style = rng.randrange(3)
@@ -153,7 +153,7 @@ def howto(rng: random.Random) -> TextTask:
 
 
 def calendar(rng: random.Random) -> TextTask:
-    """Days of the week or months that follow a given one."""
+    """The days of the week, or the months, that follow a given one."""
     names, unit = (DAYS, "days") if rng.random() < 0.4 else (MONTHS, "months")
     start, length, name = rng.randrange(len(names)), rng.randint(3, 10), rng.choice(NAMES)
     listed = [names[(start + step) % len(names)] for step in range(1, length + 1)]
@@ -181,7 +181,7 @@ TEXT_KINDS: dict[str, Callable[[random.Random], TextTask]] = {
 
 
 def make_text_task(rng: random.Random, split: str, kind: str | None = None) -> TextTask:
-    """Draw a task of `kind` (any when not given) whose content belongs to `split`."""
+    """Makes a random task of `kind` (by default of any kind) whose content belongs to `split`."""
     while True:
         task = TEXT_KINDS[kind or rng.choice(list(TEXT_KINDS))](rng)
         if split_of(task.key) == split:
@@ -189,7 +189,7 @@ def make_text_task(rng: random.Random, split: str, kind: str | None = None) -> T
 
 
 def make_text_turns(rng: random.Random, split: str, num_turns: int) -> list[Turn]:
-    """A conversation of about `num_turns` turns: tasks of the split, each maybe with a follow-up."""
+    """A conversation of `num_turns` turns: tasks of the split, some of them with a follow-up."""
     turns: list[Turn] = []
     while len(turns) < num_turns:
         task = make_text_task(rng, split)

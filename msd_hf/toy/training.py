@@ -1,4 +1,4 @@
-"""The training loop shared by the vision tower and the whole model: transformers' Trainer on an endless stream."""
+"""The training loop of the vision tower and of the whole model: the `Trainer` of transformers on an endless stream."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class EndlessStream(IterableDataset):
 
 
 class Budget:
-    """Progress (0-1) of a training run that is limited by a number of steps or by seconds of wall clock.
+    """Progress (0-1) of a training run that is limited by a number of steps or of seconds.
 
-    With seconds the learning rate follows the clock, so that it reaches zero in time however busy the machine is.
+    With a limit in seconds the learning rate follows the clock, so that it reaches zero in time on a busy machine too.
     """
 
     def __init__(self, max_steps: int | None = None, max_seconds: float | None = None):
@@ -45,7 +45,7 @@ class Budget:
         self.started: float | None = None
 
     def progress(self, step: int) -> float:
-        """Share of the budget that is used up after `step` steps."""
+        """The share of the budget that is used after `step` steps."""
         if self.started is None:
             self.started = time.monotonic()
         if self.max_steps is not None:
@@ -57,7 +57,7 @@ class Budget:
         """Learning-rate factor: linear warm-up, then half a cosine to zero."""
         progress = self.progress(step)
         if progress < _WARMUP:
-            # The first steps of a run limited by time would otherwise have a rate of zero.
+            # At least 1e-3, because the first steps of a run with a limit in seconds would have a rate of zero.
             return max(progress, 1e-3) / _WARMUP
         return 0.5 * (1 + math.cos(math.pi * (progress - _WARMUP) / (1 - _WARMUP)))
 
@@ -81,7 +81,7 @@ def train(
     rate: float = 1.0,
     logging_steps: int = 20,
 ) -> float:
-    """Train `model` in place on batches of consecutive samples of the stream; returns the mean training loss.
+    """Trains `model` in place on batches of consecutive samples of the stream; returns the mean training loss.
 
     `rate` is relative to the learning rates of `build_optimizer`.
     """

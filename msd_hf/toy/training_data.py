@@ -14,10 +14,10 @@ from .dataset import write_dataset
 
 def write_training_data(
     output: Annotated[Path, typer.Option(help="Folder that is written to.")],
-    samples: Annotated[int, typer.Option(help="Conversations, of which 60% have a picture.")] = 1000,
+    samples: Annotated[int, typer.Option(help="Number of conversations; 60% of them have a picture.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the conversations.")] = 0,
 ) -> None:
-    """Write conversations to train on: `train.json`, the same as `text.json` and `visual.json` apart, a twentieth of
+    """Write conversations to train on: `train.json`, its two kinds as `text.json` and `visual.json`, a twentieth of
     their number as `test.json`, and `images`."""
     path = write_dataset(output, "train", samples, seed)
     write_dataset(output, "test", max(1, samples // 20), seed)

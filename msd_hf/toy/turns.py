@@ -1,4 +1,4 @@
-"""The unit that both question writers produce, and the check of an answer."""
+"""A question with its answer, which text and visual questions share, and the check of an answer."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Turn:
 
 
 def join_words(words: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b, and c`."""
+    """Joins words as `a`, `a and b`, or `a, b, and c`."""
     if len(words) < 3:
         return " and ".join(words)
     return ", ".join(words[:-1]) + ", and " + words[-1]
 
 
 def has_facts(answer: str, facts: Sequence[str]) -> bool:
-    """Whether every fact occurs in the answer as whole words; case and runs of spaces do not count."""
+    """Whether every fact occurs in the answer as whole words. Case and repeated spaces are ignored."""
     if not facts:
         raise ValueError("An answer cannot be checked without facts.")
     text = " ".join(answer.lower().split())

@@ -1,7 +1,7 @@
-"""First stage: teach the vision tower what is in each grid cell.
+"""The first stage of training: the vision tower learns to recognise the object in each grid cell.
 
-Linear probes read shape, colour and size off the patches of every cell. They are thrown away afterwards; the tower
-then gives the language model features worth attending to from its first step on.
+Linear probes classify shape, colour and size from the patches of each cell, and are dropped afterwards. The language
+model then gets useful visual features from its first step on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ATTRIBUTES = (SHAPES, tuple(COLOURS), SIZES)
 
 
 def cell_labels(scene: Scene) -> torch.Tensor:
-    """`[4, 3]` class of shape, colour and size in each cell; the last class of each attribute means empty."""
+    """Classes `[4, 3]` of shape, colour and size in each cell. The last class of an attribute means an empty cell."""
     labels = torch.tensor([[len(values) for values in _ATTRIBUTES]] * _NUM_CELLS)
     for item in scene.objects:
         for column, (values, value) in enumerate(zip(_ATTRIBUTES, (item.shape, item.colour, item.size), strict=True)):
@@ -44,13 +44,13 @@ class CellProbe(nn.Module):
         self.background = nn.Linear(width, len(BACKGROUNDS))
 
     def forward(self, pixel_values: torch.Tensor, cells: torch.Tensor, background: torch.Tensor) -> dict[str, Any]:
-        """Loss and per-attribute accuracy for `[batch, 3, height, width]` pixels, `[batch, 4, 3]` cells and `[batch]`
-        backgrounds."""
+        """Computes the loss, and the accuracy of each attribute, from pixels `[batch, 3, height, width]`, cells
+        `[batch, 4, 3]` and backgrounds `[batch]`."""
         patches = self.tower(pixel_values=pixel_values).last_hidden_state[:, 1:]
         per_cell = self.tower.config.image_size // self.tower.config.patch_size // GRID
         grid = patches.unflatten(1, (GRID, per_cell, GRID, per_cell)).mean((2, 4)).flatten(1, 2)
         loss = functional.cross_entropy(self.background(patches.mean(1)), background)
-        # Where a patch lies must stay readable too: questions name places.
+        # The position of a patch must stay recognisable too, because questions name places.
         positions = torch.arange(_NUM_CELLS, device=patches.device).expand(len(patches), -1)
         loss = loss + functional.cross_entropy(self.cell(grid).flatten(0, 1), positions.flatten())
         accuracies = []
@@ -75,7 +75,7 @@ def _collate(processor: LlavaProcessor, scenes: list[dict[str, Any]]) -> dict[st
 def pretrain_vision_tower(
     tower: CLIPVisionModel, processor: LlavaProcessor, budget: Budget, seed: int = 0, batch_size: int = 64
 ) -> dict[str, float]:
-    """Train `tower` in place; returns the accuracy per attribute on 512 validation scenes (objects only)."""
+    """Trains `tower` in place; returns the accuracy of each attribute on the objects of 512 validation scenes."""
 
     def stream() -> Iterator[dict[str, Any]]:
         rng = random.Random(f"vision/{seed}")

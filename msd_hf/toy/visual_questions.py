@@ -1,4 +1,4 @@
-"""Questions about a scene. The wording of a question decides the wording of its answer, the scene its content."""
+"""Questions about a scene. The wording of the question determines the wording of the answer, the scene its content."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _with_place(item: SceneObject) -> str:
 
 
 def describe(rng: random.Random, scene: Scene) -> Turn:
-    """Everything in the scene, in reading order."""
+    """All objects of the scene, in reading order."""
     objects, background = scene.objects, f"{scene.background} background"
     count = _plural(len(objects), "object")
     style = rng.randrange(4)
@@ -47,7 +47,7 @@ def describe(rng: random.Random, scene: Scene) -> Turn:
 
 
 def colour(rng: random.Random, scene: Scene) -> Turn:
-    """Colour of the object in a place, or of the only object with a shape."""
+    """The colour of the object in a place, or of the only object with a shape."""
     item = rng.choice(scene.objects)
     only_one = sum(o.shape == item.shape for o in scene.objects) == 1
     style = rng.randrange(4 if only_one else 2)
@@ -69,7 +69,7 @@ def colour(rng: random.Random, scene: Scene) -> Turn:
 
 
 def count(rng: random.Random, scene: Scene) -> Turn:
-    """Number of all objects, or of those with a shape or size, with a list of them."""
+    """The number of all objects, or of the objects of a size, with a list of them."""
     style = rng.randrange(3)
     if style < 2:
         names = join_words([f"a {o.full_name}" for o in scene.objects])
@@ -93,7 +93,7 @@ def count(rng: random.Random, scene: Scene) -> Turn:
 
 
 def place(rng: random.Random, scene: Scene) -> Turn:
-    """Where an object named by colour and shape is."""
+    """The place of an object that is named by colour and shape."""
     item = rng.choice(scene.objects)
     style = rng.randrange(3)
     if style == 0:
@@ -110,12 +110,12 @@ def place(rng: random.Random, scene: Scene) -> Turn:
 
 
 def exists(rng: random.Random, scene: Scene) -> Turn:
-    """Whether an object named by colour and shape is there; the answer is no half of the time."""
+    """Whether the scene has an object that is named by colour and shape. Half of the answers are no."""
     item = rng.choice(scene.objects)
     style = rng.randrange(2)
     name, present = item.name, rng.random() < 0.5
     while not present and any(o.name == name for o in scene.objects):
-        # Near misses (right shape or right colour), so that one attribute alone never gives the answer away.
+        # Often the name has the right shape or the right colour, so that one attribute does not give the answer away.
         swap = rng.randrange(3)
         shape = item.shape if swap == 0 else rng.choice(SHAPES)
         tint = item.colour if swap == 1 else rng.choice(list(COLOURS))
@@ -151,7 +151,7 @@ def background(rng: random.Random, scene: Scene) -> Turn:
 
 
 def compare(rng: random.Random, scene: Scene) -> Turn:
-    """The objects of two places side by side; a place may be empty."""
+    """A comparison of the objects in two places. One place may be empty."""
     first = rng.choice(scene.objects)
     if len(scene.objects) > 1 and rng.random() < 0.8:
         other_cell = rng.choice([o.cell for o in scene.objects if o is not first])
@@ -182,7 +182,7 @@ _WEIGHTS = (4, 2, 2, 2, 3, 1, 3)
 
 
 def make_visual_turns(rng: random.Random, scene: Scene, num_turns: int) -> list[Turn]:
-    """`num_turns` different questions about one scene; long descriptions are the most frequent kind."""
+    """`num_turns` different questions about one scene. Descriptions are the most frequent kind."""
     turns: list[Turn] = []
     while len(turns) < num_turns:
         kind = rng.choices(list(VISUAL_KINDS), _WEIGHTS)[0]

@@ -1,4 +1,4 @@
-"""Words that the text questions are made of."""
+"""The words of the text questions."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Procedural scenes: coloured shapes in a 2x2 grid, and their rendering to an image.
 
-A scene is pure data, so it can be drawn from a seed on any machine, hashed, compared and put into a split
-without a picture being made.
+A scene is pure data. It can be made from a seed on any machine, hashed, compared and assigned to a split without
+rendering a picture.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BACKGROUNDS = {
     "cyan": (150, 225, 230),
     "beige": (225, 205, 165),
 }
-# Reading order; no name is a part of another, so that a fact can be looked up as a substring.
+# In reading order. No name is a part of another one, so that a fact can be found as a substring.
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 IMAGE_SIZE = 144  # pixels, square
 GRID = 2
@@ -49,8 +49,8 @@ _OBJECT_WEIGHTS = (1, 2, 3, 2)
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape. `cell` is the reading-order index of its grid cell (0-3), `offset` its shift from the cell's
-    centre in pixels (x, y)."""
+    """One shape. `cell` is the index of its grid cell (0-3, in reading order), `offset` its shift from the centre of
+    the cell in pixels (x, y)."""
 
     shape: str
     colour: str
@@ -60,7 +60,7 @@ class SceneObject:
 
     @property
     def place(self) -> str:
-        """Name of the grid cell, e.g. `"top left"`."""
+        """The name of the grid cell, e.g. `"top left"`."""
         return PLACES[self.cell]
 
     @property
@@ -83,35 +83,35 @@ class Scene:
 
     @property
     def key(self) -> str:
-        """Canonical text of the scene, without the jitter: two scenes with one key have the same answers."""
+        """A canonical text of the scene without the offsets. Scenes with the same key have the same answers."""
         parts = [f"{item.cell}:{item.size}:{item.colour}:{item.shape}" for item in self.objects]
         return "|".join([self.background, *parts])
 
 
 def split_of(key: str) -> str:
-    """Split that owns a canonical key: 5% validation, 5% test, 90% train. Depends on nothing but the key."""
+    """The split of a canonical key: 5% validation, 5% test, 90% train. It depends only on the key."""
     bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 20
     return {0: "validation", 1: "test"}.get(bucket, "train")
 
 
 def check_split(split: str) -> None:
-    """Raise `ValueError` unless `split` is one of `SPLITS`."""
+    """Raises `ValueError` unless `split` is one of `SPLITS`."""
     if split not in SPLITS:
         raise ValueError(f"Unknown split {split!r}: choose one of {', '.join(SPLITS)}.")
 
 
 def make_scene(rng: random.Random, split: str, num_objects: int | None = None) -> Scene:
-    """Draw a scene that belongs to `split`; `num_objects` (1-4) is drawn too unless given."""
+    """Makes a random scene of `split`, with `num_objects` (1-4) or, by default, a random number of objects."""
     check_split(split)
     if num_objects is not None and not 1 <= num_objects <= MAX_OBJECTS:
         raise ValueError(f"A scene has 1 to {MAX_OBJECTS} objects, got {num_objects}.")
     while True:
-        scene = _draw_scene(rng, num_objects or rng.choices(range(1, MAX_OBJECTS + 1), _OBJECT_WEIGHTS)[0])
+        scene = _random_scene(rng, num_objects or rng.choices(range(1, MAX_OBJECTS + 1), _OBJECT_WEIGHTS)[0])
         if split_of(scene.key) == split:
             return scene
 
 
-def _draw_scene(rng: random.Random, num_objects: int) -> Scene:
+def _random_scene(rng: random.Random, num_objects: int) -> Scene:
     cells = sorted(rng.sample(range(GRID * GRID), num_objects))
     looks = rng.sample([(shape, colour) for shape in SHAPES for colour in COLOURS], num_objects)
     objects = []
@@ -124,7 +124,7 @@ def _draw_scene(rng: random.Random, num_objects: int) -> Scene:
 
 
 def render(scene: Scene) -> Image.Image:
-    """Draw a scene as an RGB image of 144x144 pixels."""
+    """Draws a scene as an RGB image of 144x144 pixels."""
     side = IMAGE_SIZE * _SUPERSAMPLING
     image = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
     draw = ImageDraw.Draw(image)
