@@ -1,5 +1,5 @@
 """
-Answer several questions in one call, each about a picture or none; by default with the bundled toy pair.
+Answer several questions in one call, each about a picture or about none. The default is the bundled toy pair.
 
     python examples/batch.py
 
@@ -33,7 +33,7 @@ class ScriptArguments:
 if __name__ == "__main__":
     args = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses()[0]
 
-    # Target and draft. Prompts of a batch end together, so padding belongs on the left
+    # Target and draft. Padding is on the left, so that all prompts of the batch end at the same position
     processor = AutoProcessor.from_pretrained(args.target, padding_side="left")
     target = AutoModelForImageTextToText.from_pretrained(args.target, dtype=args.dtype, device_map=args.device_map)
     draft = MSDDraftModel.from_pretrained(args.draft, dtype=target.dtype).to(target.device)
@@ -47,7 +47,7 @@ if __name__ == "__main__":
     inputs = processor(images=images or None, text=texts, padding=True, add_special_tokens=False, return_tensors="pt")
     inputs = inputs.to(target.device, target.dtype)
 
-    # Generation: each row accepts its own number of tokens, and costs nothing more when it has ended
+    # Generation: each row accepts its own number of tokens in a round, and costs nothing after its end
     output = target.generate(
         **inputs, assistant_model=draft, max_new_tokens=args.max_new_tokens, return_dict_in_generate=True
     )

@@ -1,5 +1,5 @@
 """
-Chat with a vision-language model, with a draft. Turns share one KV cache, so that each reads only what is new.
+Chat with a vision-language model and a draft. All turns share one KV cache, so that each turn reads only new tokens.
 
     python examples/chat.py --image msd_hf/toy/demo.png
 
@@ -23,7 +23,9 @@ class ScriptArguments:
     target: str = str(TARGET_DIR)
     draft: str = str(DRAFT_DIR)
     image: str | None = field(default=None, metadata={"help": "Shown with the first question."})
-    say: list[str] = field(default_factory=list, metadata={"help": "Questions; without any they are read as typed."})
+    say: list[str] = field(
+        default_factory=list, metadata={"help": "Questions; by default they are read from the terminal."}
+    )
     max_new_tokens: int = 200
     dtype: str = "auto"
     device_map: str | None = None
@@ -43,7 +45,7 @@ if __name__ == "__main__":
         text = processor.apply_chat_template(chat, add_generation_prompt=True)
         new = {"text": text.removeprefix(known), "add_special_tokens": False, "return_tensors": "pt"}
         inputs = processor(images=None if chat[1:] else image, **new).to(target.device, target.dtype)
-        if output is not None:  # go on behind the answer, token for token
+        if output is not None:  # continue after the generated tokens, which need not be encoded again
             ids = torch.cat([output.sequences, inputs["input_ids"]], dim=1)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE_NAME: output[CACHE_NAME]}
         options = {"max_new_tokens": args.max_new_tokens, "streamer": streamer, "return_dict_in_generate": True}

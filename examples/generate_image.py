@@ -1,5 +1,5 @@
 """
-Ask a vision-language model about a picture, with a draft; by default the bundled toy pair about its demo picture.
+Ask a vision-language model with a draft about a picture. The default is the bundled toy pair and its demo picture.
 
     python examples/generate_image.py
 
@@ -42,7 +42,7 @@ if __name__ == "__main__":
     inputs = processor(images=Image.open(args.image), text=text, add_special_tokens=False, return_tensors="pt")
     inputs = inputs.to(target.device, target.dtype)
 
-    # Generation: the tokens are those of the target alone, streamed as they are accepted
+    # Generation: the tokens equal those of the target alone, and are streamed as they are accepted
     output = target.generate(
         **inputs,
         assistant_model=draft,

@@ -1,12 +1,12 @@
 """
-What each part of the training brings, on the toy world: a table, a JSON file and a plot for each study.
+The effect of each part of the training, on the toy world: a table, a JSON file and a plot for each study.
 
     python examples/studies/ablation.py --study paper     # {decoupled, not} x {text, visual, mixed, two-stage}
     python examples/studies/ablation.py --study recipes   # the paper's, each addition to it, and the recommended one
 
 Every draft is trained for the same number of steps on cached features of the same conversations, with the same
-optimizer, and measured on held-out prompts: tau, and speedup from interleaved runs. Finished parts are kept in the
-output folder; a run that was stopped goes on where it was. Needs `pip install -e ".[examples]"`.
+optimizer, and measured on held-out prompts: tau, and speedup from runs in turns. The output folder keeps finished
+parts, so that a stopped run resumes. Needs `pip install -e ".[examples]"`.
 """
 
 import json
@@ -45,9 +45,9 @@ from msd_hf.training import (
 
 KINDS = ("text", "visual")
 TREE_METHOD = METHODS["tree"]
-# The bundled draft's: the fastest on two CPU cores.
+# The fastest fixed tree of the toy pair on two CPU cores.
 TREE_SETTINGS = {"num_assistant_tokens": 24, "tree_depth": 6, "tree_top_k": 4}
-# A draft of 0.2M parameters takes larger and fewer steps than one of a 7B model. The same for every run.
+# The same for all runs. A draft of 0.2M parameters takes larger and fewer steps than the draft of a 7B model.
 OPTIMIZER = {"learning_rate": 2e-3, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 16}
 
 
@@ -58,19 +58,27 @@ class AblationArguments:
     )
     output: str = field(default="ablation", metadata={"help": "Folder for features, drafts and results."})
     steps: int = field(default=400, metadata={"help": "Training steps of each draft."})
-    samples: int = field(default=1024, metadata={"help": "Conversations of each kind to learn from."})
-    seeds: int = field(default=2, metadata={"help": "Drafts of each sort."})
+    samples: int = field(default=1024, metadata={"help": "Training conversations of each kind."})
+    seeds: int = field(default=2, metadata={"help": "Drafts with different seeds for each row of the table."})
     prompts_per_kind: int = field(default=2, metadata={"help": "Held-out questions of each of the 13 kinds."})
     speedup: bool = field(
-        default=True, metadata={"help": "Measure speedup too, which needs an otherwise idle machine, or tau alone."}
+        default=True, metadata={"help": "Measure speedup too, which needs an otherwise idle machine; else tau alone."}
     )
-    workers: int = field(default=2, metadata={"help": "Drafts that are trained at once, on one thread each."})
+    workers: int = field(default=2, metadata={"help": "Drafts that are trained at the same time, on one thread each."})
 
 
 @dataclass(frozen=True)
 class Run:
-    """One draft: `arguments` differ from the paper's, `answers` are the data's or the target's own, and features are
-    cached as `storage`."""
+    """
+    The training of one draft.
+
+    Args:
+        name: name in the table.
+        seed: seed of the training.
+        answers: `"data"` or `"target"`: who wrote the answers.
+        storage: number format of the feature cache.
+        arguments: training arguments that differ from the paper's.
+    """
 
     name: str
     seed: int
@@ -135,7 +143,7 @@ def answers_path(output: Path, kind: str) -> Path:
 
 
 def extract(job: tuple["Cache", Path, int]) -> None:
-    """The features of one kind of conversation, with the answers of the data or the target's own."""
+    """Extracts the features of one kind of conversation, with the answers of the data or of the target."""
     cache, output, num_samples = job
     torch.set_num_threads(1)
     target, processor = load_target_and_processor(TARGET_DIR)
@@ -155,7 +163,7 @@ def extract(job: tuple["Cache", Path, int]) -> None:
 
 
 class Cache(NamedTuple):
-    """Features that some of the drafts learn from."""
+    """A feature cache for the training of some of the drafts."""
 
     kind: str
     answers: str
@@ -174,7 +182,7 @@ def needed_caches(run: Run, output: Path) -> dict[str, Cache]:
 
 
 def train(job: tuple[Run, Path, int]) -> None:
-    """Trains one draft, unless it is there."""
+    """Trains one draft, unless it exists."""
     run, output, steps = job
     folder = draft_folder(output, run, steps)
     if (folder / "training_provenance.json").is_file():
@@ -200,7 +208,7 @@ def draft_folder(output: Path, run: Run, steps: int) -> Path:
 
 
 def measure(runs: list[Run], args: AblationArguments, output: Path) -> list[dict[str, Any]]:
-    """tau and speedup of every draft, one after the other on the same prompts."""
+    """Measures tau and speedup of every draft, one after another on the same prompts."""
     target, processor = load_target_and_processor(TARGET_DIR)
     prompts = make_evaluation_prompts(args.prompts_per_kind, seed=0)
     results = []
@@ -276,7 +284,7 @@ def main() -> None:
         list(tqdm(pool.map(extract, extract_jobs), total=len(caches), desc="features"))
         train_jobs = [(run, output, args.steps) for run in runs]
         list(tqdm(pool.map(train, train_jobs), total=len(runs), desc="training"))
-    # On an otherwise idle machine: nothing is trained while times are taken.
+    # After all training, so that times are measured on an idle machine.
     report(measure(runs, args, output), args, output, Console(width=160))
 
 

@@ -1,6 +1,6 @@
 """
 Cache upkeep of a round by the length of the context: append the nodes of a tree, keep the accepted slots, drop the
-rest; in place as here, and by the concatenation of a `DynamicCache`.
+others. Our in-place cache is compared with the concatenation of a `DynamicCache`.
 
     python examples/studies/bench_cache.py --contexts 500 1000 2000 4000 8000
 """
@@ -28,8 +28,8 @@ class BenchArguments:
     heads: int = field(default=16, metadata={"help": "Key-value heads."})
     head_dim: int = field(default=64, metadata={"help": "Size of a head."})
     nodes: int = field(default=59, metadata={"help": "Nodes of the tree."})
-    accepted: int = field(default=4, metadata={"help": "Slots that are kept of them."})
-    repeats: int = field(default=20, metadata={"help": "Rounds, of which the median counts."})
+    accepted: int = field(default=4, metadata={"help": "Slots of the tree that are kept."})
+    repeats: int = field(default=20, metadata={"help": "Timed rounds; the median is reported."})
     threads: int = field(default=1, metadata={"help": "Threads."})
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
     device: str = field(default="auto", metadata={"help": "Device; auto: the GPU if there is one."})
@@ -58,7 +58,7 @@ def round_milliseconds(args: BenchArguments, context: int, in_place: bool) -> fl
         if in_place:
             CacheTransaction(cache, slots).commit([args.accepted], path)
         else:
-            cache.crop(args.accepted - args.nodes)  # a chain: the accepted slots are the first already
+            cache.crop(args.accepted - args.nodes)  # only the first slots can be kept, as for a chain
         synchronize(device)
         seconds.append(time.perf_counter() - started)
         if in_place:

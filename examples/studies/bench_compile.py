@@ -1,6 +1,6 @@
 """
-`compile=True` of the toy pair's draft against the same draft without it, and against the target alone, in turns on the
-same held-out prompts, after a first call that compiles.
+The toy pair's draft with `compile=True` against the same draft without it, and against the target alone: in turns on
+the same held-out prompts, after a first call that compiles.
 
     python examples/studies/bench_compile.py --prompts 8
 """
@@ -31,8 +31,8 @@ class BenchArguments:
     repeats: int = field(default=3, metadata={"help": "Runs of each, in turns."})
     max_new_tokens: int = field(default=64, metadata={"help": "Length limit of an answer."})
     nodes: int = field(default=16, metadata={"help": "Nodes of the tree."})
-    depth: int = field(default=5, metadata={"help": "Its depth."})
-    top_k: int = field(default=4, metadata={"help": "Its top-k."})
+    depth: int = field(default=5, metadata={"help": "Expansions after the first."})
+    top_k: int = field(default=4, metadata={"help": "Candidates of each node, and nodes expanded at each level."})
     threads: int = field(default=1, metadata={"help": "Threads."})
     device: str = field(default="auto", metadata={"help": "Device; auto: the GPU if there is one."})
 

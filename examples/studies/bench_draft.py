@@ -1,12 +1,13 @@
 """
-Drafting one tree: milliseconds of the draft's layers, of the head and of everything else, with the target's head and
-with that of a draft vocabulary, and the ratio to the same layer forwards and full head calls timed bare in the same
-run, all in turns.
+Milliseconds of drafting one tree: the draft's layers, the head, and the rest, with the full head and with the head of
+a draft vocabulary. The baseline is the same forwards of the layers and calls of the full head, without anything else,
+in turns in the same run.
 
     python examples/studies/bench_draft.py --threads 1 --draft-vocab 8000
 
-Drafting is what a round does besides verifying: the accepted tokens are fed with the target's hidden states, then the
-tree grows level by level. That is `depth + 1` forwards of the layers and as many calls of the head.
+Drafting is the part of a round before the verification: the draft reads the accepted tokens with the target's hidden
+states, then the tree grows level by level. That takes `depth + 1` forwards of the layers and as many calls of the
+head.
 """
 
 import copy
@@ -48,8 +49,8 @@ class BenchArguments:
     context: int = field(default=700, metadata={"help": "Tokens before the tree."})
     nodes: int = field(default=59, metadata={"help": "Nodes of the tree, the root included."})
     depth: int = field(default=5, metadata={"help": "Expansions after the first."})
-    top_k: int = field(default=10, metadata={"help": "Candidates a node, and nodes expanded a level."})
-    accepted: int = field(default=4, metadata={"help": "Tokens that the round before emitted."})
+    top_k: int = field(default=10, metadata={"help": "Candidates of each node, and nodes expanded at each level."})
+    accepted: int = field(default=4, metadata={"help": "Tokens that the previous round emitted."})
     repeats: int = field(default=20, metadata={"help": "Trees of each kind, in turns."})
     threads: int = field(default=1, metadata={"help": "Threads."})
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
@@ -57,7 +58,7 @@ class BenchArguments:
 
 
 class BareForwards:
-    """The same forwards of the draft and calls of the full head, with everything else prepared beforehand."""
+    """The baseline: forwards of the draft and calls of the full head, with all inputs prepared beforehand."""
 
     def __init__(self, args: BenchArguments, adapter: TargetAdapter, draft):
         self.adapter, self.context = adapter, args.context
@@ -94,7 +95,7 @@ class BareForwards:
 
 
 class Drafting:
-    """Rounds of drafting, as the decoding loop makes them."""
+    """Drafting as in the rounds of the decoding loop."""
 
     def __init__(self, args: BenchArguments, adapter: TargetAdapter, draft):
         self.drafter = GrowingDrafter(draft, adapter, best_path_first=True)
@@ -102,7 +103,7 @@ class Drafting:
         self.tokens = torch.randint(args.vocabulary, (1, args.accepted), device=draft.device)
         self.roots = self.tokens[:, -1].clone()
         self.hidden_states = random_states(draft, args.accepted)
-        # Each tree adds accepted tokens: the context is right in the middle of the run.
+        # Each tree adds accepted tokens, so that the context starts shorter and has the wanted length on average.
         length = max(1, args.context - args.accepted * (args.repeats + WARM_UP))
         prefill = TargetPrefill(
             logits=torch.empty(0),
@@ -122,7 +123,7 @@ class Drafting:
             self.drafter.propose(self.roots, self.settings)
 
     def measure(self, device: torch.device) -> dict[str, float]:
-        """Milliseconds of a tree as it is, and of the phases of another one."""
+        """Milliseconds of one tree without the phase timer (`all`), and of the phases of another tree."""
         all_of_it = timed(self, device)
         with PhaseTimer(device) as timer:
             self()

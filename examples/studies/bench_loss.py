@@ -1,10 +1,10 @@
 """
-Peak memory and tokens/s of the loss: our chunks over trained positions against the plain form over all positions.
+Peak memory and tokens/s of the loss: chunks over the trained positions against the plain form over all positions.
 
     python examples/studies/bench_loss.py --batch 2 --length 1024 --hidden 1024 --vocabulary 32000
 
-Forward and backward of the loss alone, each form in a process of its own; memory is the growth of the process's peak
-(on a GPU: of the allocator's). A third of the positions are trained, as in a usual conversation.
+Each form runs forward and backward of the loss alone, in its own process. Memory is the growth of the peak of the
+process, or on a GPU of the allocator. A third of the positions are trained, as in a usual conversation.
 """
 
 import json
@@ -32,13 +32,13 @@ class BenchArguments:
     hidden: int = field(default=1024, metadata={"help": "Hidden size."})
     vocabulary: int = field(default=32000, metadata={"help": "Vocabulary."})
     chunk_size: int = field(default=1024, metadata={"help": "Rows of logits at a time."})
-    repeats: int = field(default=3, metadata={"help": "Timed steps, of which the median counts."})
+    repeats: int = field(default=3, metadata={"help": "Timed steps; the median is reported."})
     device: str = field(default="auto", metadata={"help": "Device; auto: the GPU if there is one."})
     form: str | None = field(default=None, metadata={"help": "Set by the script: plain or chunked."})
 
 
 def plain_loss(states, goals, trained, head):
-    """The original's: logits of all positions, masked afterwards."""
+    """The form of the original code: logits of all positions, masked afterwards."""
     log_probs = head(states).log_softmax(-1)
     with torch.no_grad():
         goal_probs = head(goals).softmax(-1)
@@ -54,7 +54,7 @@ def chunked_loss(states, goals, trained, head, chunk_size):
 
 def run(args: BenchArguments) -> None:
     device = parse_device(args.device)
-    torch.manual_seed(0)  # both forms get the same numbers, the head's included
+    torch.manual_seed(0)  # both forms get the same inputs and the same head
     shape = (args.batch, args.length, args.hidden)
     states = torch.randn(shape).to(device).requires_grad_()
     goals = torch.randn(shape).to(device)

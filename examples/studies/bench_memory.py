@@ -1,10 +1,10 @@
 """
-What draft and tree add to the peak memory of `generate` alone, against what is allowed: the draft's weights, its keys
-and values, and 64 slots of the target's, and a tenth more.
+The memory that draft and tree add to the peak of `generate` alone. The limit is the draft's weights, its keys and
+values, and the keys and values of 64 slots of the target, plus a tenth.
 
     python examples/studies/bench_memory.py --context 1000 --new-tokens 128
 
-Weights are random: hardly any candidate is accepted, so that there are as many rounds as new tokens.
+The weights are random. Hardly any candidate is accepted, so that there are about as many rounds as new tokens.
 """
 
 from collections.abc import Callable
@@ -36,10 +36,12 @@ class BenchArguments:
     vocabulary: int = field(default=32000, metadata={"help": "Vocabulary."})
     context: int = field(default=1000, metadata={"help": "Tokens of the prompt."})
     new_tokens: int = field(default=128, metadata={"help": "Tokens of the answer."})
-    limit: int = field(default=0, metadata={"help": "`max_new_tokens`, if answers end before it; 0: they do not."})
+    limit: int = field(
+        default=0, metadata={"help": "`max_new_tokens`, if answers shall end earlier; 0: the same as --new-tokens."}
+    )
     nodes: int = field(default=59, metadata={"help": "Nodes of the tree, the root included."})
     depth: int = field(default=5, metadata={"help": "Expansions after the first."})
-    top_k: int = field(default=10, metadata={"help": "Candidates a node, and nodes expanded a level."})
+    top_k: int = field(default=10, metadata={"help": "Candidates of each node, and nodes expanded at each level."})
     threads: int = field(default=1, metadata={"help": "Threads."})
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
     device: str = field(default="auto", metadata={"help": "Device; auto: the GPU if there is one."})
@@ -50,7 +52,7 @@ class BenchArguments:
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> tuple[int, Any]:
-    """The most bytes that tensors made by `function` held at a time, and what it gave."""
+    """The peak of the bytes that tensors made by `function` hold, and the result of `function`."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -58,8 +60,8 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> tuple[int, 
         result = function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before, result
-    # The resident set also holds what the system's allocator keeps, which differs from run to run. The profiler is
-    # told of every allocation of a tensor, also of those within an operation.
+    # The resident memory also includes freed memory that the system's allocator keeps, which differs from run to run.
+    # The profiler records each allocation of a tensor, also inside an operation.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
     held = peak = 0
@@ -93,7 +95,7 @@ def main() -> None:
     def generate(**more: Any) -> Callable[[], torch.Tensor]:
         return lambda: target.generate(**inputs, **arguments, **more)
 
-    for more in ({}, {"assistant_model": draft}):  # what is made once for a process is no part of a call
+    for more in ({}, {"assistant_model": draft}):  # warm-up: some memory is allocated once per process
         target.generate(**inputs, max_new_tokens=2, do_sample=False, **more)
     alone, expected = peak_bytes(generate(), device)
     drafted, tokens = peak_bytes(generate(assistant_model=draft), device)
@@ -104,7 +106,7 @@ def main() -> None:
         "its keys and values": (args.context + args.new_tokens) * slot_bytes(draft.config, target.dtype),
         f"{TARGET_SLOTS} slots of the target": TARGET_SLOTS * slot_bytes(config.text_config, target.dtype),
     }
-    # The weights were there before.
+    # The draft's weights existed before both calls, so they are added here.
     added, total = weights + drafted - alone, sum(allowed.values())
 
     console = Console(width=100)

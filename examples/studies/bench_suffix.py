@@ -1,6 +1,6 @@
 """
-What `draft.generation_config.suffix_nodes` brings: rounds, tau and tokens/s with and without it, in turns, on toy
-questions that are asked again in a conversation, on follow-up questions, and on single ones.
+The effect of `draft.generation_config.suffix_nodes`: rounds, tau and tokens/s with and without it, in turns, on toy
+questions that are asked again in a conversation, on follow-up questions, and on single questions.
 
     python examples/studies/bench_suffix.py --suffix_nodes 8
 """
@@ -24,11 +24,11 @@ from msd_hf.toy import DRAFT_DIR, TARGET_DIR, TEXT_KINDS, VISUAL_KINDS, make_pro
 
 @dataclass
 class BenchArguments:
-    suffix_nodes: int = field(default=8, metadata={"help": "Nodes of the branch."})
+    suffix_nodes: int = field(default=8, metadata={"help": "Nodes of the suffix branch."})
     prompts_per_kind: int = field(default=4, metadata={"help": "Held-out questions of each kind."})
     conversations: int = field(default=16, metadata={"help": "Conversations with follow-up questions."})
     max_new_tokens: int = field(default=140, metadata={"help": "Length limit of an answer."})
-    repeats: int = field(default=3, metadata={"help": "Runs each way, of which the median of the ratios counts."})
+    repeats: int = field(default=3, metadata={"help": "Runs with and without; the median of the ratios is reported."})
     threads: int = field(default=1, metadata={"help": "Threads."})
     num_assistant_tokens: str = field(default="24", metadata={"help": "Nodes of the tree, or auto."})
 
@@ -43,7 +43,7 @@ def assistant(text: str) -> dict[str, Any]:
 
 
 def make_groups(args: BenchArguments, processor: Any) -> dict[str, list[Any]]:
-    """The inputs of each group of calls; earlier answers are those of the toy world."""
+    """The inputs of each group of calls. Earlier answers are the reference answers of the toy world."""
     groups: dict[str, list[Any]] = {
         name: [] for name in ("asked again", "follow-up", "single: repeating", "single: other text", "single: visual")
     }

@@ -18,7 +18,7 @@ _NUM_ITERATIONS = 5
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
-    """Replaces each matrix of a `[stack, rows, columns]` tensor by approximately the closest semi-orthogonal matrix."""
+    """Replaces each matrix of a `[stack, rows, columns]` tensor by roughly the closest semi-orthogonal matrix."""
     a, b, c = _NEWTON_SCHULZ
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices

@@ -152,8 +152,8 @@ def to_messages(sample: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def encode_sample(encoder: ConversationEncoder, sample: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Encodes a sample: ids and labels `[length]`, and pixels `[3, side, side]` for a visual sample. Only tokens of the
-    assistant have labels.
+    """Encodes a sample: ids and labels `[length]`, and pixels `[3, side, side]` for a visual sample. Only the
+    tokens of the assistant have labels.
 
     The encoder that drafts are trained with makes the labels, because the assistant masks of `apply_chat_template`
     differ between releases of transformers and need generation marks in the chat template.
