@@ -47,11 +47,11 @@ def draft_vocab(
 
     if size != "auto" and not size.lstrip("-").isdecimal():
         raise MSDError(f"--size {size!r} is neither a number nor auto.")
-    number = None if size == "auto" else int(size)
+    num_tokens = None if size == "auto" else int(size)
     target_config = AutoConfig.from_pretrained(target)
     vocab_size = target_config.get_text_config(decoder=True).vocab_size
-    if number is not None:
-        check_size(number, vocab_size)
+    if num_tokens is not None:
+        check_size(num_tokens, vocab_size)
     _check_absent(output, overwrite)
     conversations = [load_conversations(path, image_folder) for path in data]
     logging.disable_progress_bar()
@@ -65,12 +65,14 @@ def draft_vocab(
         f"{int((seen > 0).sum()):,} different ones"
     )
     print_skipped(counts.skipped)
-    tokens = frequent_tokens(counts.counted, number)
+    tokens = frequent_tokens(counts.counted, num_tokens)
     share = len(tokens) / vocab_size
     console.print(f"The draft's vocabulary has {len(tokens):,} of the target's {vocab_size:,} tokens ({share:.1%}).")
-    console.print(f"covered       {coverage(counts.counted, tokens):.2%} of the tokens that they were ranked by")
+    console.print(f"covered       {coverage(counts.counted, tokens):.2%} of the answer tokens that ranked them")
     if int(counts.held_out.sum()):
-        console.print(f"              {coverage(counts.held_out, tokens):.2%} of those of held-out conversations")
+        console.print(
+            f"              {coverage(counts.held_out, tokens):.2%} of the answer tokens in held-out conversations"
+        )
     if share > LARGEST_PAYING_SHARE:
         console.print(
             "Warning: more than half of the vocabulary saves little time and may cost acceptance.", soft_wrap=True

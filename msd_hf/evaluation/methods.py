@@ -134,7 +134,7 @@ def _make_random_draft(target: PreTrainedModel) -> MSDDraftModel:
 
 USELESS_DRAFT = Method(
     "useless-draft",
-    'a draft with random weights and `num_assistant_tokens="auto"`: what it costs to find out that none is accepted',
+    'a draft with random weights and `num_assistant_tokens="auto"`: the cost of finding out that it is useless',
     drafted=True,
     tree={"num_assistant_tokens": "auto", "tree_depth": None},
     make_draft=random_draft,

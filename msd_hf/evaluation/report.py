@@ -60,14 +60,15 @@ def to_markdown(report: Mapping[str, Any], images: Sequence[Path] = ()) -> str:
 
 
 _TERMS = """\
-- tokens/s: tokens of all answers by the time of all calls, vision tower and prefill included. Decode only: without the
-  time until the target's first forward is done, and without the token that it gives.
-- tau: tokens that a verification emits, the bonus token included; accepted: tau - 1.
-- efficiency: share of the decoding loop that is spent in the modules of target and draft, the head included. It and
-  the parts of a round are measured in a run of their own; on a GPU the host waits at the border of each part, which
-  makes the sum longer than a round is in the timed runs.
-- peak memory: on a GPU of the allocator, else of the process; the weights of both models are in it for every method.
-- identical: answers that equal those of the target alone token by token."""
+- tokens/s: tokens of all answers divided by the time of all calls, vision tower and prefill included. Decode only:
+  without the target's first forward and without its token.
+- tau: mean number of tokens that a verification emits, the bonus token included; accepted: tau - 1.
+- efficiency: share of the decoding loop that is spent in the modules of target and draft, the head included.
+  Efficiency and the parts of a round are measured in a separate run. On a GPU the host waits at the border of each
+  part there, so that the parts add up to more than a round of the timed runs.
+- peak memory: peak of the allocator on a GPU, else of the process. It includes the weights of both models for every
+  method.
+- identical: answers with the same tokens as the answers of the target alone."""
 
 
 def _describe(report: Mapping[str, Any]) -> str:

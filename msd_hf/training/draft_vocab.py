@@ -112,7 +112,7 @@ def frequent_tokens(counts: torch.Tensor, size: int | None = None) -> torch.Tens
             raise MSDError(
                 f"No draft vocabulary pays on this data: {AUTO_COVERAGE:.1%} of the tokens take {size:,} of "
                 f"{vocab_size:,} different ones, and the {largest:,} most frequent cover {covered[largest - 1]:.1%}. "
-                "Leave the draft as it is, or choose a size yourself."
+                "Use the draft without a vocabulary of its own, or choose a size yourself."
             )
     return ranked.indices[:size]
 

@@ -47,14 +47,14 @@ class DraftObjective:
         if draft.training and recipe.noise > 0:
             noisy_states = self._add_noise(rows.hidden_states, batch["attention_mask"].sum(1), batch["numbers"])
         num_passes = recipe.unroll_passes if draft.training else 1
-        weights = [args.unroll_decay**number for number in range(num_passes)]
+        weights = [args.unroll_decay**pass_index for pass_index in range(num_passes)]
         trained = rows.trained
         total, first = torch.zeros((), device=trained.device), None
-        for number, states in enumerate(unrolled_states(draft, rows, num_passes, noisy_states)):
-            if number > 0:  # generation reaches this depth only from a row that is trained too
-                trained = trained & _shift_right(rows.trained, number)
+        for pass_index, states in enumerate(unrolled_states(draft, rows, num_passes, noisy_states)):
+            if pass_index > 0:  # generation reaches this depth only from a row that is trained too
+                trained = trained & _shift_right(rows.trained, pass_index)
             sums = loss_sums(states[trained], rows.goals[trained].to(states), self.adapter.head, args.head_chunk_size)
-            total = total + weights[number] / sum(weights) * weighted_loss(sums.terms, recipe)
+            total = total + weights[pass_index] / sum(weights) * weighted_loss(sums.terms, recipe)
             first = sums if first is None else first
         assert first is not None
         return total, first

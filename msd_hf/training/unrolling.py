@@ -42,13 +42,13 @@ def unrolled_states(
     device = rows.visual_mask.device
     position_ids = torch.arange(length, device=device).expand(batch_size, -1)
     cache = DynamicCache()
-    for number in range(num_passes):
+    for pass_index in range(num_passes):
         states = draft(
             inputs_embeds=rows.inputs_embeds,
             hidden_states=hidden_states,
             visual_mask=rows.visual_mask,
             layer_states=layer_states,
-            attention_mask=None if number == 0 else unrolled_mask(length, number, hidden_states.dtype, device),
+            attention_mask=None if pass_index == 0 else unrolled_mask(length, pass_index, hidden_states.dtype, device),
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
@@ -59,14 +59,14 @@ def unrolled_states(
         layer_states = None
 
 
-def unrolled_mask(length: int, number: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The additive mask `[1, 1, L, (number + 1) * L]` of pass `number` >= 1 over the keys of all passes."""
+def unrolled_mask(length: int, pass_index: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The additive mask `[1, 1, L, (pass_index + 1) * L]` of pass `pass_index` >= 1 over the keys of all passes."""
     rows = torch.arange(length, device=device)
     distance = rows.unsqueeze(1) - rows  # [L, L], from key to query
-    blocks = [distance >= number]
-    blocks += [distance == number - earlier for earlier in range(1, number + 1)]
+    blocks = [distance >= pass_index]
+    blocks += [distance == pass_index - earlier for earlier in range(1, pass_index + 1)]
     visible = torch.cat(blocks, dim=1)
-    # The first `number` rows see no key of pass 0. They are not trained in this pass.
+    # The first `pass_index` rows see no key of pass 0. They are not trained in this pass.
     return additive_mask(visible, dtype).unsqueeze(0).unsqueeze(0)
 
 

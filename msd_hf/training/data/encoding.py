@@ -92,7 +92,7 @@ class ConversationEncoder:
         while messages and messages[-1]["role"] != "assistant":  # there is nothing to learn after the last answer
             messages = messages[:-1]
         if not messages:
-            raise MSDDataError("no assistant turn", "nobody answers the user.")
+            raise MSDDataError("no assistant turn", "no turn of the assistant answers the user.")
         num_images = self.renderer.count_images(messages)
         chat = self.renderer(messages, conversation.complete)
         return Conversation(conversation.id, messages, conversation.images[:num_images]), chat
@@ -156,7 +156,7 @@ class ConversationEncoder:
         length = len(sample["input_ids"])
         detail = f"has {length} tokens, {self.max_length} are allowed"
         if not sample["assistant_mask"][: self.max_length].any():
-            raise MSDDataError("too long", f"{detail}, and no answer begins before.")
+            raise MSDDataError("too long", f"{detail}, and no answer begins before this limit.")
         for before, after in itertools.pairwise(stretches):
             in_image = (offsets[:, 0] < after.expanded) & (offsets[:, 1] > before.expanded + before.length)
             if in_image[self.max_length :].any():

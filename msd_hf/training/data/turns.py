@@ -128,7 +128,7 @@ def _in_order(messages: list[tuple[str, list[_Part]]]) -> list[tuple[str, list[_
         else:
             ordered.append((role, list(parts)))
     if not any(role == "assistant" for role, _ in ordered):
-        raise MSDDataError("no assistant turn", "nobody answers the user.")
+        raise MSDDataError("no assistant turn", "no turn of the assistant answers the user.")
     return ordered
 
 

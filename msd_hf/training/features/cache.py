@@ -114,7 +114,7 @@ def extract_features(
             f"An earlier run, without `strict`, skipped samples of the feature cache in {str(folder)!r} "
             f"({index.skipped_table()}). Delete the folder, or extract without `strict`."
         )
-    missing = [number for number in range(index.num_shards) if not index.has_shard(folder, number)]
+    missing = [shard_id for shard_id in range(index.num_shards) if not index.has_shard(folder, shard_id)]
     estimate = None
     if missing:
         estimate = estimate_disk(
@@ -159,15 +159,15 @@ def _write_shards(
     num_workers: int,
 ) -> None:
     size, total = index.samples_per_shard, index.num_conversations
-    places = {number: range(number * size, min((number + 1) * size, total)) for number in missing}
+    places = {shard_id: range(shard_id * size, min((shard_id + 1) * size, total)) for shard_id in missing}
     order = list(chain.from_iterable(places.values()))
     encoded = iterate_encoded(conversations, encoder, order, num_workers)
     with tqdm(total=total, initial=total - len(order), desc="features", unit="sample") as progress:
-        for number in missing:
+        for shard_id in missing:
             samples: list[dict[str, torch.Tensor]] = []
             ids: list[str] = []
             skipped: dict[str, list[str]] = {}
-            for sample_id, result in extractor(islice(encoded, len(places[number]))):
+            for sample_id, result in extractor(islice(encoded, len(places[shard_id]))):
                 progress.update()
                 if isinstance(result, MSDDataError):
                     if strict:
@@ -176,7 +176,7 @@ def _write_shards(
                 else:
                     samples.append(result)
                     ids.append(sample_id)
-            index.add_shard(folder, number, samples, ids, skipped)
+            index.add_shard(folder, shard_id, samples, ids, skipped)
 
 
 class FeatureCache(Dataset):
@@ -201,8 +201,8 @@ class FeatureCache(Dataset):
                 f"The feature cache in {str(folder)!r} is not complete: {len(self.index.shards)} of "
                 f"{self.index.num_shards} shards. Run the same extraction again: it resumes there."
             )
-        for number in range(self.index.num_shards):
-            self.index.check_shard(self.folder, number)
+        for shard_id in range(self.index.num_shards):
+            self.index.check_shard(self.folder, shard_id)
         self._ends = list(accumulate(shard["samples"] for shard in self.index.shards))
         self._readers: dict[int, ShardReader] = {}
         self._process = os.getpid()

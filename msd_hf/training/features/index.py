@@ -76,14 +76,14 @@ class CacheIndex:
         """`skipped` as text."""
         return ", ".join(f"{reason} {count:,}" for reason, count in self.skipped.most_common())
 
-    def check_shard(self, folder: Path, number: int) -> None:
+    def check_shard(self, folder: Path, shard_id: int) -> None:
         """
         Checks that the file of a shard exists and has its size. The file is not read.
 
         Raises:
             MSDError: when the file is missing or has another size.
         """
-        shard = self.shards[number]
+        shard = self.shards[shard_id]
         if not shard["samples"]:
             return
         path = folder / shard["file"]
@@ -92,10 +92,10 @@ class CacheIndex:
         if path.stat().st_size != shard["bytes"]:
             raise damaged_shard(path, f"it has {path.stat().st_size} bytes instead of {shard['bytes']}")
 
-    def has_shard(self, folder: Path, number: int) -> bool:
+    def has_shard(self, folder: Path, shard_id: int) -> bool:
         """Whether the file of a shard exists and has its size."""
         try:
-            self.check_shard(folder, number)
+            self.check_shard(folder, shard_id)
         except (IndexError, MSDError):
             return False
         return True
@@ -103,13 +103,13 @@ class CacheIndex:
     def add_shard(
         self,
         folder: Path,
-        number: int,
+        shard_id: int,
         samples: list[dict[str, torch.Tensor]],
         ids: list[str],
         skipped: dict[str, list[str]],
     ) -> None:
         """Writes the next shard, or replaces a damaged one, and then writes the index."""
-        path = folder / f"shard-{number:05d}.safetensors"
+        path = folder / f"shard-{shard_id:05d}.safetensors"
         if samples:
             write_shard(path, samples)
         shard = {
@@ -120,7 +120,7 @@ class CacheIndex:
             "ids": ids,
             "skipped": skipped,
         }
-        self.shards[number : number + 1] = [shard]
+        self.shards[shard_id : shard_id + 1] = [shard]
         self.complete = len(self.shards) == self.num_shards
         self.write(folder)
 

@@ -50,7 +50,9 @@ def resolve_storage(storage: str, dtype: torch.dtype) -> str:
         return storage
     name = str(dtype).removeprefix("torch.")
     if name not in _DTYPES:
-        raise MSDError(f"The target's dtype {name} is no format of a feature cache; choose `storage` yourself.")
+        raise MSDError(
+            f"The target's dtype {name} is not a format of a feature cache: set `storage` to another format."
+        )
     return name
 
 
@@ -136,7 +138,7 @@ class ShardReader:
 def damaged_shard(path: Path, detail: str) -> MSDError:
     return MSDError(
         f"The shard {path.name} of the feature cache in {str(path.parent)!r} is damaged: {detail}. Run the same "
-        "extraction again: it makes this shard anew and keeps the others."
+        "extraction again: it writes this shard again and keeps the others."
     )
 
 
