@@ -74,8 +74,8 @@ def find_warnings(summary: Mapping[str, Any]) -> list[str]:
         if far:
             warnings.append(
                 f"{name}: {len(far)} outputs differ from the target alone at tokens whose two largest logits are "
-                f"further apart than rounding explains (at most {max(d['gap'] for d in far):.3g}): this is a bug, please "
-                "report it."
+                f"further apart than rounding explains (at most {max(d['gap'] for d in far):.3g}): this is a bug, "
+                "please report it."
             )
     return warnings
 
