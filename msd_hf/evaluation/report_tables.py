@@ -35,78 +35,100 @@ def report_tables(report: Mapping[str, Any]) -> list[ReportTable]:
 
 def _pair_tables(report: Mapping[str, Any]) -> list[ReportTable]:
     methods = report["methods"]
-    num_prompts = report["num_prompts"]
     others = {name: figures for name, figures in methods.items() if name != VANILLA.name}
-    tables = [
-        ReportTable(
-            f"Speed on {num_prompts} prompts (speedup: median of paired ratios, quartiles)",
-            ("method", "tokens/s", "decode only", "speedup", "decode only"),
-            [
-                [
-                    name,
-                    f"{figures['tokens_per_second']:.1f}",
-                    f"{figures['decode_tokens_per_second']:.1f}",
-                    _spread(figures["speedup"]) if name in others else "1",
-                    _spread(figures["decode_speedup"]) if name in others else "1",
-                ]
-                for name, figures in methods.items()
-            ],
-        ),
-        ReportTable(
-            "Acceptance, round efficiency, memory and agreement",
-            ("method", "tau", "accepted", "efficiency", "peak MB", "identical"),
-            [
-                [
-                    name,
-                    _number(figures["tau"]),
-                    _number(figures["mean_accepted_draft_tokens"]),
-                    _share(figures.get("round_efficiency")),
-                    _megabytes(figures["peak_memory_bytes"]),
-                    f"{figures['agreement']['identical']}/{num_prompts} ({figures['agreement']['share']:.1%})",
-                ]
-                for name, figures in methods.items()
-            ],
-        ),
-        ReportTable(
-            "By kind of prompt",
-            ("method", "prompts", "speedup", "decode only", "tau"),
-            [
-                [
-                    f"{name}, {group}",
-                    str(figures["num_prompts"]),
-                    _spread(figures["methods"][name]["speedup"]),
-                    _spread(figures["methods"][name]["decode_speedup"]),
-                    _number(figures["methods"][name]["tau"]),
-                ]
-                for name in others
-                for group, figures in report["groups"].items()
-            ],
-        ),
+    timed = {
+        name: figures["round_milliseconds"] for name, figures in methods.items() if figures.get("round_milliseconds")
+    }
+    return [
+        _speed_table(methods, report["num_prompts"]),
+        _summary_table(methods, report["num_prompts"]),
+        _group_table(others, report["groups"]),
+        *([_round_table(timed)] if timed else []),
+        _depth_table(others),
+        _histogram_table(others),
+        *_difference_tables(methods),
     ]
-    timed = {name: figures for name, figures in methods.items() if figures.get("round_milliseconds")}
-    if timed:
-        tables.append(_round_table({name: figures["round_milliseconds"] for name, figures in timed.items()}))
-    depths = max(len(figures["acceptance_by_depth"]) for figures in others.values())
-    longest = max(len(figures["acceptance_histogram"]) for figures in others.values())
-    tables += [
-        ReportTable(
-            "Acceptance by depth: share of rounds (given that the node above was accepted)",
-            ("depth", *others),
+
+
+def _speed_table(methods: Mapping[str, Any], num_prompts: int) -> ReportTable:
+    return ReportTable(
+        f"Speed on {num_prompts} prompts (speedup: median of paired ratios, quartiles)",
+        ("method", "tokens/s", "decode only", "speedup", "decode only"),
+        [
             [
-                [str(number + 1), *(_depth(figures["acceptance_by_depth"], number) for figures in others.values())]
-                for number in range(depths)
-            ],
-        ),
-        ReportTable(
-            "Rounds by tokens emitted",
-            ("tokens", *others),
+                name,
+                f"{figures['tokens_per_second']:.1f}",
+                f"{figures['decode_tokens_per_second']:.1f}",
+                "1" if name == VANILLA.name else _spread(figures["speedup"]),
+                "1" if name == VANILLA.name else _spread(figures["decode_speedup"]),
+            ]
+            for name, figures in methods.items()
+        ],
+    )
+
+
+def _summary_table(methods: Mapping[str, Any], num_prompts: int) -> ReportTable:
+    return ReportTable(
+        "Acceptance, round efficiency, memory and agreement",
+        ("method", "tau", "accepted", "efficiency", "peak MB", "identical"),
+        [
             [
-                [str(number), *(str(figures["acceptance_histogram"].get(number, 0)) for figures in others.values())]
-                for number in range(1, longest + 1)
-            ],
-        ),
-    ]
-    differences = [
+                name,
+                _number(figures["tau"]),
+                _number(figures["mean_accepted_draft_tokens"]),
+                _share(figures.get("round_efficiency")),
+                _megabytes(figures["peak_memory_bytes"]),
+                f"{figures['agreement']['identical']}/{num_prompts} ({figures['agreement']['share']:.1%})",
+            ]
+            for name, figures in methods.items()
+        ],
+    )
+
+
+def _group_table(methods: Mapping[str, Any], groups: Mapping[str, Any]) -> ReportTable:
+    return ReportTable(
+        "By kind of prompt",
+        ("method", "prompts", "speedup", "decode only", "tau"),
+        [
+            [
+                f"{name}, {group}",
+                str(figures["num_prompts"]),
+                _spread(figures["methods"][name]["speedup"]),
+                _spread(figures["methods"][name]["decode_speedup"]),
+                _number(figures["methods"][name]["tau"]),
+            ]
+            for name in methods
+            for group, figures in groups.items()
+        ],
+    )
+
+
+def _depth_table(methods: Mapping[str, Any]) -> ReportTable:
+    num_levels = max(len(figures["acceptance_by_depth"]) for figures in methods.values())
+    return ReportTable(
+        "Acceptance by depth: share of rounds (given that the node above was accepted)",
+        ("depth", *methods),
+        [
+            [str(level + 1), *(_depth(figures["acceptance_by_depth"], level) for figures in methods.values())]
+            for level in range(num_levels)
+        ],
+    )
+
+
+def _histogram_table(methods: Mapping[str, Any]) -> ReportTable:
+    longest = max(len(figures["acceptance_histogram"]) for figures in methods.values())
+    return ReportTable(
+        "Rounds by tokens emitted",
+        ("tokens", *methods),
+        [
+            [str(length), *(str(figures["acceptance_histogram"].get(length, 0)) for figures in methods.values())]
+            for length in range(1, longest + 1)
+        ],
+    )
+
+
+def _difference_tables(methods: Mapping[str, Any]) -> list[ReportTable]:
+    rows = [
         [
             name,
             difference["prompt"],
@@ -117,15 +139,8 @@ def _pair_tables(report: Mapping[str, Any]) -> list[ReportTable]:
         for name, figures in methods.items()
         for difference in figures["agreement"]["differences"]
     ]
-    if differences:
-        tables.append(
-            ReportTable(
-                "Outputs that differ from the target alone",
-                ("method", "prompt", "first position", "top-2 logit gap", "in roundings of the dtype"),
-                differences,
-            )
-        )
-    return tables
+    header = ("method", "prompt", "first position", "top-2 logit gap", "in roundings of the dtype")
+    return [ReportTable("Outputs that differ from the target alone", header, rows)] if rows else []
 
 
 def _shape_tables(report: Mapping[str, Any]) -> list[ReportTable]:
@@ -210,8 +225,8 @@ def _megabytes(value: int | None) -> str:
     return "-" if value is None else f"{value / 1e6:,.0f}"
 
 
-def _depth(rows: Sequence[Mapping[str, float]], number: int) -> str:
-    return f"{rows[number]['share']:.2f} ({rows[number]['given_parent']:.2f})" if number < len(rows) else ""
+def _depth(rows: Sequence[Mapping[str, float]], level: int) -> str:
+    return f"{rows[level]['share']:.2f} ({rows[level]['given_parent']:.2f})" if level < len(rows) else ""
 
 
 __all__ = ["ReportTable", "report_tables"]
