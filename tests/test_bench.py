@@ -13,7 +13,7 @@ import torch
 from tiny import VOCAB_SIZE, build_draft, build_target, make_prompt, pair
 from transformers import BatchFeature
 
-from msd_hf.compiled.compile import compile as compiled
+from msd_hf.compiled import compile as compiled
 from msd_hf.decoding.device_rounds import DeviceRounds
 from msd_hf.errors import MSDDataError, MSDError
 from msd_hf.evaluation import comparison as comparison_module

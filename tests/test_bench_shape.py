@@ -8,7 +8,7 @@ import torch
 from tiny import make_prompt, pair
 
 from msd_hf import MSDDraftModel
-from msd_hf.compiled.compile import compile as compiled
+from msd_hf.compiled import compile as compiled
 from msd_hf.decoding.batch_selection import BatchSelector
 from msd_hf.drafting.head import DraftHead
 from msd_hf.errors import MSDError

@@ -130,3 +130,12 @@ def test_recorded_calls_are_compared(tmp_path):
     result = run_script("compare", path)
     assert result.returncode == 1 and "3 of 4 calls as recorded" in result.stdout
     assert "call 2: {" in result.stdout and f"{name}: 1 of {tokens.numel()} differ" in result.stdout
+
+
+def test_every_fault_of_the_study_has_its_place_in_the_code():
+    """A fault whose text is gone would be skipped in silence when the code changes."""
+    study = runpy.run_path(str(EXAMPLES / "studies" / "faults.py"))
+    package = EXAMPLES.parent / "msd_hf"
+    for fault in study["FAULTS"]:
+        assert (package / fault.file).read_text().count(fault.old) == 1, fault.name
+        assert fault.new != fault.old

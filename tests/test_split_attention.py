@@ -177,7 +177,7 @@ def interpreted_answers() -> dict[str, list[list[int]]]:
     import tiny
 
     from msd_hf.attention import split_kernels as kernels
-    from msd_hf.compiled.compile import compile as compiled
+    from msd_hf.compiled import compile as compiled
 
     launch, num_live = kernels.attend_in_parts, []
     kernels.attend_in_parts = lambda *args: num_live.append(args[4]) or launch(*args)
