@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import tiny
@@ -351,6 +352,11 @@ def on_another_device(target, draft):
     draft.to("meta")
 
 
+def with_replaced_forward(target, draft):
+    decoder = target.get_decoder()
+    decoder.forward = functools.partial(type(decoder).forward, decoder)
+
+
 @pytest.mark.parametrize(
     "change, sentence",
     [
@@ -358,6 +364,7 @@ def on_another_device(target, draft):
         (with_offloaded_layer, "accelerate"),
         (with_compiled_decoder, "compiled already"),
         (on_another_device, "on meta"),
+        (with_replaced_forward, "was replaced"),
     ],
 )
 def test_refusals(change, sentence):

@@ -245,3 +245,47 @@ def test_rotary_embeddings_that_change_with_the_length(rope_type):
         expected, got = target.generate(**given, **options), target.generate(**given, **options, assistant_model=draft)
         assert got.sequences.tolist() == expected.sequences.tolist()
         torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits))
+
+
+def test_a_refused_call_leaves_the_memory_of_a_chat():
+    """The user shortens the call, as the message says, and the draft still knows the earlier turns."""
+    family = FAMILIES["llama"]
+    config = family.config()
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, **ROPES["dynamic"]}
+    config.max_position_embeddings = 40
+    torch.manual_seed(0)
+    target = AutoModelForCausalLM.from_config(config).double().eval()
+    draft = MSDDraftModel.from_target(target).eval()
+    options = {"assistant_model": draft, CACHE_NAME: DynamicCache(), "return_dict_in_generate": True}
+    first = target.generate(**family.inputs(0, num_text=8), max_new_tokens=6, **options)
+    memory = first[CACHE_NAME]._msd_draft_memory
+    ids = torch.cat([first.sequences, first.sequences[:, :4]], dim=1)
+    with pytest.raises(MSDUnsupportedError, match="longer than 40 tokens"):
+        target.generate(ids, max_new_tokens=60, **options)
+    assert options[CACHE_NAME]._msd_draft_memory is memory
+    num_rows = len(memory.rows)
+    target.generate(ids, max_new_tokens=6, **options)
+    assert len(options[CACHE_NAME]._msd_draft_memory.rows) > num_rows > 0
+
+
+@pytest.mark.parametrize("num_filled", [0, 5])
+def test_a_target_that_fails_its_check_leaves_the_cache_as_it_was(num_filled):
+    """So that the same call can be made without the draft."""
+    target = small_target("gpt_neox")
+    ids = torch.arange(3, 14).unsqueeze(0)
+    cache = DynamicCache()
+    if num_filled:
+        target(ids[:, :num_filled], **{CACHE_NAME: cache})
+    handle = target.get_decoder().register_forward_hook(double_states_of_trees)
+    with pytest.raises(MSDUnsupportedError, match="does not verify a candidate tree"):
+        target.generate(ids, max_new_tokens=8, assistant_model=small_draft(), **{CACHE_NAME: cache})
+    handle.remove()
+    assert cache.get_seq_length() == num_filled
+    expected = target.generate(ids, max_new_tokens=8)
+    assert torch.equal(target.generate(ids, max_new_tokens=8, **{CACHE_NAME: cache}), expected)
+
+
+def double_states_of_trees(module, args, output):
+    if output[0].shape[1] == 4:  # the nodes of the tree of the check
+        output["last_hidden_state"] = 2 * output[0]
+    return output

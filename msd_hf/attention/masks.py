@@ -7,7 +7,6 @@ dtypes.
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
 from ..kv.slots import ContextSlots
 
@@ -90,9 +89,9 @@ def buffer_attention_mask(
     ends = context.row_lengths(device) if context.is_ragged else first_slot  # of the context
     ends = ends.unsqueeze(1)  # [B, 1], or one for all rows
     seen = (slots < ends).unsqueeze(1)
-    if context.prompt_mask is not None:
-        missing = num_slots - context.prompt_mask.shape[1]
-        seen = seen & functional.pad(context.prompt_mask.to(device), (0, missing), value=True).unsqueeze(1)
+    prompt_mask = context.padded_prompt_mask(num_slots, device)
+    if prompt_mask is not None:
+        seen = seen & prompt_mask.unsqueeze(1)
     if window is not None:
         visible = _within_window(visible, depths, window)
         seen = seen & (slots >= (ends + depths - window + 1).unsqueeze(2))

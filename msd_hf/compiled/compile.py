@@ -48,7 +48,8 @@ class CompiledFunctions:
         cuda_graphs: bool = True,
     ) -> Any:
         """
-        Calls a function of the module level, compiled for the shapes of its arguments.
+        Calls a module-level function, compiled once for these shapes. Its code object is copied, so a closure would
+        lose its variables.
 
         On a GPU the result lies in the memory of a CUDA graph, which the next compiled call overwrites: copy what is
         needed longer.
@@ -72,8 +73,8 @@ class CompiledFunctions:
 
     @contextmanager
     def compiled_decoder(self, decoder: nn.Module, shape: tuple[int, ...], cuda_graphs: bool = True) -> Iterator[None]:
-        """Compiles the forward of a decoder inside the `with` block; see `run`. Hooks on the decoder itself run around
-        the compiled code."""
+        """Replaces the forward of a decoder by compiled code inside the block; see `run`. Hooks on the decoder still
+        run, outside that code."""
 
         def forward(**kwargs: Any) -> Any:
             device = kwargs["position_ids"].device

@@ -33,7 +33,7 @@ from .pair import PairState, state_of
 @dataclass
 class DecodingCall:
     """
-    One call.
+    The parts that one call works with. `prepare_call` makes them, the loop uses them.
 
     Args:
         target (`TargetAdapter`): verifies trees.
@@ -106,9 +106,10 @@ def prepare_call(
     policy = pair.tree_policy(settings, circumstances, selector.eos_token_ids)
 
     num_slots = _slots_after_prompt(cache, input_ids, generation_config, model_kwargs)
-    memory = ChatMemory(cache, draft, input_ids, num_slots) if batch_size == 1 else None
     max_slots = num_slots + max(generation_config.max_length - input_ids.shape[1], 0)
     check_positions(adapter.text_config, num_slots, max_slots, batch_size, model_kwargs.get("attention_mask"))
+    # Nothing is refused from here on: the memory of a chat is taken from the cache.
+    memory = ChatMemory(cache, draft, input_ids, num_slots) if batch_size == 1 else None
     max_slots += settings.num_nodes + settings.suffix_nodes
     make_in_place(cache, max_slots)
     num_fixed_nodes = None
@@ -116,12 +117,11 @@ def prepare_call(
         num_fixed_nodes = settings.num_nodes + settings.suffix_nodes
         make_fixed(cache, pair.target_buffers, adapter.text_config.num_hidden_layers)
 
-    max_slots += settings.num_candidates
     drafter: Drafter
     if num_fixed_nodes is not None and settings.num_nodes > 1 and draft.is_plain:
-        drafter = FixedDrafter(draft, adapter, settings, pair.compiled, pair.draft_buffers, max_slots)
+        drafter = FixedDrafter(draft, adapter, settings, pair.compiled, pair.draft_buffers)
     else:
-        drafter = GrowingDrafter(draft, adapter, max_slots, policy, best_path_first=True)
+        drafter = GrowingDrafter(draft, adapter, max_slots + settings.num_candidates, policy, best_path_first=True)
     flags = {name: True for name in ("output_hidden_states", "output_attentions") if model_kwargs.get(name)}
     return DecodingCall(
         target=adapter,

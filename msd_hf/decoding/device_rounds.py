@@ -48,12 +48,12 @@ class DeviceRounds:
         start = self.drafter.state
         self._draft_context = start.context
         self._last_position = start.last_position
-        self._max_tokens = self.drafter.max_tokens
+        self._block_length = self.drafter.block_length
         device = start.tokens.device
         left = self.selector.tokens_left
         with torch.inference_mode():  # as all tensors of a drafting
             self._tokens = start.tokens.clone()  # [1, A]: the tokens of the last round, then padding
-            self._hidden_states = start.hidden_states.clone()  # [1, A, H]
+            self._hidden_states = start.hidden_states.clone()  # [1, A, W]
             self._counts = torch.tensor(start.counts, device=device)  # [1]: how many tokens the last round emitted
             self._draft_lengths = torch.tensor(start.context.lengths, device=device)  # [1]
             self._draft_position = start.next_position.clone()  # [1, 1]
@@ -61,7 +61,7 @@ class DeviceRounds:
             self._position = running.next_position.clone()  # [..., 1, 1]
             self._tokens_left = torch.tensor([_NO_LIMIT if left is None else left], device=device)
         self._count = start.counts[0]  # `_counts` on the host, one round behind
-        self._read_back = _ReadBack(1 + self._max_tokens, device)
+        self._read_back = _ReadBack(1 + self._block_length, device)
         self._buffers: Sequence[KeysAndValues]
         self._parts: Sequence[torch.Tensor]  # the buffers as one tensor, if that is possible
         self._room: DraftRoom
@@ -103,7 +103,7 @@ class DeviceRounds:
                 with phase("verification"):
                     self._read_back.send(self._accept_step())
                 # Only drafting runs ahead; if the text ended, little work is wasted.
-                is_drafted = not self.keeps_cache and self._has_room(self._max_tokens)
+                is_drafted = not self.keeps_cache and self._has_room(self._block_length)
                 if is_drafted:
                     self._draft()
                 with phase("verification"):
@@ -157,7 +157,7 @@ class DeviceRounds:
     @property
     def _num_slots(self) -> int:
         """Slots behind the context that a verification and the acceptance write to."""
-        return max(self.drafter.settings.num_nodes, self._max_tokens)
+        return max(self.drafter.settings.num_nodes, self._block_length)
 
     def _draft(self) -> None:
         with phase("draft forward"):
@@ -204,8 +204,8 @@ class DeviceRounds:
         choices, accepted = accepted_by_argmax(tree, verification.logits[:, : tree.tokens.shape[1]])
         counts = accepted.sum(1)
         # The nodes of the path in their order, then other nodes.
-        nodes = accepted.sort(dim=1, descending=True, stable=True).indices[:, : self._max_tokens]
-        nodes = functional.pad(nodes, (0, self._max_tokens - nodes.shape[1]))
+        nodes = accepted.sort(dim=1, descending=True, stable=True).indices[:, : self._block_length]
+        nodes = functional.pad(nodes, (0, self._block_length - nodes.shape[1]))
         places = self._lengths + torch.arange(len(nodes[0]), device=nodes.device)
         move_slots(self._parts, self._lengths + nodes[0], places)
         states = verification.hidden_states

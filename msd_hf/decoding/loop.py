@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..compat import CACHE_NAME
 from ..draft.interface import Draft
+from ..errors import MSDUnsupportedError
 from ..kv.fixed import buffers_left
 from ..observer import phase
 from ..target.tree_forward import TargetVerification
@@ -50,7 +51,9 @@ def msd_decoding(
     call = prepare_call(
         target, draft, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
     )
-    with call.slots.undone_on_error():
+    leaves_buffers = call.num_fixed_nodes is not None and not call.keeps_cache
+    spares = (call.slots.cache, call.pair.target_buffers), (call.drafter.cache, call.pair.draft_buffers)
+    with call.slots.undone_on_error(), buffers_left(leaves_buffers, *spares):
         running = _prefill(call, input_ids, generation_config, model_kwargs)
         _run_rounds(call, running)
         if streamer is not None:
@@ -75,7 +78,11 @@ def _prefill(
     tokens = selector.select(prefill.logits)
     running = RunningRows(call.slots, prefill.next_position, tokens)
     if not selector.finished:
-        check_tree_verification(call.target, call.pair, running, input_ids, model_kwargs, selector.tokens_left)
+        try:
+            check_tree_verification(call.target, call.pair, running, input_ids, model_kwargs, selector.tokens_left)
+        except MSDUnsupportedError:
+            call.slots.revert()  # so that the same call can be made without the draft
+            raise
     if call.keeps_cache or not selector.finished:
         with phase("prefill"):
             call.drafter.prefill(prefill, torch.tensor(tokens), call.memory)
@@ -84,9 +91,7 @@ def _prefill(
 
 def _run_rounds(call: DecodingCall, running: RunningRows) -> None:
     """Decodes until every row has ended."""
-    leaves_buffers = call.num_fixed_nodes is not None and not call.keeps_cache
-    spares = (call.slots.cache, call.pair.target_buffers), (call.drafter.cache, call.pair.draft_buffers)
-    with phase("decode"), buffers_left(leaves_buffers, *spares):
+    with phase("decode"):
         if DeviceRounds.can_serve(call):
             DeviceRounds(call, running).run()
         while not call.selector.finished:
@@ -154,7 +159,7 @@ def _accept(call: DecodingCall, running: RunningRows, tree: CandidateTree, verif
     if call.keeps_cache or not selector.finished:
         emitted = _padded(verified.tokens, call.draft.device, drafter.block_length)
         states = verification.hidden_states
-        if tree.tokens.shape[1] > 1:
+        if tree.tokens.shape[1] > 1 or emitted.shape[1] > 1:
             nodes = paths
             if emitted.shape[1] != paths.shape[1]:
                 nodes = _padded(verified.paths, states.device, emitted.shape[1])

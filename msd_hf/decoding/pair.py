@@ -24,7 +24,7 @@ class PairState:
         compiled (`CompiledFunctions`): compiled decoders of the target, and compiled drafting.
         target_buffers, draft_buffers (`SpareBuffers`): cache buffers that the last compiled call left.
         recordings (`RecordingMemory`): memory for CUDA graphs.
-        experiences (`dict`): costs and acceptance of automatic trees, by device, dtypes, batch size and settings.
+        experiences (`dict`): costs and acceptance of automatic trees, by the circumstances of a call and the settings.
         is_checked (`bool`): whether trees were compared with plain decoding on this target, see
             `check_tree_verification`.
     """
@@ -65,7 +65,8 @@ def state_of(target: Any, draft: Any) -> PairState:
 
 
 def companion_of(target: Any, make: Callable[[Any], Any]) -> Any:
-    """A draft that lives as long as the target, or until [`release`]; `make(target)` makes it at the first call."""
+    """A draft that lives as long as the target, or until [`release`]. `make(target)` makes it at the first call. For
+    measurements, which must not lose what was learnt about a draft of their own."""
     if target not in _companions:
         _companions[target] = make(target)
     return _companions[target]
@@ -80,10 +81,12 @@ def release(target_or_draft: Any) -> None:
     Args:
         target_or_draft (`PreTrainedModel`): every pair with this model is released.
     """
-    _pairs.pop(target_or_draft, None)
-    _companions.pop(target_or_draft, None)
+    # Inside `generate`, the target of a model of peft is its base model.
+    model = target_or_draft.get_base_model() if hasattr(target_or_draft, "get_base_model") else target_or_draft
+    _pairs.pop(model, None)
+    _companions.pop(model, None)
     for drafts in list(_pairs.values()):
-        drafts.pop(target_or_draft, None)
+        drafts.pop(model, None)
 
 
 __all__ = ["PairState", "companion_of", "release", "state_of"]

@@ -100,7 +100,8 @@ _KINDS: dict[Any, type] = {}  # configuration class -> model class
 
 
 def register_draft(config_class: type, model_class: type) -> None:
-    """Makes `generate` take models of this class as `assistant_model`, and the Auto classes know them."""
+    """Makes `generate` take models of this class as `assistant_model`. [`msd_hf.register`] makes the Auto classes know
+    them."""
     _KINDS[config_class] = model_class
 
 

@@ -55,6 +55,7 @@ class Drafter(ABC):
     """
 
     last_hidden_state: torch.Tensor
+    block_length: int | None = None  # `accept` needs rows padded to this number of tokens; `None`: any number
 
     def __init__(self, draft: Draft, target: TargetAdapter, max_slots: int | None = None):
         self.draft = draft
@@ -64,17 +65,13 @@ class Drafter(ABC):
         self._drafting_step = DraftingStep(draft)
         # Kept here, because a model searches its weights for them each time, which takes as long as an operation.
         self._device, self._dtype = draft.device, draft.dtype
-        self._embed = function_at(target.embedding, draft) or self._embed_elsewhere
+        self._embedding = function_at(target.embedding, draft)  # `None` if it lies elsewhere
         self._own_masks: dict[tuple[str, int, int], torch.Tensor] = {}
         self._steps = torch.arange(_LONGEST_KEPT, device=self._device)
+        self._pending: list[tuple[torch.Tensor, torch.Tensor, Sequence[int]]] = []  # arguments of `accept`
         self._slots: CacheTransaction  # of `cache`
         self._next_positions: torch.Tensor  # [B, P]: the next position of each row, and P - 1 behind it
         self._last_position = 0  # no row is beyond it
-
-    @property
-    def block_length(self) -> int | None:
-        """The number of tokens to which rows must be padded for `accept`; `None`: any number."""
-        return None
 
     @abstractmethod
     def prefill(self, prefill: TargetPrefill, tokens: torch.Tensor, past: ChatMemory | None = None) -> None:
@@ -87,7 +84,6 @@ class Drafter(ABC):
             past (`ChatMemory`, *optional*): what the draft knows from earlier turns.
         """
 
-    @abstractmethod
     def accept(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> None:
         """
         Takes the tokens of a round, with the target's hidden states. They are fed when the next tree is drafted.
@@ -97,6 +93,7 @@ class Drafter(ABC):
             hidden_states (`torch.Tensor` of shape `[B, A, W]`): the target's, at the position before each token.
             counts (`Sequence[int]`): tokens of each row.
         """
+        self._pending.append((tokens, hidden_states, counts))
 
     @abstractmethod
     def propose(self, roots: torch.Tensor, limits: TreeSettings) -> CandidateTree:
@@ -112,9 +109,14 @@ class Drafter(ABC):
     def feed_pending(self) -> None:
         """Feeds the tokens that were accepted, as the next drafting would."""
 
-    @abstractmethod
     def keep_rows(self, places: Sequence[int]) -> None:
         """Goes on with the rows at the given places of the batch, in that order."""
+        self._slots.keep_rows(places)
+        self._pending = [
+            (tokens[list(places)], states[list(places)], [counts[place] for place in places])
+            for tokens, states, counts in self._pending
+        ]
+        self._next_positions = self._next_positions[list(places)]
 
     def _prepare_cache(self) -> None:  # noqa: B027 (a drafter without preparation is complete)
         """Called before the prompt is fed into `cache`."""
@@ -199,9 +201,11 @@ class Drafter(ABC):
     ) -> torch.Tensor:
         """The draft's outputs after a few tokens `[B, T]`, which get slots. `hidden_states`: `[B, T, H]`."""
         with phase("draft forward"):
-            return self._drafting_step(
-                self._embed(tokens), hidden_states, position_ids, attention_mask, self.cache, last_position
-            )
+            if self._embedding is not None:
+                embeds = self._embedding(tokens)
+            else:
+                embeds = self._to_draft(self.target.embed(tokens))
+            return self._drafting_step(embeds, hidden_states, position_ids, attention_mask, self.cache, last_position)
 
     def _positions_ahead(self, count: int) -> torch.Tensor:
         """The next positions of each row, `[B, count]`."""
@@ -232,9 +236,6 @@ class Drafter(ABC):
             mask = additive_mask(visible, self._dtype).expand(batch_size, -1, -1)
             self._own_masks[kind, batch_size, size] = mask
         return mask
-
-    def _embed_elsewhere(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self._to_draft(self.target.embed(tokens))
 
     def _to_draft(self, states: torch.Tensor) -> torch.Tensor:
         return states.to(device=self._device, dtype=self._dtype)

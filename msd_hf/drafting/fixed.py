@@ -39,8 +39,7 @@ class FixedState:
 
     Args:
         tokens (`torch.LongTensor` of shape `[B, A]`): tokens to feed next, then padding.
-        hidden_states (`torch.Tensor` of shape `[B, A, H]`): what the draft reads with each token, from the target's
-            states at the position before.
+        hidden_states (`torch.Tensor` of shape `[B, A, W]`): the target's, at the position before each token.
         counts (`list[int]`): tokens of each row.
         next_position (`torch.LongTensor` of shape `[B, 1]`): position of the first of them.
         last_position (`int`): no row is beyond it.
@@ -77,12 +76,14 @@ class FixedDrafter(Drafter):
 
     Args:
         draft (`Draft`): a plain draft, see [`Draft.is_plain`], that reads the last hidden state alone.
-        target, max_slots: see [`Drafter`].
+        target (`TargetAdapter`): see [`Drafter`].
         settings (`TreeSettings`): the size of every tree, not automatic. Near the length limit trees keep this size;
             the limits of a round only say whether to draft.
         compiled (`CompiledFunctions`): keeps the compiled drafting.
         spares (`SpareBuffers`): of earlier calls of the draft.
     """
+
+    block_length: int
 
     def __init__(
         self,
@@ -91,31 +92,23 @@ class FixedDrafter(Drafter):
         settings: TreeSettings,
         compiled: CompiledFunctions,
         spares: SpareBuffers,
-        max_slots: int | None = None,
     ):
-        super().__init__(draft, target, max_slots)
+        super().__init__(draft, target)
         self.settings = settings
-        self.max_tokens = settings.depth + 2 + settings.suffix_nodes  # that a round may emit
-        self.num_slots = self.max_tokens + settings.num_candidates  # that a drafting writes to
-        self.num_positions = self.max_tokens + settings.depth + 1  # that a drafting goes beyond the last position
+        self.block_length = settings.depth + 2 + settings.suffix_nodes  # the most tokens that a round can emit
+        self.num_slots = self.block_length + settings.num_candidates  # that a drafting writes to
+        self.num_positions = self.block_length + settings.depth + 1  # that a drafting goes beyond the last position
         self._compiled = compiled
         self._spares = spares
         self._rotations = torch.empty(0)
-        self._pending: list[tuple[torch.Tensor, torch.Tensor, Sequence[int]]] = []  # arguments of `accept`
         self._head.keep_address()
-
-    @property
-    def block_length(self) -> int:
-        return self.max_tokens
 
     def prefill(self, prefill: TargetPrefill, tokens: torch.Tensor, past: ChatMemory | None = None) -> None:
         prompt = self._feed_prompt(prefill, tokens, past)
         self.last_hidden_state = prompt.hidden_states[:, -1:].clone()
         # The last row becomes the first accepted one again, so that the first round is like all others.
-        context, missing = self._slots.context, self.max_tokens - 1
-        mask = None if context.prompt_mask is None else context.prompt_mask[:, :-1]
-        self._slots.context = ContextSlots([length - 1 for length in context.lengths], mask)
-        self._slots.abort()
+        self._slots.take_back_last()
+        missing = self.block_length - 1
         self._next_positions = self._next_positions - 1
         row = functional.pad(tokens.unsqueeze(1).to(self._device), (0, missing))
         states = functional.pad(self.last_hidden_state, (0, 0, 0, missing))
@@ -125,7 +118,7 @@ class FixedDrafter(Drafter):
         make_fixed(self.cache, self._spares, self.draft.num_cache_layers)
 
     def accept(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> None:
-        self._pending.append((tokens, hidden_states, counts))
+        super().accept(tokens, hidden_states, counts)
         if len(counts) == 1:
             self.last_hidden_state = hidden_states[:, counts[0] - 1 : counts[0]]
 
@@ -135,14 +128,6 @@ class FixedDrafter(Drafter):
         for tokens, hidden_states, counts in pending:
             length = max(counts)
             self._feed(tokens.narrow(1, 0, length), hidden_states.narrow(1, 0, length), counts)
-
-    def keep_rows(self, places: Sequence[int]) -> None:
-        self._slots.keep_rows(places)
-        self._pending = [
-            (tokens[list(places)], states[list(places)], [counts[place] for place in places])
-            for tokens, states, counts in self._pending
-        ]
-        self._next_positions = self._next_positions[list(places)]
 
     @torch.inference_mode()  # whoever calls: tensors of another mode would be compiled for anew
     def propose(self, roots: torch.Tensor, limits: TreeSettings) -> CandidateTree:
@@ -171,9 +156,13 @@ class FixedDrafter(Drafter):
     def state(self) -> FixedState:
         """Where the drafter stands, for code that goes on by itself and then calls `resume`."""
         ((tokens, hidden_states, counts),) = self._pending
-        given = self.draft.read_target(self._to_draft(hidden_states))
         return FixedState(
-            tokens, given, list(counts), self._positions_ahead(1), self._last_position, replace(self._slots.context)
+            tokens,
+            self._to_draft(hidden_states),
+            list(counts),
+            self._positions_ahead(1),
+            self._last_position,
+            replace(self._slots.context),
         )
 
     def resume(
@@ -210,7 +199,12 @@ class FixedDrafter(Drafter):
         num_positions = 1 << (num_positions - 1).bit_length()
         if len(self._rotations) != num_positions:
             self._rotations = rotary_table(self.draft.rotary_emb, num_positions, states)
-        return DraftRoom(buffers, self._rotations, _padding(context, capacity, states.device))
+        return DraftRoom(buffers, self._rotations, self._padding(context, capacity))
+
+    def _padding(self, context: ContextSlots, num_slots: int) -> torch.Tensor | None:
+        """Which of `num_slots` slots hold padding, `[B, num_slots]`; `None` without padding."""
+        mask = context.padded_prompt_mask(num_slots, self._device)
+        return None if mask is None else ~mask
 
     def draft_tree(
         self,
@@ -233,17 +227,12 @@ class FixedDrafter(Drafter):
         settings = self.settings
         capacity = room.buffers[0][0].shape[2]
         shape = (len(tokens), capacity, len(room.rotations), room.padding is None, settings)
-        inputs = (tokens, hidden_states, lengths, next_position, room.padding, room.rotations, room.buffers)
+        given = self.draft.read_target(hidden_states)
+        inputs = (tokens, given, lengths, next_position, room.padding, room.rotations, room.buffers)
         tokens, parents, depths, ancestors, scores = self._compiled.run(
             _draft_tree, shape, tokens.device, self.draft, self._head, settings, *inputs, cuda_graphs=cuda_graphs
         )
         return CandidateTree(tokens, parents, depths, ancestors, settings.depth + 1, scores)
-
-
-def _padding(context: ContextSlots, num_slots: int, device: torch.device) -> torch.Tensor | None:
-    """Which of `num_slots` slots hold padding, `[B, num_slots]`; `None` without padding."""
-    mask = context.prompt_mask
-    return None if mask is None else ~functional.pad(mask.to(device), (0, num_slots - mask.shape[1]), value=True)
 
 
 class _PlacedSlots:

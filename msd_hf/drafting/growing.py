@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -41,7 +41,6 @@ class GrowingDrafter(Drafter):
         self.policy = policy
         self.best_path_first = best_path_first
         self._tables: TreeTables | None = None
-        self._pending: list[tuple[torch.Tensor, torch.Tensor, Sequence[int]]] = []  # arguments of `accept`
         self._last_state: torch.Tensor  # [B, 1, H]: the first level of the next tree is drafted from it
 
     def prefill(self, prefill: TargetPrefill, tokens: torch.Tensor, past: ChatMemory | None = None) -> None:
@@ -49,9 +48,6 @@ class GrowingDrafter(Drafter):
         # Copies, because a view would keep the states of the whole prompt alive.
         self._last_state = prompt.states[:, -1:].clone()
         self.last_hidden_state = prompt.hidden_states[:, -1:].clone()
-
-    def accept(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> None:
-        self._pending.append((tokens, hidden_states, counts))
 
     @torch.inference_mode()  # as for `propose`
     def feed_pending(self) -> None:
@@ -67,12 +63,7 @@ class GrowingDrafter(Drafter):
             self._last_state = self._feed(tokens, hidden_states, counts)
 
     def keep_rows(self, places: Sequence[int]) -> None:
-        self._slots.keep_rows(places)
-        self._pending = [
-            (tokens[list(places)], states[list(places)], [counts[place] for place in places])
-            for tokens, states, counts in self._pending
-        ]
-        self._next_positions = self._next_positions[list(places)]
+        super().keep_rows(places)
         self._last_state = self._last_state[list(places)]
 
     @torch.inference_mode()  # in which many small operations take an eighth less time
@@ -92,7 +83,7 @@ class GrowingDrafter(Drafter):
             return tree.with_best_path_first()
         return tree
 
-    def _level_forward(self, growth: TreeGrowth, limits: TreeSettings):
+    def _level_forward(self, growth: TreeGrowth, limits: TreeSettings) -> Callable[[int, torch.Tensor], torch.Tensor]:
         """The forward over the frontier of a growth, see `grow_levels`."""
         context, batch_size = self._slots.context, growth.root.shape[0]
         positions = self._positions_ahead(limits.depth).split(1, dim=1)

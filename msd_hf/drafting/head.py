@@ -42,10 +42,10 @@ class DraftHead:
         # On a CPU new memory takes time, so logits are overwritten if no other code can hold them.
         owns_logits = self._rows is not None or plain_head not in (None, target.head_module)
         self._overwrites = owns_logits and weight.device.type == "cpu" and weight.dtype not in _HALF
-        self._scores: TensorFunction = self.logits
+        self._product: TensorFunction | None = None  # in place of `logits`
         is_plain = self._rows is not None and self._rows[1] is None and target.logit_cap is None
         if is_plain and self._overwrites and weight.device == self._device and weight.dtype == draft.dtype:
-            self._scores = _ProductInPlace(weight)
+            self._product = _ProductInPlace(weight)
         self._is_on_device = weight.device == self._device
 
     def keep_address(self) -> None:
@@ -66,7 +66,7 @@ class DraftHead:
     def top_k(self, states: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and tokens `[B, F, K]` of the best candidates after each state `[B, F, H]`."""
         with phase("draft head"):
-            logits = self._scores(states)
+            logits = self.logits(states) if self._product is None else self._product(states)
         if self._overwrites:
             log_probs = torch.log_softmax(logits, -1, out=logits)
         else:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMode
 
 from ..compat import CACHE_NAME
 from ..compiled.compile import has_compiled_part
 from ..draft.interface import Draft
 from ..errors import MSDUnsupportedError
+from ..kv.transaction import can_commit
 from ..tree.settings import DRAFT_SETTINGS, TREE_SETTINGS, TreeSettings
 
 
@@ -141,7 +141,7 @@ def check_inputs(model_kwargs: dict[str, Any]) -> None:
     cache: Any = model_kwargs.get(CACHE_NAME)
     layers = getattr(cache, "layers", [])
     is_dynamic = type(cache) is DynamicCache and not getattr(cache, "offloading", False)
-    if not is_dynamic or not all(isinstance(layer, DynamicLayer) for layer in layers):
+    if not is_dynamic or not all(can_commit(layer) for layer in layers):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
         raise MSDUnsupportedError(
             f"A `{type(cache).__name__}` (layers: {kinds}) cannot be used with an MSD draft, which moves accepted "
@@ -165,6 +165,8 @@ def check_compilable(target: PreTrainedModel, draft: Draft) -> None:
         reason = "accelerate moves weights or inputs of single modules: load target and draft whole on one device"
     elif has_compiled_part(target):
         reason = "the target is compiled already: use it as it was loaded"
+    elif "forward" in vars(target.get_decoder()):
+        reason = "the forward of the target's decoder was replaced, which compiled code passes over: restore it"
     elif target.device != draft.device:
         reason = f"the target is on {target.device}, the draft on {draft.device}: put both on one device"
     if reason is not None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 
 @dataclass
@@ -53,6 +54,13 @@ class ContextSlots:
     def row_lengths(self, device: torch.device) -> torch.Tensor:
         """`lengths` as a tensor of shape `[B]`."""
         return torch.tensor(self.lengths, device=device)
+
+    def padded_prompt_mask(self, num_slots: int, device: torch.device) -> torch.Tensor | None:
+        """`prompt_mask` with true values up to `num_slots`, `[B, num_slots]`; `None` without padding."""
+        if self.prompt_mask is None:
+            return None
+        missing = num_slots - self.prompt_mask.shape[1]
+        return functional.pad(self.prompt_mask.to(device), (0, missing), value=True)
 
     def mask(self, device: torch.device) -> torch.Tensor | None:
         """Which of the S slots each row may see, `[B, S]`; `None` if every row may see every slot."""

@@ -1,7 +1,6 @@
 """All layers of a KV cache as one: a forward appends a block of slots, which is then kept in part or dropped.
 
-A recurrent layer would join here: `begin` tells it that a block follows, `commit` which path of the block was
-accepted.
+A layer of another kind joins here. It needs the methods of `InPlaceLayer` that this module calls.
 """
 
 from __future__ import annotations
@@ -13,9 +12,15 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
-from .in_place import InPlaceLayer, in_place
+from .in_place import InPlaceLayer, in_place, truncate
 from .slots import ContextSlots
+
+
+def can_commit(layer: Any) -> bool:
+    """Whether `make_in_place` can serve a layer of this kind."""
+    return isinstance(layer, DynamicLayer)
 
 
 def make_in_place(cache: DynamicCache, max_slots: int) -> None:
@@ -52,6 +57,7 @@ class CacheTransaction:
         self.cache = cache
         self.context = context
         self.rows = list(range(len(context.lengths)))
+        self._first = context
         self._prompt_mask = context.prompt_mask  # of all rows of the batch
         self._stored: dict[int, _StoredRow] = {}
         self._is_open = False
@@ -106,9 +112,20 @@ class CacheTransaction:
 
     def abort(self) -> None:
         """Drops the block."""
-        for layer in self.cache.layers:
-            layer.truncate(self.context.num_slots)
+        truncate(self.cache, self.context.num_slots)
         self._is_open = False
+
+    def revert(self) -> None:
+        """Drops all slots that came after the transaction was made."""
+        self.context, self._prompt_mask = self._first, self._first.prompt_mask
+        self.abort()
+
+    def take_back_last(self) -> None:
+        """Drops the last committed slot of each row, while all rows use the same slots."""
+        mask = self.context.prompt_mask
+        lengths = [length - 1 for length in self.context.lengths]
+        self.context = ContextSlots(lengths, None if mask is None else mask[:, :-1])
+        self.abort()
 
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
@@ -122,8 +139,7 @@ class CacheTransaction:
             self.abort()
             lengths = [*self.context.lengths, *(row.length for row in self._stored.values())]
             self.restore_rows()
-            for layer in self.cache.layers:
-                layer.truncate(min(lengths))
+            truncate(self.cache, min(lengths))
             raise
 
     def keep_rows(self, places: Sequence[int], store_others: bool = False) -> None:
@@ -160,4 +176,4 @@ class CacheTransaction:
         return _StoredRow([layer.take_row(place, length) for layer in self.cache.layers], length)
 
 
-__all__ = ["CacheTransaction", "make_in_place"]
+__all__ = ["CacheTransaction", "can_commit", "make_in_place"]

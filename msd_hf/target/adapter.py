@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,9 +104,11 @@ class TargetAdapter:
         self.embedding = target.get_input_embeddings()
         self.head_module = target.get_output_embeddings()
         self.logit_cap: float | None = getattr(self.text_config, "final_logit_softcapping", None)
-        self._decoder_inputs = decoder_inputs(self.decoder)
-        self._is_compiled = has_compiled_part(target)
-        self._tree_forward = TreeForward(target, self.observe, compiled or CompiledFunctions())
+        # Not bound methods: a cycle of references would keep the target alive after its last use.
+        self._observe = partial(
+            observed, self.decoder, self.reads, decoder_inputs(self.decoder), has_compiled_part(target)
+        )
+        self._tree_forward = TreeForward(target, self._observe, compiled or CompiledFunctions())
 
     def outer_modules(self) -> Iterator[nn.Module]:
         """The modules of a forward over tokens that lie outside the decoder, and the decoder itself."""
@@ -150,7 +153,7 @@ class TargetAdapter:
     def read_prefill(
         self, seen: TargetObservation, outputs: ModelOutput, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
     ) -> TargetPrefill:
-        """The result of a prefill that was observed.
+        """Builds a [`TargetPrefill`] from what hooks have seen and what the target returned.
 
         Args:
             seen (`TargetObservation`): of the prefill.
@@ -232,7 +235,7 @@ class TargetAdapter:
 
     def observe(self, **replaced_inputs: Any) -> AbstractContextManager[TargetObservation]:
         """Watches the forwards inside the block; the decoder gets `replaced_inputs` in place of its own."""
-        return observed(self.decoder, self.reads, self._decoder_inputs, self._is_compiled, replaced_inputs)
+        return self._observe(replaced_inputs)
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -26,8 +26,8 @@ from .support import TREE_ATTENTION, attention_windows, takes_any_argument
 
 logger = logging.get_logger(__name__)
 
-# Watches the forwards inside its block; the decoder gets the given inputs in place of its own.
-Observe = Callable[..., AbstractContextManager[TargetObservation]]
+# Watches the forwards inside its block. The decoder gets the given inputs, by name, in place of its own.
+Observe = Callable[[dict[str, Any]], AbstractContextManager[TargetObservation]]
 
 
 @dataclass
@@ -51,7 +51,7 @@ class TreeForward:
 
     Args:
         target (`PreTrainedModel`): the target.
-        observe (`Callable`): [`TargetAdapter.observe`].
+        observe (`Callable`): watches forwards of the target's decoder.
         compiled (`CompiledFunctions`): keeps compiled decoders.
 
     Attributes:
@@ -116,7 +116,7 @@ class TreeForward:
         cuda_graphs: bool = False,
     ) -> TargetVerification:
         """
-        The same with a compiled decoder and whole buffers.
+        Like `__call__`, but always compiled, and attention reads whole buffers.
 
         Args:
             tree (`CandidateTree`): N nodes.
@@ -124,7 +124,7 @@ class TreeForward:
             buffers (`Sequence[tuple[torch.Tensor, torch.Tensor]]`): keys and values of each layer of the cache, with
                 room for the nodes.
             first_slot (`torch.LongTensor` of shape `[1]`): where the nodes go, behind the filled slots. With a single
-                row, the host need not know it.
+                row the mask depends on this tensor alone, so the value may be known to the device only.
             context (`ContextSlots`): gives padding, and slots that some rows do not use.
             next_position (`torch.LongTensor` of shape `[..., B, 1]`): position of the root.
             cuda_graphs (`bool`): see [`CompiledFunctions.run`].
@@ -160,7 +160,7 @@ class TreeForward:
             if len(masks) == 1:
                 (mask,) = masks.values()
         with (
-            self._observe(attention_mask=mask, position_ids=position_ids, **replaced) as seen,
+            self._observe({"attention_mask": mask, "position_ids": position_ids, **replaced}) as seen,
             self._attention_with_tree_mask(in_buffers),
             phase("target forward"),
         ):

@@ -30,33 +30,29 @@ def unrolled_states(
     """
     given = rows.hidden_states if noisy_states is None else noisy_states
     layer_states, hidden_states = rows.reads.split(given)
-    if num_passes == 1:
-        yield draft(
-            inputs_embeds=rows.inputs_embeds,
-            hidden_states=hidden_states,
-            visual_mask=rows.visual_mask,
-            layer_states=layer_states,
-        ).last_hidden_state
-        return
     batch_size, length = rows.visual_mask.shape
     device = rows.visual_mask.device
     position_ids = torch.arange(length, device=device).expand(batch_size, -1)
-    cache = DynamicCache()
+    cache = DynamicCache() if num_passes > 1 else None
+    states = None
     for pass_index in range(num_passes):
+        mask = None
+        if states is not None:
+            # The first row has no row before it and keeps the target's last hidden state. No row reads layers.
+            hidden_states = torch.cat([hidden_states[:, :1].to(states.dtype), states[:, :-1]], dim=1)
+            layer_states = None
+            mask = unrolled_mask(length, pass_index, hidden_states.dtype, device)
         states = draft(
             inputs_embeds=rows.inputs_embeds,
             hidden_states=hidden_states,
             visual_mask=rows.visual_mask,
             layer_states=layer_states,
-            attention_mask=None if pass_index == 0 else unrolled_mask(length, pass_index, hidden_states.dtype, device),
+            attention_mask=mask,
             position_ids=position_ids,
             past_key_values=cache,
-            use_cache=True,
+            use_cache=cache is not None,
         ).last_hidden_state
         yield states
-        # The first row has no row before it; it keeps the target's last hidden state. Later passes read no layers.
-        hidden_states = torch.cat([hidden_states[:, :1].to(states.dtype), states[:, :-1]], dim=1)
-        layer_states = None
 
 
 def unrolled_mask(length: int, pass_index: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
