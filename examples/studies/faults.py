@@ -88,15 +88,15 @@ FAULTS = [
     Fault(
         "device rounds reserve slots for the tree alone",
         "decoding/device_rounds.py",
-        "return max(self.drafter.settings.num_nodes, self._max_tokens)",
+        "return max(self.drafter.settings.num_nodes, self._block_length)",
         "return self.drafter.settings.num_nodes",
         COMPILED,
     ),
     Fault(
         "device rounds reserve slots for the tokens alone",
         "decoding/device_rounds.py",
-        "return max(self.drafter.settings.num_nodes, self._max_tokens)",
-        "return self._max_tokens",
+        "return max(self.drafter.settings.num_nodes, self._block_length)",
+        "return self._block_length",
         COMPILED,
     ),
     Fault(
@@ -172,8 +172,8 @@ FAULTS = [
     Fault(
         "an interrupted batch is not cut to its shortest row",
         "kv/transaction.py",
-        "                layer.truncate(min(lengths))\n",
-        "                pass\n",
+        "            truncate(self.cache, min(lengths))\n",
+        "",
         INTERRUPTED,
     ),
     Fault(
@@ -193,8 +193,8 @@ FAULTS = [
     Fault(
         "rows that have ended do not come back",
         "kv/transaction.py",
-        "            self.restore_rows()\n            for layer",
-        "            for layer",
+        "            self.restore_rows()\n            truncate",
+        "            truncate",
         INTERRUPTED,
     ),
     Fault(
