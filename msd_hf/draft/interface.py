@@ -70,7 +70,8 @@ class Draft(Protocol):
         """Whether `plain_forward` computes what the forward computes. Otherwise nothing is compiled."""
 
     def read_target(self, states: torch.Tensor) -> torch.Tensor:
-        """Hidden states of the target `[B, T, W]` as one input of the draft, `[B, T, H]`."""
+        """Hidden states of the target `[B, T, W]` as one input of the draft, `[B, T, H]`. Gives back its argument if
+        the draft reads no layers."""
 
     def plain_forward(self, convert: Callable[[nn.Module], TensorFunction] = ...) -> PlainForward:
         """The forward over a few nodes of a tree, with `convert(module)` in place of each module."""

@@ -65,6 +65,7 @@ class Drafter(ABC):
         self._drafting_step = DraftingStep(draft)
         # Kept here, because a model searches its weights for them each time, which takes as long as an operation.
         self._device, self._dtype = draft.device, draft.dtype
+        self._reads_layers = bool(draft.reads.layers)  # otherwise `read_target` gives back what it gets
         self._embedding = function_at(target.embedding, draft)  # `None` if it lies elsewhere
         self._own_masks: dict[tuple[str, int, int], torch.Tensor] = {}
         self._steps = torch.arange(_LONGEST_KEPT, device=self._device)
@@ -178,7 +179,9 @@ class Drafter(ABC):
         # A single token after a context that every row sees whole needs no mask.
         mask = self._chain_mask(length) if length > 1 or context.hides_slots else None
         self._last_position += length
-        given = self.draft.read_target(self._to_draft(hidden_states))
+        given = self._to_draft(hidden_states)
+        if self._reads_layers:
+            given = self.draft.read_target(given)
         self._slots.begin()
         states = self._step(tokens, given, positions.narrow(1, 0, length), mask, self._last_position)
         with phase("cache"):

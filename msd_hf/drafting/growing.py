@@ -93,19 +93,23 @@ class GrowingDrafter(Drafter):
         if context.hides_slots:
             no_nodes = torch.ones(batch_size, 1, 0, dtype=torch.bool, device=self._device)
             mask = tree_attention_mask(no_nodes, context, self._dtype)[:, 0]
+        own = self._own_mask("level", batch_size, limits.top_k)
+        num_slots, last_position = context.num_slots, self._last_position
 
         def forward(level: int, states: torch.Tensor) -> torch.Tensor:
-            nonlocal mask
+            nonlocal mask, own
             tokens, above = growth.frontier_tokens, growth.above
             width = tokens.shape[1]  # a small vocabulary has fewer candidates than the policy asks for
             if mask is None and width > 1:
-                mask = states.new_zeros(batch_size, 1, context.num_slots + level)
+                mask = states.new_zeros(batch_size, 1, num_slots + level)
             seen = None
             if mask is not None:
                 states, mask = rows_of(above, width, states, mask)
-                mask = torch.cat([mask, self._own_mask("level", batch_size, width)], dim=2)
+                if own.shape[1] != width:
+                    own = self._own_mask("level", batch_size, width)
+                mask = torch.cat([mask, own], dim=2)
                 seen = mask.unsqueeze(1)
-            return self._step(tokens, states, positions[level], seen, self._last_position + level + 1)
+            return self._step(tokens, states, positions[level], seen, last_position + level + 1)
 
         return forward
 
