@@ -184,13 +184,6 @@ FAULTS = [
         INTERRUPTED,
     ),
     Fault(
-        "an interrupted block is not dropped",
-        "kv/transaction.py",
-        "            self.abort()\n            lengths",
-        "            lengths",
-        INTERRUPTED,
-    ),
-    Fault(
         "rows that have ended do not come back",
         "kv/transaction.py",
         "            self.restore_rows()\n            truncate",

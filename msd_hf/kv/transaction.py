@@ -136,7 +136,6 @@ class CacheTransaction:
         try:
             yield
         except BaseException:
-            self.abort()
             lengths = [*self.context.lengths, *(row.length for row in self._stored.values())]
             self.restore_rows()
             truncate(self.cache, min(lengths))
