@@ -16,8 +16,9 @@ MIN_CAPACITY = 256
 
 
 class FixedLayer(InPlaceLayer):
-    """An `InPlaceLayer` whose whole buffers compiled code may use. The number of slots is a power of two, so that few
-    shapes are compiled. The buffers hold no NaN: a hidden slot is still multiplied by 0.
+    """An `InPlaceLayer` whose buffers compiled code uses as a whole, with the free slots. The number of slots is a
+    power of two, so that few shapes are compiled. New buffers are zeroed: attention multiplies the values of hidden
+    slots by 0, which would turn a NaN there into a NaN of the result.
 
     Args:
         spare (`tuple[torch.Tensor, torch.Tensor]`, *optional*): buffers of an earlier call, used again if they have
@@ -35,7 +36,7 @@ class FixedLayer(InPlaceLayer):
         return self.get_seq_length() + count <= self._buffers[0].shape[-2]
 
     def reserve(self, count: int) -> KeysAndValues:
-        """The buffers, with room for `count` more slots."""
+        """Returns the buffers, replaced by larger ones if they lack room for `count` more slots."""
         held = self.get_seq_length()
         if self._buffers is None or not self.has_room(count):
             self._buffers = self._reserve(self.keys, self.values, held, held + count)
@@ -43,13 +44,13 @@ class FixedLayer(InPlaceLayer):
         return self._buffers
 
     def offer(self, buffers: KeysAndValues) -> None:
-        """Gives the layer buffers that it uses when it needs new ones of their shape."""
+        """Hands in spare buffers. The layer takes them the next time it needs buffers, if their shape fits."""
         self._spare = buffers
         for buffer in buffers:
             torch._dynamo.mark_static_address(buffer)
 
     def was_offered(self, states: torch.Tensor, needed: int) -> bool:
-        """Whether the layer was given buffers for `needed` slots of such states."""
+        """Whether the layer has spare buffers that fit `needed` slots of keys like `states`."""
         return self._spare is not None and _fits(self._spare[0], states, _capacity_for(needed))
 
     def show(self, length: int) -> None:
@@ -58,12 +59,13 @@ class FixedLayer(InPlaceLayer):
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
 
     def _holds_as_it_came(self, states: torch.Tensor) -> bool:
-        # A buffer with room for the prompt saves the copy that would follow.
+        # If spare buffers fit, the prompt goes there at once. Held as it came, it would be copied by the next update.
         return not self.was_offered(states, states.shape[-2]) and super()._holds_as_it_came(states)
 
     @property
     def buffers(self) -> KeysAndValues | None:
-        """The buffers of the layer, or those offered to it; `None` if another tensor took their place."""
+        """The layer's buffers, or the spare ones if it has not needed any; `None` if other code has put tensors in
+        place of its views."""
         if self._buffers is None:
             return self._spare
         return self._buffers if self._shows_buffers() else None
@@ -86,11 +88,12 @@ def _capacity_for(needed: int) -> int:
 
 
 def _zeros(states: torch.Tensor, num_slots: int, spare: torch.Tensor | None, count: int | None = None) -> torch.Tensor:
-    """A zeroed buffer for states of this kind; with `count`, that many buffers in one tensor."""
+    """A zeroed buffer of `num_slots` slots for keys or values like `states`: `spare` if it fits, else a new one. With
+    `count`, one tensor of that many buffers."""
     if spare is not None and _fits(spare, states, num_slots):
         return spare.zero_()
     shape = (*states.shape[:-2], num_slots, states.shape[-1])
-    with torch.inference_mode(False):  # as in `InPlaceLayer`
+    with torch.inference_mode(False):  # so that code outside of it may write to the buffer
         buffer = states.new_zeros(shape if count is None else (count, *shape))
     torch._dynamo.mark_static_address(buffer)
     return buffer
@@ -102,13 +105,14 @@ def _fits(buffer: torch.Tensor, states: torch.Tensor, num_slots: int) -> bool:
 
 
 class SpareBuffers:
-    """Buffers that one call of a model leaves to its next call. Whoever uses them takes them out."""
+    """Keeps the cache buffers that one call leaves to the next call of the same model. `take` also removes them, so
+    that two calls never share buffers."""
 
     def __init__(self) -> None:
         self._buffers: list[KeysAndValues] = []
 
     def take(self, num_layers: int) -> Sequence[KeysAndValues | None]:
-        """The buffers of each layer, or `None` for each."""
+        """Removes and returns the kept buffers, one pair per layer; `None` for each layer if their number differs."""
         taken, self._buffers = self._buffers, []
         return taken if len(taken) == num_layers else [None] * num_layers
 
@@ -122,7 +126,7 @@ class SpareBuffers:
 
 @contextmanager
 def buffers_left(wanted: bool, *caches: tuple[Cache, SpareBuffers]) -> Iterator[None]:
-    """Leaves the buffers of caches to later calls when the block ends, also by an exception."""
+    """If `wanted`, leaves the buffers of the caches to later calls when the block ends, also by an exception."""
     try:
         yield
     finally:
@@ -136,9 +140,9 @@ def make_fixed(cache: Cache, spares: SpareBuffers, num_layers: int) -> None:
     Turns the layers of a cache into `FixedLayer`s. The cache stays the same object.
 
     Args:
-        cache (`Cache`): of `DynamicLayer`s, or empty.
-        spares (`SpareBuffers`): of earlier calls of the model.
-        num_layers (`int`): layers of the model.
+        cache (`Cache`): a cache of `DynamicLayer`s, or an empty one.
+        spares (`SpareBuffers`): buffers that earlier calls of the model have left.
+        num_layers (`int`): number of layers of the model.
     """
     old: list[DynamicLayer | None] = [*cache.layers, *[None] * (num_layers - len(cache.layers))]
     cache.layers = [_fixed(layer, spare) for layer, spare in zip(old, spares.take(len(old)), strict=True)]
@@ -155,12 +159,12 @@ def _fixed(layer: DynamicLayer | None, spare: KeysAndValues | None) -> FixedLaye
 
 def reserve(cache: Cache, count: int) -> list[KeysAndValues]:
     """
-    The buffers of all layers, with room for `count` more slots. New buffers share one block of memory, so that
-    `move_slots` reaches all of them at once.
+    Returns the buffers of all layers, with room for `count` more slots. New buffers share one block of memory if all
+    layers have the same shape, so that `move_slots` moves the slots of all layers in one operation.
 
     Args:
-        cache (`Cache`): of `FixedLayer`s on one device.
-        count (`int`): slots.
+        cache (`Cache`): a cache of `FixedLayer`s on one device.
+        count (`int`): number of slots that are needed behind the filled ones.
     """
     layers: list[FixedLayer] = cache.layers  # type: ignore[assignment]
     first = layers[0]
@@ -194,7 +198,7 @@ def parts_of(buffers: Sequence[KeysAndValues]) -> list[torch.Tensor]:
 
 
 def move_slots(parts: Sequence[torch.Tensor], sources: torch.Tensor, places: torch.Tensor) -> None:
-    """Copies slots within what `parts_of` gave, from `sources` `[A]` to `places` `[A]`."""
+    """Copies slots from `sources` `[A]` to `places` `[A]` in each tensor of `parts`, the result of `parts_of`."""
     for part in parts:
         part.index_copy_(-2, places, part.index_select(-2, sources))
 
@@ -216,11 +220,12 @@ class _WholeBuffers(DynamicLayer):
 
 def whole_buffers(buffers: Sequence[KeysAndValues], places: torch.Tensor) -> Cache:
     """
-    The cache for one compiled forward. The slots that it fills become part of the real cache with `close_slots`.
+    Makes the cache for one compiled forward, in which attention reads whole buffers. Afterwards `close_slots` makes
+    the new slots part of the real cache.
 
     Args:
         buffers (`Sequence[tuple[torch.Tensor, torch.Tensor]]`): keys and values of each layer.
-        places (`torch.LongTensor` of shape `[N]`): of the new slots.
+        places (`torch.LongTensor` of shape `[N]`): the slots that the N new keys and values go to.
     """
     return Cache(layers=[_WholeBuffers(pair, places) for pair in buffers])
 

@@ -10,8 +10,9 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 
-# A full buffer is replaced by a larger one. Its room is this many slots, or this share of the slots that it needs.
-# Doubling would hold a second context that may never come: answers end before their length limit.
+# A full buffer is replaced by one with free slots behind the needed ones: `MIN_ROOM` slots, or the share `ROOM` of the
+# needed slots if that is more. Doubling would reserve a second context that may never come, because most answers end
+# before their length limit.
 MIN_ROOM = 64
 ROOM = 1 / 8
 
@@ -29,7 +30,7 @@ class InPlaceLayer(DynamicLayer):
     The methods below `update` are what [`CacheTransaction`] asks of every kind of layer.
 
     Args:
-        max_slots (`int`, *optional*): bound of what is allocated ahead of need.
+        max_slots (`int`, *optional*): most slots of a buffer, unless more are needed at once.
     """
 
     keys: torch.Tensor
@@ -39,14 +40,14 @@ class InPlaceLayer(DynamicLayer):
         super().__init__()
         self.max_slots = max_slots
         self._buffers: KeysAndValues | None = None
-        self._views: KeysAndValues | None = None  # of the buffers, as the last update left them
+        self._views: KeysAndValues | None = None  # `keys` and `values` as the last update set them
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> KeysAndValues:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, length = self.get_seq_length(), key_states.shape[-2]
         if start == 0 and self._holds_as_it_came(key_states) and self._holds_as_it_came(value_states):
-            # A buffer would have no room for more either.
+            # A buffer for the first block would have no free slots either: the next update copies in both cases.
             self.keys, self.values = key_states, value_states
             self._buffers = self._views = None
             return key_states, value_states
@@ -57,12 +58,13 @@ class InPlaceLayer(DynamicLayer):
         key_buffer.narrow(2, start, length).copy_(key_states)
         value_buffer.narrow(2, start, length).copy_(value_states)
         self.keys, self.values = self._views = key_buffer.narrow(2, 0, end), value_buffer.narrow(2, 0, end)
-        # Attention reads a whole prompt as it came: not every attention kernel takes gaps between heads.
+        # Attention reads a first block as it came. A view of the buffer may have gaps between heads, which not every
+        # attention kernel takes.
         return (self.keys, self.values) if start else (key_states, value_states)
 
     def keep_slots(self, start: int, slots: torch.Tensor) -> None:
         """
-        Moves accepted slots to `start, start + 1, ...` and drops what lies behind them. Copies A slots.
+        Moves accepted slots to `start, start + 1, ...` and drops all slots behind them. Copies only these A slots.
 
         Args:
             start (`int`): number of slots that stay untouched.
@@ -83,13 +85,13 @@ class InPlaceLayer(DynamicLayer):
 
     def move_slots(self, start: int, slots: torch.Tensor, places: torch.Tensor, length: int) -> None:
         """
-        Like `keep_slots`, with a place for each slot.
+        Copies accepted slots to given places, which may differ from row to row, and drops the slots from `length` on.
 
         Args:
-            start (`int`): `slots` are counted from here.
+            start (`int`): the slot from which `slots` are counted.
             slots (`torch.LongTensor` of shape `[B, A]`): the accepted slots.
-            places (`torch.LongTensor` of shape `[B, A]`): where each goes, counted from the first slot of the cache.
-            length (`int`): slots of the cache afterwards.
+            places (`torch.LongTensor` of shape `[B, A]`): their new slots, counted from the first slot of the cache.
+            length (`int`): number of slots of the cache afterwards.
         """
         if not self.is_initialized:
             return
@@ -118,7 +120,7 @@ class InPlaceLayer(DynamicLayer):
         return self.keys[row : row + 1, :, :length].clone(), self.values[row : row + 1, :, :length].clone()
 
     def put_rows(self, rows: Sequence[KeysAndValues]) -> None:
-        """Replaces the content by rows that `take_row` gave, with zeros behind shorter rows."""
+        """Replaces the content of the layer by rows that `take_row` returned, with zeros behind shorter rows."""
         if self.is_initialized:
             self.keys, self.values = (
                 pad_sequence([row[kind][0].transpose(0, 1) for row in rows], batch_first=True).transpose(1, 2)
@@ -130,17 +132,17 @@ class InPlaceLayer(DynamicLayer):
         self._buffers = self._views = None
 
     def _holds_as_it_came(self, states: torch.Tensor) -> bool:
-        """Whether keys or values of a prompt can be held without a copy: they keep no more memory alive than their own
-        elements, and they may be written to outside of inference mode."""
+        """Whether the keys or the values of a prompt can be held without a copy. If not, they would keep a larger
+        tensor alive, or could not be written to outside of inference mode."""
         return states.untyped_storage().nbytes() == states.nbytes and not states.is_inference()
 
     def _own(self) -> None:
-        """Copies what is held as it came, before it is written to."""
+        """Copies keys and values that are held as they came, before they change: other code may hold them too."""
         if self._buffers is None:
             self.keys, self.values = self.keys.clone(), self.values.clone()
 
     def _shows_buffers(self) -> bool:
-        """Whether `keys` and `values` still are views of the buffers, and not tensors that someone put there."""
+        """Whether `keys` and `values` are still views of the buffers. Inherited methods put other tensors there."""
         assert self._buffers is not None
         if self._views is not None and self.keys is self._views[0] and self.values is self._views[1]:
             return True  # Fast path; the check below gives the same answer.
@@ -153,7 +155,8 @@ class InPlaceLayer(DynamicLayer):
         slots = needed + max(int(ROOM * needed), MIN_ROOM) if held else needed
         if self.max_slots is not None:
             slots = max(min(slots, self.max_slots), needed)
-        # Values may have another head size than keys. Outside of inference mode, so that both may be written later.
+        # Values may have another head size than keys. Both buffers are made outside of inference mode, so that code
+        # outside of it may write to them later.
         with torch.inference_mode(False):
             key_buffer = key_states.new_empty(*key_states.shape[:-2], slots, key_states.shape[-1])
             value_buffer = value_states.new_empty(*value_states.shape[:-2], slots, value_states.shape[-1])
@@ -164,10 +167,11 @@ class InPlaceLayer(DynamicLayer):
 
 
 def in_place(layer: DynamicLayer, max_slots: int) -> InPlaceLayer:
-    """An `InPlaceLayer` with the content of a layer.
+    """Makes an `InPlaceLayer` with the content of another layer.
 
-    A sliding-window layer becomes a full one, which its mask makes equal: a rejected branch of a tree must not push
-    slots out of the window. Slots that have left a window already are filled with zeros, and masks hide them.
+    A layer with a sliding window becomes a full one, because a rejected branch of a tree must not push slots out of
+    the window. The masks of the verification apply the window instead. Slots that have already left the window are
+    filled with zeros, which the masks hide.
     """
     made = InPlaceLayer(max_slots)
     length = layer.get_seq_length()
@@ -186,7 +190,7 @@ def in_place(layer: DynamicLayer, max_slots: int) -> InPlaceLayer:
 
 
 def truncate(cache: Cache, length: int) -> None:
-    """`InPlaceLayer.truncate` on every layer of a cache."""
+    """Drops the slots from `length` on in every layer of a cache."""
     for layer in cache.layers:
         layer.truncate(length)
 

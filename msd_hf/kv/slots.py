@@ -29,7 +29,7 @@ class ContextSlots:
 
     @property
     def num_slots(self) -> int:
-        """Slots of the cache, S: those of the longest row."""
+        """The number of slots of the cache, S: the length of the longest row."""
         return max(self.lengths)
 
     @property
@@ -39,15 +39,15 @@ class ContextSlots:
 
     @property
     def hides_slots(self) -> bool:
-        """Whether some row may not see some slot."""
+        """Whether a slot is hidden from some row, because it is padding or because the row does not use it."""
         return self.prompt_mask is not None or self.is_ragged
 
     def grow(self, counts: Sequence[int]) -> None:
-        """Adds slots to each row."""
+        """Adds `counts[b]` slots to row b."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
     def select(self, rows: Sequence[int]) -> ContextSlots:
-        """The context of the given rows."""
+        """The context of the given rows, in that order."""
         mask = None if self.prompt_mask is None else self.prompt_mask[list(rows)]
         return ContextSlots([self.lengths[row] for row in rows], mask)
 

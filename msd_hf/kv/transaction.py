@@ -1,6 +1,7 @@
 """All layers of a KV cache as one: a forward appends a block of slots, which is then kept in part or dropped.
 
-A layer of another kind joins here. It needs the methods of `InPlaceLayer` that this module calls.
+Another kind of layer is added here, in `can_commit` and `make_in_place`. It needs the methods of `InPlaceLayer` that
+this module calls.
 """
 
 from __future__ import annotations
@@ -27,27 +28,28 @@ def make_in_place(cache: DynamicCache, max_slots: int) -> None:
     """Gives a `DynamicCache` layers that can commit and abort. The cache stays the same object.
 
     Args:
-        cache (`DynamicCache`): empty or filled.
-        max_slots (`int`): bound of what is allocated ahead of need.
+        cache (`DynamicCache`): the cache, empty or filled.
+        max_slots (`int`): most slots of a buffer, unless more are needed at once.
     """
     cache.layers = [in_place(layer, max_slots) for layer in cache.layers]
-    # A cache that was made without a config adds layers on first use.
+    # A cache that was made without a config adds its layers on first use, of this class.
     cache.layer_class_to_replicate = InPlaceLayer if cache.layer_class_to_replicate is not None else None
 
 
 @dataclass
 class _StoredRow:
-    layers: list[Any]  # what each layer gave for the row
+    layers: list[Any]  # for each layer, what its `take_row` returned
     length: int
 
 
 class CacheTransaction:
     """
-    A cache, and the slots of it that are committed.
+    Keeps track of the committed slots of a cache. `begin` announces a block of new slots; `commit`, `commit_prompt` or
+    `abort` ends it.
 
     Args:
-        cache (`Cache`): of `InPlaceLayer`s.
-        context (`ContextSlots`): the committed slots, at first those that the cache holds.
+        cache (`Cache`): a cache of `InPlaceLayer`s.
+        context (`ContextSlots`): the slots that the cache holds, which count as committed.
 
     Attributes:
         rows (`list[int]`): which rows of the batch are in the cache now.
@@ -72,8 +74,8 @@ class CacheTransaction:
         Keeps every slot of the block, which is the prompt.
 
         Args:
-            prompt_mask (`torch.BoolTensor` of shape `[B, S]`, *optional*): of all slots of the cache; false at
-                padding.
+            prompt_mask (`torch.BoolTensor` of shape `[B, S]`, *optional*): mask of all slots of the cache, false at
+                padding; `None` without padding.
         """
         self.context = ContextSlots([self.cache.get_seq_length()] * len(self.rows), prompt_mask)
         self._prompt_mask = prompt_mask
@@ -81,13 +83,13 @@ class CacheTransaction:
 
     def commit(self, counts: Sequence[int], paths: torch.Tensor | None = None) -> None:
         """
-        Keeps accepted slots of the block and drops the others. The context grows last: when this is interrupted, it
-        still names slots that are untouched.
+        Keeps accepted slots of the block and drops the others. The context grows last, so that it names only untouched
+        slots if this method is interrupted.
 
         Args:
             counts (`Sequence[int]`): how many slots each row keeps.
             paths (`torch.LongTensor` of shape `[B, A]`, *optional*): which slots of the block each row keeps, in
-                order; entries behind a row's count are ignored. `None`: the first ones.
+                order; entries behind a row's count are ignored. `None`: the first slots of the block.
         """
         start = self.context.num_slots
         if not self.context.is_ragged and min(counts) == max(counts):
@@ -111,7 +113,7 @@ class CacheTransaction:
             layer.move_slots(start, paths.to(layer.device), places.to(layer.device), length)
 
     def abort(self) -> None:
-        """Drops the block."""
+        """Drops the block, that is, all slots behind the committed ones."""
         truncate(self.cache, self.context.num_slots)
         self._is_open = False
 
@@ -121,7 +123,8 @@ class CacheTransaction:
         self.abort()
 
     def take_back_last(self) -> None:
-        """Drops the last committed slot of each row, while all rows use the same slots."""
+        """Drops the last committed slot of each row. Only right after `commit_prompt`, when all rows use the same
+        slots."""
         mask = self.context.prompt_mask
         lengths = [length - 1 for length in self.context.lengths]
         self.context = ContextSlots(lengths, None if mask is None else mask[:, :-1])
@@ -130,8 +133,8 @@ class CacheTransaction:
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
         """
-        After an exception inside the block the cache is whole again: every layer has the same slots, every row of the
-        batch is back, and no slot is left that some row has not committed.
+        Makes the cache whole again if the block raises an exception: every layer has the same slots, every row of the
+        batch is back, and only slots that every row has committed remain.
         """
         try:
             yield
@@ -143,11 +146,11 @@ class CacheTransaction:
 
     def keep_rows(self, places: Sequence[int], store_others: bool = False) -> None:
         """
-        Goes on with the rows at the given places of the cache, in that order.
+        Keeps only the rows at the given places of the cache, in that order.
 
         Args:
-            places (`Sequence[int]`): rows of the cache.
-            store_others (`bool`): copy the other rows, for `restore_rows`.
+            places (`Sequence[int]`): indices of rows of the cache.
+            store_others (`bool`): copy the other rows first, so that `restore_rows` can put them back.
         """
         if store_others:
             for place in sorted(set(range(len(self.rows))) - set(places)):
