@@ -1,7 +1,7 @@
 """Additive attention masks of chains and candidate trees over a cached context.
 
-Additive and in the model's dtype, because eager attention adds a mask as it is, and sdpa on a CPU misreads other
-dtypes.
+Masks are additive and in the model's dtype, because eager attention adds a mask as it is, and sdpa on a CPU misreads
+other dtypes.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ def tree_attention_mask(
     depths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    The mask of tree nodes over a cached context and the nodes themselves.
+    Builds the mask with which tree nodes attend to a cached context and to each other.
 
     Args:
         visible (`torch.BoolTensor` of shape `[B, T, E]`): which of E nodes behind the context each of T queries sees.
-        context (`ContextSlots`): S slots, which come before the nodes.
+        context (`ContextSlots`): the context, S slots before the nodes.
         dtype (`torch.dtype`): dtype of the model.
-        window (`int`, *optional*): of a sliding-window layer: a token sees fewer than `window` tokens back.
-        depths (`torch.LongTensor` of shape `[B, E]`, *optional*): needed with a window, where T = E: the distance of
-            each node from the end of the context.
+        window (`int`, *optional*): for a layer with a sliding window: a token sees itself and the `window - 1` tokens
+            before it.
+        depths (`torch.LongTensor` of shape `[B, E]`, *optional*): position of each node behind the context, 0 for the
+            root. Needed with a window, and T = E then.
 
     Returns:
         `torch.Tensor` of shape `[B, 1, T, S + E]`.
@@ -70,14 +71,15 @@ def buffer_attention_mask(
     window: int | None = None,
 ) -> torch.Tensor:
     """
-    The mask of tree nodes over whole buffers. Only the device has to know where the nodes lie in them.
+    Builds the mask with which tree nodes attend to whole cache buffers. The slots of the nodes may be known to the
+    device alone.
 
     Args:
         visible (`torch.BoolTensor` of shape `[B, N, N]`): which nodes each node sees.
-        depths (`torch.LongTensor` of shape `[B, N]`): the distance of each node from the end of the context.
+        depths (`torch.LongTensor` of shape `[B, N]`): position of each node behind the context, 0 for the root.
         first_slot (`torch.LongTensor` of shape `[1]`): the slot of the first node.
-        context (`ContextSlots`): gives padding, and the slots of each row if they differ. Otherwise the context
-            reaches up to the nodes.
+        context (`ContextSlots`): gives the padding, and the length of each row if rows differ in length. If not, the
+            context ends at `first_slot`.
         num_slots (`int`): slots of the buffers, S.
         dtype, window: as in [`tree_attention_mask`].
 
@@ -86,8 +88,8 @@ def buffer_attention_mask(
     """
     num_nodes, device = depths.shape[1], depths.device
     slots = torch.arange(num_slots, device=device)
-    ends = context.row_lengths(device) if context.is_ragged else first_slot  # of the context
-    ends = ends.unsqueeze(1)  # [B, 1], or one for all rows
+    ends = context.row_lengths(device) if context.is_ragged else first_slot
+    ends = ends.unsqueeze(1)  # [B, 1] or [1, 1]: the slot behind the context
     seen = (slots < ends).unsqueeze(1)
     prompt_mask = context.padded_prompt_mask(num_slots, device)
     if prompt_mask is not None:
@@ -102,7 +104,7 @@ def buffer_attention_mask(
 
 
 def _within_window(visible: torch.Tensor, depths: torch.Tensor, window: int) -> torch.Tensor:
-    """Nodes that are visible and less than `window` levels above the query."""
+    """Which nodes are visible and less than `window` levels above the query, `[B, N, N]`."""
     return visible & (depths.unsqueeze(2) - depths.unsqueeze(1) < window)
 
 

@@ -22,7 +22,7 @@ LIVE_SLOTS = "msd_live_slots"  # keyword argument of a decoder that passes unkno
 
 # Largest number of programs: heads x parts x blocks of queries. Large GPUs have about as many processors.
 NUM_PROGRAMS = 128
-_MIN_SLOTS = 128  # of a part
+_MIN_SLOTS = 128  # smallest part
 _DEVICE = "cuda"  # device type that the kernels run on
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # some builds of PyTorch come without it
@@ -48,7 +48,7 @@ def split_attention(
             lowest number of the dtype hides a slot. Each query must see at least one slot.
         scale (`float`, *optional*): scale of the scores; by default `D ** -0.5`.
         live_slots (`torch.IntTensor` of shape `[2]`, *optional*): the result of `find_live_slots` for the mask, or a
-            wider range. Given to save its computation in each of several layers with the same mask.
+            wider range. Several layers with the same mask share one computation if it is given.
 
     Returns:
         `torch.Tensor` of shape `[B, H, T, D]`.
@@ -115,7 +115,8 @@ def _forward(
     msd_live_slots: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function with the signature that transformers expects."""
+    """`split_attention` with the signature that transformers expects of an attention function. Calls with arguments
+    that it does not support go to sdpa."""
     if (
         attention_mask is None
         or attention_mask.shape[1:] != (1, query.shape[2], key.shape[2])

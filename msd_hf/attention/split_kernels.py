@@ -22,7 +22,8 @@ NUM_STAGES = min(
     ),
     default=2,
 )
-PARTS_IN_FLOAT32 = False  # otherwise in the dtype of the queries, which halves the traffic between the kernels
+# Whether the results of parts are float32. The dtype of the queries halves the traffic between the kernels.
+PARTS_IN_FLOAT32 = False
 # Not tried on GPUs of other makers than Nvidia. Before capability 8.0 Triton uses no tensor cores and is slow.
 IS_SUPPORTED = torch.version.hip is None and all(
     torch.cuda.get_device_capability(number) >= (8, 0) for number in range(torch.cuda.device_count())
@@ -151,8 +152,9 @@ def _attend_to_part(
     IS_EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Runs one program for each head of keys, part of the slots and block of rows. It stores the attention output of
-    the rows for the part, and the base-2 logarithm of their sums of exponentials; 0 and `-inf` for an empty part."""
+    """Attends to the parts of the slots, with one program for each head of keys, part and block of rows. A program
+    stores the attention output of its rows for its part, and the base-2 logarithm of their sums of exponentials; 0 and
+    `-inf` for an empty part."""
     kv_head = tl.program_id(0)
     part = tl.program_id(1)
     num_parts = tl.num_programs(1)
@@ -231,8 +233,8 @@ def _join_parts(
     HEAD_DIM: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """Runs one program for each head and query. It averages the parts `[P, H, T, D]`, weighted with their sums of
-    exponentials."""
+    """Averages the results of the parts `[P, H, T, D]`, weighted with their sums of exponentials, with one program for
+    each head and query."""
     row = tl.program_id(0)
     part = tl.arange(0, BLOCK_PARTS)
     dims = tl.arange(0, HEAD_DIM)
