@@ -30,10 +30,10 @@ def is_compiled(generation_config: Any) -> bool:
 
 
 class CompiledFunctions:
-    """The compiled functions of a pair, by function and shapes.
+    """Keeps the compiled functions of a pair, by function and shapes.
 
-    One compilation for each shape: Dynamo would test all compilations of one function at each call, and would not
-    compile any more after the eighth.
+    Dynamo gets a copy of the function for each shape. With a single copy it would test all compilations at each call,
+    and would compile no more than eight.
     """
 
     def __init__(self) -> None:
@@ -55,11 +55,11 @@ class CompiledFunctions:
         needed longer.
 
         Args:
-            function (`Callable`): is compiled.
-            shape (`tuple[Hashable, ...]`): everything that differs from call to call in the shapes of the arguments,
-                and in arguments that are not tensors.
-            device (`torch.device`): of the arguments.
-            args: of the function.
+            function (`Callable`): the function.
+            shape (`tuple[Hashable, ...]`): all sizes in the shapes of the arguments that differ from call to call, and
+                all arguments that do so and are not tensors.
+            device (`torch.device`): device of the arguments.
+            args: arguments of the function.
             cuda_graphs (`bool`): `False` where the caller records a graph that this call is part of.
         """
         mode = None
@@ -73,8 +73,8 @@ class CompiledFunctions:
 
     @contextmanager
     def compiled_decoder(self, decoder: nn.Module, shape: tuple[int, ...], cuda_graphs: bool = True) -> Iterator[None]:
-        """Replaces the forward of a decoder by compiled code inside the block; see `run`. Hooks on the decoder still
-        run, outside that code."""
+        """Replaces the forward of a decoder by compiled code inside the block. Hooks on the decoder still run, outside
+        that code. `shape` and `cuda_graphs` are arguments of `run`."""
 
         def forward(**kwargs: Any) -> Any:
             device = kwargs["position_ids"].device
@@ -100,7 +100,7 @@ def _decoder_forward(decoder: nn.Module, kwargs: dict[str, Any]) -> Any:
 def has_compiled_part(target: PreTrainedModel) -> bool:
     """Whether the user has compiled the target or one of its modules."""
     return any(
-        # `vars`, because a module is slow to say that it lacks an attribute.
+        # `vars` is faster than `getattr`, which searches all parameters of a module for a missing attribute.
         vars(module).get("_compiled_call_impl") is not None
         or isinstance(module, torch._dynamo.OptimizedModule)
         or hasattr(vars(module).get("forward", type(module).forward), "_torchdynamo_orig_callable")

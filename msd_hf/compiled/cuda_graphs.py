@@ -17,13 +17,13 @@ Result = TypeVar("Result")
 
 
 class RecordingMemory:
-    """Memory for recorded graphs that earlier calls have left, by device."""
+    """Keeps the memory of recorded graphs that earlier calls have left, by device."""
 
     def __init__(self) -> None:
         self._arenas: dict[torch.device, list[_Arena]] = {}
 
     def take(self, device: torch.device) -> _Arena:
-        """Memory that no recorder uses."""
+        """Returns memory that no recorder uses: memory of an earlier call, or new memory."""
         spare = self._arenas.get(device)
         return spare.pop() if spare else _Arena(device)
 
@@ -34,13 +34,13 @@ class RecordingMemory:
 
 class Recorder:
     """
-    Shared by steps that run one after the other, each with the results of those before it. On a GPU their graphs lie
-    in one block of memory. After the first step that cannot be recorded nothing is recorded any more: a graph must not
-    read tensors that are made anew each time.
+    Records the steps of a round as CUDA graphs. The steps run one after the other, and each may read the results of
+    the steps before it, so their graphs share one block of memory. After the first step that cannot be recorded, no
+    step is recorded any more: a graph must not read tensors that are made anew in each round.
 
     Args:
-        device (`torch.device`): where the steps run.
-        memory (`RecordingMemory`): of earlier calls.
+        device (`torch.device`): device that the steps run on.
+        memory (`RecordingMemory`): lends the memory of earlier calls.
     """
 
     def __init__(self, device: torch.device, memory: RecordingMemory):
@@ -50,7 +50,8 @@ class Recorder:
         self._arena: _Arena | None = None
 
     def record(self, function: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result] | None:
-        """Calls a function while the device only notes what it would have to do. `None` where that is impossible."""
+        """Calls a function while the device only notes the work, without doing it. Returns the graph and the result of
+        the function, or `None` if the function cannot be recorded."""
         current = torch.cuda.current_stream(self.device)
         try:
             if self._arena is None:
@@ -76,17 +77,17 @@ class Recorder:
 
 class RecordedStep(Generic[Result]):
     """
-    A function without arguments that does not wait for the device. What it reads and writes keeps its address, or is
-    the result of an earlier step of the recorder. On a GPU the first call runs the function as it is, so that
-    everything is set up; the second call records it, and later calls replay the recording. Elsewhere every call runs
-    the function.
+    One step of a round, replayed as a CUDA graph on a GPU. There the first call runs the step's function as it is, so
+    that everything is set up; the second call records it, and later calls replay the recording. On other devices every
+    call runs the function.
 
     Args:
-        function (`Callable`): the work.
-        recorder (`Recorder`): shared with the other steps of a round.
+        function (`Callable`): a function without arguments that does not wait for the device. Tensors that it reads or
+            writes must keep their addresses, or be results of earlier steps of the recorder.
+        recorder (`Recorder`): recorder of all steps of the round.
 
     Attributes:
-        result: what the function gave. A replay overwrites the tensors that the recorded function made.
+        result: the function's last result. A replay overwrites the tensors that the recorded function made.
     """
 
     result: Result
@@ -110,15 +111,15 @@ class RecordedStep(Generic[Result]):
         return self.result
 
     def close(self) -> None:
-        """Drops the recording at once. The function may refer back to this step, so that without this it would live
+        """Drops the recording at once. A function that refers back to this step would otherwise keep the recording
         until the next garbage collection."""
         self._graph = None
         del self._function
 
 
 class _Arena:
-    """A stream to record on, and the memory of the graphs. A small graph of its own keeps the memory when the others
-    are gone; otherwise the memory would neither be used again nor be given back before the device runs out."""
+    """A stream to record on, and the memory of the graphs. The arena's own small graph keeps the memory when all other
+    graphs are gone; otherwise it would neither be used again nor be given back before the device runs out."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -130,7 +131,8 @@ class _Arena:
 def _captured(
     function: Callable[[], Result], stream: torch.cuda.Stream, pool: object
 ) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """Not `torch.cuda.graph`, which collects garbage first; that takes longer than some rounds."""
+    """Records a function on a stream. `torch.cuda.graph` would collect garbage first, which takes longer than some
+    rounds."""
     graph = torch.cuda.CUDAGraph()
     failure: BaseException | None = None
     with _no_garbage_collection(), torch.cuda.stream(stream):
@@ -151,7 +153,8 @@ def _captured(
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """A garbage collection during a recording may delete an old graph, which would end the recording."""
+    """Stops garbage collection inside the block. During a recording it may delete an old graph, which would end the
+    recording."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
