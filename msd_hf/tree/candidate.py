@@ -39,7 +39,7 @@ class CandidateTree:
     def from_parents(
         cls, tokens: torch.Tensor, parents: torch.Tensor, max_depth: int, scores: torch.Tensor | None = None
     ) -> CandidateTree:
-        """A tree from tokens and parents (both `[B, N]`, root first, in flat order)."""
+        """Makes trees from the tokens and parents of their nodes (both `[B, N]`, root first, in flat order)."""
         above = [parents]  # the ancestors 1, 2, ... levels above each node; the root is its own
         for _ in range(max_depth - 1):
             above.append(parents.gather(1, above[-1]))
@@ -63,7 +63,7 @@ class CandidateTree:
         return cls.from_parents(tokens, parents.expand_as(tokens), max_depth=num_nodes - 1)
 
     def with_chain(self, rows: Sequence[int], token: int) -> CandidateTree:
-        """The same trees, except that each given row becomes a chain which repeats one token below its root."""
+        """Replaces the trees of the given rows by chains of as many nodes, which repeat one token below the root."""
         num_nodes = self.tokens.shape[1]
         index = torch.tensor(rows, device=self.tokens.device)
         nodes = torch.arange(num_nodes, device=self.tokens.device)
@@ -81,8 +81,8 @@ class CandidateTree:
 
     def with_branch(self, tokens: torch.Tensor, num_nodes: int) -> CandidateTree:
         """
-        The same trees with a path of the given tokens below the root. Existing nodes that match the start of the path
-        are reused, and the new nodes continue from the last of these.
+        Adds a path of the given tokens below the root of each tree. Existing nodes that match the start of the path
+        are reused, and the new nodes continue from the last reused node.
 
         Args:
             tokens (`torch.LongTensor` of shape `[B, P]`): tokens of the path; P is at least `max_depth + num_nodes`.
@@ -109,8 +109,8 @@ class CandidateTree:
         )
 
     def with_best_path_first(self) -> CandidateTree:
-        """The same trees, renumbered so that the path to the best of the deepest nodes comes first. If that path is
-        accepted, its slots need not be moved."""
+        """Renumbers the nodes so that the path to the best of the deepest nodes comes first. If that path is accepted,
+        its slots need not be moved."""
         assert self.scores is not None
         best = (self.depths + self.scores.exp()).argmax(1)  # depth decides, then probability, which is at most 1
         on_best_path = self.ancestors.gather(1, best.view(-1, 1, 1).expand(-1, -1, self.ancestors.shape[2])).squeeze(1)
@@ -128,8 +128,8 @@ class CandidateTree:
 
     def with_emittable_depths(self, tokens_left: Sequence[int] | None) -> CandidateTree:
         """
-        The same trees, with depths limited to the deepest node that can still be emitted. The target may have no
-        position for deeper nodes.
+        Limits `depths` to the depth of the deepest node that can still be emitted, because the target may have no
+        positions for deeper nodes.
 
         Args:
             tokens_left (`Sequence[int]`, *optional*): how many tokens each row may still emit, the bonus token
@@ -140,7 +140,8 @@ class CandidateTree:
         return self.with_depths_below(torch.tensor(tokens_left, device=self.depths.device))
 
     def with_depths_below(self, tokens_left: torch.Tensor) -> CandidateTree:
-        """`with_emittable_depths` without a read-back from the device. `tokens_left` has shape `[B]`."""
+        """Limits `depths` as `with_emittable_depths` does, with `tokens_left` `[B]` on the device and without a
+        read-back."""
         return replace(self, depths=self.depths.minimum((tokens_left - 1).clamp(min=0).unsqueeze(1)))
 
     def path(self, matches: torch.Tensor) -> torch.Tensor:
@@ -151,7 +152,7 @@ class CandidateTree:
         return (matches.unsqueeze(1) | ~self.ancestors).all(-1)
 
     def padded(self, num_nodes: int) -> CandidateTree:
-        """The same trees, padded with inert nodes: each sees only itself, and no other node sees it."""
+        """Pads each tree to `num_nodes` nodes with inert ones: each sees only itself, and no other node sees it."""
         num_added = num_nodes - self.tokens.shape[1]
         if num_added == 0:
             return self
@@ -163,11 +164,11 @@ class CandidateTree:
         return CandidateTree(tokens, parents, depths, ancestors, self.max_depth)
 
     def clone(self) -> CandidateTree:
-        """A copy."""
+        """Copies the tree with all its tensors."""
         return self._changed(torch.clone)
 
     def to(self, device: torch.device) -> CandidateTree:
-        """The tree on another device."""
+        """Moves the tree to a device."""
         return self._changed(lambda part: part.to(device))
 
     def _changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> CandidateTree:

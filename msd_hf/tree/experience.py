@@ -15,8 +15,9 @@ _TRIALS_PER_SIZE, _ROUNDS_PER_TRIAL = 2, 3
 _LARGEST_UNPROVEN_SIZE = 16
 # Assumed cost of one more node, as a share of the mean cost; and the weight of this assumption, in squared nodes.
 _PRIOR_SLOPE, _SLOPE_WEIGHT = 0.01, 64.0
-_NUM_COSTS_KEPT = 15  # for each width of a level
-# Last context length, in slots, of the first range. The following ranges end at twice, four times, ... this length.
+_NUM_COSTS_KEPT = 15  # latest costs of each width of a level
+# Costs are kept by range of context lengths. The first range ends at this many slots, the next ones at twice, four
+# times, ... as many.
 _FIRST_RANGE = 512
 
 # Nodes are counted in bins of log-probability; an octave is a factor of 2 in probability.
@@ -24,7 +25,8 @@ _BINS_PER_OCTAVE, _NUM_BINS = 2, 40
 _LEAST_LOG_PROB = -1e3
 _PRIOR_WEIGHT = 8.0  # weight of the draft's own probability, in observed nodes
 _FORGETTING = 0.97  # factor on the weight of old rounds at each new round
-# Rounds without drafting after drafting did not pay. The pause doubles each time that it still does not pay.
+# When drafting does not pay, it pauses for this number of rounds. The pause doubles each time that drafting still does
+# not pay after it.
 _PAUSE, _LONGEST_PAUSE = 16, 512
 # Rounds with drafting before it is judged: at first, and after a pause.
 _ROUNDS_TO_JUDGE, _ROUNDS_TO_JUDGE_AGAIN = 4, 2
@@ -102,7 +104,7 @@ class _Line:
 
 class Experience:
     """
-    Measured costs, in seconds, and measured acceptance.
+    Measured costs of drafting and verification, in seconds, and the measured acceptance of nodes.
 
     Args:
         max_nodes (`int`): number of nodes of the largest tree.
@@ -114,7 +116,7 @@ class Experience:
         self._costs: dict[int, _Line] = {}  # rounds with several nodes
         self._plain_costs: dict[int, _Mean] = {}  # rounds with one node
         self._num_trials: dict[int, dict[int, int]] = {}  # size of a tree -> number of measurements
-        self._range = 0  # of the current context length
+        self._range = 0  # range of the current context length
         self._num_rounds = 0
         # By width of a level.
         self._level_costs: dict[int, deque[float]] = {}
@@ -125,7 +127,7 @@ class Experience:
         # Nodes in each bin. The best node of each level is counted apart from the others.
         self._accepted = {is_best: [0.0] * _NUM_BINS for is_best in (False, True)}
         self._seen = {is_best: [0.0] * _NUM_BINS for is_best in (False, True)}
-        self._steps = _Mean()  # see `step`
+        self._steps = _Mean()  # measurements of `step`
         self._pause = _PAUSE
         self._pause_left = 0
         self._rounds_to_judge = _ROUNDS_TO_JUDGE
@@ -184,14 +186,14 @@ class Experience:
         return 1.0 if self._steps.value is None else self._steps.value
 
     def width_to_explore(self, widest: int) -> int:
-        """The width whose cost was measured least often, at most `widest`. Counts this as a measurement."""
+        """Chooses the width up to `widest` whose cost was measured least often, and counts one more measurement."""
         width = min(level_widths(widest), key=lambda width: self._num_level_trials.get(width, 0))
         self._num_level_trials[width] = self._num_level_trials.get(width, 0) + 1
         return width
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The mean rate of rounds with drafting; `None` before the first."""
+        """The mean rate of rounds with drafting; `None` before the first such round."""
         return self.rate_with(0.0, 0.0)
 
     def rate_with(self, tokens: float, seconds: float) -> float | None:
@@ -265,8 +267,8 @@ class Experience:
 
 
 def _lower_quartile(costs: Sequence[float]) -> float:
-    """A typical cost. The mean would be too high, because the first costs include warming up, and now and then another
-    process takes the processor. A width that seems too expensive would never be measured again."""
+    """The lower quartile as a typical cost. The mean would be too high: the first costs include warming up, and now
+    and then another process takes the processor. A width that seems too expensive would never be measured again."""
     return sorted(costs)[len(costs) // 4]
 
 

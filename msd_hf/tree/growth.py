@@ -18,7 +18,7 @@ _LOWEST_LOG_PROB = -1e30
 
 
 class TreeTables(NamedTuple):
-    """Constant tensors that all trees of one size share, see [`TreeGrowth`]."""
+    """Constant tensors with which [`TreeGrowth`] grows all trees of one size. B rows, K candidates a node."""
 
     groups: torch.Tensor  # [n]: i // K for each i
     in_order: torch.Tensor  # [B, K]: 0, 1, ... in each row
@@ -33,7 +33,7 @@ class TreeTables(NamedTuple):
         return cls(counting // top_k, counting[:top_k].expand(batch_size, -1), log_probs.new_zeros(batch_size, 1))
 
     def fits(self, log_probs: torch.Tensor, num_entries: int) -> bool:
-        """Whether the tables are those that `like` would make, or larger ones."""
+        """Whether the tables can be used in place of the ones that `like` would make."""
         batch_size, _, top_k = log_probs.shape
         return (
             self.in_order.shape == (batch_size, top_k)
@@ -180,7 +180,7 @@ def rows_of(
         index (`torch.LongTensor` of shape `[B * width]`, *optional*): rows, counted through the whole batch, see
             `TreeGrowth.above`. `None`: T is 1, and its row is repeated.
         width (`int`): nodes of each tree.
-        states, mask (`torch.Tensor` of shape `[B, T, N]`): N may differ.
+        states, mask (`torch.Tensor` of shape `[B, T, N]`): rows of the T parents; states and mask differ in N.
 
     Returns:
         Both with shape `[B, width, N]`.

@@ -19,7 +19,7 @@ _INITIAL_PRICE = 0.2
 
 class TreePolicy:
     """
-    Gives all trees the same size.
+    Gives all trees the size that the settings name.
 
     Args:
         settings (`TreeSettings`): the size of the trees.
@@ -34,7 +34,7 @@ class TreePolicy:
 
         Args:
             tokens_left (`int`, *optional*): tokens that may still be emitted; `None`: no limit.
-            num_slots (`int`): length of the context.
+            num_slots (`int`): length of the context, in slots.
         """
         return self.settings.limited_to(tokens_left)
 
@@ -47,15 +47,15 @@ class TreePolicy:
         return growth.settings.num_nodes
 
     def begin_verification(self) -> None:
-        """Called after drafting."""
+        """Notes that the tree is drafted and its verification begins."""
 
     def end_round(self, tree: CandidateTree, paths: Sequence[Sequence[int]]) -> None:
-        """Called with the nodes that were accepted in each row."""
+        """Ends a round, given the nodes that were accepted in each row."""
 
 
 class AdaptiveTreePolicy(TreePolicy):
     """
-    Chooses the trees that emit the most tokens per second. It goes by the measured costs of verifications and draft
+    Chooses the trees that emit the most tokens per second, judged by the measured costs of verifications and draft
     levels, and by how often nodes were accepted. When drafting does not pay, it drafts no tree, and tries again from
     time to time.
 
@@ -77,7 +77,7 @@ class AdaptiveTreePolicy(TreePolicy):
         super().__init__(settings)
         self.experience = experience
         self.eos_token_ids = frozenset(eos_token_ids)
-        self._drafts = True  # in this round
+        self._drafts = True  # whether this round drafts a tree
         self._tokens = self._seconds = 0.0  # totals of this call's rounds
         self._round_start = self._verification_start = 0.0
         self._explored_size: int | None = None  # nodes of a tree that is drafted to measure its cost
@@ -150,7 +150,7 @@ class AdaptiveTreePolicy(TreePolicy):
         return rows[0] if len(rows) == 1 else [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
     def _price(self, width: int) -> float:
-        """The cost of a level: the tokens that this call emits in the same time."""
+        """The cost of a level, in tokens: how many this call emits in the time that the level takes."""
         seconds, rate = self.experience.seconds_of_level(width), self._rate
         return _INITIAL_PRICE if seconds is None or rate is None else seconds * rate
 
@@ -179,7 +179,7 @@ class AdaptiveTreePolicy(TreePolicy):
         if rate is None:
             spent = time.perf_counter() - self._round_start
             gains = [emitted / (spent + cost) for emitted, cost in zip(tokens, costs, strict=True)]
-        else:  # a cost in seconds is a cost in tokens, which other rounds emit in that time
+        else:  # a cost in seconds counts as the tokens that are emitted in this time
             gains = [emitted - rate * cost for emitted, cost in zip(tokens, costs, strict=True)]
         return 1 + max(range(max_nodes), key=gains.__getitem__)
 

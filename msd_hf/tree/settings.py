@@ -15,7 +15,7 @@ DEFAULT_NUM_ASSISTANT_TOKENS = 59
 DEFAULT_TREE_DEPTH = 5
 DEFAULT_TREE_TOP_K = 10
 
-# The fields of a draft's generation config that size its trees: the field of `TreeSettings`, and its least value.
+# Field of a draft's generation config that sizes its trees -> the field of `TreeSettings`, and its least value.
 TREE_SETTINGS = {
     "num_assistant_tokens": ("num_nodes", 1),
     "tree_depth": ("depth", 0),
@@ -82,11 +82,11 @@ class TreeSettings:
 
     @property
     def num_candidates(self) -> int:
-        """Slots that the draft needs for one tree."""
+        """Slots of the draft's cache for one tree: one for each expanded node below the root."""
         return self.depth * self.top_k
 
     def limited_to(self, tokens_left: int | None) -> TreeSettings:
-        """The same settings, without levels that are too deep to be emitted before the length limit."""
+        """Returns the settings without levels that are too deep to be emitted before the length limit."""
         if tokens_left is None:
             return self
         num_levels = tokens_left - 1  # the last token is the bonus token

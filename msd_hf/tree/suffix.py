@@ -30,7 +30,7 @@ class SuffixIndex:
         self.extend(tokens)
 
     def extend(self, tokens: Iterable[int]) -> None:
-        """Appends tokens."""
+        """Appends tokens to the sequence, and finds the match of its new end."""
         for token in tokens:
             # A match is followed while it holds, because it is longer than a match that begins with this token.
             holds = self._match is not None and self.tokens[self._match] == token
@@ -40,8 +40,8 @@ class SuffixIndex:
             self._next[key] = len(self.tokens)
 
     def continuation(self, length: int) -> list[int]:
-        """The tokens after the match, at most `length`. They end before an image. When they reach the end of the
-        sequence, they repeat from the match on. Empty without a match."""
+        """The tokens after the match, at most `length`; none without a match. They end before an image. At the end of
+        the sequence they go on from the match again, as a text that repeats itself does."""
         if self._match is None:
             return []
         period = len(self.tokens) - self._match
@@ -66,7 +66,7 @@ class SuffixBranches:
 
     def added_to(self, tree: CandidateTree, num_nodes: int, emitted: Mapping[int, Sequence[int]]) -> CandidateTree:
         """
-        Adds the branches.
+        Adds a branch to the tree of each row whose last tokens have occurred before.
 
         Args:
             tree (`CandidateTree`): the trees of the running rows.
