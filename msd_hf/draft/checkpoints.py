@@ -112,7 +112,7 @@ def config_from_original(original: Mapping[str, Any], source: str = "config.json
             + " Give the draft's folder or repository, not the target's."
         )
     fields = {name: original[name] for name in _LLAMA_FIELDS if original.get(name) is not None}
-    # The original leaves these to the defaults of its own configuration class.
+    # Original files may lack these fields. The original code then uses these defaults.
     fields.setdefault("num_hidden_layers", 1)
     fields.setdefault("rms_norm_eps", 1e-6)
     fields["rope_parameters"] = _rope_from_original(original)

@@ -46,7 +46,7 @@ class MSDDraftConfig(PreTrainedConfig):
             EAGLE.
         target_layers (`list[int]`, *optional*):
             Decoder layers of the target, counted from 0, whose outputs the draft reads besides the last hidden state.
-            They are left out where the draft's own output stands in for the target's. The paper uses none.
+            Nodes of a growing tree do without them, as the target has not computed them yet. The paper uses none.
         draft_vocab_size (`int`, *optional*):
             Size of the draft's own vocabulary, from which it chooses candidates; see
             [`~MSDDraftModel.set_draft_vocab`]. `None`: the target's whole vocabulary.
@@ -101,7 +101,7 @@ class MSDDraftConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Part of `@strict`-powered validation."""
+        """Checks the sizes of the model. `@strict` calls this method."""
         if self.num_attention_heads % (self.num_key_value_heads or 1) != 0:
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "

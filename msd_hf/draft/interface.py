@@ -29,22 +29,22 @@ class TargetReads:
 
     @property
     def width(self) -> int:
-        """Width of all parts together."""
+        """Width of the joined hidden states."""
         return (len(self.layers) + 1) * self.hidden_size
 
     def join(self, layer_states: list[torch.Tensor], last: torch.Tensor) -> torch.Tensor:
-        """The outputs of the layers and the last hidden state, each `[..., hidden_size]`, as one tensor."""
+        """Joins the outputs of the layers and the last hidden state (each `[..., hidden_size]`) to `[..., width]`."""
         return torch.cat([*layer_states, last], dim=-1) if layer_states else last
 
     def split(self, states: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The outputs of the layers (`None` without layers) and the last hidden state."""
+        """Splits `[..., width]` into the outputs of the layers (`None` without layers) and the last hidden state."""
         if not self.layers:
             return None, states
         return states[..., : -self.hidden_size], states[..., -self.hidden_size :]
 
 
 class Draft(Protocol):
-    """A draft model. B rows, T positions; H is the width of the draft, W that of `reads`."""
+    """The interface of a draft model. Shapes: B rows, T positions; H is the width of the draft, W that of `reads`."""
 
     config: Any
     generation_config: Any  # the settings of the candidate tree
@@ -63,21 +63,22 @@ class Draft(Protocol):
 
     @property
     def num_cache_layers(self) -> int:
-        """Layers that keep keys and values."""
+        """Number of layers that keep keys and values."""
 
     @property
     def is_plain(self) -> bool:
-        """Whether `plain_forward` computes what the forward computes. Otherwise nothing is compiled."""
+        """Whether `plain_forward` computes what the forward computes. If not, drafting is not compiled."""
 
     def read_target(self, states: torch.Tensor) -> torch.Tensor:
-        """Hidden states of the target `[B, T, W]` as one input of the draft, `[B, T, H]`. Gives back its argument if
-        the draft reads no layers."""
+        """Combines hidden states of the target `[B, T, W]` into one input of the draft, `[B, T, H]`. Returns its
+        argument if the draft reads no layers."""
 
     def plain_forward(self, convert: Callable[[nn.Module], TensorFunction] = ...) -> PlainForward:
         """The forward over a few nodes of a tree, with `convert(module)` in place of each module."""
 
     def head_rows(self, head: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Weight `[V', H]` and bias of the head over `draft_vocab`, given the target's head; `None` if it has none."""
+        """The rows of the target's head for `draft_vocab`: weight `[V', H]`, and bias `[V']` if the head has one;
+        `None` if no rows can be taken from the head."""
 
     def modules(self) -> Iterator[nn.Module]: ...
 
@@ -93,16 +94,17 @@ class Draft(Protocol):
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
     ) -> Any:
-        """The pass over a prompt, or over a few nodes. `hidden_states` `[B, T, H]`, with `last_hidden_state` of the
-        same shape in the result. How visual positions are fed is the draft's own affair."""
+        """Runs the draft over a prompt, or over a few nodes. `hidden_states` `[B, T, H]` are results of `read_target`
+        or of the draft; the result has a `last_hidden_state` of this shape. The draft decides how to feed visual
+        positions."""
 
 
 _KINDS: dict[Any, type] = {}  # configuration class -> model class
 
 
 def register_draft(config_class: type, model_class: type) -> None:
-    """Makes `generate` take models of this class as `assistant_model`. [`msd_hf.register`] makes the Auto classes know
-    them."""
+    """Registers a kind of draft, so that `generate` takes its models as `assistant_model`. [`msd_hf.register`] tells
+    the Auto classes about it."""
     _KINDS[config_class] = model_class
 
 

@@ -57,7 +57,8 @@ class MSDDraftPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def can_generate(cls) -> bool:
-        # So the draft gets a generation config, which is saved with it and holds the settings of the candidate tree.
+        # Only a model that "can generate" gets a generation config, which is saved with it. The draft's holds the
+        # settings of the candidate tree.
         return True
 
     def adjust_generation_fn(
@@ -167,8 +168,8 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
 
     def head_rows(self, head: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """
-        The rows of a target's head for the draft's own vocabulary. They are copied once per head, or not at all if
-        they are its first rows.
+        The rows of a target's head for the draft's own vocabulary. They are copied once per head, or not at all if the
+        vocabulary is the first rows of the head.
 
         Returns:
             Weight `[V', H]`, and bias `[V']` if the head has one; `None` if no rows can be taken, because the head is
@@ -250,7 +251,7 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
             *model_args,
             config=config,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that `check_loading_info` reports them with the others
+            ignore_mismatched_sizes=True,  # `check_loading_info` reports these keys with the others
             **kwargs,
         )
         if accept_other_shapes:
@@ -276,7 +277,7 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         Combines the hidden states of the target into one input of the draft.
 
         Args:
-            states (`torch.Tensor` of shape `[B, T, W]`): see [`TargetReads`].
+            states (`torch.Tensor` of shape `[B, T, W]`): hidden states of the target, joined as in [`TargetReads`].
 
         Returns:
             `torch.Tensor` of shape `[B, T, H]`.
@@ -306,7 +307,7 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
                 position j, after the final norm, or the draft's output in its place.
             visual_mask (`torch.BoolTensor` of shape `[B, T]`, *optional*): true at row j if position j + 1 is visual.
             layer_states (`torch.Tensor` of shape `[B, T, K * H]`, *optional*): outputs of the K `target_layers` at
-                position j. Left out where the draft's output stands in for the target's.
+                position j; `None` if `hidden_states` are the draft's own outputs.
 
         Returns:
             `torch.Tensor` of shape `[B, T, H]`.
@@ -350,10 +351,10 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
-        One pass of the draft.
+        Runs the draft over T positions.
 
         Args:
-            inputs_embeds, hidden_states, visual_mask, layer_states: see [`~MSDDraftModel.fuse`].
+            inputs_embeds, hidden_states, visual_mask, layer_states: arguments of [`~MSDDraftModel.fuse`].
             attention_mask (`torch.Tensor`, *optional*): `[B, S + T]` with 1 for slots that may be seen, or an additive
                 mask `[B, 1, T, S + T]` in the draft's dtype. Without one, attention is causal.
             position_ids (`torch.LongTensor` of shape `[B, T]`, *optional*): default: the next slots of the cache.

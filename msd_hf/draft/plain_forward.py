@@ -1,7 +1,7 @@
-"""A draft's forward over a few nodes of a tree, without what a forward of any length has to look after.
+"""A draft's forward over a few nodes of a tree, without the checks of a general forward.
 
-Weights, projections (also wrapped or quantised ones) and cache are the draft's own. For a small draft the checks of a
-general forward take most of the time.
+For a small draft these checks take most of the time. Weights, projections (also wrapped or quantised ones) and cache
+are the draft's own.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class PlainLayer:
 
     @classmethod
     def of(cls, layer: Any, convert: Callable[[nn.Module], TensorFunction]) -> PlainLayer:
-        """The parts of a layer, each converted."""
+        """Takes the parts out of a decoder layer, with `convert(module)` in place of each module."""
         attention, mlp = layer.self_attn, layer.mlp
         return cls(
             input_norm=convert(layer.input_layernorm),
@@ -62,7 +62,7 @@ class PlainLayer:
 @dataclass(frozen=True)
 class PlainForward:
     """
-    The forward.
+    A draft's forward over a few nodes of a tree: `fuse`, then the layers.
 
     Args:
         fuse (`Callable`): embeddings and hidden states `[..., H]` to the input of the first layer.
@@ -83,19 +83,22 @@ class PlainForward:
         attend: Attention = grouped_sdpa,
     ) -> torch.Tensor:
         """
+        Runs T nodes of each row through the layers.
+
         Args:
-            inputs_embeds, hidden_states (`torch.Tensor` of shape `[B, T, H]`): of the nodes.
-            cos, sin (`torch.Tensor` of shape `[B, 1, T, head_dim]`): of their positions; T is 1 if all positions of a
-                row are the same.
-            attention_mask (`torch.Tensor` of shape `[B, 1, T, S]`, *optional*): additive.
-            cache (`Cache`): is extended by the nodes.
+            inputs_embeds, hidden_states (`torch.Tensor` of shape `[B, T, H]`): embeddings and hidden states of the
+                nodes.
+            cos, sin (`torch.Tensor` of shape `[B, 1, T, head_dim]`): rotations for the positions of the nodes; T is 1
+                if all positions of a row are the same.
+            attention_mask (`torch.Tensor` of shape `[B, 1, T, S]`, *optional*): additive mask.
+            cache (`Cache`): the draft's cache, which is extended by the nodes.
             attend (`Callable`): computes attention.
 
         Returns:
             The last hidden states, `[B, T, H]`.
         """
         batch_size, length, _ = inputs_embeds.shape
-        # As rows of a matrix; otherwise each projection would flatten them again.
+        # All nodes are rows of one matrix; otherwise each projection would flatten its input again.
         states = self.fuse(inputs_embeds.flatten(0, 1), hidden_states.flatten(0, 1))
         for number, layer in enumerate(self.layers):
             states = _layer(layer, number, states, (batch_size, length), cos, sin, attention_mask, cache, attend)

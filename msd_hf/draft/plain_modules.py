@@ -16,8 +16,8 @@ TensorFunction = Callable[[torch.Tensor], torch.Tensor]
 
 
 def function_of(module: Any) -> TensorFunction:
-    """A function that computes what a module computes. The module itself if it is wrapped, quantised, hooked or of an
-    unknown kind."""
+    """Returns a function that computes what a module computes, or the module itself if it is wrapped, quantised,
+    hooked or of an unknown kind."""
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return module
     if type(getattr(module, "weight", None)) is not nn.Parameter:
@@ -32,7 +32,7 @@ def function_of(module: Any) -> TensorFunction:
 
 
 def function_at(module: Any, draft: Any) -> TensorFunction | None:
-    """`function_of` a module whose weight has the device and dtype of a draft; `None` for other modules."""
+    """`function_of(module)` if the weight of the module has the device and dtype of the draft, else `None`."""
     is_at_hand = module.weight.device == draft.device and module.weight.dtype == draft.dtype
     return function_of(module) if is_at_hand else None
 
