@@ -34,16 +34,16 @@ class TargetPrefill:
     """The result of the target's pass over the prompt.
 
     Args:
-        logits (`torch.Tensor` of shape `[B, V]`): at the last position.
-        inputs_embeds (`torch.Tensor` of shape `[B, L, H]`): the decoder's input, image features merged. With a filled
-            cache, these are the L positions behind it.
+        logits (`torch.Tensor` of shape `[B, V]`): the logits at the last position.
+        inputs_embeds (`torch.Tensor` of shape `[B, L, H]`): the decoder's input, image features merged. If the cache
+            was filled before, L counts only the positions behind it.
         hidden_states (`torch.Tensor` of shape `[B, L, W]`): what the draft reads, see [`TargetReads`].
         visual_mask (`torch.BoolTensor` of shape `[B, L]`): true at visual positions.
-        prompt_mask (`torch.BoolTensor` of shape `[B, S]`, *optional*): of all S slots of the cache, false at padding;
-            `None` without padding.
+        prompt_mask (`torch.BoolTensor` of shape `[B, S]`, *optional*): mask of all S slots of the cache, false at
+            padding; `None` without padding.
         next_position (`torch.LongTensor` of shape `[..., B, 1]`): position of the first new token.
-        num_slots (`int`): slots of the cache, S.
-        outputs (`ModelOutput`): the target's own.
+        num_slots (`int`): number of slots of the cache, S.
+        outputs (`ModelOutput`): all outputs of the target.
     """
 
     logits: torch.Tensor
@@ -58,7 +58,7 @@ class TargetPrefill:
 
 @dataclass
 class TargetFeatures:
-    """The target's pass over whole sequences, from which a draft learns.
+    """The result of the target's pass over whole sequences, from which a draft learns.
 
     Args:
         inputs_embeds (`torch.Tensor` of shape `[B, L, H]`): the decoder's input, image features merged.
@@ -73,7 +73,7 @@ class TargetFeatures:
 
 class TargetAdapter:
     """
-    A target, as the decoding loop sees it.
+    Everything that the decoding loop and training ask of a target.
 
     Args:
         target (`PreTrainedModel`): a model with `get_decoder()`, an input embedding and a language-model head.
@@ -82,7 +82,7 @@ class TargetAdapter:
         compiled (`CompiledFunctions`, *optional*): keeps compiled decoders between calls.
 
     Raises:
-        MSDPairingError: when the target has no such layer.
+        MSDPairingError: when the target lacks one of `feature_layers`.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class TargetAdapter:
         self._tree_forward = TreeForward(target, self._observe, compiled or CompiledFunctions())
 
     def outer_modules(self) -> Iterator[nn.Module]:
-        """The modules of a forward over tokens that lie outside the decoder, and the decoder itself."""
+        """The modules outside the decoder that run in a forward over tokens, and the decoder itself."""
         yield from (self.embedding, self.head_module, self.target)
         (name,) = (name for name, module in self.target.named_modules() if module is self.decoder)
         parts = name.split(".")
@@ -129,7 +129,7 @@ class TargetAdapter:
         return self.cap(logits)
 
     def cap(self, logits: torch.Tensor) -> torch.Tensor:
-        """Bounds logits as decoders of the Gemma 2 kind do."""
+        """Caps logits if the configuration of the target's decoder says so, as that of Gemma 2."""
         return logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)
 
     def visual_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -156,8 +156,8 @@ class TargetAdapter:
         """Builds a [`TargetPrefill`] from what hooks have seen and what the target returned.
 
         Args:
-            seen (`TargetObservation`): of the prefill.
-            outputs (`ModelOutput`): the target's.
+            seen (`TargetObservation`): what hooks have seen during the prefill.
+            outputs (`ModelOutput`): what the target's prefill returned.
             input_ids (`torch.LongTensor` of shape `[B, L]`): the prompt.
             model_kwargs (`dict[str, Any]`): `attention_mask` of the prompt, if any, and the cache.
         """
@@ -230,16 +230,18 @@ class TargetAdapter:
         context: ContextSlots,
         next_position: torch.Tensor,
     ) -> TargetVerification:
-        """The same in whole buffers, for a caller that records CUDA graphs; see [`TreeForward.in_buffers`]."""
+        """One compiled forward over all nodes of a tree in whole cache buffers, for a caller that records CUDA graphs;
+        see [`TreeForward.in_buffers`]."""
         return self._tree_forward.in_buffers(tree, cache, buffers, first_slot, context, next_position)
 
     def observe(self, **replaced_inputs: Any) -> AbstractContextManager[TargetObservation]:
-        """Watches the forwards inside the block; the decoder gets `replaced_inputs` in place of its own."""
+        """Watches the decoder's forwards inside the block. The decoder gets `replaced_inputs` in place of its inputs
+        of these names."""
         return self._observe(replaced_inputs)
 
 
 def _device_of(module: nn.Module) -> torch.device:
-    """Where a module computes; accelerate may keep its weights elsewhere."""
+    """The device that a module computes on; accelerate may keep its weights on another one."""
     hook = vars(module).get("_hf_hook")
     device: Any = getattr(hook, "execution_device", None)
     return torch.device(module.weight.device if device is None else device)  # type: ignore[arg-type]

@@ -46,14 +46,14 @@ def observed(
     replaced_inputs: Mapping[str, Any],
 ) -> Iterator[TargetObservation]:
     """
-    Watches the forwards inside the block.
+    Watches the forwards of a target's decoder inside the block, as far as this thread runs them.
 
     Args:
         decoder (`nn.Module`): the target's decoder.
         reads (`TargetReads`): the hidden states to keep.
         input_names (`Sequence[str]`): names of the decoder's positional inputs, in order.
         is_compiled (`bool`): whether the user has compiled the target.
-        replaced_inputs (`Mapping[str, Any]`): inputs that the decoder gets in place of its own.
+        replaced_inputs (`Mapping[str, Any]`): inputs that take the place of inputs of these names.
     """
     seen = TargetObservation(reads)
     thread = threading.get_ident()  # another thread may run the same target meanwhile

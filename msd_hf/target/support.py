@@ -131,7 +131,7 @@ def check_positions(
         attention_mask (`torch.Tensor`, *optional*): mask of the prompt; 0 at padding.
 
     Raises:
-        MSDUnsupportedError: names the length from which they change, and what to do.
+        MSDUnsupportedError: names the length at which the embeddings change, and what to do.
     """
     parameters = getattr(text_config, "rope_parameters", None) or {}
     for rope in (parameters, *parameters.values()):  # some decoders have one entry per kind of layer
@@ -153,7 +153,7 @@ def check_positions(
 
 
 def _check_adapters(target: PreTrainedModel, name: str, advice: str) -> None:
-    # During a call, this method of the target belongs to peft's model.
+    # During a call through a model of peft, this method of the target is replaced by that model's.
     owner = getattr(target.prepare_inputs_for_generation, "__self__", target)
     adapter: Any = getattr(owner, "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):
@@ -161,7 +161,8 @@ def _check_adapters(target: PreTrainedModel, name: str, advice: str) -> None:
             f"{name} has an adapter of kind {adapter.peft_type.value}, which puts virtual tokens before the prompt "
             f"that MSD drafts know nothing of; LoRA and its like change weights, and can be used. {advice}"
         )
-    # peft's hooks pass these arguments to each layer. They fit the rows and positions of a call without a draft.
+    # Hooks of peft pass these arguments to each layer. The arguments fit the rows and positions of a call without a
+    # draft only.
     for hook in (hook for module in target.modules() for hook in module._forward_pre_hooks.values()):
         for argument in ("adapter_names", "alora_offsets"):
             if getattr(hook, "keywords", {}).get(argument) is not None:

@@ -26,7 +26,7 @@ from .support import TREE_ATTENTION, attention_windows, takes_any_argument
 
 logger = logging.get_logger(__name__)
 
-# Watches the forwards inside its block. The decoder gets the given inputs, by name, in place of its own.
+# `TargetAdapter.observe`, with the replaced inputs as a dict: watches the decoder's forwards inside its block.
 Observe = Callable[[dict[str, Any]], AbstractContextManager[TargetObservation]]
 
 
@@ -35,9 +35,9 @@ class TargetVerification:
     """The result of the target's pass over candidate trees.
 
     Args:
-        logits (`torch.Tensor` of shape `[B, N, V]`): at each node.
+        logits (`torch.Tensor` of shape `[B, N, V]`): the logits at each node.
         hidden_states (`torch.Tensor` of shape `[B, N, W]`): what the draft reads, see [`TargetReads`].
-        outputs (`ModelOutput`): the target's own.
+        outputs (`ModelOutput`): all outputs of the target.
     """
 
     logits: torch.Tensor
@@ -55,7 +55,7 @@ class TreeForward:
         compiled (`CompiledFunctions`): keeps compiled decoders.
 
     Attributes:
-        dtype (`torch.dtype`): of the decoder's inputs, which masks must have.
+        dtype (`torch.dtype`): dtype of the decoder's inputs, which masks must have, too.
     """
 
     def __init__(self, target: PreTrainedModel, observe: Observe, compiled: CompiledFunctions):
@@ -77,15 +77,15 @@ class TreeForward:
         **output_flags: bool,
     ) -> TargetVerification:
         """
-        One forward over all nodes. Appends N slots to the cache.
+        Runs one forward over all nodes of the trees, which appends N slots to the cache.
 
         Args:
-            tree (`CandidateTree`): N nodes.
-            cache (`Cache`): the target's, holding everything before the root.
-            context (`ContextSlots`): of the cache.
+            tree (`CandidateTree`): trees of N nodes.
+            cache (`Cache`): the target's cache, which holds all tokens before the root.
+            context (`ContextSlots`): the slots of the cache that hold the context.
             next_position (`torch.LongTensor` of shape `[..., B, 1]`): position of the root.
-            num_fixed_nodes (`int`, *optional*): compile the decoder, and pad smaller trees to this number of nodes.
-                The cache is one of `FixedLayer`s then.
+            num_fixed_nodes (`int`, *optional*): if given, the decoder is compiled, smaller trees are padded to this
+                number of nodes, and the cache must consist of `FixedLayer`s.
             output_flags: `output_hidden_states`, `output_attentions`; with one of them nothing is compiled.
         """
         if num_fixed_nodes is None or output_flags:
@@ -116,18 +116,19 @@ class TreeForward:
         cuda_graphs: bool = False,
     ) -> TargetVerification:
         """
-        Like `__call__`, but always compiled, and attention reads whole buffers.
+        Runs one compiled forward over all nodes of the trees, in which attention reads whole buffers. The caller pads
+        trees to fixed shapes, and makes the new slots part of the cache (`close_slots`).
 
         Args:
-            tree (`CandidateTree`): N nodes.
-            cache (`Cache`): the target's. Only its buffers are written to.
+            tree (`CandidateTree`): trees of N nodes.
+            cache (`Cache`): the target's cache. Only its buffers are written to.
             buffers (`Sequence[tuple[torch.Tensor, torch.Tensor]]`): keys and values of each layer of the cache, with
                 room for the nodes.
-            first_slot (`torch.LongTensor` of shape `[1]`): where the nodes go, behind the filled slots. With a single
+            first_slot (`torch.LongTensor` of shape `[1]`): slot of the root, behind the filled slots. With a single
                 row the mask depends on this tensor alone, so the value may be known to the device only.
-            context (`ContextSlots`): gives padding, and slots that some rows do not use.
+            context (`ContextSlots`): gives the padding, and the slots that some rows do not use.
             next_position (`torch.LongTensor` of shape `[..., B, 1]`): position of the root.
-            cuda_graphs (`bool`): see [`CompiledFunctions.run`].
+            cuda_graphs (`bool`): argument of [`CompiledFunctions.run`].
         """
         num_nodes, num_slots = tree.tokens.shape[1], buffers[0][0].shape[2]
         masks = {
@@ -177,7 +178,7 @@ class TreeForward:
         return TargetVerification(outputs.logits, seen.hidden_states, outputs)
 
     def _masks(self, tree: CandidateTree, context: ContextSlots) -> dict[str, torch.Tensor] | None:
-        """Masks by kind of layer; `None` if every node sees everything."""
+        """Masks by kind of layer; `None` for single nodes that see the whole context."""
         if tree.tokens.shape[1] == 1 and not context.hides_slots and not any(self._windows.values()):
             return None  # as in a step of `generate`: attention is faster without a mask
         return {
@@ -186,8 +187,8 @@ class TreeForward:
         }
 
     def _attention(self, in_buffers: bool) -> str:
-        """The attention implementation for trees: the target's own, or a substitute if that takes no tree mask. For
-        long buffers, one of ours in place of sdpa."""
+        """The attention implementation for trees: the target's own, or a substitute if that takes no tree mask. In
+        whole buffers `SPLIT_SDPA` takes the place of sdpa."""
         implementation = self.decoder.config._attn_implementation
         if implementation not in TREE_ATTENTION:
             # A decoder that caps its attention scores has no sdpa.
@@ -202,7 +203,7 @@ class TreeForward:
 
     @contextmanager
     def _attention_with_tree_mask(self, in_buffers: bool) -> Iterator[None]:
-        """Sets the attention implementation for one forward."""
+        """Gives the decoder the attention implementation for trees inside the block."""
         config = self.decoder.config
         before, implementation = config._attn_implementation, self._attention(in_buffers)
         if implementation == before:
