@@ -30,7 +30,7 @@ _LEVELS_AHEAD = 16  # levels whose positions are made along with those of accept
 
 @dataclass
 class _Prompt:
-    """The draft's pass over a prompt: its outputs `[B, L, H]` and the target's hidden states `[B, L, W]`."""
+    """The draft's pass over a prompt: the draft's outputs `[B, L, H]`, from the target's hidden states `[B, L, W]`."""
 
     states: torch.Tensor
     hidden_states: torch.Tensor
@@ -47,11 +47,12 @@ class Drafter(ABC):
     Args:
         draft (`Draft`): the draft.
         target (`TargetAdapter`): lends its embedding and head.
-        max_slots (`int`, *optional*): bound of what is allocated ahead, see [`InPlaceLayer`].
+        max_slots (`int`, *optional*): most slots of a cache buffer, see [`InPlaceLayer`].
 
     Attributes:
-        cache (`Cache`): the draft's.
-        last_hidden_state (`torch.Tensor` of shape `[1, 1, W]`): for a single row, the target's at its last slot.
+        cache (`Cache`): the draft's cache.
+        last_hidden_state (`torch.Tensor` of shape `[1, 1, W]`): hidden state of the target at the last slot of its
+            cache. Only for a single row.
     """
 
     last_hidden_state: torch.Tensor
@@ -63,43 +64,44 @@ class Drafter(ABC):
         self.cache = Cache(layers=[InPlaceLayer(max_slots) for _ in range(draft.num_cache_layers)])
         self._head = DraftHead(draft, target)
         self._drafting_step = DraftingStep(draft)
-        # Kept here, because a model searches its weights for them each time, which takes as long as an operation.
+        # Kept, because a model searches its weights for device and dtype, which takes as long as a small operation.
         self._device, self._dtype = draft.device, draft.dtype
-        self._reads_layers = bool(draft.reads.layers)  # otherwise `read_target` gives back what it gets
-        self._embedding = function_at(target.embedding, draft)  # `None` if it lies elsewhere
+        self._reads_layers = bool(draft.reads.layers)  # if not, `read_target` returns its argument
+        self._embedding = function_at(target.embedding, draft)  # `None`: other device or dtype
         self._own_masks: dict[tuple[str, int, int], torch.Tensor] = {}
         self._steps = torch.arange(_LONGEST_KEPT, device=self._device)
         self._pending: list[tuple[torch.Tensor, torch.Tensor, Sequence[int]]] = []  # arguments of `accept`
-        self._slots: CacheTransaction  # of `cache`
-        self._next_positions: torch.Tensor  # [B, P]: the next position of each row, and P - 1 behind it
-        self._last_position = 0  # no row is beyond it
+        self._slots: CacheTransaction  # transaction over `cache`
+        self._next_positions: torch.Tensor  # [B, P]: the next P positions of each row
+        self._last_position = 0  # upper bound of the positions of all rows
 
     @abstractmethod
     def prefill(self, prefill: TargetPrefill, tokens: torch.Tensor, past: ChatMemory | None = None) -> None:
         """
-        Feeds the prompt.
+        Feeds the prompt to the draft.
 
         Args:
             prefill (`TargetPrefill`): the target's pass over the prompt.
-            tokens (`torch.LongTensor` of shape `[B]`): the first tokens that the target chose after it.
+            tokens (`torch.LongTensor` of shape `[B]`): the tokens that the target chose after the prompt.
             past (`ChatMemory`, *optional*): what the draft knows from earlier turns.
         """
 
     def accept(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> None:
         """
-        Takes the tokens of a round, with the target's hidden states. They are fed when the next tree is drafted.
+        Stores the tokens of a round, with the target's hidden states. The drafting of the next tree feeds them.
 
         Args:
             tokens (`torch.LongTensor` of shape `[B, A]`): the emitted tokens, the bonus token last, then padding.
-            hidden_states (`torch.Tensor` of shape `[B, A, W]`): the target's, at the position before each token.
-            counts (`Sequence[int]`): tokens of each row.
+            hidden_states (`torch.Tensor` of shape `[B, A, W]`): hidden states of the target at the position before
+                each token.
+            counts (`Sequence[int]`): number of tokens of each row.
         """
         self._pending.append((tokens, hidden_states, counts))
 
     @abstractmethod
     def propose(self, roots: torch.Tensor, limits: TreeSettings) -> CandidateTree:
         """
-        Drafts trees.
+        Drafts a candidate tree for each row.
 
         Args:
             roots (`torch.LongTensor` of shape `[B]`): the last emitted tokens.
@@ -108,10 +110,10 @@ class Drafter(ABC):
 
     @abstractmethod
     def feed_pending(self) -> None:
-        """Feeds the tokens that were accepted, as the next drafting would."""
+        """Feeds the tokens that `accept` has stored, as the drafting of a next tree would."""
 
     def keep_rows(self, places: Sequence[int]) -> None:
-        """Goes on with the rows at the given places of the batch, in that order."""
+        """Keeps only the rows at the given places of the batch, in that order."""
         self._slots.keep_rows(places)
         self._pending = [
             (tokens[list(places)], states[list(places)], [counts[place] for place in places])
@@ -123,7 +125,7 @@ class Drafter(ABC):
         """Called before the prompt is fed into `cache`."""
 
     def _feed_prompt(self, prefill: TargetPrefill, tokens: torch.Tensor, past: ChatMemory | None) -> _Prompt:
-        """One pass over the prompt. Afterwards the next position is that of the first drafted node."""
+        """Runs the draft over the prompt. Afterwards `_next_positions` begin with that of the first drafted node."""
         device = self._device
         token_embeds = self.target.embed(tokens.unsqueeze(1)).to(prefill.inputs_embeds)
         inputs_embeds = torch.cat([prefill.inputs_embeds, token_embeds], dim=1)
@@ -168,7 +170,7 @@ class Drafter(ABC):
 
     def _feed(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """
-        Feeds accepted tokens; see `accept`.
+        Feeds accepted tokens. The arguments are those of `accept`.
 
         Returns:
             The draft's output at the last token of each row, `[B, 1, H]`.
@@ -202,7 +204,8 @@ class Drafter(ABC):
         attention_mask: torch.Tensor | None,
         last_position: int,
     ) -> torch.Tensor:
-        """The draft's outputs after a few tokens `[B, T]`, which get slots. `hidden_states`: `[B, T, H]`."""
+        """Runs the draft over a few tokens `[B, T]`, which get slots in the cache. `hidden_states` and the result have
+        the shape `[B, T, H]`."""
         with phase("draft forward"):
             if self._embedding is not None:
                 embeds = self._embedding(tokens)

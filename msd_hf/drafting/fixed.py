@@ -35,15 +35,16 @@ from .step import rotary_table
 @dataclass
 class FixedState:
     """
-    Where the drafter stands between two rounds.
+    The state of a `FixedDrafter` between two rounds.
 
     Args:
         tokens (`torch.LongTensor` of shape `[B, A]`): tokens to feed next, then padding.
-        hidden_states (`torch.Tensor` of shape `[B, A, W]`): the target's, at the position before each token.
-        counts (`list[int]`): tokens of each row.
-        next_position (`torch.LongTensor` of shape `[B, 1]`): position of the first of them.
-        last_position (`int`): no row is beyond it.
-        context (`ContextSlots`): of the draft's cache.
+        hidden_states (`torch.Tensor` of shape `[B, A, W]`): hidden states of the target at the position before each
+            token.
+        counts (`list[int]`): number of tokens of each row.
+        next_position (`torch.LongTensor` of shape `[B, 1]`): position of the first token of each row.
+        last_position (`int`): upper bound of the positions of all rows.
+        context (`ContextSlots`): the slots of the draft's cache that hold the context.
     """
 
     tokens: torch.Tensor
@@ -80,7 +81,7 @@ class FixedDrafter(Drafter):
         settings (`TreeSettings`): the size of every tree, not automatic. Near the length limit trees keep this size;
             the limits of a round only say whether to draft.
         compiled (`CompiledFunctions`): keeps the compiled drafting.
-        spares (`SpareBuffers`): of earlier calls of the draft.
+        spares (`SpareBuffers`): cache buffers that earlier calls of the draft have left.
     """
 
     block_length: int
@@ -96,8 +97,8 @@ class FixedDrafter(Drafter):
         super().__init__(draft, target)
         self.settings = settings
         self.block_length = settings.depth + 2 + settings.suffix_nodes  # the most tokens that a round can emit
-        self.num_slots = self.block_length + settings.num_candidates  # that a drafting writes to
-        self.num_positions = self.block_length + settings.depth + 1  # that a drafting goes beyond the last position
+        self.num_slots = self.block_length + settings.num_candidates  # slots that a drafting writes to
+        self.num_positions = self.block_length + settings.depth + 1  # positions that it needs
         self._compiled = compiled
         self._spares = spares
         self._rotations = torch.empty(0)
@@ -106,7 +107,7 @@ class FixedDrafter(Drafter):
     def prefill(self, prefill: TargetPrefill, tokens: torch.Tensor, past: ChatMemory | None = None) -> None:
         prompt = self._feed_prompt(prefill, tokens, past)
         self.last_hidden_state = prompt.hidden_states[:, -1:].clone()
-        # The last row becomes the first accepted one again, so that the first round is like all others.
+        # The last row of the prompt is fed again as an accepted token, so that the first round is like all others.
         self._slots.take_back_last()
         missing = self.block_length - 1
         self._next_positions = self._next_positions - 1
@@ -122,24 +123,24 @@ class FixedDrafter(Drafter):
         if len(counts) == 1:
             self.last_hidden_state = hidden_states[:, counts[0] - 1 : counts[0]]
 
-    @torch.inference_mode()  # as for `propose`
+    @torch.inference_mode()  # so that it writes tensors of the mode of `propose`
     def feed_pending(self) -> None:
         pending, self._pending = self._pending, []
         for tokens, hidden_states, counts in pending:
             length = max(counts)
             self._feed(tokens.narrow(1, 0, length), hidden_states.narrow(1, 0, length), counts)
 
-    @torch.inference_mode()  # whoever calls: tensors of another mode would be compiled for anew
+    @torch.inference_mode()  # in any caller's mode: for tensors of another mode the code would be compiled again
     def propose(self, roots: torch.Tensor, limits: TreeSettings) -> CandidateTree:
         if limits.num_nodes == 1:
             return CandidateTree.bare(roots)
         state = self.state
         self._pending = []
         counts, context = state.counts, self._slots.context
-        # Before the host runs ahead of the device: a tensor that is made of a list waits for it.
+        # Made before the host runs ahead of the device, because making a tensor from a list waits for the device.
         self._next_positions = state.next_position + torch.tensor(counts, device=self._device).unsqueeze(1)
         room = self.reserve(context, state.last_position, state.hidden_states)
-        # Copies are contiguous tensors of inference mode; any others would be compiled for anew.
+        # Copies are contiguous tensors of inference mode. For any others the code would be compiled again.
         tokens, hidden_states, next_position = (
             part.clone(memory_format=torch.contiguous_format)
             for part in (state.tokens, state.hidden_states, state.next_position)
@@ -150,11 +151,11 @@ class FixedDrafter(Drafter):
         context.grow(counts)
         close_slots(self.cache, context.num_slots)
         self._last_position += max(counts)
-        return tree.clone()  # outlives the next compiled call
+        return tree.clone()  # a copy, because the next compiled call overwrites the tree
 
     @property
     def state(self) -> FixedState:
-        """Where the drafter stands, for code that goes on by itself and then calls `resume`."""
+        """The state between two rounds, for code that runs the next rounds itself and then calls `resume`."""
         ((tokens, hidden_states, counts),) = self._pending
         return FixedState(
             tokens,
@@ -169,11 +170,11 @@ class FixedDrafter(Drafter):
         self, context: ContextSlots, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]
     ) -> None:
         """
-        Goes on after other code has drafted from `state`.
+        Resumes after other code has run rounds from `state`.
 
         Args:
-            context (`ContextSlots`): of the draft's cache now, for a single row.
-            tokens, hidden_states, counts: of the last round, see `accept`.
+            context (`ContextSlots`): the slots of the draft's cache that hold the context now, for a single row.
+            tokens, hidden_states, counts: arguments of `accept` for the last round.
         """
         num_fed = context.num_slots - self._slots.context.num_slots
         self._pending = []
@@ -185,12 +186,12 @@ class FixedDrafter(Drafter):
     @torch.inference_mode()
     def reserve(self, context: ContextSlots, last_position: int, states: torch.Tensor) -> DraftRoom:
         """
-        Room for the next tree.
+        Makes room for the next tree.
 
         Args:
-            context (`ContextSlots`): of the draft's cache.
-            last_position (`int`): no row is beyond it.
-            states (`torch.Tensor`): gives device and dtype.
+            context (`ContextSlots`): the slots of the draft's cache that hold the context.
+            last_position (`int`): upper bound of the positions of all rows.
+            states (`torch.Tensor`): a tensor with the device and dtype of the draft.
         """
         buffers = reserve(self.cache, self.num_slots)
         capacity = buffers[0][0].shape[2]
@@ -220,9 +221,10 @@ class FixedDrafter(Drafter):
 
         Args:
             tokens, hidden_states, next_position: as in [`FixedState`].
-            lengths (`torch.LongTensor` of shape `[2, B]`): tokens of each row, and slots of its context.
-            room (`DraftRoom`): what `reserve` gave.
-            cuda_graphs (`bool`): see [`CompiledFunctions.run`].
+            lengths (`torch.LongTensor` of shape `[2, B]`): for each row, the number of its tokens, and the number of
+                slots of its context.
+            room (`DraftRoom`): the result of `reserve`.
+            cuda_graphs (`bool`): argument of [`CompiledFunctions.run`].
         """
         settings = self.settings
         capacity = room.buffers[0][0].shape[2]
@@ -240,7 +242,7 @@ class _PlacedSlots:
 
     Args:
         buffers (`Sequence[tuple[torch.Tensor, torch.Tensor]]`): keys and values of each layer.
-        places (`torch.LongTensor` of shape `[B, T]`): of the new slots in each row.
+        places (`torch.LongTensor` of shape `[B, T]`): the slots that the T new keys and values of each row go to.
     """
 
     def __init__(self, buffers: Sequence[KeysAndValues], places: torch.Tensor):
@@ -250,7 +252,8 @@ class _PlacedSlots:
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> KeysAndValues:
         keys, values = self.buffers[layer_idx]
-        # A candidate that overflows stays in its slot, and what a mask hides is still multiplied by 0.
+        # A candidate may overflow. Masks hide its slot later, but attention still multiplies hidden values by 0, which
+        # makes NaN of infinity.
         keys[self.rows, :, self.places] = key_states.transpose(1, 2).nan_to_num(0.0, 0.0, 0.0)
         values[self.rows, :, self.places] = value_states.transpose(1, 2).nan_to_num(0.0, 0.0, 0.0)
         return keys, values
@@ -268,7 +271,7 @@ def _draft_tree(
     rotations: torch.Tensor,
     buffers: Sequence[KeysAndValues],
 ) -> tuple[torch.Tensor, ...]:
-    """See `FixedDrafter.draft_tree`. Compiled as a whole."""
+    """Does the work of `FixedDrafter.draft_tree`, and is compiled as a whole. Returns the tensors of the tree."""
     counts, held = lengths.unbind(0)
     num_tokens, device, dtype = tokens.shape[1], tokens.device, draft.dtype
     steps = torch.arange(max(num_tokens, settings.top_k), device=device)

@@ -21,12 +21,12 @@ from .memory import ChatMemory
 
 class GrowingDrafter(Drafter):
     """
-    Drafts each tree within its limits.
+    Drafts trees whose size differs from round to round, as a policy chooses it within the limits of the round.
 
     Args:
-        draft, target, max_slots: see [`Drafter`].
-        policy (`TreePolicy`, *optional*): chooses width, depth and number of nodes. By default the limits are filled.
-        best_path_first (`bool`): see [`CandidateTree.with_best_path_first`].
+        draft, target, max_slots: arguments of [`Drafter`].
+        policy (`TreePolicy`, *optional*): chooses width, depth and number of nodes. By default trees fill the limits.
+        best_path_first (`bool`): whether [`CandidateTree.with_best_path_first`] renumbers the nodes.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class GrowingDrafter(Drafter):
         self._last_state = prompt.states[:, -1:].clone()
         self.last_hidden_state = prompt.hidden_states[:, -1:].clone()
 
-    @torch.inference_mode()  # as for `propose`
+    @torch.inference_mode()  # faster, as in `propose`
     def feed_pending(self) -> None:
         self._feed_pending()
 
@@ -84,7 +84,7 @@ class GrowingDrafter(Drafter):
         return tree
 
     def _level_forward(self, growth: TreeGrowth, limits: TreeSettings) -> Callable[[int, torch.Tensor], torch.Tensor]:
-        """The forward over the frontier of a growth, see `grow_levels`."""
+        """Makes the function with which `grow_levels` runs the draft over the frontier of a growth."""
         context, batch_size = self._slots.context, growth.root.shape[0]
         positions = self._positions_ahead(limits.depth).split(1, dim=1)
         # Which slots each node of the frontier sees, [B, F, S + nodes expanded so far]: those of its parent and its

@@ -13,16 +13,16 @@ from ..target.adapter import TargetAdapter
 
 _HALF = (torch.float16, torch.bfloat16)
 
-LARGEST_BLOCK = 512  # tokens, see `_blocked_top_k`
+LARGEST_BLOCK = 512  # most tokens of a block of `_blocked_top_k`
 
 
 class DraftHead:
     """
-    Scores candidates. The output of `generate` does not depend on the scores, as the target verifies with its full
-    head.
+    Scores candidates after a draft state. The output of `generate` does not depend on the scores, as the target
+    verifies with its full head.
 
     Args:
-        draft (`Draft`): with or without a `draft_vocab`.
+        draft (`Draft`): a draft with or without a `draft_vocab`.
         target (`TargetAdapter`): lends its head.
     """
 
@@ -42,7 +42,7 @@ class DraftHead:
         # On a CPU new memory takes time, so logits are overwritten if no other code can hold them.
         owns_logits = self._rows is not None or plain_head not in (None, target.head_module)
         self._overwrites = owns_logits and weight.device.type == "cpu" and weight.dtype not in _HALF
-        self._product: TensorFunction | None = None  # in place of `logits`
+        self._product: TensorFunction | None = None  # called in place of `logits`
         is_plain = self._rows is not None and self._rows[1] is None and target.logit_cap is None
         if is_plain and self._overwrites and weight.device == self._device and weight.dtype == draft.dtype:
             self._product = _ProductInPlace(weight)
@@ -81,7 +81,7 @@ class DraftHead:
         return log_probs.to(self._device), tokens.to(self._device)
 
     def compiled_top_k(self, states: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`top_k` in a form for compiled code, with head and draft on one device."""
+        """Computes the result of `top_k` in a form for compiled code. Head and draft must be on one device."""
         logits = self.logits(states)
         if logits.dtype in _HALF:
             logits = logits.float()
@@ -92,7 +92,7 @@ class DraftHead:
 
 
 class _ProductInPlace:
-    """`functional.linear` that writes its results to the same memory each time."""
+    """Computes `functional.linear`, and writes the results to the same memory each time."""
 
     def __init__(self, weight: torch.Tensor):
         self.weight = weight.t()

@@ -18,15 +18,15 @@ def grow_levels(
     forward: Callable[[int, torch.Tensor], torch.Tensor],
 ) -> None:
     """
-    Grows a tree to its full depth, or as far as the policy wants it.
+    Grows a tree level by level, to its full depth or until the policy ends the growth.
 
     Args:
-        growth (`TreeGrowth`): the tree, with nothing but its root.
+        growth (`TreeGrowth`): the growth of a tree that consists of its root so far.
         states (`torch.Tensor` of shape `[B, 1, H]`): the draft's output at the root.
         policy (`TreePolicy`): chooses how many nodes of each level are expanded.
         top_k (`Callable`): log-probabilities and tokens `[B, F, K]` of the best candidates after states `[B, F, H]`.
         forward (`Callable`): the draft's outputs `[B, F, H]` at the frontier of the growth, given the number of the
-            level and the outputs at the frontier before.
+            level and the outputs at the previous frontier.
     """
     settings = growth.settings
     growth.expand(*top_k(states, settings.top_k))

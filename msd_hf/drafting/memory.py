@@ -16,7 +16,7 @@ from ..kv.in_place import truncate
 
 
 _ATTRIBUTE = "_msd_draft_memory"
-_UNKNOWN = -1  # a token that only the target's cache knows
+_UNKNOWN = -1  # stands for a token of the target's cache whose id is not known
 
 
 @dataclass
@@ -25,12 +25,12 @@ class DraftMemory:
     The draft's side of a chat, carried by the target's cache. For one sequence without padding.
 
     Args:
-        draft (`weakref.ref`): the draft that made it.
-        cache (`Cache`): the draft's, one slot for each of `rows`.
+        draft (`weakref.ref`): the draft that the memory belongs to.
+        cache (`Cache`): the draft's cache, with one slot for each of `rows`.
         rows (`list[int]`): the draft's rows in the cache. Row j holds the token at position j + 1 and the target's
             hidden state at position j. Rows are missing where the draft joined the chat late.
         tokens (`list[int]`): the tokens of the P slots of the target's cache, and the token after them.
-        last_hidden_state (`torch.Tensor` of shape `[1, 1, W]`): the target's at position P - 1.
+        last_hidden_state (`torch.Tensor` of shape `[1, 1, W]`): hidden state of the target at position P - 1.
     """
 
     draft: weakref.ref[Any]
@@ -43,7 +43,7 @@ class DraftMemory:
         cache = copy.deepcopy(self.cache, memo)
         return DraftMemory(self.draft, cache, list(self.rows), list(self.tokens), self.last_hidden_state.clone())
 
-    def __reduce__(self):  # a cache that is saved does without it
+    def __reduce__(self):  # a pickled cache keeps `None` in place of the memory
         return type(None), ()
 
 
@@ -52,16 +52,16 @@ class ChatMemory:
     The memory of one call: what the draft still knows of earlier turns, and what it leaves to the next turn.
 
     Args:
-        cache (`Cache`): the target's, before the call; S slots are filled.
+        cache (`Cache`): the target's cache before the call; S slots are filled.
         draft (`Draft`): the draft.
         input_ids (`torch.LongTensor` of shape `[1, L]`): the whole chat, or the part that the cache lacks.
-        num_slots (`int`): slots of the cache once the prompt is in it.
+        num_slots (`int`): number of slots of the cache once the prompt is in it.
 
     Attributes:
-        draft_cache (`Cache`, *optional*): the draft's, holding `rows`.
+        draft_cache (`Cache`, *optional*): the draft's cache, which holds `rows`.
         rows (`list[int]`): the draft's rows that are still valid.
-        hidden_state (`torch.Tensor` of shape `[1, 1, W]`, *optional*): the target's at position S - 1. Given if the
-            draft has to be fed row S - 1 (again), because another token follows now.
+        hidden_state (`torch.Tensor` of shape `[1, 1, W]`, *optional*): hidden state of the target at position S - 1,
+            if the draft has to be fed row S - 1 (again), because another token follows now.
     """
 
     def __init__(self, cache: Cache, draft: Draft, input_ids: torch.Tensor, num_slots: int):
@@ -101,10 +101,11 @@ class ChatMemory:
         Leaves on the target's cache what the draft knows after the call.
 
         Args:
-            cache (`Cache`): the target's.
-            draft_cache (`Cache`): the draft's.
+            cache (`Cache`): the target's cache.
+            draft_cache (`Cache`): the draft's cache.
             emitted (`list[int]`): the tokens of this call.
-            last_hidden_state (`torch.Tensor` of shape `[1, 1, W]`): the target's at the last slot.
+            last_hidden_state (`torch.Tensor` of shape `[1, 1, W]`): hidden state of the target at the last slot of its
+                cache.
         """
         num_slots = cache.get_seq_length()
         first_new = num_slots - (draft_cache.get_seq_length() - len(self.rows))

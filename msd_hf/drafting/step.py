@@ -16,7 +16,8 @@ _MIN_POSITIONS = 1024
 
 class DraftingStep:
     """
-    Computes what the draft's forward computes with an additive mask, or with none for one node, in less time.
+    Runs the draft over a few nodes, in less time than the draft's own forward. The mask must be additive; it may be
+    left out for one node.
 
     Args:
         draft (`Draft`): the draft. A draft that is not plain runs its own forward.
@@ -38,9 +39,12 @@ class DraftingStep:
         last_position: int,
     ) -> torch.Tensor:
         """
+        Runs the draft over T nodes of each row, which get slots in the cache.
+
         Args:
             inputs_embeds, hidden_states, attention_mask, cache: as in [`Draft.__call__`].
-            position_ids (`torch.LongTensor` of shape `[B, T]`, or `[B, 1]` if all positions of a row are the same).
+            position_ids (`torch.LongTensor` of shape `[B, T]` or `[B, 1]`): positions of the nodes; `[B, 1]` if all
+                positions of a row are the same.
             last_position (`int`): upper bound of `position_ids`, known without reading them back from the device.
 
         Returns:
@@ -62,7 +66,8 @@ class DraftingStep:
 
 
 def rotary_table(rotary_emb: Any, num_positions: int, like: torch.Tensor) -> torch.Tensor:
-    """Cosines and sines of the first positions, `[num_positions, 2, head_dim]`, of the device and dtype of `like`."""
+    """Cosines and sines of the first positions, `[num_positions, 2, head_dim]`, on the device and in the dtype of
+    `like`."""
     positions = torch.arange(num_positions, device=like.device)
     cos, sin = rotary_emb(like, positions.unsqueeze(0))
     return torch.stack([cos[0], sin[0]], dim=1)
