@@ -190,7 +190,7 @@ class BatchSelector:
         return places
 
     def pad(self, row: int, logits: torch.Tensor) -> None:
-        """Pads a row that has ended, with one token for each of the `[n, V]` logits."""
+        """Emits one padding token for each of the n `logits` `[n, V]` in a row that has ended."""
         for step in range(logits.shape[0]):
             self._groups[row].pad(logits[step : step + 1])
 

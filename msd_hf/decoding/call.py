@@ -39,17 +39,17 @@ class DecodingCall:
         target (`TargetAdapter`): verifies trees.
         draft (`Draft`): the draft, which `drafter` runs.
         drafter (`Drafter`): drafts trees.
-        branches (`SuffixBranches`): add repetitions of the text to trees.
-        policy (`TreePolicy`): sizes trees.
-        settings (`TreeSettings`): of the draft.
+        branches (`SuffixBranches`): adds repetitions of the text to trees.
+        policy (`TreePolicy`): chooses the sizes of trees.
+        settings (`TreeSettings`): settings of the draft's trees.
         selector (`BatchSelector`): chooses and emits tokens.
-        slots (`CacheTransaction`): of the target's cache.
-        outputs (`DecoderOutputs`): hidden states and attentions that are returned.
-        memory (`ChatMemory`, *optional*): of earlier turns, for a single sequence.
+        slots (`CacheTransaction`): the transaction over the target's cache.
+        outputs (`DecoderOutputs`): collects the hidden states and attentions that are returned.
+        memory (`ChatMemory`, *optional*): what the draft knows from earlier turns, for a single sequence.
         pair (`PairState`): what is kept between calls.
-        observer (`Observer`): the measurement around the call.
+        observer (`Observer`): functions of a measurement that encloses the call.
         flags (`dict[str, bool]`): `output_hidden_states`, `output_attentions`, if they are asked for.
-        keeps_cache (`bool`): whether the target's cache can be looked at after the call.
+        keeps_cache (`bool`): whether the target's cache outlives the call.
         num_fixed_nodes (`int`, *optional*): nodes of a tree in compiled verifications; `None`: nothing is compiled.
     """
 
@@ -81,7 +81,7 @@ def prepare_call(
     model_kwargs: dict[str, Any],
 ) -> DecodingCall:
     """
-    Makes the parts; see [`msd_decoding`] for the arguments.
+    Makes the parts of a call from the arguments of [`msd_decoding`].
 
     Raises:
         MSDPairingError: when the target lacks a layer that the draft reads.
@@ -108,7 +108,7 @@ def prepare_call(
     num_slots = _slots_after_prompt(cache, input_ids, generation_config, model_kwargs)
     max_slots = num_slots + max(generation_config.max_length - input_ids.shape[1], 0)
     check_positions(adapter.text_config, num_slots, max_slots, batch_size, model_kwargs.get("attention_mask"))
-    # Nothing is refused from here on: the memory of a chat is taken from the cache.
+    # From here on no call is refused, because `ChatMemory` takes the draft's memory of the chat off the cache.
     memory = ChatMemory(cache, draft, input_ids, num_slots) if batch_size == 1 else None
     max_slots += settings.num_nodes + settings.suffix_nodes
     make_in_place(cache, max_slots)
@@ -143,7 +143,7 @@ def prepare_call(
 
 
 def _outlives_the_call(cache: Cache, generation_config: GenerationConfig) -> bool:
-    """Whether the cache can be looked at after the call: it is returned, or it is the user's own."""
+    """Whether the cache outlives the call, because it is returned or belongs to the user."""
     if generation_config.return_dict_in_generate:
         return True
     return getattr(cache, "_is_user_defined", False)
@@ -152,8 +152,8 @@ def _outlives_the_call(cache: Cache, generation_config: GenerationConfig) -> boo
 def _slots_after_prompt(
     cache: Cache, input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
 ) -> int:
-    """Slots of the target's cache once the prompt is in it. `input_ids` are the whole prompt, or what the cache
-    lacks."""
+    """The number of slots of the target's cache once the prompt is in it. `input_ids` are the whole prompt, or the
+    part that the cache lacks."""
     inputs_embeds = model_kwargs.get("inputs_embeds")
     if inputs_embeds is not None:
         return inputs_embeds.shape[1]

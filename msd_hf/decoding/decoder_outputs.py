@@ -47,7 +47,7 @@ class DecoderOutputs:
 
         Args:
             outputs (`ModelOutput`): the target's outputs.
-            rows (`Sequence[int]`): the sequence of each row of the outputs.
+            rows (`Sequence[int]`): for each row of the outputs, the index of its sequence.
             paths (`Sequence[Sequence[int]]`): the accepted nodes of each row.
             lengths (`Sequence[int]`): the context length of each row, in slots of the cache.
         """

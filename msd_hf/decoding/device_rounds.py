@@ -29,7 +29,7 @@ _NO_LIMIT = 1 << 40
 
 class DeviceRounds:
     """
-    Decodes with `compile=True` until the sequence ends.
+    Runs all rounds of a greedy call with one sequence and `compile=True` on the device.
 
     Args:
         call (`DecodingCall`): a call that `can_serve`.
@@ -51,7 +51,7 @@ class DeviceRounds:
         self._block_length = self.drafter.block_length
         device = start.tokens.device
         left = self.selector.tokens_left
-        with torch.inference_mode():  # as all tensors of a drafting
+        with torch.inference_mode():  # the mode of all tensors of a drafting
             self._tokens = start.tokens.clone()  # [1, A]: the tokens of the last round, then padding
             self._hidden_states = start.hidden_states.clone()  # [1, A, W]
             self._counts = torch.tensor(start.counts, device=device)  # [1]: how many tokens the last round emitted
@@ -69,9 +69,9 @@ class DeviceRounds:
 
     @staticmethod
     def can_serve(call: DecodingCall) -> bool:
-        """Whether the device needs no help from the host: one row, a compiled draft without suffix nodes, each token
-        the argmax of logits that are not returned, no states or attentions to return, and no hook of the user's on
-        modules outside compiled code, nor a measurement in place of the verification."""
+        """Whether the device needs no help from the host. The call must have one row and a compiled draft without
+        suffix nodes. Each token must be the argmax of its logits. Logits, states and attentions must not be returned.
+        Modules outside compiled code must have no hooks, and no measurement may replace the verification."""
         selector = call.selector
         return (
             not selector.finished
@@ -86,9 +86,9 @@ class DeviceRounds:
         )
 
     def run(self) -> None:
-        """Decodes."""
+        """Runs rounds until the sequence ends."""
         is_drafted = False
-        num_emitted = 0  # by the last round, as far as tokens were handed on
+        num_emitted = 0  # tokens of the last round that were handed on
         try:
             while not self.selector.finished:
                 if not is_drafted:
@@ -117,7 +117,7 @@ class DeviceRounds:
             self.drafter.resume(self._draft_context, self._tokens, self._hidden_states, [num_emitted])
 
     def _set_up(self) -> None:
-        """Grows the buffers and records the round again if they are too small."""
+        """Makes buffers and recorded steps, at first and whenever the buffers have no room for another round."""
         if self._is_set_up and self._has_room(0):
             return
         self._settle_caches()
@@ -145,7 +145,7 @@ class DeviceRounds:
             close_slots(self.drafter.cache, self._draft_context.num_slots)
 
     def _has_room(self, ahead: int) -> bool:
-        """Whether there is room for a round that begins `ahead` tokens behind what the host knows."""
+        """Whether there is room for a round that begins `ahead` tokens after the last token that the host knows."""
         buffers, draft_buffers = self._buffers[0][0], self._room.buffers[0][0]
         last_position = self._last_position + self._count + ahead
         return (
@@ -169,7 +169,7 @@ class DeviceRounds:
         self._last_position += self._count
 
     def _hand_on(self, received: list[int], logits: torch.Tensor) -> int:
-        """Emits the accepted tokens. Returns how many were emitted."""
+        """Emits the accepted tokens of a round, as read back from the device. Returns how many were emitted."""
         self._count = received[0]
         ((group, _, _),) = self.selector.groups()
         tokens = received[1 : self._count + 1]
@@ -198,8 +198,8 @@ class DeviceRounds:
 
     @torch.inference_mode()
     def _accept(self) -> torch.Tensor:
-        """Makes the accepted path part of the context. Returns the number of emitted tokens, and the tokens,
-        `[1 + A]`."""
+        """Makes the accepted path part of the context. Returns a tensor `[1 + A]`: the number of emitted tokens, then
+        the tokens."""
         tree, verification = self._draft_step.result, self._verify_step.result
         choices, accepted = accepted_by_argmax(tree, verification.logits[:, : tree.tokens.shape[1]])
         counts = accepted.sum(1)
@@ -223,8 +223,8 @@ class _ReadBack:
     Integers on their way from the device to the host, which waits for them only when it needs them.
 
     Args:
-        count (`int`): how many.
-        device (`torch.device`): where they come from.
+        count (`int`): number of integers.
+        device (`torch.device`): device that the integers come from.
     """
 
     def __init__(self, count: int, device: torch.device):

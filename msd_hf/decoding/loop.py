@@ -118,7 +118,7 @@ def _drop_ended(call: DecodingCall, running: RunningRows) -> None:
 
 
 def _draft(call: DecodingCall, running: RunningRows) -> CandidateTree:
-    """A candidate tree for each running row."""
+    """Drafts a candidate tree for each running row."""
     selector = call.selector
     limits = call.policy.begin_round(selector.tokens_left, running.context.num_slots)
     roots = torch.tensor(running.tokens, device=call.draft.device)
@@ -132,7 +132,7 @@ def _draft(call: DecodingCall, running: RunningRows) -> CandidateTree:
 
 
 def _verify(call: DecodingCall, running: RunningRows, tree: CandidateTree) -> TargetVerification:
-    """One forward of the target over all nodes."""
+    """Runs one forward of the target over all nodes of the trees."""
     cache, observer = running.slots.cache, call.observer
 
     def verify_tree(tree: CandidateTree) -> TargetVerification:

@@ -18,7 +18,7 @@ from ..tree.settings import TreeSettings
 @dataclass
 class PairState:
     """
-    The state of a pair. It lives as long as both models do, or until [`release`].
+    What is kept for one pair of target and draft, as long as both models live, or until [`release`].
 
     Args:
         compiled (`CompiledFunctions`): compiled decoders of the target, and compiled drafting.
@@ -40,10 +40,11 @@ class PairState:
         self, settings: TreeSettings, circumstances: Hashable, eos_token_ids: Collection[int] = ()
     ) -> TreePolicy:
         """
-        The policy that the settings ask for.
+        Makes the tree policy that the settings ask for. Automatic trees use what earlier calls of the pair have
+        measured.
 
         Args:
-            settings (`TreeSettings`): of the draft.
+            settings (`TreeSettings`): settings of the draft's trees.
             circumstances (`Hashable`): what the costs of a round depend on, besides the settings.
             eos_token_ids (`Collection[int]`): tokens that end a text.
         """
@@ -59,7 +60,7 @@ _companions: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  
 
 
 def state_of(target: Any, draft: Any) -> PairState:
-    """The state of a pair, made at its first call."""
+    """Returns what is kept for a pair, and makes it at the first call of the pair."""
     of_target = _pairs.setdefault(target, weakref.WeakKeyDictionary())
     return of_target.setdefault(draft, PairState())
 
@@ -81,7 +82,7 @@ def release(target_or_draft: Any) -> None:
     Args:
         target_or_draft (`PreTrainedModel`): every pair with this model is released.
     """
-    # Inside `generate`, the target of a model of peft is its base model.
+    # `generate` of a peft model runs its base model, so the pair is that of the base model.
     model = target_or_draft.get_base_model() if hasattr(target_or_draft, "get_base_model") else target_or_draft
     _pairs.pop(model, None)
     _companions.pop(model, None)

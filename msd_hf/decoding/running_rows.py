@@ -17,11 +17,12 @@ from .verification import Verification
 
 class RunningRows:
     """
-    The running rows. After `accept`, slots and positions lag behind until `settle` is called.
+    Keeps the committed slots, the position and the last token of each running row. After `accept`, slots and positions
+    lag behind until `settle` is called.
 
     Args:
-        slots (`CacheTransaction`): of the target's cache, the prompt committed.
-        next_position (`torch.LongTensor` of shape `[..., B, 1]`): of the last token.
+        slots (`CacheTransaction`): the transaction over the target's cache, with the prompt committed.
+        next_position (`torch.LongTensor` of shape `[..., B, 1]`): position of the last token of each row.
         tokens (`list[int]`): the last token of each row, which is not in the cache yet.
     """
 
@@ -38,15 +39,16 @@ class RunningRows:
         return self.slots.context
 
     def accept(self, verified: Verification, paths: torch.Tensor) -> None:
-        """Takes the accepted nodes (`paths`, `[B, A]`). `tokens` follow at once, the rest in `settle`."""
-        # At once, before the next drafting begins: a tensor that is made of a list waits for the device.
+        """Takes the outcome of a verification, with the accepted nodes `paths` `[B, A]`. `tokens` change at once,
+        slots and positions in `settle`."""
+        # Made before the next drafting begins, because making a tensor from a list waits for the device.
         counts = torch.tensor(verified.counts, device=self.next_position.device)
         self._unsettled = verified, paths, counts
         self.tokens = [tokens[-1] for tokens in verified.tokens]
 
     def settle(self) -> None:
-        """Commits the accepted slots and moves the positions. Apart from `accept`, because drafting need not wait for
-        it, so that a GPU has work in the meantime."""
+        """Commits the accepted slots and moves the positions. This is not part of `accept`, so that the next drafting
+        can begin first and a GPU has work in the meantime."""
         if self._unsettled is not None:
             verified, paths, counts = self._unsettled
             self._unsettled = None
@@ -56,10 +58,10 @@ class RunningRows:
 
     def select(self, places: Sequence[int], keep_others: bool) -> None:
         """
-        Goes on with the given rows.
+        Keeps only the given rows.
 
         Args:
-            places (`Sequence[int]`): their places among the running rows.
+            places (`Sequence[int]`): places of these rows among the running rows.
             keep_others (`bool`): store the slots of the other rows for `complete`.
         """
         self.settle()
@@ -74,9 +76,9 @@ class RunningRows:
         self, adapter: TargetAdapter, selector: BatchSelector, extras: DecoderOutputs, flags: dict[str, bool]
     ) -> None:
         """
-        Puts stored rows back into the cache, and brings rows that ended early to the length of the longest. `generate`
-        does that with padding; here one forward of the target does it, for the cache, scores and states that are
-        returned.
+        Puts stored rows back into the cache, and brings rows that ended early to the length of the longest row.
+        `generate` alone runs the target over the padding of such rows step by step. Here one forward over all padding
+        gives the cache, scores and states that are returned.
         """
         self.settle()
         batch_size = selector.batch_size

@@ -39,11 +39,12 @@ def check_tree_verification(
     Args:
         adapter (`TargetAdapter`): the target.
         pair (`PairState`): remembers that the target passed.
-        running (`RunningRows`): after the prompt.
+        running (`RunningRows`): the rows after the prefill.
         input_ids (`torch.LongTensor` of shape `[B, L]`): the prompts.
         model_kwargs: as given to the prefill.
-        tokens_left (`int`, *optional*): the tree reaches no deeper, because there may be no positions behind these
-            tokens. The next call is checked again then.
+        tokens_left (`int`, *optional*): how many tokens may still be emitted; `None`: no limit. The tree is no deeper,
+            because the target may have no more positions. After a check with such a smaller tree the next call is
+            checked again.
 
     Raises:
         MSDUnsupportedError: when the logits differ, or the target cannot run a tree.

@@ -163,8 +163,8 @@ class TokenSelector:
 
 
 def _read_simple_criteria(criteria: StoppingCriteriaList) -> tuple[int | None, frozenset[int], bool]:
-    """The length limit and the EOS tokens of the criteria, and whether there are no other criteria. If so, they are
-    checked on the host without building tensors."""
+    """The length limit and the EOS tokens of the criteria, and whether these are the only criteria. If they are, the
+    host checks them without building tensors."""
     max_length: int | None = None
     eos_token_ids: set[int] = set()
     simple = True
