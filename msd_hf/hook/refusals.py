@@ -47,7 +47,8 @@ REFUSED_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "is_assistant": ((None, False), "it is for models that draft; the draft of this call is `assistant_model`"),
 }
 
-# A draft's generation config may contain special tokens, like any model's. The target's are used.
+# A draft's generation config may contain special tokens, as that of any model. They are ignored: those of the target
+# are used.
 _SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 
 

@@ -98,12 +98,12 @@ def _wrap_assisted_decoding(original):
     def _assisted_decoding(self, input_ids, *args, assistant_model=None, **kwargs):
         if not is_draft(assistant_model):
             return original(self, input_ids, *args, assistant_model=assistant_model, **kwargs)
-        # The loop does not need these; it gets all other arguments by name.
+        # The loop has no use for these arguments. It gets all others by name.
         for name in ("inputs_tensor", "assistant_tokenizer", "tokenizer"):
             kwargs.pop(name, None)
         check_inputs(kwargs)
         kwargs.pop("synced_gpus", None)
-        # It warns of a `compile_config`, which has no effect with a dynamic cache.
+        # This method warns of a `compile_config`, which has no effect with a dynamic cache.
         self._valid_auto_compile_criteria(kwargs, kwargs["generation_config"])
         with _evaluating(assistant_model):
             return msd_decoding(self, input_ids, draft=assistant_model, **kwargs)
