@@ -1,4 +1,4 @@
-"""`python -m msd_hf` is `msd-hf`."""
+"""`python -m msd_hf` runs the command `msd-hf`."""
 
 from .cli import main
 

@@ -22,19 +22,19 @@ def load_target(
     **arguments: Any,
 ) -> PreTrainedModel:
     """
-    Loads a target.
+    Loads a target from a folder or the Hub.
 
     Args:
-        name: its folder or Hub id.
-        dtype: see [`parse_dtype`].
-        device: see [`parse_device`]. `None` leaves the target where `from_pretrained` puts it.
+        name: folder or Hub id of the target.
+        dtype: name of a dtype for [`parse_dtype`].
+        device: name of a device for [`parse_device`]. `None` leaves the target where `from_pretrained` puts it.
         dtype_option: the option that an error about `dtype` names.
         arguments: further arguments of `from_pretrained`; those that are `None` are left out.
 
     Raises:
         MSDError: when the dtype or the device cannot be used.
     """
-    # Both are checked first: loading the weights takes long.
+    # Dtype and device are checked first, because loading the weights takes long.
     resolved_dtype = parse_dtype(dtype, dtype_option)
     resolved_device = None if device is None else parse_device(device)
     given = {key: value for key, value in arguments.items() if value is not None}
@@ -45,7 +45,7 @@ def load_target(
 def load_target_and_processor(
     name: str | Path, dtype: str = "auto", device: str | None = None
 ) -> tuple[PreTrainedModel, Any]:
-    """Loads a target as [`load_target`] does, and its processor."""
+    """Loads a target, as [`load_target`] does, and its processor."""
     # The processor is loaded first: if it is missing, the user need not wait for the weights to learn that.
     parse_dtype(dtype)
     processor = AutoProcessor.from_pretrained(name)

@@ -1,4 +1,4 @@
-"""What a measurement sees of the decoding loop, and where it steps in.
+"""The points of the decoding loop at which a measurement can observe it or step in.
 
 A measurement opens `observing(...)` around a call of `generate`. Calls of other threads and calls outside the block
 are not observed.
@@ -16,10 +16,11 @@ from typing import Any
 @dataclass(frozen=True)
 class Observer:
     """
-    The parts of a call that are observed.
+    The functions of a measurement, which the decoding loop calls.
 
     Args:
-        phase (`Callable`, *optional*): gives a context manager for a phase of the loop, by its name.
+        phase (`Callable`, *optional*): called with the name of a phase of the loop. Returns a context manager, inside
+            which the phase runs.
         on_logits (`Callable`, *optional*): gets each candidate tree and the target's logits `[B, N, V]` at its nodes,
             and may change them in place.
         on_verify (`Callable`, *optional*): called as `on_verify(verify, tree, cache)` in place of each verification.
@@ -51,12 +52,12 @@ def observing(**parts: Any) -> Iterator[None]:
 
 
 def current_observer() -> Observer:
-    """The observer of the block that encloses this call."""
+    """The observer that is in force where this function is called."""
     return _observer.get()
 
 
 def phase(name: str) -> AbstractContextManager[None]:
-    """Marks the block under it as a phase of the loop."""
+    """Returns a context manager that marks its block as the phase `name` of the decoding loop."""
     enter = _observer.get().phase
     return _NOT_TIMED if enter is None else enter(name)
 
