@@ -9,11 +9,11 @@ class MSDError(ValueError):
 
 
 class MSDCheckpointError(MSDError):
-    """A draft checkpoint lacks a weight, has an unknown weight, or has a weight of the wrong shape."""
+    """A checkpoint is no draft, or it lacks a weight, has an unknown weight, or has a weight of the wrong shape."""
 
 
 class MSDPairingError(MSDError):
-    """The draft does not fit the target: it has another hidden size, or was made for another kind of decoder."""
+    """The draft does not fit the target, for example because it has another hidden size or reads a missing layer."""
 
 
 class MSDUnsupportedError(MSDError):

@@ -126,7 +126,7 @@ class BatchSelector:
 
     @property
     def is_plain_argmax(self) -> bool:
-        """Whether every token depends only on the logits of its own position."""
+        """Whether every token is the argmax of unprocessed logits, in rows that advance independently."""
         return all(group.is_plain_argmax for group in self._groups)
 
     @property

@@ -32,7 +32,7 @@ class DeviceRounds:
     Runs all rounds of a greedy call with one sequence and `compile=True` on the device.
 
     Args:
-        call (`DecodingCall`): a call that `can_serve`.
+        call (`DecodingCall`): a call that `can_serve` accepts.
         running (`RunningRows`): the one row, after the prefill of target and draft.
     """
 

@@ -66,8 +66,8 @@ def state_of(target: Any, draft: Any) -> PairState:
 
 
 def companion_of(target: Any, make: Callable[[Any], Any]) -> Any:
-    """A draft that lives as long as the target, or until [`release`]. `make(target)` makes it at the first call. For
-    measurements, which must not lose what was learnt about a draft of their own."""
+    """Returns a draft that lives as long as the target, or until [`release`]. `make(target)` makes it at the first
+    call. Measurements keep their own drafts in this way, because what was learnt about a draft is lost with it."""
     if target not in _companions:
         _companions[target] = make(target)
     return _companions[target]

@@ -76,7 +76,7 @@ class TokenSelector:
 
     @property
     def is_plain_argmax(self) -> bool:
-        """Whether a token depends only on the logits of its own position."""
+        """Whether tokens are chosen for a single row, each as the argmax of unprocessed logits."""
         return self.num_rows == 1 and not self.do_sample and len(self.logits_processor) == 0
 
     def select(self, logits: torch.Tensor, rows: Sequence[int] | None = None) -> list[int]:

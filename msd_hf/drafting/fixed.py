@@ -77,7 +77,7 @@ class FixedDrafter(Drafter):
 
     Args:
         draft (`Draft`): a plain draft, see [`Draft.is_plain`], that reads the last hidden state alone.
-        target (`TargetAdapter`): see [`Drafter`].
+        target (`TargetAdapter`): lends its embedding and head.
         settings (`TreeSettings`): the size of every tree, not automatic. Near the length limit trees keep this size;
             the limits of a round only say whether to draft.
         compiled (`CompiledFunctions`): keeps the compiled drafting.
@@ -279,7 +279,7 @@ def _draft_tree(
     plain_forward = draft.plain_forward()
 
     def run(tokens, states, positions, mask, first):
-        """One forward. The nodes of each row take the slots from `first` (`[B]`) on."""
+        """Runs the draft over a few nodes. The nodes of each row take the slots from `first` (`[B]`) on."""
         embeds = head.target.embed(tokens).to(dtype)
         cos, sin = rotations[positions].unsqueeze(1).unbind(3)
         cache: Any = _PlacedSlots(buffers, first.unsqueeze(1) + steps[: tokens.shape[1]])

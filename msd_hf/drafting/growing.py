@@ -66,7 +66,7 @@ class GrowingDrafter(Drafter):
         super().keep_rows(places)
         self._last_state = self._last_state[list(places)]
 
-    @torch.inference_mode()  # in which many small operations take an eighth less time
+    @torch.inference_mode()  # many small operations take an eighth less time in it
     def propose(self, roots: torch.Tensor, limits: TreeSettings) -> CandidateTree:
         if limits.num_nodes == 1:
             return CandidateTree.bare(roots)

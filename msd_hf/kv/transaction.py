@@ -60,7 +60,7 @@ class CacheTransaction:
         self.context = context
         self.rows = list(range(len(context.lengths)))
         self._first = context
-        self._prompt_mask = context.prompt_mask  # of all rows of the batch
+        self._prompt_mask = context.prompt_mask  # mask of all rows of the batch
         self._stored: dict[int, _StoredRow] = {}
         self._is_open = False
 

@@ -218,7 +218,7 @@ class TargetAdapter:
         num_fixed_nodes: int | None = None,
         **output_flags: bool,
     ) -> TargetVerification:
-        """One forward over all nodes of a tree; see [`TreeForward.__call__`]."""
+        """Runs one forward over all nodes of a tree. Its arguments are those of [`TreeForward.__call__`]."""
         return self._tree_forward(tree, cache, context, next_position, num_fixed_nodes, **output_flags)
 
     def verify_in_buffers(
@@ -230,8 +230,8 @@ class TargetAdapter:
         context: ContextSlots,
         next_position: torch.Tensor,
     ) -> TargetVerification:
-        """One compiled forward over all nodes of a tree in whole cache buffers, for a caller that records CUDA graphs;
-        see [`TreeForward.in_buffers`]."""
+        """Runs one compiled forward over all nodes of a tree in whole cache buffers, for a caller that records CUDA
+        graphs. Its arguments are those of [`TreeForward.in_buffers`]."""
         return self._tree_forward.in_buffers(tree, cache, buffers, first_slot, context, next_position)
 
     def observe(self, **replaced_inputs: Any) -> AbstractContextManager[TargetObservation]:
