@@ -26,7 +26,7 @@ def acceptance_lengths(
     show_progress: bool = False,
 ) -> dict[SampleKind, list[list[int]]]:
     """
-    Lets the target answer the first question of each conversation with the draft, greedily.
+    Measures acceptance lengths: the target answers the first question of each conversation greedily with the draft.
 
     Args:
         target, draft: the pair.

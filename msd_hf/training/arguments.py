@@ -17,7 +17,7 @@ from .rows import ROW_CHOICES
 
 # Fields of `Recipe` that are also arguments. The trainer computes the learning rate, which depends on the draft too.
 _RECIPE_FIELDS = tuple(f.name for f in fields(Recipe) if f.name not in ("base_learning_rate", "scale_learning_rate"))
-# For optional flags on the command line: `--bf16` alone means yes, and without it the value is `None`.
+# For optional flags on the command line: `--bf16` alone means yes, and without the flag the value is `None`.
 _FLAG = {"nargs": "?", "const": True}
 
 
@@ -32,11 +32,13 @@ class MSDTrainingArguments(TrainingArguments):
             acceptance length in our studies and scales the learning rate with the size of the draft.
         learning_rate (`float`, *optional*): paper: 5e-5; recommended: 5e-5 times 4,096 over the hidden size.
         warmup_steps (`float`, *optional*): paper: 2,000; recommended: 0.05, a share of all steps.
-        max_length (`int`, defaults to 2048): longer samples are cut to so many tokens, expanded images included.
+        max_length (`int`, defaults to 2048): number of tokens to which longer samples are cut, expanded images
+            included.
         feature_loss_weight (`float`, *optional*): weight of the Smooth-L1 loss on hidden states; paper: 1.0.
         token_loss_weight (`float`, *optional*): weight of the cross-entropy on tokens; paper: 0.1.
         noise (`float`, *optional*): range of the uniform noise on hidden states in a sample of 512 tokens; paper: 0.2.
-        trained_rows (`str`, *optional*): `"answer"` or `"drafted"`, see [`~msd_hf.training.rows.trained_rows`].
+        trained_rows (`str`, *optional*): the positions in the loss: `"answer"`, those of the assistant's tokens, or
+            `"drafted"`, those that generation drafts from ([`~msd_hf.training.rows.trained_rows`]). Paper: `"answer"`.
         unroll_passes (`int`, *optional*): passes of the draft in each step. All passes but the first read the draft's
             own outputs. Paper: 1.
         unroll_decay (`float`, defaults to 0.8): weight of each pass relative to the pass before it.
@@ -47,10 +49,13 @@ class MSDTrainingArguments(TrainingArguments):
             and then trains on these answers.
         decouple_visual_tokens (`bool`, defaults to `True`): whether a new draft is fed visual positions as they are;
             `False` is plain EAGLE.
-        curriculum (`str`, defaults to `"two-stage"`): or `"mixed"`, `"text"`, `"visual"`.
-        curriculum_stages (`int`, defaults to 40), text_fraction (`float`, defaults to 0.5), final_visual_share
-            (`float`, defaults to 1.0), mixed_visual_share (`float`, defaults to 0.5): see
-            [`~msd_hf.training.curriculum.Curriculum`].
+        curriculum (`str`, defaults to `"two-stage"`): `"two-stage"` (text first, then a rising share of visual
+            samples), `"mixed"` (one share for the whole run), `"text"` or `"visual"`.
+        curriculum_stages (`int`, defaults to 40): number of equal parts of the run, each with its own share of visual
+            samples.
+        text_fraction (`float`, defaults to 0.5): fraction of the run, from its start, that is text only.
+        final_visual_share (`float`, defaults to 1.0): share of visual samples in the last part.
+        mixed_visual_share (`float`, defaults to 0.5): share of visual samples when `curriculum` is `"mixed"`.
         head_chunk_size (`int`, defaults to 1024): number of positions whose logits exist at the same time.
         strict (`bool`, defaults to `False`): stop at a broken sample rather than count it and take the next one.
         eval_prompts (`int`, defaults to 16): number of held-out prompts of each kind on which an evaluation measures
@@ -143,7 +148,7 @@ class MSDTrainingArguments(TrainingArguments):
         self._check()
 
     def make_curriculum(self) -> Curriculum:
-        """The curriculum of these arguments."""
+        """Makes the curriculum that these arguments describe."""
         return Curriculum(
             self.curriculum,
             self.curriculum_stages,

@@ -52,7 +52,7 @@ class Curriculum:
                 raise MSDError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
 
     def needs(self, kind: SampleKind) -> bool:
-        """Whether the curriculum has samples of a kind."""
+        """Whether the curriculum draws samples of a kind."""
         return self.kind not in SAMPLE_KINDS or self.kind == kind
 
     def share(self, stage: int) -> float:
@@ -82,8 +82,8 @@ class Draw(NamedTuple):
 
 class CurriculumSampler(Sampler[Draw]):
     """
-    Chooses the samples of a run. Each choice depends only on the seed and on the number of the sample in the run, so
-    that the samples do not change with the number of data loader workers or processes, or when a run is resumed.
+    Chooses the samples of a run. Each choice depends only on the seed and on the number of the sample in the run.
+    Therefore the samples are the same for any number of data loader workers and processes, and when a run is resumed.
 
     Each pass over a data set has its own random order.
 

@@ -15,10 +15,11 @@ from .data.conversations import Conversations
 from .data.encoding import ConversationEncoder
 
 
-# By default a vocabulary is as small as this coverage of the data allows; a larger share of all tokens is refused.
+# Without a given size, a vocabulary is the smallest one that covers this share of the tokens in the data. It is
+# refused if it has more than AUTO_LARGEST_SHARE of the target's tokens.
 AUTO_COVERAGE = 0.995
 AUTO_LARGEST_SHARE = 0.25
-# A head with more than half of the rows saves too little time for the acceptance that it loses.
+# A head with a larger share of the target's rows saves too little time for the acceptance that it loses.
 LARGEST_PAYING_SHARE = 0.5
 
 _HELD_OUT_EVERY = 10
@@ -119,8 +120,10 @@ def frequent_tokens(counts: torch.Tensor, size: int | None = None) -> torch.Tens
 
 def check_size(size: int, vocab_size: int) -> None:
     """
+    Checks that a draft vocabulary of `size` tokens can be chosen from `vocab_size` tokens.
+
     Raises:
-        MSDError: when a draft vocabulary of `size` cannot be made of `vocab_size` tokens.
+        MSDError: when `size` is not between 1 and `vocab_size`.
     """
     if not 1 <= size <= vocab_size:
         raise MSDError(

@@ -1,4 +1,4 @@
-"""The loss of MSD (paper section 3.3) over the trained rows, its terms by name, and its input noise."""
+"""The loss of MSD (paper section 3.3) over the trained rows, its terms by name, and the noise on the inputs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .recipes import Recipe
 
 
 NUM_RANKS = 3  # agreement is counted among the draft's 1, 2 and 3 most likely tokens
-_REFERENCE_LENGTH = 512  # tokens at which the noise has its nominal range (the original code)
+_REFERENCE_LENGTH = 512  # number of tokens at which the noise has its nominal range, as in the original code
 
 
 def smooth_l1(states: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
-    """Smooth-L1 of hidden states `[R, H]`, averaged over the hidden dimension and summed over the rows."""
+    """Smooth-L1 loss of `states` against `goals`, `[R, H]` each: the mean over H, summed over the rows."""
     return functional.smooth_l1_loss(states, goals, reduction="none").mean(-1).sum()
 
 
@@ -35,9 +35,9 @@ class LossTerm:
 
     Args:
         function: takes the draft's outputs and the target's, both of `R` rows, and returns a sum over the rows.
-        weight: the field of [`Recipe`] and [`MSDTrainingArguments`] that weighs the term.
-        compares: `"states"` for hidden states `[R, H]`, `"logits"` for logits `[R, V]`, which exist a chunk of rows
-            at a time.
+        weight: the field of [`Recipe`] and [`MSDTrainingArguments`] that holds the weight of the term.
+        compares: `"states"` for hidden states `[R, H]`, `"logits"` for logits `[R, V]`, which are computed for one
+            chunk of rows at a time.
     """
 
     function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -56,10 +56,11 @@ WEIGHT_NAMES = tuple(term.weight for term in LOSS_TERMS.values())
 @dataclass
 class LossSums:
     """
-    Sums over rows, to be divided by the number of rows of the whole batch.
+    The loss terms and the agreement, summed over rows. The trainer divides them by the number of rows of the whole
+    batch.
 
     Args:
-        terms: a scalar for each of [`LOSS_TERMS`].
+        terms: the sum of each of [`LOSS_TERMS`], a scalar, by name.
         agreement (`torch.LongTensor` of shape `[3]`): number of rows at which the target's most likely token is the
             draft's most likely one, among the draft's two, and among its three.
         num_rows: number of rows.

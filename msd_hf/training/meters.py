@@ -12,7 +12,7 @@ class LossMeter:
     """Accumulates the loss terms, the agreement with the target and the share of visual samples until it is read."""
 
     def __init__(self) -> None:
-        # loss terms, agreement, rows, visual samples, samples
+        # In this order: loss terms, agreement, number of rows, number of visual samples, number of samples.
         self._sums = torch.zeros(len(LOSS_TERMS) + NUM_RANKS + 3, dtype=torch.float64)
 
     def add(self, sums: LossSums, is_visual: torch.Tensor) -> None:

@@ -17,8 +17,8 @@ from .rows import trained_rows
 
 class Mixture(Dataset):
     """
-    Returns the sample that a [`Draw`] names. A broken sample is replaced by the next usable sample of its data set,
-    which lists the skipped ones under `"skipped"`.
+    Returns the encoded sample that a [`Draw`] names. A broken sample is replaced by the next usable sample of its data
+    set, whose entry `"skipped"` lists the broken ones.
 
     Args:
         datasets: the `"text"` and the `"visual"` data set, each of [`Conversation`]s or a [`FeatureCache`].
@@ -63,7 +63,8 @@ class Mixture(Dataset):
 
 class MixtureCollator:
     """
-    Makes batches for [`MSDTrainer`]: the batch of `collate_conversations` or `collate_features`, and
+    Makes batches for [`MSDTrainer`]: the batch of `collate_conversations` or `collate_features` without its
+    `assistant_mask`, and
 
     - `labels` `[B, L]`: token ids at trained rows, -100 elsewhere,
     - `numbers` `[B]`: the number of each sample in the run,

@@ -1,4 +1,4 @@
-"""From a batch to the loss of a draft: features of the target, noise, passes of the draft, and the loss of each."""
+"""Computes the loss of a draft on a batch: the target's features, noise, the draft's passes, the loss of each."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ class DraftObjective:
 
     def __call__(self, draft: Any, batch: dict[str, Any], dtype: torch.dtype) -> tuple[torch.Tensor, LossSums]:
         """
+        Computes the loss of one batch.
+
         Args:
             draft (`MSDDraftModel` or a wrapper of it): in training mode there are noise and all passes, in evaluation
                 mode one pass without noise.
@@ -38,8 +40,8 @@ class DraftObjective:
             dtype: dtype of the draft.
 
         Returns:
-            The weighted sum of all loss terms over all passes, a scalar with a gradient, and the sums of the first
-            pass.
+            The weighted sum of all loss terms over all passes (a scalar with a gradient), and the unweighted sums of
+            the first pass.
         """
         args, recipe = self.args, self.recipe
         rows = self.make_rows(batch, dtype)
@@ -51,7 +53,8 @@ class DraftObjective:
         trained = rows.trained
         total, first = torch.zeros((), device=trained.device), None
         for pass_index, states in enumerate(unrolled_states(draft, rows, num_passes, noisy_states)):
-            if pass_index > 0:  # generation reaches this depth only from a row that is trained too
+            if pass_index > 0:
+                # Generation reaches this depth at row j only from row j - `pass_index`, which must be trained too.
                 trained = trained & _shift_right(rows.trained, pass_index)
             sums = loss_sums(states[trained], rows.goals[trained].to(states), self.adapter.head, args.head_chunk_size)
             total = total + weights[pass_index] / sum(weights) * weighted_loss(sums.terms, recipe)
@@ -60,7 +63,7 @@ class DraftObjective:
         return total, first
 
     def make_rows(self, batch: dict[str, Any], dtype: torch.dtype) -> DraftRows:
-        """The draft's rows of a batch. The target runs only if the batch does not hold its hidden states."""
+        """Makes the draft's rows of a batch. The target runs only if the batch does not hold its hidden states."""
         labels = batch["labels"]
         if "hidden_states" in batch:
             hidden_states, visual_mask = batch["hidden_states"], batch["visual_mask"]

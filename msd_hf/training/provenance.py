@@ -36,7 +36,7 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
 
 
 def describe_run(arguments: TrainingArguments) -> dict[str, Any]:
-    """The command, the versions, and the arguments that differ from their defaults."""
+    """Describes a run: command, versions, number of processes, and the arguments that differ from their defaults."""
     # The name of the script without its folder, which means nothing to the reader of a published draft.
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {
@@ -54,7 +54,7 @@ def describe_run(arguments: TrainingArguments) -> dict[str, Any]:
 
 
 def _changed_arguments(arguments: TrainingArguments) -> dict[str, Any]:
-    values = arguments.to_dict()  # access tokens are masked
+    values = arguments.to_dict()  # `to_dict` masks access tokens
     changed = {}
     for field in dataclasses.fields(arguments):
         if field.name not in values or field.name in ("output_dir", "logging_dir", "hub_token"):

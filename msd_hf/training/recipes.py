@@ -21,7 +21,8 @@ class Recipe:
     target_layers: str = "none"
     target_written_answers: bool = False
     warmup_steps: float = 2000
-    # For a hidden size of 4,096. With `scale_learning_rate` narrower drafts take larger steps (arXiv 2203.03466).
+    # The rate for a hidden size of 4,096. With `scale_learning_rate` narrower drafts get a higher rate (arXiv
+    # 2203.03466).
     base_learning_rate: float = 5e-5
     scale_learning_rate: bool = False
 

@@ -15,16 +15,17 @@ ROW_CHOICES = ("answer", "drafted")
 @dataclass
 class DraftRows:
     """
-    A batch of training rows.
+    A batch of the rows that a draft reads in training, with the goals of its outputs.
 
     Args:
         inputs_embeds (`torch.Tensor` of shape `[B, L, H]`): row j is the embedding at position j + 1.
-        hidden_states (`torch.Tensor` of shape `[B, L, W]`): row j is what the draft reads of the target at position j.
+        hidden_states (`torch.Tensor` of shape `[B, L, W]`): row j is the target's states at position j that
+            the draft reads.
         visual_mask (`torch.BoolTensor` of shape `[B, L]`): true where position j + 1 is visual.
         goals (`torch.Tensor` of shape `[B, L, H]`): row j is the target's last hidden state at position j + 1, which
             row j of the draft's output should equal.
         trained (`torch.BoolTensor` of shape `[B, L]`): the rows that count in the loss.
-        reads (`TargetReads`): the parts of `hidden_states`.
+        reads (`TargetReads`): the hidden states of the target that lie side by side in `hidden_states`.
     """
 
     inputs_embeds: torch.Tensor
@@ -48,9 +49,10 @@ def draft_rows(
 
     Args:
         inputs_embeds (`torch.Tensor` of shape `[B, L, H]`), hidden_states (`[B, L, W]`), visual_mask (`[B, L]`): the
-            target's features, see [`TargetFeatures`].
-        trained (`torch.BoolTensor` of shape `[B, L]`): see [`trained_rows`].
-        reads (`TargetReads`, *optional*): the parts of `hidden_states`. Default: the last hidden state alone.
+            fields of the target's [`TargetFeatures`].
+        trained (`torch.BoolTensor` of shape `[B, L]`): the rows that count in the loss, chosen by [`trained_rows`].
+        reads (`TargetReads`, *optional*): the hidden states of the target that lie side by side in `hidden_states`.
+            Default: the last hidden state alone.
     """
     if reads is None:
         reads = TargetReads((), inputs_embeds.shape[-1])

@@ -92,7 +92,7 @@ class MSDTrainer(Trainer):
         rows = args.make_recipe().trained_rows
         self._collate_train = MixtureCollator(tokenizer.pad_token_id or 0, mixture.is_cached, rows)
         self._collate_eval = MixtureCollator(tokenizer.pad_token_id or 0, False, rows)
-        # In a list, so that nothing takes the target for a model to wrap or to save.
+        # In a list, so that no code takes the target for a model to wrap or to save.
         self._target = [target.eval()]
         use_cache = model.config.use_cache
         # `processing_class` is not passed on, because `Trainer` would save the processor in the draft's folder.
@@ -106,7 +106,7 @@ class MSDTrainer(Trainer):
         )
         model.config.use_cache = use_cache  # `Trainer` turned it off, also for the saved config
         self.model_accepts_loss_kwargs = True  # the loss is a mean over the rows of the whole batch
-        self._loss_shifts_labels = False  # our labels are at the rows that they belong to
+        self._loss_shifts_labels = False  # each label is at the row that it belongs to
         self.label_names = ["labels"]
         if not hasattr(target, "hf_device_map") and not getattr(target, "is_quantized", False):
             target.to(self.args.device)
@@ -116,7 +116,7 @@ class MSDTrainer(Trainer):
         self._held_out_skipped: dict[tuple[str, int], str] = {}
         self._skipped_before: Counter[str] = Counter()
         self._metrics: dict[str, float] = {}
-        self._best_step: int | None = None  # step of the checkpoint that was loaded at the end
+        self._best_step: int | None = None  # step of the best checkpoint, if that was loaded at the end
 
     @property
     def target(self) -> PreTrainedModel:
@@ -248,8 +248,8 @@ class MSDTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
-        Like `Trainer.train`. `resume_from_checkpoint=True` takes the last complete checkpoint (a run may have been
-        killed while it wrote a later one), and starts from the beginning if there is none.
+        Like `Trainer.train`, but `resume_from_checkpoint=True` takes the last complete checkpoint, because a run may
+        have been killed while it wrote a later one, and starts from the beginning if there is none.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
@@ -320,9 +320,9 @@ def new_draft(target: PreTrainedModel, args: MSDTrainingArguments) -> MSDDraftMo
     """
     Makes a new draft for a target, as the arguments describe it.
 
-    The draft is float32, because the rounding of a shorter dtype would swallow small steps. If the recipe asks for a
-    start from the target's last layer, and a draft cannot start from such a layer, the draft gets random weights. If
-    the user asked for it, that is an error.
+    The draft is float32, because the rounding of a shorter dtype would swallow small steps. A draft that cannot start
+    from the target's last layer gets random weights if only the recipe asks for this start. If the user asks for it,
+    there is an error.
 
     Raises:
         MSDError: when the draft cannot be made as the user asked.

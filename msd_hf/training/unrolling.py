@@ -1,4 +1,4 @@
-"""Training a draft on its own outputs, which it reads deep in a tree (arXiv 2408.15766, 2503.01840)."""
+"""Runs a draft on its own outputs in training, because it reads them deep in a tree (arXiv 2408.15766, 2503.01840)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def unrolled_states(
     draft: Callable, rows: DraftRows, num_passes: int = 1, noisy_states: torch.Tensor | None = None
 ) -> Iterator[torch.Tensor]:
     """
-    The outputs `[B, L, H]` of `num_passes` passes of the draft.
+    Yields the outputs `[B, L, H]` of `num_passes` passes of the draft, one pass after the other.
 
     Pass 0 reads the target's hidden states. In pass k row j reads the output of pass k - 1 at row j - 1 instead, and
     attends to the keys that it would see as a node at depth k of a tree: the rows up to j - k of pass 0, and row
@@ -38,7 +38,8 @@ def unrolled_states(
     for pass_index in range(num_passes):
         mask = None
         if states is not None:
-            # The first row has no row before it and keeps the target's last hidden state. No row reads layers.
+            # The first row has no row before it and keeps the target's last hidden state. From here on no row reads
+            # outputs of the target's layers, because the draft's own output stands for the last hidden state alone.
             hidden_states = torch.cat([hidden_states[:, :1].to(states.dtype), states[:, :-1]], dim=1)
             layer_states = None
             mask = unrolled_mask(length, pass_index, hidden_states.dtype, device)

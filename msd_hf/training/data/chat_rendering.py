@@ -1,4 +1,4 @@
-"""A conversation rendered by a chat template, and the places of the assistant's answers in the text."""
+"""Renders conversations with a chat template and finds the places of the assistant's answers in the text."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _ADVICE = (
 @dataclass(frozen=True)
 class RenderedChat:
     """
-    A conversation as text.
+    The text of a conversation, and the places of the assistant's answers in it.
 
     Args:
-        text: the text up to the last trained token. Images are not expanded.
+        text: the text up to the last trained token, before the processor expands images.
         answers: begin and end of each answer, in characters. The token that ends the turn belongs to the answer.
     """
 
@@ -63,8 +63,9 @@ class ChatRenderer:
         Renders messages. The last message must be the assistant's.
 
         Args:
-            messages: see [`Conversation`].
-            complete: whether the last answer has an end.
+            messages: chat messages in the form of [`Conversation`].
+            complete: `False` if a length limit cut the last answer. The text then ends with this answer, without a
+                token that ends the turn.
 
         Raises:
             MSDDataError: when the template refuses the messages, or changes an answer.
@@ -78,9 +79,9 @@ class ChatRenderer:
         answers = [message["content"][0]["text"] for message in messages if message["role"] == "assistant"]
         try:
             text = self._render(messages)
-            # First choice: an answer begins where the prompt for it ends, because the target writes everything after
-            # the prompt, white space too; the marks of a template may leave white space out. Second choice, for
-            # templates that write earlier turns in another way than the last turn: the marks.
+            # First choice: an answer begins where its prompt ends, because the target writes all text after the
+            # prompt, white space too, which generation marks may leave out. Second choice: the generation marks, for
+            # templates that write an earlier turn in another way than the last turn.
             for find_begins in (self._after_prompts, self._at_marks):
                 begins = find_begins(messages, text)
                 ends = [_end_of(answer, text, begin) for answer, begin in zip(answers, begins, strict=False)]
@@ -95,7 +96,7 @@ class ChatRenderer:
 
     def count_images(self, messages: list[dict[str, Any]]) -> int:
         """
-        The number of images in messages.
+        Counts the images of messages.
 
         Raises:
             MSDDataError: when there are images and the target takes none.
@@ -106,8 +107,8 @@ class ChatRenderer:
         return num_images
 
     def _with_ends(self, text: str, spans: list[tuple[int, int]], complete: bool) -> RenderedChat:
-        # No turn follows the last answer, so a token after it is the token that ends turns. It may differ from
-        # `eos_token`, as in Gemma.
+        # No turn follows the last answer, so an added token right after it is the token that ends turns. That token
+        # may differ from `eos_token`, as in Gemma.
         eos_token = self.tokenizer.eos_token
         last_end = spans[-1][1]
         found = re.compile(rf"\s*({self._added})").match(text, last_end)
@@ -116,8 +117,8 @@ class ChatRenderer:
         result = []
         for begin, end in spans[:-1] if not complete else spans:
             match = end_pattern.match(text, end)
-            # Without an end token, trailing white space may share a token with the next text of the template; it is
-            # left out of the answer.
+            # An answer without an end token loses its trailing white space, which may share a token with the
+            # template's text after it.
             result.append((begin, match.end() if match else begin + len(text[begin:end].rstrip())))
         if not complete:
             return RenderedChat(text[:last_end], [*result, spans[-1]])
@@ -128,13 +129,13 @@ class ChatRenderer:
         return RenderedChat(text, result)
 
     def _after_prompts(self, messages: list[dict[str, Any]], text: str) -> list[int]:
-        """Where the prompt for each answer ends."""
+        """The places where the prompts for the answers end. A prompt that the text does not begin with is left out."""
         places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         prompts = [self._render(messages[:place], add_generation_prompt=True) for place in places]
         return [len(prompt) for prompt in prompts if text.startswith(prompt)]
 
     def _at_marks(self, messages: list[dict[str, Any]], text: str) -> list[int]:
-        """Where each answer begins according to the generation marks of the template."""
+        """The places where answers begin by the generation marks of the template; empty without such marks."""
         template = self.processor.chat_template
         template = template.get("default") if isinstance(template, dict) else template
         if template is None or not re.search(r"\{%-?\s*generation\s*-?%\}", template):
@@ -162,7 +163,7 @@ class ChatRenderer:
         ]
 
     def _check_template(self) -> None:
-        """Finds out, on a chat with known answers, whether the template takes a text or a list of parts."""
+        """Renders a chat with known answers, to find out whether the template takes a text or a list of parts."""
         messages = [_message(role, text) for role, text in zip(("user", "assistant") * 2, _PROBE, strict=True)]
         self._special = re.compile("(?!)")
         problem: Exception | None = None
@@ -189,8 +190,8 @@ class ChatRenderer:
 
 
 def _end_of(answer: str, text: str, begin: int) -> int | None:
-    """Where `answer` ends if it stands at `begin`; white space before it is skipped, which a template may write or
-    strip. `None` if it does not stand there."""
+    """The place where `answer` ends if it stands in `text` at `begin`, else `None`. White space before the answer is
+    skipped, because a template may add or strip some."""
     if text.startswith(answer, begin):
         return begin + len(answer)
     while begin < len(text) and text[begin].isspace():

@@ -1,4 +1,4 @@
-"""Checking a data set: the samples that cannot be used, with the reasons, and the trained tokens of the others."""
+"""Checks a data set: counts unusable samples by reason, and shows the trained tokens of usable ones."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class ShownSample:
 @dataclass
 class DataReport:
     """
-    The result of [`check_conversations`].
+    The counts, error messages and shown samples that [`check_conversations`] collects from a data set.
 
     Args:
         name: name of the data.
         num_samples: number of samples in the data.
-        max_length: length, in tokens, to which samples are cut.
+        max_length: number of tokens to which longer samples were cut.
         reasons: number of samples that cannot be used, by reason.
         examples: the first few error messages for each reason.
         lengths: number of tokens of each usable sample, after cutting.
@@ -71,12 +71,12 @@ def check_conversations(
     conversations: Conversations, processor: Any, max_length: int = 2048, num_shown: int = 3, strict: bool = False
 ) -> DataReport:
     """
-    Reads and encodes every sample, with its images, as training would.
+    Reads and encodes every sample, images included, as training would, and reports which ones cannot be used.
 
     Args:
         conversations: the data.
         processor (`ProcessorMixin` or `PreTrainedTokenizerBase`): the target's processor.
-        max_length: longer samples are cut to so many tokens.
+        max_length: number of tokens to which longer samples are cut.
         num_shown: number of samples that are kept as text. Half of them have images, if there are enough.
         strict: raise at the first sample that cannot be used.
 
@@ -143,7 +143,7 @@ def render_report(report: DataReport, console: Console) -> None:
         for piece, trained in sample.pieces:
             if trained and not coloured:
                 piece = f"‹{piece}›"
-            # Data shall not steer the terminal.
+            # An escape character in the data must not control the terminal.
             text.append(piece.replace("\x1b", "␛"), style=TRAINED_STYLE if trained and coloured else "")
         console.print()
         console.print(Text(f"sample {sample.id}", style="bold underline"))
@@ -169,8 +169,8 @@ def _to_pieces(sample: dict[str, torch.Tensor], tokenizer: Any) -> list[tuple[st
 
 
 def _runs(tokens: list[int], added: dict[int, Any]) -> list[tuple[int, int, int]]:
-    """Splits tokens into runs: of the same added token, or of ordinary tokens. Returns first token, begin and end of
-    each run."""
+    """Splits tokens into runs. A run repeats one added token, or holds ordinary tokens only. Returns the first token,
+    the begin and the end of each run."""
     runs: list[tuple[int, int, int]] = []
     for place, token in enumerate(tokens):
         if runs and (token == runs[-1][0] if token in added else runs[-1][0] not in added):
@@ -181,8 +181,8 @@ def _runs(tokens: list[int], added: dict[int, Any]) -> list[tuple[int, int, int]
 
 
 def _decode(ids: torch.Tensor, begin: int, end: int, tokenizer: Any) -> str:
-    """The text of `ids[begin:end]`. The token before is decoded too, because many tokenizers drop the space at the
-    begin of a text."""
+    """The text of `ids[begin:end]`. The token before them is decoded too, because many tokenizers drop the space at
+    the beginning of a text."""
     before, text = (
         tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         for part in (ids[max(0, begin - 1) : begin], ids[max(0, begin - 1) : end])

@@ -20,7 +20,7 @@ from .turns import read_messages
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# The `reason` of an `MSDDataError` is one of these; skipped samples are counted by it.
+# The `reason` of each `MSDDataError` is one of these. Reports count skipped samples by reason.
 REASONS = (
     "no conversation",
     "malformed turn",
@@ -67,7 +67,7 @@ class Conversation:
         Reads the images completely, as RGB.
 
         Raises:
-            MSDDataError: "missing image" or "broken image".
+            MSDDataError: when a file is missing or is not an image that can be read.
         """
         return [_open_image(image, self.id) for image in self.images]
 
@@ -76,7 +76,7 @@ class Conversation:
         The messages before the first answer, and their images, opened.
 
         Raises:
-            MSDDataError: "missing image" or "broken image", of any image of the conversation.
+            MSDDataError: when any image of the conversation is missing or cannot be read.
         """
         messages = list(itertools.takewhile(lambda message: message["role"] != "assistant", self.messages))
         return messages, self.open_images()[: count_images(messages)]
@@ -94,8 +94,8 @@ class Conversations:
     Args:
         samples (sequence of `dict`): raw samples.
         name: name of the data in messages.
-        image_folder (*optional*): the folder that holds all images. Kept as an attribute.
-        fingerprint (*optional*): identifies the content. By default it is computed at its first use.
+        image_folder (*optional*): the folder that holds all images and that image paths are relative to.
+        fingerprint (*optional*): identifies the content of the data. By default it is computed at its first use.
     """
 
     def __init__(self, samples: Any, name: str, image_folder: Path | None = None, fingerprint: str | None = None):
@@ -262,7 +262,7 @@ def _to_rgb(image: Image, name: str) -> Image:
 
 
 def _describe(value: Any) -> Any:
-    """Replaces a value that JSON cannot hold, for the fingerprint."""
+    """Converts a value that JSON cannot hold, for the fingerprint."""
     if isinstance(value, bytes):
         return hashlib.sha256(value).hexdigest()
     if hasattr(value, "tobytes") and hasattr(value, "mode"):

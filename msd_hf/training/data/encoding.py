@@ -1,4 +1,4 @@
-"""From conversations to inputs of the target, with a mask of the assistant's tokens, and to batches of them."""
+"""Encodes conversations as inputs of the target, with a mask of the assistant's tokens, and makes batches."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class ConversationEncoder:
     """
     Encodes conversations with the target's own processor and chat template.
 
-    The mask of the assistant's tokens follows from the characters of the answers in the rendered text. The masked
-    tokens are decoded and compared with the answers, so that a mask is never wrong: it is right or there is an error.
+    The characters of an answer in the rendered text determine the mask of the assistant's tokens. The masked tokens
+    are then decoded and compared with the answer. A difference raises an error, so that no mask is silently wrong.
 
     Args:
         processor (`ProcessorMixin` or `PreTrainedTokenizerBase`): the target's processor.
-        max_length: longer samples are cut to so many tokens.
+        max_length: number of tokens to which longer samples are cut, expanded images included.
 
     Raises:
         MSDError: when this tokenizer or chat template does not show which tokens belong to an answer.
@@ -57,7 +57,7 @@ class ConversationEncoder:
             images with their leading dimension.
 
         Raises:
-            MSDDataError: when the conversation cannot be encoded, see `REASONS`.
+            MSDDataError: when the conversation cannot be encoded; its `reason` is one of `REASONS`.
         """
         with errors_name_sample(conversation.id):
             return self._encode(conversation)
@@ -68,7 +68,7 @@ class ConversationEncoder:
         cut, because the length of the conversation is not known without its images.
 
         Raises:
-            MSDDataError: when the conversation cannot be encoded, see `REASONS`.
+            MSDDataError: when the conversation cannot be encoded; its `reason` is one of `REASONS`.
         """
         with errors_name_sample(conversation.id):
             _, chat = self._render(conversation)
@@ -87,7 +87,7 @@ class ConversationEncoder:
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     def _render(self, conversation: Conversation) -> tuple[Conversation, RenderedChat]:
-        """Returns the conversation up to its last answer, and its text."""
+        """Returns the conversation up to its last answer, and the text that the chat template writes for it."""
         messages = conversation.messages
         while messages and messages[-1]["role"] != "assistant":  # there is nothing to learn after the last answer
             messages = messages[:-1]
@@ -199,7 +199,7 @@ def collate_conversations(samples: Sequence[dict[str, torch.Tensor]], pad_token_
 
 
 def concatenate_padded(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Concatenates tensors along their first dimension, padded with zeros to the largest size of each other one."""
+    """Concatenates tensors along their first dimension. Zeros pad each other dimension to its largest size."""
     sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
     padded = []
     for tensor in tensors:

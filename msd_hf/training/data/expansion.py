@@ -61,7 +61,7 @@ def align(rendered: str, expanded: str, image_tokens: Sequence[str]) -> list[Str
 
 
 def move(span: tuple[int, int], stretches: list[Stretch]) -> tuple[int, int]:
-    """Translates begin and end of a span without images from the rendered to the expanded text."""
+    """Translates the begin and the end of a span without images from the rendered to the expanded text."""
     begin, end = span
     for stretch in stretches:
         shift = stretch.expanded - stretch.rendered
@@ -73,8 +73,8 @@ def move(span: tuple[int, int], stretches: list[Stretch]) -> tuple[int, int]:
 class TokenizerRecorder:
     """
     Wraps a tokenizer and keeps the text of its last call (`text`), the tokens (`ids`, long, `[L]`) and the begin and
-    end of each token in characters (`offsets`, long, `[L, 2]`). It serves as the tokenizer of a processor, because not
-    every processor returns these.
+    end of each token in characters (`offsets`, long, `[L, 2]`). A processor is given the wrapper as its tokenizer,
+    because not every processor returns its text and the offsets.
     """
 
     def __init__(self, tokenizer: Any):

@@ -1,4 +1,4 @@
-"""From the turns of a raw sample, in any of the known forms, to chat messages and references to images."""
+"""Converts the turns of a raw sample, in any of the known forms, to chat messages and references to images."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ _Part = dict[str, Any]
 
 def read_messages(sample: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[Any]]:
     """
-    The chat messages of a raw sample, and one reference (path, PIL image, `{"bytes", "path"}`) for each image part.
+    Reads the chat messages of a raw sample, and one reference (path, PIL image or `{"bytes", "path"}`) for each image
+    part.
 
     Turns that are out of order are mended as is usual for ShareGPT: turns of the assistant before the first turn of
     the user are dropped, and consecutive turns of one role are joined with a line break.
 
     Raises:
-        MSDDataError: when the turns or the number of images cannot be right.
+        MSDDataError: when the turns cannot be used, or the sample has more or fewer images than places for them.
     """
     turns = _first(sample, ("conversations", "messages", "conversation"))
     if not isinstance(turns, (list, tuple)) or not turns:
@@ -98,7 +99,7 @@ def _split_tags(text: str) -> list[_Part]:
 
 
 def _assign_images(messages: list[tuple[str, list[_Part]]], sample: Mapping[str, Any]) -> None:
-    """Gives the images of the sample, in place, to the image parts that have none."""
+    """Assigns the images of the sample, in order and in place, to the image parts that have no reference yet."""
     images = sample.get("images") or sample.get("image")
     if images is None or images == "":
         images = []
@@ -153,7 +154,7 @@ def _text(text: str) -> _Part:
 
 
 def _first(mapping: Mapping[str, Any], names: Iterable[str]) -> Any:
-    """The first value that is not `None`. A data set with columns holds `None` where a sample lacks one."""
+    """The first value under `names` that is not `None`. Data sets with columns hold `None` for a missing value."""
     return next((mapping[name] for name in names if mapping.get(name) is not None), None)
 
 

@@ -34,7 +34,7 @@ logger = logging.get_logger(__name__)
 @dataclass(frozen=True)
 class ExtractionReport:
     """
-    The size of a cache.
+    The size of a feature cache after its extraction, and the samples that were skipped.
 
     Args:
         num_samples, num_tokens, num_bytes: totals of the whole cache.
@@ -73,16 +73,18 @@ def extract_features(
     Args:
         target: the frozen target, in any dtype, on any device, quantised or not.
         processor: the target's processor.
-        conversations: the data, see [`load_conversations`].
+        conversations: the data, opened by [`load_conversations`].
         folder: the folder of this cache, without other files. It is created if needed.
-        max_length: longest sample in tokens, see [`ConversationEncoder`].
+        max_length: number of tokens to which longer samples are cut, expanded images included.
         storage: `"auto"` (the target's dtype), `"float32"`, `"bfloat16"`, `"float16"`, or `"int8"` with a scale for
             each row.
         batch_size: samples per forward of the target.
-        feature_layers (*optional*): ids of the layers to keep besides the last hidden state.
+        feature_layers (*optional*): decoder layers, counted from 0, whose outputs are kept besides the last hidden
+            state.
         all_hidden_states: also keep hidden states that only a draft with `decouple_visual_tokens=False` reads.
         strict: raise the error of the first broken sample instead of skipping and counting broken samples.
-        samples_per_shard: conversations per file. This many are held in memory, and are lost when the run is killed.
+        samples_per_shard: conversations per file. Their features stay in memory until the file is written, and are
+            lost if the run is killed before.
         num_workers: processes that read images and tokenize ahead of the target.
 
     Raises:
@@ -217,7 +219,7 @@ class FeatureCache(Dataset):
         Returns:
             `input_ids` (`LongTensor` of shape `[L]`), `assistant_mask` and `visual_mask` (`BoolTensor` of shape
             `[L]`), `visual_embeds` (`[V, H]`), and `hidden_states` (`[L, W]`), which are zero at rows that are not
-            stored. The last two have the dtype in which they are stored, or float32 if they are stored as int8.
+            stored. `visual_embeds` and `hidden_states` have the dtype in which they are stored; int8 becomes float32.
         """
         index = range(len(self))[index]
         shard = bisect_right(self._ends, index)
@@ -250,11 +252,11 @@ class FeatureCache(Dataset):
         Checks that the cache was made with this target, this processor and these settings.
 
         Args:
-            target, processor, max_length, feature_layers: see [`extract_features`].
+            target, processor, max_length, feature_layers: the arguments that [`extract_features`] must have had.
             needs_all_hidden_states: whether the draft also reads the hidden states before visual positions.
 
         Raises:
-            MSDError: names the differences.
+            MSDError: when the cache was made in another way; the message names the differences.
         """
         expected = {"max_length": max_length, "feature_layers": sorted(feature_layers or ())}
         if needs_all_hidden_states:
@@ -262,7 +264,7 @@ class FeatureCache(Dataset):
         self.index.check_terms(self.folder, target_fingerprint(target), processor, expected)
 
     def _reader(self, shard: int) -> ShardReader:
-        if self._process != os.getpid():  # after a fork
+        if self._process != os.getpid():  # a forked process opens the files itself
             self._readers, self._process = {}, os.getpid()
         if shard not in self._readers:
             self._readers[shard] = ShardReader(self.folder / self.index.shards[shard]["file"])

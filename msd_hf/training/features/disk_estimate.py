@@ -1,4 +1,4 @@
-"""Estimating the disk space of features before they are computed."""
+"""Estimates the disk space of features before they are computed."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _NUM_PROBES = 64
 @dataclass(frozen=True)
 class DiskEstimate:
     """
-    The estimated size of a cache.
+    The estimated size of a feature cache.
 
     Args:
         num_samples, num_tokens, num_bytes: totals of the whole cache.
-        storage: the number format.
+        storage: the number format, never `"auto"`.
     """
 
     num_samples: int
@@ -79,8 +79,10 @@ def estimate_disk(
 
 def check_disk(folder: Path, num_bytes: int) -> None:
     """
+    Checks that the disk of `folder` has `num_bytes` left. The folder need not exist yet.
+
     Raises:
-        MSDError: when the disk of `folder` has less than `num_bytes` left. The folder need not exist yet.
+        MSDError: when less is left.
     """
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free

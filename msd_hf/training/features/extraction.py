@@ -1,4 +1,4 @@
-"""From conversations to packed features: encode, sort by length, run the target, keep the rows that a draft reads."""
+"""Runs the target over conversations and packs the rows of its features that a draft reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..data.encoding import ConversationEncoder, collate_conversations
 from .storage import pack, stored_rows
 
 
-_BATCHES_PER_WINDOW = 8  # samples are sorted by length within a window
+_BATCHES_PER_WINDOW = 8  # samples are sorted by length within a window of this many batches
 
 Sample = dict[str, torch.Tensor]
 
@@ -30,7 +30,7 @@ class EncodedConversation:
 
     Args:
         id: id of the conversation.
-        inputs: see [`ConversationEncoder`]; empty if there is an error.
+        inputs: the output of [`ConversationEncoder`]; empty if there is an error.
         error: why the conversation cannot be used; `None` if it can.
     """
 
@@ -49,7 +49,7 @@ class _EncodedConversations(Dataset):
             conversation = self.conversations[index]
             sample_id = conversation.id
             return EncodedConversation(sample_id, self.encoder(conversation))
-        except MSDError as error:  # returned, so that the main process raises it and the user sees one line
+        except MSDError as error:  # raised by the main process instead, so that the user sees one line
             return EncodedConversation(getattr(error, "sample_id", None) or sample_id, {}, error)
 
 
@@ -57,10 +57,10 @@ def iterate_encoded(
     conversations: Conversations, encoder: ConversationEncoder, indices: Sequence[int], num_workers: int = 0
 ) -> Iterator[EncodedConversation]:
     """
-    Encodes the conversations at `indices`, in that order, in `num_workers` processes beside this one.
+    Encodes the conversations at `indices`, in that order, in `num_workers` other processes; with 0 in this process.
 
     Raises:
-        MSDError: for an error that does not concern a single sample.
+        MSDError: when an error concerns more than a single sample, such as a processor that cannot be used.
     """
     dataset = _EncodedConversations(conversations, encoder)
     for encoded in DataLoader(dataset, sampler=indices, batch_size=None, num_workers=num_workers):
@@ -74,13 +74,13 @@ def iterate_encoded(
 
 class FeatureExtractor:
     """
-    Runs a frozen target over encoded conversations.
+    Runs a frozen target over encoded conversations and packs the features that a draft reads.
 
     Args:
-        adapter: the target with the layers to keep.
+        adapter: the adapter of the target, which reads the layers to keep.
         pad_token_id: padding of shorter samples in a batch.
-        storage: number format, see [`pack`].
-        all_hidden_states: see [`stored_rows`].
+        storage: number format of the packed features.
+        all_hidden_states: keep the hidden states of all positions, not only those of [`stored_rows`].
         batch_size: samples per forward.
     """
 
@@ -140,7 +140,7 @@ class FeatureExtractor:
 
     @staticmethod
     def _gather(features: torch.Tensor, masks: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The rows of `[B, L, W]` that the masks keep, by sample, on the CPU. All rows are copied together."""
+        """The rows of `features` `[B, L, W]` that the masks `[L]` keep, by sample, moved to the CPU in one copy."""
         mask = pad_sequence(masks, batch_first=True).to(features.device)
         return features[mask].cpu().split([int(kept.sum()) for kept in masks])
 

@@ -1,4 +1,4 @@
-"""Fingerprints of targets that do not read all weights."""
+"""The fingerprint of a target, computed without reading all of its weights."""
 
 from __future__ import annotations
 

@@ -22,10 +22,10 @@ INDEX_NAME = "index.json"
 @dataclass
 class CacheIndex:
     """
-    The settings and the shards of a cache folder.
+    The settings and the shards of a feature cache, as the file `index.json` of its folder holds them.
 
     Args:
-        target, encoder, conversations: fingerprints.
+        target, encoder, conversations: fingerprints of the target, of the encoder and of the data.
         target_dtype: dtype of the target during the extraction.
         num_conversations: number of conversations in the data.
         max_length, storage, feature_layers, all_hidden_states, samples_per_shard: arguments of [`extract_features`].
@@ -73,7 +73,7 @@ class CacheIndex:
         return Counter(reason for shard in self.shards for reason, ids in shard["skipped"].items() for _ in ids)
 
     def skipped_table(self) -> str:
-        """`skipped` as text."""
+        """The number of skipped samples by reason, as text."""
         return ", ".join(f"{reason} {count:,}" for reason, count in self.skipped.most_common())
 
     def check_shard(self, folder: Path, shard_id: int) -> None:
@@ -126,7 +126,8 @@ class CacheIndex:
 
     def continued(self, folder: Path, processor: Any) -> CacheIndex:
         """
-        The index of an earlier extraction to `folder` with the same settings, or this index if there was none.
+        The index of an earlier extraction to `folder` with the same settings, or this index if there was none. Removes
+        the temporary files of a killed run.
 
         Raises:
             MSDError: when the folder holds other files, or a cache made with other settings.
@@ -137,7 +138,7 @@ class CacheIndex:
         leftovers = {name for name in names if name.startswith((".shard-", ".index")) and name.endswith(".tmp")}
         if INDEX_NAME not in names and names - leftovers:
             raise MSDError(f"The folder {str(folder)!r} is not empty and holds no feature cache; choose another one.")
-        for name in leftovers:  # files of a run that was killed
+        for name in leftovers:
             (folder / name).unlink(missing_ok=True)
         earlier = CacheIndex.read(folder) if INDEX_NAME in names else self
         if not earlier.shards:
@@ -157,13 +158,13 @@ class CacheIndex:
             expected: expected values of other fields of the index.
 
         Raises:
-            MSDError: names the settings of the cache that differ.
+            MSDError: when settings differ; the message names them.
         """
         differences = []
         if self.target != target:
             differences.append("another target")
-        # The fingerprint of the encoder includes `max_length`, which is compared below; here both sides use the
-        # length of the cache.
+        # The fingerprint of an encoder includes `max_length`. That is compared below, so the caller's encoder gets
+        # the cache's `max_length` here.
         if self.encoder != ConversationEncoder(processor, self.max_length).fingerprint:
             differences.append("another processor")
         for name, value in expected.items():

@@ -58,8 +58,9 @@ def resolve_storage(storage: str, dtype: torch.dtype) -> str:
 
 def stored_rows(assistant_mask: torch.Tensor, visual_mask: torch.Tensor, all_hidden_states: bool) -> torch.Tensor:
     """
-    The mask `[L]` of the positions whose hidden states a draft needs: positions before a text token, because their
-    hidden state is fused with it; and the assistant's tokens and the position after them, which are goals of the loss.
+    The mask `[L]` of the positions whose hidden states a draft needs. These are the positions before a text token,
+    whose hidden state is fused with that token, and the assistant's tokens and the position after them, whose hidden
+    states are goals of the loss.
 
     Args:
         assistant_mask (`torch.BoolTensor` of shape `[L]`): true at the assistant's tokens.
@@ -75,14 +76,14 @@ def stored_rows(assistant_mask: torch.Tensor, visual_mask: torch.Tensor, all_hid
 
 
 def sample_bytes(num_tokens: int, num_visual: int, num_hidden: int, hidden_size: int, width: int, storage: str) -> int:
-    """Bytes of a sample with `num_visual` rows of `hidden_size` numbers and `num_hidden` rows of `width` numbers."""
+    """Bytes of a sample: `num_tokens` ids and masks, `num_visual` rows of `hidden_size`, `num_hidden` of `width`."""
     block = hidden_size * _DTYPES[storage].itemsize + (_SCALE_BYTES if storage == "int8" else 0)
     return num_tokens * _TOKEN_BYTES + (num_visual + num_hidden * (width // hidden_size)) * block
 
 
 def pack(name: str, rows: torch.Tensor, hidden_size: int, storage: str) -> dict[str, torch.Tensor]:
     """
-    Converts rows `[R, W]` to a number format; returns tensors by the names of their fields.
+    Converts rows `[R, W]` to a number format. Returns the tensors by the names of their fields in a shard.
 
     int8 has a float32 scale for each block of `hidden_size` numbers, because the layers of a target differ in scale.
     """
@@ -99,7 +100,7 @@ def _scales_of(name: str) -> str:
 
 
 def write_shard(path: Path, samples: list[dict[str, torch.Tensor]]) -> None:
-    """Writes samples of packed fields, each `[rows, ...]`, as one file."""
+    """Writes samples, whose packed fields are `[rows, ...]` each, as one shard file."""
     tensors = {}
     for name in samples[0]:
         tensors[name] = torch.cat([sample[name] for sample in samples])
@@ -145,7 +146,8 @@ def damaged_shard(path: Path, detail: str) -> MSDError:
 @contextmanager
 def safely_replaced_file(path: Path) -> Iterator[Path]:
     """
-    Like [`replaced_file`], but the file is on disk completely before it takes its name.
+    Like [`replaced_file`], but flushes the file to the disk before the file takes its name, so that a crash of the
+    machine leaves no incomplete file.
 
     Raises:
         MSDError: when the file cannot be written.

@@ -39,7 +39,7 @@ class AnsweredChat:
         return any(message["role"] == "assistant" for message in self.messages)
 
     def with_question(self) -> list[dict[str, Any]]:
-        """The messages and the next question."""
+        """The messages so far, followed by the next question."""
         return [*self.messages, *self.questions[:1]]
 
     def prompt(self, processor: Any, renderer: ChatRenderer) -> BatchFeature:
@@ -63,7 +63,7 @@ class AnsweredChat:
 
 
 class EntryWriter:
-    """Makes LLaVA-style entries. Images in memory are written as PNG files to a folder beside the output."""
+    """Makes the LLaVA-style entries of answered chats. Writes images in memory as PNG files beside the output."""
 
     def __init__(self, output: Path, image_folder: Path | None):
         self.folder, self.image_folder = output.with_name(f"{output.stem}_images"), image_folder
@@ -91,7 +91,7 @@ class EntryWriter:
 
 
 def _to_value(content: list[dict[str, Any]]) -> str:
-    """The text that `load_conversations` reads back as `content`. It drops one line break on either side of a tag."""
+    """The text that `load_conversations` reads back as `content`. Reading drops a line break on each side of a tag."""
     value, text = "", ""
     for part in content:
         if part["type"] == "text":

@@ -24,7 +24,7 @@ from ..data.encoding import concatenate_padded
 
 
 _WARPERS = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
-# Arguments of `generate` for plain greedy decoding. They override defaults of the target that are for sampling.
+# Arguments of `generate` for plain greedy decoding. They override the sampling defaults of the target.
 _GREEDY = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None}
 _TAKEN = (
     "do_sample",
@@ -54,7 +54,7 @@ class AnswerGenerator:
             come from the target's generation config.
 
     Raises:
-        MSDError: when an argument cannot be used here.
+        MSDError: when an argument is out of range or cannot be combined with the generation of answers.
     """
 
     def __init__(

@@ -107,10 +107,12 @@ class Journal:
 
 def check_unwritten(output: Path) -> None:
     """
+    Checks that no complete `output` exists, which a new run would overwrite.
+
     Raises:
         MSDError: when `output` exists and is complete.
     """
-    # Both files exist if the run was killed between the last two steps of `finish`.
+    # `output` and its journal both exist if the run was killed between the last two steps of `finish`.
     if output.exists() and not _partial(output).exists():
         raise MSDError(f"{str(output)!r} exists: remove it, or choose another name.")
 

@@ -24,13 +24,13 @@ from .journal import Journal, check_unwritten
 
 logger = logging.get_logger(__name__)
 
-_BATCHES_PER_WINDOW = 4  # prompts are sorted by length within a window
+_BATCHES_PER_WINDOW = 4  # prompts are sorted by length within a window of this many batches
 
 
 @dataclass(frozen=True)
 class RegenerateReport:
     """
-    The result of [`regenerate`].
+    The file that [`regenerate`] wrote, and the numbers of its conversations and of the skipped samples.
 
     Args:
         output: the JSONL file.
@@ -121,6 +121,8 @@ def regenerate(
 
 def check_output(output: Path) -> None:
     """
+    Checks that answers can be written to `output`.
+
     Raises:
         MSDError: when `output` exists, or is not a .jsonl file.
     """
@@ -136,8 +138,8 @@ def _outcome(record: dict[str, Any]) -> str:
 
 
 class _Windows:
-    """Answers conversations in windows of a few batches, sorted by length within a window. The windows are the same
-    wherever a run was interrupted."""
+    """Answers conversations in windows of a few batches. Prompts are sorted by length within a window. A resumed run
+    has the same windows as an uninterrupted one."""
 
     def __init__(
         self,
