@@ -15,7 +15,7 @@ from ..draft.modeling_msd import MSDDraftModel
 @dataclass(frozen=True)
 class Disagreement:
     """
-    The first difference between a greedy generation with a draft and the one without.
+    The first token at which a greedy generation with a draft differs from the one without.
 
     Args:
         position: index of the first different token among the new tokens.
@@ -64,7 +64,8 @@ def find_disagreement(
     logits = plain.logits[position][0].double()
     gap = logits[expected[position]] - logits[got[position]]
 
-    # The reference generates the target's tokens, so that it gets the same inputs whatever the family of the model.
+    # The reference is made to generate the target's tokens, so that `generate` prepares the inputs for any family of
+    # models.
     exact_inputs = {
         name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
         for name, value in inputs.items()

@@ -25,11 +25,12 @@ from ..tree.settings import TreeSettings
 
 class ChainAssistant:
     """
-    Stands for a draft as `assistant_model`. It is not a draft itself, so our hook into `generate` leaves the call to
-    transformers.
+    Stands in for a draft as the `assistant_model` of `generate`. It is not a draft itself, so our hook into `generate`
+    leaves the call to transformers.
 
     Args:
-        config (`PreTrainedConfig`): the target's. `generate` compares the vocabularies of target and assistant.
+        config (`PreTrainedConfig`): config of the target, because `generate` compares the vocabularies of target and
+            assistant.
     """
 
     def __init__(self, config: PreTrainedConfig):
@@ -40,8 +41,8 @@ class ChainAssistant:
 def assisted_chain(target: PreTrainedModel, draft: MSDDraftModel) -> Iterator[ChainAssistant]:
     """
     Gives an `assistant_model` for `generate` calls inside the block, which then decode with transformers' own assisted
-    loop, one prompt a call. Length and confidence come from the draft's generation config, as for any assistant, or
-    from transformers' defaults (`num_assistant_tokens`, `assistant_confidence_threshold`).
+    loop, one prompt a call. The length of a chain (`num_assistant_tokens`) and the least confidence of its tokens
+    (`assistant_confidence_threshold`) come from the draft's generation config or from transformers' defaults.
 
     Raises:
         MSDUnsupportedError: when the target cannot be used with a draft.
@@ -68,15 +69,15 @@ def assisted_chain(target: PreTrainedModel, draft: MSDDraftModel) -> Iterator[Ch
 
 class ChainCandidateGenerator(CandidateGenerator):
     """
-    Proposes the draft's most likely tokens, one after the other. It gives no logits with them. The loop then takes the
-    target's own choice at each position, greedy or sampled, as long as the choice equals the candidate.
+    Proposes the draft's most likely tokens, one after the other, without logits. Without candidate logits the loop
+    takes the target's own choice at each position, greedy or sampled, as long as the choice equals the candidate.
 
     Args:
         draft (`MSDDraftModel`): the draft.
-        adapter (`TargetAdapter`): of the target.
-        seen (`TargetObservation`): of the target's forwards, also those of the loop.
-        generation_config (`GenerationConfig`): of the call.
-        model_kwargs (`dict[str, Any]`): the target's, before its first forward.
+        adapter (`TargetAdapter`): the adapter of the target.
+        seen (`TargetObservation`): the observation of the target's forwards, those of the loop included.
+        generation_config (`GenerationConfig`): the generation config of the call.
+        model_kwargs (`dict[str, Any]`): the target's keyword arguments before its first forward.
     """
 
     requires_model_outputs = True  # so that the loop hands on the outputs of the prefill
@@ -101,7 +102,7 @@ class ChainCandidateGenerator(CandidateGenerator):
         self._adapter = adapter
         self._seen = seen
         self._device = draft.device
-        # Kept, because the loop replaces them.
+        # Kept from before the prefill, because the loop replaces these arguments.
         self._prompt_kwargs = {name: model_kwargs.get(name) for name in ("attention_mask", CACHE_NAME)}
         self._fed_ids: torch.Tensor | None = None  # [1, S]: tokens that the draft has seen
 
@@ -109,20 +110,22 @@ class ChainCandidateGenerator(CandidateGenerator):
         self, input_ids: torch.Tensor, model_outputs: Any = None, is_first_iteration: bool = False, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         """
+        Proposes candidates that follow the tokens so far.
+
         Args:
             input_ids (`torch.LongTensor` of shape `[1, S]`): the tokens so far.
-            model_outputs (`ModelOutput`): of the target's last forward.
+            model_outputs (`ModelOutput`): the outputs of the target's last forward.
             is_first_iteration (`bool`): whether the target has not run yet, so that there is nothing to draft from.
 
         Returns:
             The tokens followed by the candidates (`[1, S + C]`), and no logits.
         """
-        # The last token of the text is the target's own.
+        # One place is left for the token that the target adds to the candidates.
         num_tokens = min(self.num_assistant_tokens, self.max_length - input_ids.shape[1] - 1)
         if is_first_iteration:
             self._fed_ids = input_ids
             return input_ids, None
-        if num_tokens < 1:  # near the end of the text, and no later round drafts either
+        if num_tokens < 1:  # near the length limit; no later round drafts, so the draft is not fed
             return input_ids, None
         self._feed(input_ids, model_outputs)
         settings = TreeSettings(num_nodes=1 + num_tokens, depth=num_tokens - 1, top_k=1)
@@ -134,8 +137,8 @@ class ChainCandidateGenerator(CandidateGenerator):
         """Changes nothing: transformers' default schedule is constant. Older releases demand the method."""
 
     def _feed(self, input_ids: torch.Tensor, model_outputs: Any) -> None:
-        """Feeds the tokens that were emitted since the last call, with the states of the target's last forward, which
-        began at the token before them."""
+        """Feeds the draft the tokens that were emitted since the last call, with the states of the target's last
+        forward. That forward began at the token before them."""
         assert self._fed_ids is not None
         tokens = input_ids[:, self._fed_ids.shape[1] :].to(self._device)
         if self._prompt_kwargs:
@@ -156,7 +159,7 @@ class ChainPolicy(TreePolicy):
     Args:
         settings (`TreeSettings`): the longest chain.
         threshold (`float`): least probability of a token; 0 for none.
-        eos_token_ids (`Sequence[int]`): of the target.
+        eos_token_ids (`Sequence[int]`): tokens that end an answer.
     """
 
     def __init__(self, settings: TreeSettings, threshold: float, eos_token_ids: Sequence[int]):

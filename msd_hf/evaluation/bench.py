@@ -1,4 +1,4 @@
-"""Runs all methods on all prompts; a report is made from the results."""
+"""Runs all methods of decoding on all prompts of a benchmark. A report is made from the results."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _differences(
         if position is None:
             continue
         if arguments.get("do_sample"):
-            # With sampling, a gap between logits does not explain a difference.
+            # With sampling, the two largest logits say nothing about a difference, so they are not measured.
             differences[name] = Difference(position, float("nan"), float("nan"))
         else:
             differences[name] = describe_difference(target, inputs, position, **arguments)

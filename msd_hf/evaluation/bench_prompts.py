@@ -1,4 +1,4 @@
-"""The prompts of a benchmark."""
+"""The prompts of a benchmark, and how they are taken from conversations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class BenchPrompt:
     """
-    One prompt.
+    One prompt of a benchmark.
 
     Args:
         name: name in reports.
@@ -35,7 +35,7 @@ class BenchPrompt:
 
 def first_questions(conversations: Conversations, processor: Any, num_prompts: int) -> list[BenchPrompt]:
     """
-    The first question of each of the first `num_prompts` conversations, with its images.
+    Makes prompts of the first question, with its images, of each of the first `num_prompts` conversations.
 
     Raises:
         MSDError: when there is no conversation.

@@ -1,4 +1,4 @@
-"""Several methods on the same prompt, in turns, with their outputs compared."""
+"""Runs several methods of decoding on the same prompt, in turns, and compares their outputs and speeds."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ class Comparison:
         return all(run.tokens == self.vanilla[0].tokens for run in (*self.vanilla, *self.runs[method]))
 
     def speedup(self, method: str = TREE.name) -> float:
-        """Ratio of tokens/s of whole calls to that of `generate` alone; the median over pairs of runs."""
+        """Tokens/s of whole calls of a method, divided by that of `generate` alone; the median over pairs of runs."""
         return self._ratio(method, "tokens_per_second")
 
     def decode_speedup(self, method: str = TREE.name) -> float:
-        """`speedup` without the prefill; `nan` if there was only one token."""
+        """Tokens/s of a method after the prefill, divided by that of `generate` alone; the median over pairs of runs.
+        `nan` if there was only one token."""
         return self._ratio(method, "decode_tokens_per_second")
 
     def _ratio(self, method: str, rate: str) -> float:
@@ -60,7 +61,10 @@ def compare(
     """
     Runs every method `repeats` times, in turns, so that noise of the machine affects all methods alike.
 
-    Args: see [`timed_generate`].
+    Args:
+        target, draft, inputs, seed, generate_arguments: the arguments of [`timed_generate`].
+        repeats: timed runs of each method.
+        methods: the methods. `generate` alone must be among them.
     """
     runs: dict[str, list[TimedRun]] = {method.name: [] for method in methods}
     for repeat in range(repeats):

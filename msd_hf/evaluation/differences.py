@@ -1,4 +1,4 @@
-"""The first token at which an output differs from that of the target alone, and how close the decision was."""
+"""Finds the first token at which two outputs differ, and measures how close the target's choice was there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 @dataclass(frozen=True)
 class Difference:
     """
-    The first token that differs.
+    The first token at which an output differs from that of the target alone, and how close the target's choice was.
 
     Args:
         position: index of the token among the new tokens.

@@ -1,4 +1,4 @@
-"""The decoding loop with its verifications in other hands, for measurements inside it."""
+"""Runs the decoding loop with a function of the caller in place of each verification, to measure inside the loop."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def run_intercepted(
     max_new_tokens: int,
 ) -> None:
     """
-    Calls `generate` with a draft, and `on_verify(verify, tree, cache)` in place of each verification, until
+    Runs `generate` with a draft and calls `on_verify(verify, tree, cache)` in place of each verification, until
     `on_verify` raises [`LoopEnd`]. `verify(tree)` is the verification itself.
 
     Args:
         target (`PreTrainedModel`), draft (`MSDDraftModel`): the pair. The target must not end an answer.
         inputs (`Mapping`): inputs of `generate` for one prompt.
-        on_verify (`Callable`): gives what `TargetAdapter.verify` gives.
-        max_new_tokens (`int`): more than the calls emit: near the length limit trees get smaller.
+        on_verify (`Callable`): must return a `TargetVerification`, as `verify` does.
+        max_new_tokens (`int`): must be more than the loop emits, because trees get smaller near the length limit.
     """
     with torch.no_grad(), suppress(LoopEnd), observing(on_verify=on_verify):
         target.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, assistant_model=draft)
@@ -41,7 +41,7 @@ def run_intercepted(
 
 @contextmanager
 def compilation(draft: MSDDraftModel, value: bool) -> Iterator[None]:
-    """Sets `compile` of a draft inside the block."""
+    """Sets `compile` in a draft's generation config inside the block, and restores it at the end."""
     before = getattr(draft.generation_config, "compile", None)
     draft.generation_config.compile = value
     try:

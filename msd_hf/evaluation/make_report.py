@@ -1,4 +1,4 @@
-"""Runs a benchmark and makes one of the two kinds of report."""
+"""Runs a benchmark and makes its report: of a pair on prompts, or of a shape with random weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def report_pair(
     ignore_eos: bool = False,
 ) -> dict[str, Any]:
     """
-    Makes the report of a target and its draft on prompts, see [`run_bench`] and [`summarize`].
+    Measures a target and its draft on prompts and makes the report. [`run_bench`] measures, [`summarize`] makes the
+    figures.
 
     Args:
         temperature: 0 for greedy decoding, above 0 for sampling. Each run has the same seed.
@@ -75,7 +76,8 @@ def report_shape(
     compile: bool = False,
 ) -> dict[str, Any]:
     """
-    Makes the report of a shape with simulated acceptance, see [`bench_shape`].
+    Measures a pair with random weights in a published shape, with simulated acceptance, and makes the report.
+    [`bench_shape`] measures.
 
     Raises:
         MSDError: when the tree is too small for one of the taus.

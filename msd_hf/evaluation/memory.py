@@ -12,8 +12,8 @@ import torch
 
 class PeakMemory:
     """
-    Measures the peak memory inside a `with` block: that of the allocator on a GPU, else that of the process. The
-    latter needs a system that can reset the peak (Linux).
+    Measures the peak memory inside a `with` block. On a GPU this is the peak of the allocator, elsewhere the peak of
+    the process, which can be measured only where the system can reset it (Linux).
 
     Args:
         device: device of the models.

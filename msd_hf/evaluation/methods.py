@@ -19,7 +19,7 @@ from ..errors import MSDError
 from .assisted_chain import assisted_chain
 
 
-# Earlier releases compare candidates with the EOS token, and fail if there is none.
+# Releases before 5.13 compare copied candidates with the EOS token, and fail if there is none.
 PROMPT_LOOKUP_NEEDS_EOS = version.parse(transformers.__version__) < version.parse("5.13")
 
 
@@ -57,7 +57,8 @@ class Method:
     @contextmanager
     def prepared(self, target: PreTrainedModel, draft: MSDDraftModel | None) -> Iterator[dict[str, Any]]:
         """
-        The arguments of `generate`. Inside the `with` block the draft's generation config has the method's settings.
+        Yields the arguments of `generate` for this method. Inside the `with` block the draft's generation config has
+        the method's settings.
 
         Raises:
             MSDError: when the method needs a draft and there is none.
@@ -76,7 +77,7 @@ class Method:
             for name, value in self.tree.items():
                 setattr(draft.generation_config, name, value)
             if self.tree.get("compile") and own.num_assistant_tokens == "auto":
-                # Compiled trees have one shape, so the default size replaces "auto".
+                # A compiled tree has a fixed shape, so the default size replaces "auto".
                 draft.generation_config.num_assistant_tokens = draft.generation_config.tree_depth = None
             with assisted_chain(target, draft) if self.assisted else nullcontext(draft) as assistant:
                 yield {**self.arguments, "assistant_model": assistant}
@@ -91,7 +92,7 @@ PROMPT_LOOKUP = Method(
     arguments={"prompt_lookup_num_tokens": 10},
     copies_prompt=True,
 )
-# Our `num_assistant_tokens` counts the nodes of a tree. Without it transformers uses its own default length.
+# A draft's own `num_assistant_tokens` counts the nodes of a tree. With `None` transformers uses its default length.
 ASSISTED_CHAIN = Method(
     "assisted-chain",
     "the draft as a chain in transformers' own assisted loop, by its default settings: 20 tokens, or until the draft "
@@ -155,7 +156,7 @@ def visual_token_ids(config: PreTrainedConfig) -> list[int]:
 
 def choose_methods(baselines: Sequence[str]) -> list[Method]:
     """
-    The methods with these names, and always `generate` alone and the tree.
+    Chooses the methods with these names, and always `generate` alone and the tree.
 
     Raises:
         MSDError: when a name is unknown.
@@ -175,7 +176,7 @@ def check_methods(methods: Sequence[Method], target: PreTrainedModel, generate_a
         generate_arguments: arguments of `generate` that all methods get.
 
     Raises:
-        MSDError: when there is such a method; the message says what to do.
+        MSDError: when a method cannot run; the message says what to do.
     """
     if generate_arguments.get("eos_token_id", target.generation_config.eos_token_id) is not None:
         return

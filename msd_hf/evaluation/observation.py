@@ -20,12 +20,12 @@ from .round_timing import RoundTiming
 @dataclass(frozen=True)
 class Observation:
     """
-    What an observed run shows.
+    The acceptance lengths, the time of a round and the peak memory of one observed run.
 
     Args:
         acceptance_lengths (`list[int]`): tokens emitted by each forward of the target after the first.
-        round_timing (`RoundTiming`, *optional*): of the decoding loop, if the loop is ours.
-        peak_memory (`int`, *optional*): bytes, see [`PeakMemory`].
+        round_timing (`RoundTiming`, *optional*): the time of the decoding loop; `None` if the loop is not ours.
+        peak_memory (`int`, *optional*): peak memory in bytes; `None` if [`PeakMemory`] cannot measure it.
     """
 
     acceptance_lengths: list[int]
@@ -41,7 +41,7 @@ def observe(
     seed: int | None = None,
     **generate_arguments: Any,
 ) -> Observation:
-    """Runs `generate` once, see [`timed_generate`] for the arguments."""
+    """Runs `generate` once and observes it. The arguments are those of [`timed_generate`]."""
     if seed is not None:
         torch.manual_seed(seed)
     recorder = _RoundRecorder()
@@ -58,7 +58,7 @@ def observe(
 
 
 class _RoundRecorder(BaseStreamer):
-    """Counts the tokens of each round."""
+    """A streamer that counts the tokens of each round."""
 
     def __init__(self) -> None:
         self.lengths: list[int] = []

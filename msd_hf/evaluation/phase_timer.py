@@ -21,16 +21,17 @@ class PhaseTimer:
     draft forward of the prefill and one of the decoding loop are not mixed.
 
     Args:
-        device (`torch.device`, *optional*): a GPU to wait for at both ends of a phase, since its work runs behind the
-            host. Waiting makes the whole slower than it is without a timer.
+        device (`torch.device`, *optional*): a GPU to wait for at both ends of a phase, because its work may still run
+            when the host has gone on. This makes the loop slower than it is without a timer.
     """
 
     def __init__(self, device: torch.device | None = None):
         self._now = time.perf_counter
         if device is not None and device.type == "cuda":
             self._now = partial(_time_on, device)
-        # Begins (with a name) and ends (without) of phases, added up later: when each was reached, and when the timer
-        # had noted it. The time between the two is the timer's own and counts for no phase.
+        # One mark for each begin of a phase (with its name) and for each end (with `None`): when it was reached, and
+        # when the timer had noted it. The time between the two is the timer's own and counts for no phase. The
+        # property `seconds` adds the marks up.
         self._marks: list[tuple[float, float, str | None]] = []
         self._seconds: dict[tuple[str, ...], float] = defaultdict(float)
         self._path: list[str] = []
@@ -39,7 +40,7 @@ class PhaseTimer:
 
     @property
     def seconds(self) -> dict[tuple[str, ...], float]:
-        """Seconds so far of each phase, by its path."""
+        """Seconds so far of each phase, by its path from the outermost phase."""
         marks, self._marks = self._marks, []
         for reached, noted, name in marks:
             if self._path:
@@ -76,14 +77,14 @@ class PhaseTimer:
 
 
 def _time_on(device: torch.device) -> float:
-    if not torch.cuda.is_current_stream_capturing():  # waiting is not allowed then, and nothing runs
+    if not torch.cuda.is_current_stream_capturing():  # during a capture, waiting is not allowed and no work runs
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 class _Section(AbstractContextManager[None]):
-    # As few calls as possible: after forwards of a large model each costs microseconds, which would count as part of a
-    # round.
+    # The methods make as few calls as possible, because after forwards of a large model each call costs microseconds,
+    # which would count as part of a round.
     def __init__(self, timer: PhaseTimer, name: str):
         self.reached = timer._now()
         self.timer, self.name = timer, name

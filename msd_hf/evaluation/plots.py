@@ -15,7 +15,7 @@ from .round_timing import PARTS
 
 def check_matplotlib() -> None:
     """
-    Checks before the long work that plots can be drawn.
+    Checks that plots can be drawn. Call it before a long measurement.
 
     Raises:
         MSDError: when matplotlib is not installed.
@@ -27,7 +27,7 @@ def check_matplotlib() -> None:
 def draw_plots(report: Mapping[str, Any], folder: Path) -> list[Path]:
     """
     Draws the plots of a report: speedup by method, acceptance by depth, parts of a round. A report of a shape has only
-    the last one.
+    the plot of the parts of a round.
 
     Returns:
         The paths of the `.png` files.

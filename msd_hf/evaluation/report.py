@@ -1,4 +1,4 @@
-"""A report on the terminal and as files: `report.json`, `report.md` and plots."""
+"""Prints a report on the terminal, and writes it as files: `report.json`, `report.md` and plots."""
 
 from __future__ import annotations
 

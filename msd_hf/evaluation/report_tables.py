@@ -15,7 +15,7 @@ from .simulation import FIRST_ROUNDS
 @dataclass(frozen=True)
 class ReportTable:
     """
-    A table of texts.
+    One table of a report. All of its cells are texts.
 
     Args:
         title: title of the table.
@@ -29,7 +29,7 @@ class ReportTable:
 
 
 def report_tables(report: Mapping[str, Any]) -> list[ReportTable]:
-    """The tables of a report of either kind."""
+    """Makes the tables of a report, of a pair or of a shape."""
     return _shape_tables(report) if report["kind"] == "shape" else _pair_tables(report)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
-# The names of the loop's phases (see `PhaseTimer`) in reports.
+# The name of a phase in `PhaseTimer` -> the name of this part of a round in reports.
 PARTS = {
     "target forward": "target forward",
     "draft forward": "draft layers",
@@ -23,11 +23,11 @@ _MODEL_PHASES = ("target forward", "draft forward", "draft head")
 @dataclass(frozen=True)
 class RoundTiming:
     """
-    Time of the decoding loop.
+    The time of a decoding loop, by part of a round.
 
     Args:
-        num_rounds (`int`): rounds of drafting, verification and acceptance.
-        seconds (`Mapping[str, float]`): of all rounds together, by part of a round.
+        num_rounds (`int`): number of rounds of drafting, verification and acceptance.
+        seconds (`Mapping[str, float]`): seconds of all rounds together, by part of a round.
     """
 
     num_rounds: int
@@ -35,12 +35,12 @@ class RoundTiming:
 
     @classmethod
     def from_phases(cls, phases: Mapping[str, float], num_rounds: int) -> RoundTiming:
-        """From the result of `PhaseTimer.inside("decode")`."""
+        """Makes a timing from the seconds of each phase, the result of `PhaseTimer.inside("decode")`."""
         return cls(num_rounds, {part: phases.get(name, 0.0) for name, part in PARTS.items()})
 
     @classmethod
     def total(cls, timings: Iterable[RoundTiming]) -> RoundTiming:
-        """Several loops together."""
+        """Adds up the timings of several loops."""
         timings = list(timings)
         seconds = {part: sum(timing.seconds[part] for timing in timings) for part in PARTS.values()}
         return cls(sum(timing.num_rounds for timing in timings), seconds)
@@ -57,7 +57,7 @@ class RoundTiming:
 
     @property
     def milliseconds_per_round(self) -> dict[str, float]:
-        """By part of a round; empty without rounds."""
+        """Mean milliseconds of a round, by part of a round; empty without rounds."""
         if not self.num_rounds:
             return {}
         return {part: 1e3 * seconds / self.num_rounds for part, seconds in self.seconds.items()}

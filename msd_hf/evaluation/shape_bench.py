@@ -1,4 +1,4 @@
-"""The cost of a round at the sizes of a published model, against one step of `generate`."""
+"""Measures the cost of a round at the sizes of a published model, against one step of `generate`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def bench_shape(
     Measures steps of `generate`, simulated rounds and verifications in turns.
 
     Args:
-        target, draft: see [`build_pair`].
+        target, draft: a pair of [`build_pair`].
         inputs: inputs of `generate` for one prompt.
         assumed_taus: mean numbers of tokens that a simulated round emits. Each of them is measured.
         nodes: sizes of the trees whose verification is timed.
@@ -158,7 +158,7 @@ def slot_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
 
 
 def memory_bandwidth(device: torch.device, num_bytes: int | None = None) -> float:
-    """Memory bandwidth in bytes/s, measured by copying a large tensor: bytes read and written, by time."""
+    """Memory bandwidth in bytes/s: bytes read and written in the fastest of several copies of a large tensor."""
     if num_bytes is None:
         num_bytes = 2**30 if device.type == "cuda" else 2**27
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)

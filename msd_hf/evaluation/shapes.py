@@ -126,7 +126,7 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
 
 def shape_config(name: str) -> PreTrainedConfig:
     """
-    The configuration of a shape.
+    Makes the configuration of a shape in `SHAPES`.
 
     Raises:
         MSDError: when there is no shape of this name.
@@ -186,7 +186,7 @@ def build_pair(
 
 @torch.no_grad()
 def _scale_head(target: PreTrainedModel, draft: MSDDraftModel) -> None:
-    # Outputs of the draft, since the head reads such states below the first level of a tree.
+    # The states are outputs of the draft, because the head reads such states below the first level of a tree.
     shape = (1, 64, draft.config.hidden_size)
     states = torch.randn(shape, device=draft.device).to(draft.dtype)
     for _ in range(2):

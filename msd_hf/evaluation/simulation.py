@@ -27,18 +27,18 @@ from .intercepted_loop import LoopEnd
 from .timed_run import synchronize
 
 
-FIRST_ROUNDS = 2  # rounds at the begin of a call that do not count: compiled rounds are recorded in them
+FIRST_ROUNDS = 2  # rounds at the beginning of a call that are left out: compiled rounds are recorded there
 
 
 @dataclass(frozen=True)
 class SimulatedRounds:
     """
-    Measured rounds.
+    The time of simulated rounds, and the tokens that they emitted.
 
     Args:
-        seconds (`float`): of all rounds together.
+        seconds (`float`): seconds of all rounds together.
         lengths (`Sequence[int]`): tokens that each round emitted: the wanted length, or the longest path of the tree.
-        first_seconds (`float`): of the first rounds of the call, which do not count.
+        first_seconds (`float`): seconds of the first rounds of the call, which `seconds` leaves out.
     """
 
     seconds: float
@@ -55,7 +55,7 @@ class SimulatedRounds:
 
 
 def lengths_of_mean(mean: float, num_rounds: int) -> list[int]:
-    """Integers next to `mean`, in an order that keeps their running mean near `mean`."""
+    """`num_rounds` integers next to `mean`, in an order that keeps their running mean near `mean`."""
     totals = [math.floor(mean * number + 0.5) for number in range(num_rounds + 1)]
     return [after - before for before, after in itertools.pairwise(totals)]
 
@@ -65,7 +65,7 @@ def check_assumed_length(mean: float, settings: TreeSettings) -> None:
     Refuses an acceptance that no tree of these settings can reach.
 
     Raises:
-        MSDError: says which range is possible.
+        MSDError: when `mean` cannot be reached; the message says which range is possible.
     """
     most = min(settings.num_nodes, settings.depth + 2)
     if not 1 <= mean <= most:
@@ -80,8 +80,8 @@ def simulated_rounds(
     on_start: Callable[[], None] = lambda: None,
 ) -> SimulatedRounds:
     """
-    Runs one round for each of `lengths`, after the first rounds. A round is timed from the end of one verification to
-    the end of the next.
+    Runs and times one round for each of `lengths`, after [`FIRST_ROUNDS`] rounds that are left out. A round lasts from
+    the end of one verification to the end of the next.
 
     Args:
         target (`PreTrainedModel`): must not end an answer by itself.
@@ -118,7 +118,7 @@ def steer(logits: torch.Tensor, tree: CandidateTree, length: int) -> torch.Tenso
     included, or at the end of the deepest path. Reads nothing back from the device.
 
     Args:
-        logits (`torch.Tensor` of shape `[1, N, V]`): of the nodes.
+        logits (`torch.Tensor` of shape `[1, N, V]`): the target's logits at the nodes.
         tree (`CandidateTree`): a batch of one tree.
         length (`int`): tokens to emit.
 

@@ -1,4 +1,4 @@
-"""From the runs of a benchmark to its figures, the content of `report.json`, its tables and its plots."""
+"""Computes the figures of a benchmark from its runs, for `report.json`, the tables and the plots."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CAUSES = (
 
 def summarize(result: BenchResult) -> dict[str, Any]:
     """
-    The figures of a benchmark, ready for JSON except for `nan`.
+    Computes the figures of a benchmark, ready for JSON except for `nan`.
 
     Returns:
         A dict with `methods` (figures by method), `groups` (speedup and tau of each group of prompts), `prompts`
@@ -52,7 +52,7 @@ def summarize(result: BenchResult) -> dict[str, Any]:
 
 
 def find_warnings(summary: Mapping[str, Any]) -> list[str]:
-    """Warnings about figures of a summary that point to a mistake or a bug."""
+    """Makes warnings about figures of a summary that point to a mistake of the user or to a bug."""
     warnings = []
     tree = summary["methods"].get("tree", {})
     tau = tree.get("tau")
@@ -110,7 +110,7 @@ def _summarize_method(method: Method, prompts: Sequence[PromptResult]) -> dict[s
 
 
 def summarize_rounds(timing: RoundTiming) -> dict[str, Any]:
-    """The figures of the rounds of a decoding loop."""
+    """The figures of a report about the rounds of a decoding loop: their number, efficiency and time."""
     return {
         "num_rounds": timing.num_rounds,
         "round_efficiency": timing.efficiency,

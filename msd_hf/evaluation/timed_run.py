@@ -17,12 +17,12 @@ from .methods import VANILLA, Method
 @dataclass(frozen=True)
 class TimedRun:
     """
-    One call of `generate`.
+    The tokens, the times and the acceptance lengths of one call of `generate`.
 
     Args:
         tokens (`list[int]`): the new tokens.
         seconds (`float`): wall clock of the whole call, vision tower and prefill included.
-        prefill_seconds (`float`): the part of them until the target's first forward was done.
+        prefill_seconds (`float`): the part of `seconds` until the target's first forward was done.
         acceptance_lengths (`list[int]`): tokens emitted by each verification of our loop; empty with another loop.
     """
 
@@ -42,7 +42,7 @@ class TimedRun:
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """Tokens a second without the prefill and the token that it gives."""
+        """Tokens/s after the prefill, without the token that the prefill gives."""
         return (len(self.tokens) - 1) / self.decode_seconds
 
 
@@ -62,7 +62,7 @@ def timed_generate(
         inputs (`Mapping`): the processor's result for one prompt.
         draft (`MSDDraftModel`, *optional*): given to `generate` if the method uses a draft.
         method (`Method`): how to decode.
-        seed (`int`, *optional*): set before the call.
+        seed (`int`, *optional*): seed of torch that is set before the call.
         generate_arguments: further arguments of `generate`.
     """
     if seed is not None:

@@ -1,4 +1,4 @@
-"""The cost of verifying a tree, by its number of nodes."""
+"""Measures the cost of verifying a tree, by its number of nodes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def verification_seconds(
     target: PreTrainedModel, draft: MSDDraftModel, inputs: Mapping[str, Any], nodes: Sequence[int], repeats: int
 ) -> dict[int, list[float]]:
     """
-    Times verification forwards in place of the first verification of an answer, the sizes in turns.
+    Times verifications of trees of several sizes, in turns, in place of the first verification of an answer.
 
     Args:
         target (`PreTrainedModel`), draft (`MSDDraftModel`): the pair; the draft's own trees are not used.
@@ -52,7 +52,7 @@ def verification_seconds(
 
 
 def _binary_tree(num_nodes: int, root: torch.Tensor) -> CandidateTree:
-    """A tree with two children a node, all of the token of the root (`[1, 1]`)."""
+    """A binary tree of `num_nodes` nodes. All of them carry the root's token, `root` `[1, 1]`."""
     numbers = torch.arange(num_nodes, device=root.device)
     parents = ((numbers - 1) // 2).clamp(min=0).unsqueeze(0)
     return CandidateTree.from_parents(root.repeat(1, num_nodes), parents, max_depth=num_nodes.bit_length() - 1)
