@@ -1,4 +1,4 @@
-"""Accuracy of a model on held-out questions, by real generation."""
+"""Measures the accuracy of the answers that a model generates to held-out questions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Score:
 
 
 def make_evaluation_prompts(prompts_per_kind: int, seed: int, split: str = "test") -> list[Prompt]:
-    """`prompts_per_kind` held-out questions of each visual and text kind."""
+    """Makes `prompts_per_kind` held-out questions of each visual and each text kind."""
     kinds = [*VISUAL_KINDS, *TEXT_KINDS]
     return [prompt for kind in kinds for prompt in make_prompts(split, prompts_per_kind, seed, kind)]
 

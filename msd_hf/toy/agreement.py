@@ -1,4 +1,4 @@
-"""Agreement of the toy pair in low precision: `python -m msd_hf.toy.agreement --dtype bfloat16`."""
+"""Measures the agreement of the toy pair in low precision: `python -m msd_hf.toy.agreement --dtype bfloat16`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def measure_agreement(
     explain one of them."""
     logging.disable_progress_bar()
     target, processor = load_target_and_processor(target_folder, dtype.value)
-    reference = copy.deepcopy(target).double()  # the same rounded weights
+    reference = copy.deepcopy(target).double()  # the weights stay rounded to `dtype`
     draft = MSDDraftModel.from_pretrained(draft_folder, dtype=target.dtype)
     num_kinds = len(VISUAL_KINDS) + len(TEXT_KINDS)
     prompts = make_evaluation_prompts(-(-generations // num_kinds), seed)

@@ -25,7 +25,8 @@ from .vision import pretrain_vision_tower
 logger = logging.get_logger(__name__)
 console = Console(width=100)
 
-# The deepened model is trained already, so it takes smaller steps. Relative to the rates of `build_optimizer`.
+# Learning rate of the deepened model, relative to the rates of `build_optimizer`. The model is trained already, so it
+# takes smaller steps.
 DEEP_RATE = 0.3
 
 
@@ -83,7 +84,7 @@ def build_target_folder(
     console.print(f"{model.num_parameters():,} parameters, {torch.get_num_threads()} threads")
     train_target(model, processor, deep_budget, seed + 1, batch_size, DEEP_RATE)
     save_target(model, processor, folder)
-    # The accuracy is that of the rounded weights on disk, which users load.
+    # The model is loaded again, to measure the rounded weights on disk, which users load.
     print_accuracy(load_target(folder), processor, prompts_per_kind, seed)
 
 

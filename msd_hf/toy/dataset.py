@@ -1,4 +1,4 @@
-"""Conversations of a split, in memory or as a LLaVA-style JSON file with a folder of pictures."""
+"""Makes the conversations of a split, in memory or as a LLaVA-style JSON file with a folder of pictures."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Prompt:
 
     @property
     def sample_kind(self) -> SampleKind:
-        """Whether the question is about a picture."""
+        """`"visual"` if the question is about a picture, else `"text"`."""
         return "text" if self.image is None else "visual"
 
     @property
@@ -65,9 +65,9 @@ def _to_sample(name: str, turns: list[Turn], scene: Scene | None) -> dict[str, A
 
 
 def make_sample(split: str, index: int, seed: int, kind: SampleKind) -> dict[str, Any]:
-    """Sample `index` of the endless stream that `split`, `seed` and `kind` determine.
+    """Makes sample `index` of the endless stream that `split`, `seed` and `kind` determine.
 
-    It is a LLaVA entry with `id` and `conversations`, and for each turn the kind of question (`kinds`) and the
+    The sample is a LLaVA entry with `id` and `conversations`, and for each turn the kind of question (`kinds`) and the
     required strings (`facts`). A visual sample also has `image` (a relative path) and `scene` (for `render`).
     """
     check_split(split)
@@ -83,12 +83,12 @@ def make_sample(split: str, index: int, seed: int, kind: SampleKind) -> dict[str
 
 
 def make_samples(split: str, num_samples: int, seed: int, kind: SampleKind) -> list[dict[str, Any]]:
-    """The first `num_samples` conversations of a split; see `make_sample` for their form."""
+    """Makes the first `num_samples` conversations of a split, each in the form of `make_sample`."""
     return [make_sample(split, index, seed, kind) for index in range(num_samples)]
 
 
 def iterate_samples(split: str, seed: int, visual_share: float = _VISUAL_SHARE) -> Iterator[dict[str, Any]]:
-    """An endless mix of text and visual conversations, with a share of `visual_share` visual ones."""
+    """Yields an endless mix of text and visual conversations, with a share of `visual_share` visual ones."""
     rng = random.Random(f"{split}/mix/{seed}")
     counters: dict[SampleKind, int] = {"text": 0, "visual": 0}
     while True:
@@ -98,7 +98,7 @@ def iterate_samples(split: str, seed: int, visual_share: float = _VISUAL_SHARE) 
 
 
 def make_prompts(split: str, num_prompts: int, seed: int, kind: str) -> list[Prompt]:
-    """`num_prompts` different questions of one kind, a key of `VISUAL_KINDS` or `TEXT_KINDS`."""
+    """Makes `num_prompts` different questions of one kind, a key of `VISUAL_KINDS` or `TEXT_KINDS`."""
     check_split(split)
     if kind not in VISUAL_KINDS and kind not in TEXT_KINDS:
         raise ValueError(f"Unknown question kind {kind!r}: choose one of {', '.join([*VISUAL_KINDS, *TEXT_KINDS])}.")

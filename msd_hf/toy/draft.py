@@ -1,4 +1,4 @@
-"""The draft of the toy pair: the recommended recipe of `msd_hf.training`, at the size of the toy world."""
+"""Trains the draft of the toy pair by the recommended recipe of `msd_hf.training`, at the size of the toy world."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def train_draft(
 
     Args:
         target, processor: the target and its processor.
-        work: folder for answers and features. Those that exist there are used again.
+        work: folder for answers and features. Answers and features that it already holds are used again.
         max_steps: training steps.
         num_samples: training conversations, half of them visual.
         seed: seed of data, weights and the order of samples.

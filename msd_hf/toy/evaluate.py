@@ -1,4 +1,4 @@
-"""tau, speedup and agreement of the toy pair on held-out questions: `python -m msd_hf.toy.evaluate`."""
+"""Measures tau, speedup and agreement of the toy pair: `python -m msd_hf.toy.evaluate`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def evaluate_pair(
 
 
 def toy_prompts(processor: Any, num_prompts: int, seed: int) -> list[BenchPrompt]:
-    """`num_prompts` held-out questions for a benchmark, one of each kind in turn."""
+    """Makes `num_prompts` held-out questions for a benchmark. The kinds of questions take turns."""
     num_kinds = len(make_evaluation_prompts(1, seed))
     per_kind = -(-num_prompts // num_kinds)
     by_kind = make_evaluation_prompts(per_kind, seed)

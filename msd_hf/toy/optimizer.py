@@ -1,7 +1,8 @@
 """AdamW that moves hidden matrices along orthogonalised momentum (Muon).
 
 Muon needs several times fewer steps than AdamW for a deep, narrow model. `torch.optim.Muon` updates one matrix at a
-time in bfloat16. For hundreds of small matrices on a CPU, updating stacks of equal shape in float32 is far faster.
+time, in bfloat16. For hundreds of small matrices on a CPU it is far faster to stack matrices of equal shape and update
+each stack in float32, as here.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class MuonAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One update of all groups."""
+        """Updates all groups once: those with `muon=True` by Muon, the others by AdamW."""
         for group in self.param_groups:
             if group.get("muon"):
                 self._muon_step(group)
@@ -57,7 +58,7 @@ class MuonAdamW(torch.optim.AdamW):
                     state["momentum_buffer"] = torch.zeros_like(gradient)
                 state["momentum_buffer"].lerp_(gradient, 1 - self.momentum)
                 directions.append(gradient.lerp(state["momentum_buffer"], self.momentum))
-                # So that AdamW skips this parameter.
+                # AdamW skips a parameter without a gradient.
                 parameter.grad = None
             updates = orthogonalise(torch.stack(directions))
             scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
@@ -67,7 +68,7 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def build_optimizer(model: nn.Module, adamw_rate: float = 3e-3, muon_rate: float = 0.02) -> MuonAdamW:
-    """Muon for the matrices inside transformer layers, AdamW for all other trained weights.
+    """Makes an optimizer with Muon for the matrices inside transformer layers and AdamW for all other trained weights.
 
     Embeddings and the output layer get AdamW, because their rows are separate entries rather than a linear map.
     """

@@ -88,13 +88,13 @@ def train_tokenizer(
 
 
 def build_processor(seed: int = 0, num_samples: int = 4000) -> LlavaProcessor:
-    """The processor of the toy world. Its tokenizer is trained on `num_samples` conversations of the training split.
+    """Builds the processor of the toy world. Its tokenizer is trained on `num_samples` training conversations.
 
     An image becomes 3x72x72 pixels and 36 `<image>` tokens.
     """
     samples = islice(iterate_samples("train", seed), num_samples)
     roles = {"human": "USER:", "gpt": " ASSISTANT:"}
-    # The texts include the roles, so that roles take few tokens in a chat.
+    # The texts include the roles, so that the tokenizer learns them and they take few tokens in a chat.
     texts = (
         f"{roles[turn['from']]} {turn['value'].replace(IMAGE_TAG, '')}"
         for sample in samples
@@ -106,9 +106,9 @@ def build_processor(seed: int = 0, num_samples: int = 4000) -> LlavaProcessor:
 def join_processor(
     tokenizer: PreTrainedTokenizerFast, image_side: int, patch_size: int, chat_template: str, **arguments: Any
 ) -> LlavaProcessor:
-    """A processor with this tokenizer that resizes images to a square of `image_side` pixels."""
+    """Builds a processor with this tokenizer that resizes images to a square of `image_side` pixels."""
     square = {"height": image_side, "width": image_side}
-    # The Pillow implementation is named because the other one needs torchvision.
+    # The image processor that uses Pillow, because the other one needs torchvision.
     image_processor = CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False)
     return LlavaProcessor(
         image_processor=image_processor,

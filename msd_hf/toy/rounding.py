@@ -1,4 +1,4 @@
-"""Models that are small on disk and exact on a CPU: float16 weights, and a configuration that says float32."""
+"""Saves models that are small on disk and run in float32: float16 weights, and a configuration that says float32."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ def save_rounded(model: PreTrainedModel, folder: Path) -> None:
     """
     Rounds the weights of `model` to float16, in place, and writes the model to `folder`.
 
-    The configuration says float32, so that the model is loaded in float32. `model` is float32 afterwards too.
+    The written configuration says float32, so that users load the model in float32. `model` itself is float32
+    afterwards too, with the rounded weights.
     """
     model.half().save_pretrained(folder)
     path = folder / "config.json"

@@ -48,7 +48,7 @@ NUM_HEADS, NUM_KV_HEADS = 6, 2
 END_OF_TEXT, TURN_START, TURN_END, IMAGE_TOKEN = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>"
 SYSTEM_PROMPT = "You are a helpful assistant."
 
-# As in Qwen2: a default system turn if the chat has none, and a line break after the end of each turn.
+# As in Qwen2, a chat without a system turn gets a default one, and a line break follows the end of each turn.
 CHAT_TEMPLATE = """\
 {%- if messages[0]['role'] != 'system' -%}
 {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
@@ -115,14 +115,14 @@ def build_stranger_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def build_stranger_processor(seed: int = 0, num_samples: int = 4000) -> LlavaProcessor:
-    """The processor of the target. Its tokenizer is trained on `num_samples` conversations of the training split.
+    """Builds the processor of this target. Its tokenizer is trained on `num_samples` training conversations.
 
     An image becomes 3x80x80 pixels and 16 `<|image_pad|>` tokens.
     """
 
     def texts() -> Iterator[str]:
         for sample in islice(iterate_samples("train", seed), num_samples):
-            # The texts include the words of the chat template, so that these take few tokens.
+            # The texts include the words of the chat template, so that the tokenizer learns them as few tokens.
             yield f"system\n{SYSTEM_PROMPT}"
             for turn in sample["conversations"]:
                 role = "user" if turn["from"] == "human" else "assistant"
@@ -134,7 +134,7 @@ def build_stranger_processor(seed: int = 0, num_samples: int = 4000) -> LlavaPro
 
 
 def build_stranger_config(processor: LlavaProcessor) -> LlavaConfig:
-    """Configuration of the target (0.9M parameters): 6 Qwen2 layers with 6 query and 2 key-value heads."""
+    """Builds the configuration of this target (0.9M parameters): 6 Qwen2 layers with 6 query and 2 key-value heads."""
     tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(
         hidden_size=64,

@@ -31,14 +31,14 @@ from .world import render
 
 HIDDEN_SIZE = 128
 NUM_LAYERS = 20
-NUM_SEED_LAYERS = 5  # layers of the shallow model that is trained first
+NUM_SEED_LAYERS = 5  # number of layers of the shallow model, which is trained first
 NUM_VISION_LAYERS = 3
 IGNORED = -100
 _POOL = 24  # batches whose samples are sorted by length together
 
 
 def build_target_config(processor: LlavaProcessor, num_layers: int = NUM_LAYERS) -> LlavaConfig:
-    """Configuration of the target (4.0M parameters) for a processor's vocabulary and special tokens."""
+    """Builds the configuration of the target (3.9M parameters) for a processor's vocabulary and special tokens."""
     tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(
         hidden_size=HIDDEN_SIZE,
@@ -68,7 +68,7 @@ def build_target_config(processor: LlavaProcessor, num_layers: int = NUM_LAYERS)
 
 
 def join_configs(processor: LlavaProcessor, vision: CLIPVisionConfig, text: PreTrainedConfig) -> LlavaConfig:
-    """Configuration of a LLaVA target from those of its vision tower and its language model."""
+    """Joins the configurations of a vision tower and a language model to the configuration of a LLaVA target."""
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
@@ -81,12 +81,12 @@ def join_configs(processor: LlavaProcessor, vision: CLIPVisionConfig, text: PreT
 
 
 def build_shallow_target(processor: LlavaProcessor, seed: int = 0) -> LlavaForConditionalGeneration:
-    """An untrained target with few layers, to be trained first and then deepened."""
+    """Builds an untrained target with few layers, to be trained first and then deepened by `deepen`."""
     return build_untrained(build_target_config(processor, NUM_SEED_LAYERS), seed)
 
 
 def build_untrained(config: LlavaConfig, seed: int = 0) -> LlavaForConditionalGeneration:
-    """A model whose random weights suit training from scratch, at any depth."""
+    """Builds a model with random weights that suit training from scratch at any depth."""
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
     depths = dict.fromkeys(("o_proj", "down_proj"), config.text_config.num_hidden_layers)
@@ -97,7 +97,7 @@ def build_untrained(config: LlavaConfig, seed: int = 0) -> LlavaForConditionalGe
             if depth is not None and name.endswith("weight"):
                 # Each layer adds to the residual stream. This scale keeps the stream at the same size at any depth.
                 parameter.mul_((2 * depth) ** -0.5)
-        # As large as the outputs of the layers, because smaller embeddings would be drowned by the first layers.
+        # Embeddings are as large as the outputs of layers, because the first layers would drown smaller ones.
         model.get_input_embeddings().weight.normal_()
     return model
 
@@ -152,10 +152,10 @@ def to_messages(sample: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def encode_sample(encoder: ConversationEncoder, sample: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Encodes a sample: ids and labels `[length]`, and pixels `[3, side, side]` for a visual sample. Only the
-    tokens of the assistant have labels.
+    """Encodes a sample as ids and labels `[length]`, and pixels `[3, side, side]` for a visual sample. Only the tokens
+    of the assistant have labels.
 
-    The encoder that drafts are trained with makes the labels, because the assistant masks of `apply_chat_template`
+    The labels come from the encoder that drafts are trained with, because the assistant masks of `apply_chat_template`
     differ between releases of transformers and need generation marks in the chat template.
     """
     messages = to_messages(sample)
@@ -169,7 +169,7 @@ def encode_sample(encoder: ConversationEncoder, sample: dict[str, Any]) -> dict[
 
 
 def collate_samples(features: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Makes a batch: right-padded ids and labels `[batch, length]`, pixels `[images, 3, 72, 72]`.
+    """Makes a batch: right-padded ids and labels `[batch, length]`, pixels `[images, 3, side, side]`.
 
     There is no attention mask, because in a causal model only padding sees the padding on the right, and attention
     without a mask is faster.
@@ -186,7 +186,7 @@ def collate_samples(features: list[dict[str, torch.Tensor]], pad_token_id: int) 
 
 
 def stream_encoded(processor: LlavaProcessor, seed: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless encoded training samples. Each `batch_size` consecutive samples have similar lengths."""
+    """Yields encoded training samples without end. The `batch_size` samples of a batch have similar lengths."""
     encoder = ConversationEncoder(processor)
     samples = iterate_samples("train", seed)
     rng = random.Random(f"batches/{seed}")
@@ -227,7 +227,7 @@ def train_target(
 
 
 def save_target(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: str | Path) -> Path:
-    """Writes model, rounded by [`save_rounded`], and processor to `folder`; returns `folder`."""
+    """Writes the model, rounded by [`save_rounded`], and the processor to `folder`; returns `folder`."""
     tokenizer = processor.tokenizer
     model.generation_config = GenerationConfig(
         do_sample=False,

@@ -1,7 +1,7 @@
 """Text-only questions: counting, word lists, stories, how-to lists and the calendar.
 
-Each task has a key that names its content without the phrasing. The key determines the split, so that training has
-seen a held-out task in no phrasing.
+Each task has a key that names its content without the phrasing. The key determines the split, so that no phrasing of a
+held-out task occurs in training.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class TextTask:
 
 
 def number_name(number: int) -> str:
-    """English name of 0-99."""
+    """The English name of a number from 0 to 99."""
     if not 0 <= number < 100:
         raise ValueError(f"Only the numbers 0 to 99 have a name here, got {number}.")
     if number < 20:
@@ -35,7 +35,7 @@ def number_name(number: int) -> str:
 
 
 def counting(rng: random.Random) -> TextTask:
-    """Counting up or down between two numbers."""
+    """A task to count up or down between two numbers."""
     start, length, down = rng.randint(1, 80), rng.randint(5, 11), rng.random() < 0.4
     stop = start + length - 1
     numbers = [number_name(number) for number in range(start, stop + 1)]
@@ -61,7 +61,7 @@ def _first_and_last(words: list[str]) -> Turn:
 
 
 def sorting(rng: random.Random) -> TextTask:
-    """Putting words into alphabetical order."""
+    """A task to put words into alphabetical order."""
     words = rng.sample(WORDS, rng.randint(3, 5))
     ordered = sorted(words)
     before, after = ", ".join(words), ", ".join(ordered)
@@ -76,7 +76,7 @@ def sorting(rng: random.Random) -> TextTask:
 
 
 def repeating(rng: random.Random) -> TextTask:
-    """Repeating a list of words, once or twice."""
+    """A task to repeat a list of words, once or twice."""
     words = rng.sample(WORDS, rng.randint(3, 6))
     text = ", ".join(words)
     style = rng.randrange(3)
@@ -93,7 +93,7 @@ def repeating(rng: random.Random) -> TextTask:
 
 
 def story(rng: random.Random) -> TextTask:
-    """A short story about a person, an animal and a place."""
+    """A task to tell a short story about a person, an animal and a place."""
     name, animal, setting = rng.choice(NAMES), rng.choice(ANIMALS), rng.choice(SETTINGS)
     style = rng.randrange(4)
     if style == 0:
@@ -130,7 +130,7 @@ def story(rng: random.Random) -> TextTask:
 
 
 def howto(rng: random.Random) -> TextTask:
-    """A recipe from a dish and its ingredients."""
+    """A task to give a recipe for a dish from three ingredients."""
     dish = rng.choice(DISHES)
     first, second, third = rng.sample(INGREDIENTS, 3)
     if rng.random() < 0.5:
@@ -153,7 +153,7 @@ def howto(rng: random.Random) -> TextTask:
 
 
 def calendar(rng: random.Random) -> TextTask:
-    """The days of the week, or the months, that follow a given one."""
+    """A task to name the days of the week, or the months, that follow a given one."""
     names, unit = (DAYS, "days") if rng.random() < 0.4 else (MONTHS, "months")
     start, length, name = rng.randrange(len(names)), rng.randint(3, 10), rng.choice(NAMES)
     listed = [names[(start + step) % len(names)] for step in range(1, length + 1)]
@@ -189,7 +189,7 @@ def make_text_task(rng: random.Random, split: str, kind: str | None = None) -> T
 
 
 def make_text_turns(rng: random.Random, split: str, num_turns: int) -> list[Turn]:
-    """A conversation of `num_turns` turns: tasks of the split, some of them with a follow-up."""
+    """Makes a conversation of `num_turns` turns: tasks of the split, some of them with a follow-up question."""
     turns: list[Turn] = []
     while len(turns) < num_turns:
         task = make_text_task(rng, split)

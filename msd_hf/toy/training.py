@@ -1,4 +1,4 @@
-"""The training loop of the vision tower and of the whole model: the `Trainer` of transformers on an endless stream."""
+"""Trains the vision tower or the whole target with the `Trainer` of transformers on an endless stream of samples."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class EndlessStream(IterableDataset):
 
 
 class Budget:
-    """Progress (0-1) of a training run that is limited by a number of steps or of seconds.
+    """Limits a training run to a number of steps or of seconds, and gives its progress (0-1) and learning rate.
 
     With a limit in seconds the learning rate follows the clock, so that it reaches zero in time on a busy machine too.
     """
@@ -57,7 +57,7 @@ class Budget:
         """Learning-rate factor: linear warm-up, then half a cosine to zero."""
         progress = self.progress(step)
         if progress < _WARMUP:
-            # At least 1e-3, because the first steps of a run with a limit in seconds would have a rate of zero.
+            # At least 1e-3, because with a limit in seconds the first steps would have a rate of almost zero.
             return max(progress, 1e-3) / _WARMUP
         return 0.5 * (1 + math.cos(math.pi * (progress - _WARMUP) / (1 - _WARMUP)))
 

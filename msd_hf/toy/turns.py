@@ -1,4 +1,4 @@
-"""A question with its answer, which text and visual questions share, and the check of an answer."""
+"""A question with its answer, the form of both text and visual questions, and the check of a model's answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first stage of training: the vision tower learns to recognise the object in each grid cell.
+"""The first stage of the target's training: the vision tower learns to recognise the object in each grid cell.
 
 Linear probes classify shape, colour and size from the patches of each cell, and are dropped afterwards. The language
 model then gets useful visual features from its first step on.
@@ -24,7 +24,7 @@ _ATTRIBUTES = (SHAPES, tuple(COLOURS), SIZES)
 
 
 def cell_labels(scene: Scene) -> torch.Tensor:
-    """Classes `[4, 3]` of shape, colour and size in each cell. The last class of an attribute means an empty cell."""
+    """The classes `[4, 3]` of shape, colour and size in each cell. The last class of each means an empty cell."""
     labels = torch.tensor([[len(values) for values in _ATTRIBUTES]] * _NUM_CELLS)
     for item in scene.objects:
         for column, (values, value) in enumerate(zip(_ATTRIBUTES, (item.shape, item.colour, item.size), strict=True)):
@@ -50,7 +50,7 @@ class CellProbe(nn.Module):
         per_cell = self.tower.config.image_size // self.tower.config.patch_size // GRID
         grid = patches.unflatten(1, (GRID, per_cell, GRID, per_cell)).mean((2, 4)).flatten(1, 2)
         loss = functional.cross_entropy(self.background(patches.mean(1)), background)
-        # The position of a patch must stay recognisable too, because questions name places.
+        # The features must keep the position of a cell too, because questions name places.
         positions = torch.arange(_NUM_CELLS, device=patches.device).expand(len(patches), -1)
         loss = loss + functional.cross_entropy(self.cell(grid).flatten(0, 1), positions.flatten())
         accuracies = []

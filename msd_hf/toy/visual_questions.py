@@ -22,7 +22,7 @@ def _with_place(item: SceneObject) -> str:
 
 
 def describe(rng: random.Random, scene: Scene) -> Turn:
-    """All objects of the scene, in reading order."""
+    """Asks for all objects of the scene; the answer names them in reading order."""
     objects, background = scene.objects, f"{scene.background} background"
     count = _plural(len(objects), "object")
     style = rng.randrange(4)
@@ -47,7 +47,7 @@ def describe(rng: random.Random, scene: Scene) -> Turn:
 
 
 def colour(rng: random.Random, scene: Scene) -> Turn:
-    """The colour of the object in a place, or of the only object with a shape."""
+    """Asks for the colour of the object in a place, or of the only object with a shape."""
     item = rng.choice(scene.objects)
     only_one = sum(o.shape == item.shape for o in scene.objects) == 1
     style = rng.randrange(4 if only_one else 2)
@@ -69,7 +69,7 @@ def colour(rng: random.Random, scene: Scene) -> Turn:
 
 
 def count(rng: random.Random, scene: Scene) -> Turn:
-    """The number of all objects, or of the objects of a size, with a list of them."""
+    """Asks for the number of all objects, or of the objects of a size; the answer lists them too."""
     style = rng.randrange(3)
     if style < 2:
         names = join_words([f"a {o.full_name}" for o in scene.objects])
@@ -93,7 +93,7 @@ def count(rng: random.Random, scene: Scene) -> Turn:
 
 
 def place(rng: random.Random, scene: Scene) -> Turn:
-    """The place of an object that is named by colour and shape."""
+    """Asks for the place of an object that is named by colour and shape."""
     item = rng.choice(scene.objects)
     style = rng.randrange(3)
     if style == 0:
@@ -110,7 +110,7 @@ def place(rng: random.Random, scene: Scene) -> Turn:
 
 
 def exists(rng: random.Random, scene: Scene) -> Turn:
-    """Whether the scene has an object that is named by colour and shape. Half of the answers are no."""
+    """Asks whether the scene has an object that is named by colour and shape. Half of the answers are no."""
     item = rng.choice(scene.objects)
     style = rng.randrange(2)
     name, present = item.name, rng.random() < 0.5
@@ -138,7 +138,7 @@ def exists(rng: random.Random, scene: Scene) -> Turn:
 
 
 def background(rng: random.Random, scene: Scene) -> Turn:
-    """Colour of the background."""
+    """Asks for the colour of the background."""
     number = _plural(len(scene.objects), "object")
     verb = "is" if len(scene.objects) == 1 else "are"
     if rng.randrange(2) == 0:
@@ -151,7 +151,7 @@ def background(rng: random.Random, scene: Scene) -> Turn:
 
 
 def compare(rng: random.Random, scene: Scene) -> Turn:
-    """A comparison of the objects in two places. One place may be empty."""
+    """Asks for a comparison of the objects in two places. One place may be empty."""
     first = rng.choice(scene.objects)
     if len(scene.objects) > 1 and rng.random() < 0.8:
         other_cell = rng.choice([o.cell for o in scene.objects if o is not first])
@@ -182,7 +182,7 @@ _WEIGHTS = (4, 2, 2, 2, 3, 1, 3)
 
 
 def make_visual_turns(rng: random.Random, scene: Scene, num_turns: int) -> list[Turn]:
-    """`num_turns` different questions about one scene. Descriptions are the most frequent kind."""
+    """Makes `num_turns` different questions about one scene. Descriptions are the most frequent kind."""
     turns: list[Turn] = []
     while len(turns) < num_turns:
         kind = rng.choices(list(VISUAL_KINDS), _WEIGHTS)[0]

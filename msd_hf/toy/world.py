@@ -33,7 +33,7 @@ BACKGROUNDS = {
     "cyan": (150, 225, 230),
     "beige": (225, 205, 165),
 }
-# In reading order. No name is a part of another one, so that a fact can be found as a substring.
+# In reading order. No name is part of another one, so that an answer with one name does not contain another one.
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 IMAGE_SIZE = 144  # pixels, square
 GRID = 2
@@ -89,7 +89,7 @@ class Scene:
 
 
 def split_of(key: str) -> str:
-    """The split of a canonical key: 5% validation, 5% test, 90% train. It depends only on the key."""
+    """The split of the content that `key` names: 5% validation, 5% test, 90% train. It depends only on the key."""
     bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 20
     return {0: "validation", 1: "test"}.get(bucket, "train")
 
