@@ -1,4 +1,4 @@
-"""`msd-hf demo` and `msd-hf generate`: one answer, with and without the draft."""
+"""The commands `msd-hf demo` and `msd-hf generate`: one answer, with and without the draft."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _run(
     if temperature > 0:
         arguments["temperature"] = temperature
 
-    # First calls are slower. These two calls warm up both ways before the comparison; the first shows the answer.
+    # First calls are slower. These two warm up `generate` with and without the draft; the first shows the answer.
     streamer = AcceptanceStreamer(processor.tokenizer, console)
     torch.manual_seed(seed)
     target.generate(**inputs, **arguments, assistant_model=draft, streamer=streamer)

@@ -1,4 +1,4 @@
-"""`msd-hf bench`."""
+"""The command `msd-hf bench`: compares methods of decoding, or times rounds at the size of a large model."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def _bench_shape(
 
 
 def _numbers(kind: Callable[[str], _Number], text: str) -> list[_Number] | None:
-    """The numbers between the commas; `None` if one of them is not a number."""
+    """Reads a list of numbers with commas; `None` if one of them is not a number."""
     try:
         return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:

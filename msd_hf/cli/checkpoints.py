@@ -1,4 +1,4 @@
-"""`msd-hf convert` and `msd-hf draft-vocab`, which read a draft, change it and write it."""
+"""The commands `msd-hf convert` and `msd-hf draft-vocab`, which read a draft, change it and write it."""
 
 from __future__ import annotations
 

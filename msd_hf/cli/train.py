@@ -1,4 +1,4 @@
-"""`msd-hf train`."""
+"""The command `msd-hf train`: trains a draft."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`msd-hf extract`, `msd-hf regenerate` and `msd-hf data check`: preparing conversations for training."""
+"""The commands `msd-hf extract`, `msd-hf regenerate` and `msd-hf data check`, which prepare training data."""
 
 from __future__ import annotations
 
