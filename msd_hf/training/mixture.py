@@ -18,7 +18,7 @@ from .rows import trained_rows
 class Mixture(Dataset):
     """
     Returns the encoded sample that a [`Draw`] names. A broken sample is replaced by the next usable sample of its data
-    set, whose entry `"skipped"` lists the broken ones.
+    set. The entry `"skipped"` of a returned sample lists the broken ones before it.
 
     Args:
         datasets: the `"text"` and the `"visual"` data set, each of [`Conversation`]s or a [`FeatureCache`].
