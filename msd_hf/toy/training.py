@@ -1,4 +1,4 @@
-"""Trains the vision tower or the whole target with the `Trainer` of transformers on an endless stream of samples."""
+"""Trains the vision tower or the target with the `Trainer` of transformers on an endless stream of samples."""
 
 from __future__ import annotations
 
