@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import subprocess
@@ -112,6 +113,10 @@ def test_attention_function_gives_what_sdpa_gives(shape, kind):
     torch.testing.assert_close(attended, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(
+    "position_bias" not in inspect.signature(sdpa_attention_forward).parameters,
+    reason="this release of transformers knows no position bias, so no target has one",
+)
 def test_attention_function_adds_a_position_bias():
     queries, keys, values, mask = make_inputs("context in front", torch.float32)
     bias = torch.linspace(-3, 3, mask.shape[3]).expand(1, queries.shape[1], *mask.shape[2:])
