@@ -17,7 +17,7 @@ class MSDPairingError(MSDError):
 
 
 class MSDUnsupportedError(MSDError):
-    """An argument of `generate`, or a kind of target, that MSD drafts do not support (yet)."""
+    """An argument of `generate`, a setting of the draft or a kind of target that MSD drafts do not support (yet)."""
 
 
 class MSDDataError(MSDError):

@@ -108,8 +108,6 @@ def prepare_call(
     num_slots = _slots_after_prompt(cache, input_ids, generation_config, model_kwargs)
     max_slots = num_slots + max(generation_config.max_length - input_ids.shape[1], 0)
     check_positions(adapter.text_config, num_slots, max_slots, batch_size, model_kwargs.get("attention_mask"))
-    # From here on no call is refused, because `ChatMemory` takes the draft's memory of the chat off the cache.
-    memory = ChatMemory(cache, draft, input_ids, num_slots) if batch_size == 1 else None
     max_slots += settings.num_nodes + settings.suffix_nodes
     make_in_place(cache, max_slots)
     num_fixed_nodes = None
@@ -122,6 +120,8 @@ def prepare_call(
         drafter = FixedDrafter(draft, adapter, settings, pair.compiled, pair.draft_buffers)
     else:
         drafter = GrowingDrafter(draft, adapter, max_slots + settings.num_candidates, policy, best_path_first=True)
+    # Last, because `ChatMemory` takes the draft's memory of a chat off the cache. A refused call must leave it there.
+    memory = ChatMemory(cache, draft, input_ids, num_slots) if batch_size == 1 else None
     flags = {name: True for name in ("output_hidden_states", "output_attentions") if model_kwargs.get(name)}
     return DecodingCall(
         target=adapter,

@@ -16,8 +16,8 @@ from .plain_modules import TensorFunction
 @dataclass(frozen=True)
 class TargetReads:
     """
-    The hidden states of the target that a draft reads. They lie side by side in one tensor `[..., width]`: the outputs
-    of `layers`, in order, then the last hidden state.
+    The hidden states of the target that a draft reads. They lie side by side in one tensor `[..., W]`: the outputs of
+    `layers`, in order, then the last hidden state. W, in shapes everywhere, is `width`.
 
     Args:
         layers (`tuple[int, ...]`): decoder layers of the target, counted from 0, in increasing order.

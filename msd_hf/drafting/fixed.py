@@ -137,7 +137,7 @@ class FixedDrafter(Drafter):
         state = self.state
         self._pending = []
         counts, context = state.counts, self._slots.context
-        # Made before the host runs ahead of the device, because making a tensor from a list waits for the device.
+        # Copying a list to a GPU waits for all queued work, so the positions are made before drafting is queued.
         self._next_positions = state.next_position + torch.tensor(counts, device=self._device).unsqueeze(1)
         room = self.reserve(context, state.last_position, state.hidden_states)
         # Copies are contiguous tensors of inference mode. For any others the code would be compiled again.

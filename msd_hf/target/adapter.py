@@ -37,7 +37,7 @@ class TargetPrefill:
         logits (`torch.Tensor` of shape `[B, V]`): the logits at the last position.
         inputs_embeds (`torch.Tensor` of shape `[B, L, H]`): the decoder's input, image features merged. If the cache
             was filled before, L counts only the positions behind it.
-        hidden_states (`torch.Tensor` of shape `[B, L, W]`): what the draft reads, see [`TargetReads`].
+        hidden_states (`torch.Tensor` of shape `[B, L, W]`): the states that the draft reads; W is `TargetReads.width`.
         visual_mask (`torch.BoolTensor` of shape `[B, L]`): true at visual positions.
         prompt_mask (`torch.BoolTensor` of shape `[B, S]`, *optional*): mask of all S slots of the cache, false at
             padding; `None` without padding.
@@ -62,7 +62,7 @@ class TargetFeatures:
 
     Args:
         inputs_embeds (`torch.Tensor` of shape `[B, L, H]`): the decoder's input, image features merged.
-        hidden_states (`torch.Tensor` of shape `[B, L, W]`): what the draft reads, see [`TargetReads`].
+        hidden_states (`torch.Tensor` of shape `[B, L, W]`): the states that the draft reads; W is `TargetReads.width`.
         visual_mask (`torch.BoolTensor` of shape `[B, L]`): true at visual positions.
     """
 

@@ -31,7 +31,7 @@ class TargetObservation:
 
     @property
     def hidden_states(self) -> torch.Tensor:
-        """The hidden states that are read, `[B, T, W]`, see [`TargetReads`]."""
+        """The states of the last forward that the draft reads, `[B, T, W]`; W is `TargetReads.width`."""
         last = self.last_hidden_state
         assert last is not None
         return self.reads.join([self.layer_states[layer].to(last.device) for layer in self.reads.layers], last)

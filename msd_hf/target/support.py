@@ -161,8 +161,8 @@ def _check_adapters(target: PreTrainedModel, name: str, advice: str) -> None:
             f"{name} has an adapter of kind {adapter.peft_type.value}, which puts virtual tokens before the prompt "
             f"that MSD drafts know nothing of; LoRA and its like change weights, and can be used. {advice}"
         )
-    # Hooks of peft pass these arguments to each layer. The arguments fit the rows and positions of a call without a
-    # draft only.
+    # peft hooks hand `adapter_names` or `alora_offsets` to each layer. Their values are made for the rows and
+    # positions of a call without a draft.
     for hook in (hook for module in target.modules() for hook in module._forward_pre_hooks.values()):
         for argument in ("adapter_names", "alora_offsets"):
             if getattr(hook, "keywords", {}).get(argument) is not None:

@@ -36,7 +36,7 @@ class TargetVerification:
 
     Args:
         logits (`torch.Tensor` of shape `[B, N, V]`): the logits at each node.
-        hidden_states (`torch.Tensor` of shape `[B, N, W]`): what the draft reads, see [`TargetReads`].
+        hidden_states (`torch.Tensor` of shape `[B, N, W]`): the states that the draft reads; W is `TargetReads.width`.
         outputs (`ModelOutput`): all outputs of the target.
     """
 
@@ -187,8 +187,8 @@ class TreeForward:
         }
 
     def _attention(self, in_buffers: bool) -> str:
-        """The attention implementation for trees: the target's own, or a substitute if that takes no tree mask. In
-        whole buffers `SPLIT_SDPA` takes the place of sdpa."""
+        """The attention implementation for trees: the target's own, or a substitute if the target's own takes no tree
+        mask. Where attention reads whole cache buffers (`in_buffers`), `SPLIT_SDPA` replaces sdpa."""
         implementation = self.decoder.config._attn_implementation
         if implementation not in TREE_ATTENTION:
             # A decoder that caps its attention scores has no sdpa.
@@ -203,7 +203,7 @@ class TreeForward:
 
     @contextmanager
     def _attention_with_tree_mask(self, in_buffers: bool) -> Iterator[None]:
-        """Gives the decoder the attention implementation for trees inside the block."""
+        """Inside the block the decoder uses the attention implementation for trees, afterwards its own again."""
         config = self.decoder.config
         before, implementation = config._attn_implementation, self._attention(in_buffers)
         if implementation == before:

@@ -140,8 +140,8 @@ class CandidateTree:
         return self.with_depths_below(torch.tensor(tokens_left, device=self.depths.device))
 
     def with_depths_below(self, tokens_left: torch.Tensor) -> CandidateTree:
-        """Limits `depths` as `with_emittable_depths` does, with `tokens_left` `[B]` on the device and without a
-        read-back."""
+        """Does what `with_emittable_depths` does, for a tensor `tokens_left` `[B]` that is already on the device.
+        Nothing is read back."""
         return replace(self, depths=self.depths.minimum((tokens_left - 1).clamp(min=0).unsqueeze(1)))
 
     def path(self, matches: torch.Tensor) -> torch.Tensor:
