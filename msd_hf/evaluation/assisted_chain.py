@@ -134,7 +134,8 @@ class ChainCandidateGenerator(CandidateGenerator):
         return torch.cat([input_ids, tree.tokens[:, 1:].to(input_ids.device)], dim=1), None
 
     def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
-        """Changes nothing: transformers' default schedule is constant. Older releases demand the method."""
+        """Does nothing: the number of candidates stays the same, as in transformers' default schedule for assistant
+        tokens. The method exists because older releases of transformers require it."""
 
     def _feed(self, input_ids: torch.Tensor, model_outputs: Any) -> None:
         """Feeds the draft the tokens that were emitted since the last call, with the states of the target's last

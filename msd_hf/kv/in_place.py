@@ -47,7 +47,8 @@ class InPlaceLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         start, length = self.get_seq_length(), key_states.shape[-2]
         if start == 0 and self._holds_as_it_came(key_states) and self._holds_as_it_came(value_states):
-            # A buffer for the first block would have no free slots either: the next update copies in both cases.
+            # Keeps the first block as it came, without a buffer. `_reserve` would make one with no free slots, so
+            # copying the block into it now would not spare the next update a copy.
             self.keys, self.values = key_states, value_states
             self._buffers = self._views = None
             return key_states, value_states
