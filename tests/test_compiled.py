@@ -253,6 +253,23 @@ def test_buffers_are_kept_for_reuse_when_a_call_fails():
     assert all(spare_buffers(target, draft))
 
 
+def test_buffers_are_kept_for_reuse_when_a_prefill_fails():
+    target, draft = build_pair()
+    inputs = tiny.make_prompt(0, 8)
+    generate(target, draft, inputs, return_dict_in_generate=False)
+    before = [buffer.data_ptr() for pair in spare_buffers(target, draft)[0] for buffer in pair]
+
+    def fail(module, args, output):
+        raise RuntimeError("of the user")
+
+    handle = target.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="of the user"):
+        generate(target, draft, inputs, return_dict_in_generate=False)
+    handle.remove()
+    assert [buffer.data_ptr() for pair in spare_buffers(target, draft)[0] for buffer in pair] == before
+    assert all(spare_buffers(target, draft))
+
+
 def test_a_prompt_is_prefilled_into_existing_buffers():
     target, draft = build_pair()
     generate(target, draft, tiny.make_prompt(0, 8), return_dict_in_generate=False)

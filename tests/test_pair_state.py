@@ -90,6 +90,17 @@ def test_release_frees_the_pairs_of_a_model_and_no_others(released):
     assert torch.equal(target.generate(**inputs, max_new_tokens=12, assistant_model=draft), expected)
 
 
+def test_release_of_a_model_of_peft_frees_the_pairs_of_its_base_model():
+    """Inside `generate`, the target is the base model."""
+    peft = pytest.importorskip("peft")
+    target, draft = copy.deepcopy((tiny.pair(1).target, tiny.pair(1).draft))
+    model = peft.get_peft_model(target, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.generate(**tiny.make_prompt(0, 8), max_new_tokens=4, assistant_model=draft)
+    state = weakref.ref(state_of(model.get_base_model(), draft))
+    msd_hf.release(model)
+    assert state() is None
+
+
 def test_release_of_a_model_that_was_never_used_does_nothing():
     target, draft = used_pair()
     kept = state_of(target, draft)
