@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 
+import peft
 import pytest
 import tiny
 import torch
@@ -92,7 +93,6 @@ def test_release_frees_the_pairs_of_a_model_and_no_others(released):
 
 def test_release_of_a_model_of_peft_frees_the_pairs_of_its_base_model():
     """Inside `generate`, the target is the base model."""
-    peft = pytest.importorskip("peft")
     target, draft = copy.deepcopy((tiny.pair(1).target, tiny.pair(1).draft))
     model = peft.get_peft_model(target, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     model.generate(**tiny.make_prompt(0, 8), max_new_tokens=4, assistant_model=draft)

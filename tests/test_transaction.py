@@ -68,6 +68,19 @@ def test_after_an_error_every_row_is_back_and_cut_to_what_all_rows_have():
         assert torch.equal(layer.keys, expected) and torch.equal(layer.values, expected)
 
 
+def test_reverting_drops_all_that_was_committed_since():
+    torch.manual_seed(0)
+    cache, states = filled_cache(5)
+    slots = CacheTransaction(cache, ContextSlots([5, 5]))
+    slots.begin()
+    append(cache, 4)
+    slots.commit([3, 3])
+    slots.revert()
+    assert slots.context.lengths == [5, 5]
+    for layer in cache.layers:
+        assert torch.equal(layer.keys, states) and torch.equal(layer.values, states)
+
+
 def test_a_block_that_was_neither_committed_nor_aborted_is_noticed():
     cache, _ = filled_cache(2)
     slots = CacheTransaction(cache, ContextSlots([2, 2]))

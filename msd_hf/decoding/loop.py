@@ -124,7 +124,8 @@ def _draft(call: DecodingCall, running: RunningRows) -> CandidateTree:
     roots = torch.tensor(running.tokens, device=call.draft.device)
     with phase("tree"):
         tree = call.drafter.propose(roots, limits)
-        tree = call.branches.added_to(tree, limits.suffix_nodes, selector.running_tokens)
+        if limits.suffix_nodes:
+            tree = call.branches.added_to(tree, limits.suffix_nodes, selector.running_tokens)
     tree = tree.to(running.next_position.device)
     if selector.padded_rows:
         tree = tree.with_chain(selector.padded_rows, selector.pad_token_id)

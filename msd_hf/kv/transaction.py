@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class CacheTransaction:
         self.cache = cache
         self.context = context
         self.rows = list(range(len(context.lengths)))
-        self._first = context
+        self._first = replace(context)  # a copy, because `commit` grows the context in place
         self._prompt_mask = context.prompt_mask  # mask of all rows of the batch
         self._stored: dict[int, _StoredRow] = {}
         self._is_open = False
