@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from msd_hf.attention import split as split
-from msd_hf.attention.split import SPLIT_SDPA, split_attention
+from msd_hf.attention.split import split_attention, split_sdpa
 
 
 # Heads, key heads, queries, slots, head dimension, and the range of visible slots; `None`: one slot per query.
@@ -105,7 +104,7 @@ def test_attention_function_gives_what_sdpa_gives(shape, kind):
     module = SimpleNamespace(num_key_value_groups=queries.shape[1] // keys.shape[1], is_causal=False)
     masks = {"boolean": mask == 0, "of each head": mask.repeat(1, queries.shape[1], 1, 1), "none": None}
     inputs = (module, queries, keys, values, masks.get(kind, mask))
-    attended, weights = AttentionInterface()[SPLIT_SDPA](*inputs, scaling=0.2, dropout=0.0)
+    attended, weights = split_sdpa(*inputs, scaling=0.2, dropout=0.0)
     expected, _ = sdpa_attention_forward(*inputs, scaling=0.2)
     assert weights is None
     assert attended.is_contiguous()
@@ -121,7 +120,7 @@ def test_attention_function_adds_a_position_bias():
     queries, keys, values, mask = make_inputs("context in front", torch.float32)
     bias = torch.linspace(-3, 3, mask.shape[3]).expand(1, queries.shape[1], *mask.shape[2:])
     inputs = (SimpleNamespace(is_causal=False), queries, keys, values)
-    attended, _ = AttentionInterface()[SPLIT_SDPA](*inputs, mask, position_bias=bias)
+    attended, _ = split_sdpa(*inputs, mask, position_bias=bias)
     torch.testing.assert_close(attended, sdpa_attention_forward(*inputs, mask + bias)[0], rtol=1e-5, atol=1e-5)
 
 

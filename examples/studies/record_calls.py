@@ -253,7 +253,7 @@ def _state(target: Any, draft: Any) -> dict[str, Any]:
 
 def run_calls(seed: int, numbers: list[int]) -> list[Run]:
     """Runs calls, and says what they are good for."""
-    _trace_only()
+    trace_only()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
@@ -274,7 +274,7 @@ def run_calls(seed: int, numbers: list[int]) -> list[Run]:
     return runs
 
 
-def _trace_only() -> None:
+def trace_only() -> None:
     """Lets `torch.compile` trace and run as it is: kernels for a CPU take long to build."""
     modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "msd_hf"]
     found = [module for module in modules if hasattr(module, "BACKEND")]

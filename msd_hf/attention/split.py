@@ -12,12 +12,9 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 
-SPLIT_SDPA = "msd_split_sdpa"
 LIVE_SLOTS = "msd_live_slots"  # keyword argument of a decoder that passes unknown arguments on to its attention
 
 # Largest number of programs: heads x parts x blocks of queries. Large GPUs have about as many processors.
@@ -105,7 +102,7 @@ def find_live_slots(mask: torch.Tensor) -> torch.Tensor:
     return torch.stack([first, end])
 
 
-def _forward(
+def split_sdpa(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -148,8 +145,4 @@ def grouped_sdpa(
     return attended.reshape(*queries.shape[:3], values.shape[3])
 
 
-AttentionInterface.register(SPLIT_SDPA, _forward)
-AttentionMaskInterface.register(SPLIT_SDPA, sdpa_mask)
-
-
-__all__ = ["LIVE_SLOTS", "SPLIT_SDPA", "find_live_slots", "grouped_sdpa", "split_attention"]
+__all__ = ["LIVE_SLOTS", "find_live_slots", "grouped_sdpa", "split_attention", "split_sdpa"]

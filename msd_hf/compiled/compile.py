@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..errors import MSDUnsupportedError
 
@@ -38,6 +38,7 @@ class CompiledFunctions:
 
     def __init__(self) -> None:
         self._functions: dict[Hashable, Callable[..., Any]] = {}
+        self._lock = threading.Lock()
 
     def run(
         self,
@@ -67,45 +68,52 @@ class CompiledFunctions:
             mode = "reduce-overhead"  # CUDA graphs
             torch.compiler.cudagraph_mark_step_begin()
         key = (function, shape, BACKEND, mode)
-        if key not in self._functions:
-            self._functions[key] = _compile(function, mode)
-        return self._functions[key](*args)
+        compiled = self._functions.get(key)
+        if compiled is None:
+            with self._lock:  # so that threads do not compile the same function twice
+                compiled = self._functions.setdefault(key, _compile(function, mode))
+        with _unnoticed():
+            return compiled(*args)
 
-    @contextmanager
-    def compiled_decoder(self, decoder: nn.Module, shape: tuple[int, ...], cuda_graphs: bool = True) -> Iterator[None]:
-        """Replaces the forward of a decoder by compiled code inside the block. Hooks on the decoder still run, outside
-        that code. `shape` and `cuda_graphs` are arguments of `run`."""
-
-        def forward(**kwargs: Any) -> Any:
-            device = kwargs["position_ids"].device
-            return self.run(_decoder_forward, shape, device, decoder, kwargs, cuda_graphs=cuda_graphs)
-
-        decoder.forward = forward  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            del decoder.forward
+    def run_decoder(
+        self, decoder: nn.Module, inputs: dict[str, Any], shape: tuple[int, ...], cuda_graphs: bool = True
+    ) -> Any:
+        """Runs the forward of a decoder as compiled code, without the hooks on the decoder itself. `inputs` are the
+        decoder's, by name; `shape` and `cuda_graphs` are arguments of `run`."""
+        device = inputs["position_ids"].device
+        return self.run(_decoder_forward, shape, device, decoder, inputs, cuda_graphs=cuda_graphs)
 
 
 def _compile(function: Callable[..., Any], mode: str | None) -> Callable[..., Any]:
     # Dynamo keeps its compilations with the code object, so each compilation gets a code object of its own.
+    if _hide_session not in torch._dynamo.callback_handler.start_callbacks:
+        torch._dynamo.callback_handler.register_start_callback(_hide_session)
     own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     return torch.compile(own, backend=BACKEND, mode=mode, dynamic=False)
+
+
+_sessions = threading.local()
+
+
+@contextmanager
+def _unnoticed() -> Iterator[None]:
+    """Keeps compilations inside the block from being noticed by other threads. For the time of a compilation torch
+    (from 2.13) lets `torch.compiler.is_compiling()` be true in all threads, and models of transformers then keep the
+    states of other calls in a global variable."""
+    _sessions.is_ours = True
+    try:
+        yield
+    finally:
+        _sessions.is_ours = False
+
+
+def _hide_session(_: Any) -> None:
+    if getattr(_sessions, "is_ours", False) and getattr(torch.compiler, "_is_compiling_flag", False):
+        torch.compiler._is_compiling_flag = False  # torch sets it back when the compilation ends
 
 
 def _decoder_forward(decoder: nn.Module, kwargs: dict[str, Any]) -> Any:
     return type(decoder).forward(decoder, **kwargs)
 
 
-def has_compiled_part(target: PreTrainedModel) -> bool:
-    """Whether the user has compiled the target or one of its modules."""
-    return any(
-        # `vars` is faster than `getattr`, which searches all parameters of a module for a missing attribute.
-        vars(module).get("_compiled_call_impl") is not None
-        or isinstance(module, torch._dynamo.OptimizedModule)
-        or hasattr(vars(module).get("forward", type(module).forward), "_torchdynamo_orig_callable")
-        for module in target.modules()
-    )
-
-
-__all__ = ["CompiledFunctions", "has_compiled_part", "is_compiled"]
+__all__ = ["CompiledFunctions", "is_compiled"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
@@ -21,15 +22,20 @@ class RecordingMemory:
 
     def __init__(self) -> None:
         self._arenas: dict[torch.device, list[_Arena]] = {}
+        self._lock = threading.Lock()
 
     def take(self, device: torch.device) -> _Arena:
         """Returns memory that no recorder uses: memory of an earlier call, or new memory."""
-        spare = self._arenas.get(device)
-        return spare.pop() if spare else _Arena(device)
+        with self._lock:
+            spare = self._arenas.get(device)
+            if spare:
+                return spare.pop()
+        return _Arena(device)
 
     def leave(self, arena: _Arena) -> None:
         """Keeps the memory for the next recorder."""
-        self._arenas.setdefault(arena.device, []).append(arena)
+        with self._lock:
+            self._arenas.setdefault(arena.device, []).append(arena)
 
 
 class Recorder:
@@ -135,7 +141,7 @@ def _captured(
     rounds."""
     graph = torch.cuda.CUDAGraph()
     failure: BaseException | None = None
-    with _no_garbage_collection(), torch.cuda.stream(stream):
+    with _garbage_collection.stopped(), torch.cuda.stream(stream):
         # Other threads may use the device meanwhile.
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # type: ignore[arg-type]
         try:
@@ -151,17 +157,33 @@ def _captured(
     return graph, result
 
 
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Stops garbage collection inside the block. During a recording it may delete an old graph, which would end the
-    recording."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+class _GarbageCollection:
+    """Counts the recordings that need garbage collection to stand still, in all threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_recordings = 0
+        self._was_enabled = False
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Stops garbage collection inside the block. During a recording it may delete an old graph, which would end
+        the recording."""
+        with self._lock:
+            if not self._num_recordings:
+                self._was_enabled = gc.isenabled()
+                gc.disable()
+            self._num_recordings += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_recordings -= 1
+                if not self._num_recordings and self._was_enabled:
+                    gc.enable()
+
+
+_garbage_collection = _GarbageCollection()
 
 
 __all__ = ["RecordedStep", "Recorder", "RecordingMemory"]

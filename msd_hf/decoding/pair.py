@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, field
@@ -50,10 +51,12 @@ class PairState:
         """
         if not settings.is_auto:
             return TreePolicy(settings)
-        experience = self.experiences.setdefault((circumstances, settings), Experience(settings.num_nodes))
+        with _lock:
+            experience = self.experiences.setdefault((circumstances, settings), Experience(settings.num_nodes))
         return AdaptiveTreePolicy(settings, experience, eos_token_ids)
 
 
+_lock = threading.RLock()  # threads share the tables below
 _States = weakref.WeakKeyDictionary[Any, PairState]
 _pairs: weakref.WeakKeyDictionary[Any, _States] = weakref.WeakKeyDictionary()  # target -> draft -> state
 _companions: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # target -> a draft that lives with it
@@ -61,16 +64,18 @@ _companions: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  
 
 def state_of(target: Any, draft: Any) -> PairState:
     """Returns what is kept for a pair, and makes it at the first call of the pair."""
-    of_target = _pairs.setdefault(target, weakref.WeakKeyDictionary())
-    return of_target.setdefault(draft, PairState())
+    with _lock:
+        of_target = _pairs.setdefault(target, weakref.WeakKeyDictionary())
+        return of_target.setdefault(draft, PairState())
 
 
 def companion_of(target: Any, make: Callable[[Any], Any]) -> Any:
     """Returns a draft that lives as long as the target, or until [`release`]. `make(target)` makes it at the first
     call. Measurements keep their own drafts in this way, because what was learnt about a draft is lost with it."""
-    if target not in _companions:
-        _companions[target] = make(target)
-    return _companions[target]
+    with _lock:
+        if target not in _companions:
+            _companions[target] = make(target)
+        return _companions[target]
 
 
 def release(target_or_draft: Any) -> None:
@@ -84,10 +89,11 @@ def release(target_or_draft: Any) -> None:
     """
     # `generate` of a peft model runs its base model, so the pair is that of the base model.
     model = target_or_draft.get_base_model() if hasattr(target_or_draft, "get_base_model") else target_or_draft
-    _pairs.pop(model, None)
-    _companions.pop(model, None)
-    for drafts in list(_pairs.values()):
-        drafts.pop(model, None)
+    with _lock:
+        _pairs.pop(model, None)
+        _companions.pop(model, None)
+        for drafts in list(_pairs.values()):
+            drafts.pop(model, None)
 
 
 __all__ = ["PairState", "companion_of", "release", "state_of"]

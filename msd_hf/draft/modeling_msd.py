@@ -182,8 +182,9 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         weight: Any = head.weight
         if type(weight) not in (nn.Parameter, torch.Tensor) or weight.is_meta or not weight.is_floating_point():
             return None
-        if self._head_rows is not None and self._head_rows[0]() is weight and self._head_rows[1] == weight._version:
-            return self._head_rows[2]
+        known = self._head_rows  # read once: another thread may replace it
+        if known is not None and known[0]() is weight and known[1] == weight._version:
+            return known[2]
         size, last = len(self.draft_vocab), int(self.draft_vocab[-1])
         if last >= len(weight):
             raise MSDPairingError(

@@ -8,10 +8,12 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from ..compat import CACHE_NAME
-from ..compiled.compile import has_compiled_part
 from ..draft.interface import Draft
 from ..errors import MSDUnsupportedError
 from ..kv.transaction import can_commit
+from ..target.compiled_parts import compiled_parts
+from ..target.stand_in import own_method
+from ..target.support import KNOWN_MODEL_TYPES, TREE_ATTENTION, takes_any_argument
 from ..tree.settings import DRAFT_SETTINGS, TREE_SETTINGS, TreeSettings
 
 
@@ -157,17 +159,22 @@ def check_compilable(target: PreTrainedModel, draft: Draft) -> None:
     Raises:
         MSDUnsupportedError: says why and what to do.
     """
-    reason = None
+    reason, decoder = None, target.get_decoder()
+    implementation = decoder.config._attn_implementation
+    # Compiled layers are told by an argument to use another attention function.
+    is_told = takes_any_argument(decoder) and target.config.model_type in KNOWN_MODEL_TYPES
     if TreeSettings.from_generation_config(draft.generation_config).is_auto:
         reason = '`num_assistant_tokens="auto"` gives each tree another shape: set a number of nodes'
     elif draft.reads.layers:
         reason = "the draft reads `target_layers` by hooks in the target's decoder, which compiled code passes over"
     elif any(hasattr(module, "_hf_hook") for module in (*target.modules(), *draft.modules())):
         reason = "accelerate moves weights or inputs of single modules: load target and draft whole on one device"
-    elif has_compiled_part(target):
+    elif compiled_parts(target):
         reason = "the target is compiled already: use it as it was loaded"
-    elif "forward" in vars(target.get_decoder()):
+    elif own_method(decoder, "forward") is not None:
         reason = "the forward of the target's decoder was replaced, which compiled code passes over: restore it"
+    elif implementation not in TREE_ATTENTION and not (is_told and decoder._supports_sdpa):
+        reason = f"the attention implementation {implementation!r} of the target takes no tree mask: load it with sdpa"
     elif target.device != draft.device:
         reason = f"the target is on {target.device}, the draft on {draft.device}: put both on one device"
     if reason is not None:

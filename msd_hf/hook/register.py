@@ -7,8 +7,6 @@ reads the arguments, one validates them, one decodes. They act on calls with a d
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from transformers import AutoConfig, AutoModel, GenerationMixin
@@ -17,9 +15,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import logging
 
+from ..attention.substitution import restore_attention
 from ..compiled.compile import is_compiled
 from ..decoding.loop import msd_decoding
-from ..draft.interface import Draft, draft_kinds, is_draft
+from ..draft.evaluation_mode import evaluating
+from ..draft.interface import draft_kinds, is_draft
 from ..target.support import check_pair, check_target
 from .refusals import check_call, check_compilable, check_draft_settings, check_generation_mode, check_inputs
 
@@ -48,7 +48,9 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Puts `GenerationMixin` and the Auto classes back as they were before `import msd_hf`."""
+    """Puts `GenerationMixin`, the Auto classes and the attention functions back as they were before `import
+    msd_hf`."""
+    restore_attention()
     for config_class in draft_kinds():
         CONFIG_MAPPING._extra_content.pop(config_class.model_type, None)
         MODEL_MAPPING._extra_content.pop(config_class, None)
@@ -105,23 +107,10 @@ def _wrap_assisted_decoding(original):
         kwargs.pop("synced_gpus", None)
         # This method warns of a `compile_config`, which has no effect with a dynamic cache.
         self._valid_auto_compile_criteria(kwargs, kwargs["generation_config"])
-        with _evaluating(assistant_model):
+        with evaluating(assistant_model):
             return msd_decoding(self, input_ids, draft=assistant_model, **kwargs)
 
     return _assisted_decoding
-
-
-@contextmanager
-def _evaluating(draft: Draft) -> Iterator[None]:
-    """Sets the draft to evaluation mode. A new draft is in training mode, in which dropout would use up random numbers
-    of the call."""
-    training = [module for module in draft.modules() if module.training]
-    draft.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 __all__ = ["register", "unregister"]

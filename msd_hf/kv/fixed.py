@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -106,14 +107,16 @@ def _fits(buffer: torch.Tensor, states: torch.Tensor, num_slots: int) -> bool:
 
 class SpareBuffers:
     """Keeps the cache buffers that one call leaves to the next call of the same model. `take` also removes them, so
-    that two calls never share buffers."""
+    that two calls never share buffers, in whatever threads they run."""
 
     def __init__(self) -> None:
         self._buffers: list[KeysAndValues] = []
+        self._lock = threading.Lock()
 
     def take(self, num_layers: int) -> Sequence[KeysAndValues | None]:
         """Removes and returns the kept buffers, one pair per layer; `None` for each layer if their number differs."""
-        taken, self._buffers = self._buffers, []
+        with self._lock:
+            taken, self._buffers = self._buffers, []
         return taken if len(taken) == num_layers else [None] * num_layers
 
     def leave(self, cache: Cache) -> None:
@@ -121,7 +124,8 @@ class SpareBuffers:
         layers = [layer for layer in cache.layers if isinstance(layer, FixedLayer)]
         buffers = [layer.buffers for layer in layers if layer.buffers is not None]
         if layers and len(buffers) == len(layers):
-            self._buffers = buffers
+            with self._lock:
+                self._buffers = buffers
 
 
 @contextmanager

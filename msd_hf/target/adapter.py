@@ -1,7 +1,7 @@
 """Everything that is asked of a target: prefill, embedding, head, visual positions, features, verification.
 
-The target is only observed. Hooks on its decoder exist for one forward at a time; they read inputs and outputs, and
-put in the attention mask and the positions of the tree.
+The target is only observed. For one forward at a time functions stand in for methods of its decoder; they read inputs
+and outputs, and put in the attention mask and the positions of the tree.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..compat import CACHE_NAME
-from ..compiled.compile import CompiledFunctions, has_compiled_part
+from ..compiled.compile import CompiledFunctions
 from ..draft.interface import TargetReads
 from ..errors import MSDPairingError
 from ..kv.in_place import KeysAndValues
 from ..kv.slots import ContextSlots
 from ..tree.candidate import CandidateTree
+from .compiled_parts import CompiledPart, compiled_parts, uncompiled
 from .observation import TargetObservation, observed
 from .support import decoder_inputs
 from .tree_forward import TargetVerification, TreeForward
@@ -92,7 +93,7 @@ class TargetAdapter:
         compiled: CompiledFunctions | None = None,
     ):
         self.target = target
-        self.decoder = target.get_decoder()
+        self.decoder: Any = uncompiled(target.get_decoder())
         self.text_config = target.config.get_text_config(decoder=True)
         self.reads = TargetReads(tuple(sorted(feature_layers or ())), self.text_config.hidden_size)
         num_layers = len(self.decoder.layers) if self.reads.layers else 0
@@ -106,7 +107,7 @@ class TargetAdapter:
         self.logit_cap: float | None = getattr(self.text_config, "final_logit_softcapping", None)
         # Not bound methods: a cycle of references would keep the target alive after its last use.
         self._observe = partial(
-            observed, self.decoder, self.reads, decoder_inputs(self.decoder), has_compiled_part(target)
+            _observed, self.decoder, self.reads, decoder_inputs(self.decoder), compiled_parts(target)
         )
         self._tree_forward = TreeForward(target, self._observe, compiled or CompiledFunctions())
 
@@ -146,7 +147,7 @@ class TargetAdapter:
     ) -> TargetPrefill:
         """Runs the prompt `[B, L]`, or the part that the cache lacks, through the target's own prefill, which fills
         the cache in `model_kwargs`."""
-        with self.observe() as seen:
+        with self.observe(model_kwargs[CACHE_NAME]) as seen:
             outputs = self.target._prefill(input_ids, generation_config, model_kwargs)
         return self.read_prefill(seen, outputs, input_ids, model_kwargs)
 
@@ -234,10 +235,16 @@ class TargetAdapter:
         graphs. Its arguments are those of [`TreeForward.in_buffers`]."""
         return self._tree_forward.in_buffers(tree, cache, buffers, first_slot, context, next_position)
 
-    def observe(self, **replaced_inputs: Any) -> AbstractContextManager[TargetObservation]:
-        """Watches the decoder's forwards inside the block. The decoder gets `replaced_inputs` in place of its inputs
-        of these names."""
-        return self._observe(replaced_inputs)
+    def observe(self, cache: Cache | None = None) -> AbstractContextManager[TargetObservation]:
+        """Observes the decoder's forwards inside the block, as far as this call runs them: those with this cache, or
+        all."""
+        return self._observe(cache=cache)
+
+
+def _observed(
+    decoder: Any, reads: TargetReads, input_names: Sequence[str], parts: Sequence[CompiledPart], **fields: Any
+) -> AbstractContextManager[TargetObservation]:
+    return observed(TargetObservation(decoder, reads, input_names, **fields), parts)
 
 
 def _device_of(module: nn.Module) -> torch.device:

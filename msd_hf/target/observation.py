@@ -1,30 +1,49 @@
-"""The inputs and outputs of a target's decoder, read by hooks that exist for one forward at a time."""
+"""The inputs and outputs of a target's decoder in the forwards of one call."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import Cache
 
+from ..attention.substitution import Substitution, substituted
+from ..compat import CACHE_NAME
 from ..draft.interface import TargetReads
+from .compiled_parts import CompiledPart, run_part
+from .stand_in import standing_in
 
 
 @dataclass
 class TargetObservation:
-    """The inputs and outputs of the decoder in the last forward.
+    """The inputs and outputs of the decoder in the last forward that was observed.
 
     Args:
+        decoder (`nn.Module`): the target's decoder.
         reads (`TargetReads`): the hidden states that are kept.
+        input_names (`Sequence[str]`): names of the decoder's positional inputs, in order.
+        cache (`Cache`, *optional*): the cache of the forwards to observe. Others are not observed, as they belong to
+            a call inside of this one. `None`: all forwards.
+        replaced_inputs (`Mapping[str, Any]`): inputs that take the place of the decoder's inputs of these names.
+        attention (`Substitution`, *optional*): another attention function for these forwards.
+        run (`Callable`, *optional*): runs the decoder's inputs in place of its `forward`.
         inputs (`dict[str, Any]`): the decoder's inputs, by name.
         last_hidden_state (`torch.Tensor` of shape `[B, T, H]`): after the final norm; `None` before the first forward.
         layer_states (`dict[int, torch.Tensor]`): the outputs of the layers that are read.
     """
 
+    decoder: Any
     reads: TargetReads
+    input_names: Sequence[str]
+    cache: Cache | None = None
+    replaced_inputs: Mapping[str, Any] = field(default_factory=dict)
+    attention: Substitution | None = None
+    run: Callable[[dict[str, Any]], Any] | None = None
     inputs: dict[str, Any] = field(default_factory=dict)
     last_hidden_state: torch.Tensor | None = None
     layer_states: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -36,57 +55,89 @@ class TargetObservation:
         assert last is not None
         return self.reads.join([self.layer_states[layer].to(last.device) for layer in self.reads.layers], last)
 
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The decoder's inputs by name."""
+        return {**dict(zip(self.input_names, args, strict=False)), **kwargs}
+
+    def concerns(self, decoder: nn.Module, inputs: Mapping[str, Any]) -> bool:
+        """Whether a forward of a decoder with these inputs is one of those to observe."""
+        return decoder is self.decoder and (self.cache is None or inputs.get(CACHE_NAME) is self.cache)
+
+
+# Both belong to the surrounding call. Other threads have their own.
+_awaited: ContextVar[TargetObservation | None] = ContextVar("msd_hf.awaited", default=None)  # its next forwards
+_running: ContextVar[TargetObservation | None] = ContextVar("msd_hf.running", default=None)  # the decoder runs for it
+
 
 @contextmanager
-def observed(
-    decoder: Any,
-    reads: TargetReads,
-    input_names: Sequence[str],
-    is_compiled: bool,
-    replaced_inputs: Mapping[str, Any],
-) -> Iterator[TargetObservation]:
+def observed(observation: TargetObservation, compiled_parts: Sequence[CompiledPart]) -> Iterator[TargetObservation]:
     """
-    Watches the forwards of a target's decoder inside the block, as far as this thread runs them.
+    Observes forwards of a target's decoder inside the block, as far as the surrounding call runs them.
 
     Args:
-        decoder (`nn.Module`): the target's decoder.
-        reads (`TargetReads`): the hidden states to keep.
-        input_names (`Sequence[str]`): names of the decoder's positional inputs, in order.
-        is_compiled (`bool`): whether the user has compiled the target.
-        replaced_inputs (`Mapping[str, Any]`): inputs that take the place of inputs of these names.
+        observation (`TargetObservation`): says which forwards, and keeps what is seen.
+        compiled_parts (`Sequence[CompiledPart]`): parts of the target that the user has compiled. They run uncompiled,
+            as compiled code would pass over what stands in for its methods.
     """
-    seen = TargetObservation(reads)
-    thread = threading.get_ident()  # another thread may run the same target meanwhile
-
-    def before(module, args, kwargs):
-        if threading.get_ident() != thread:
-            return None
-        seen.inputs = {**dict(zip(input_names, args, strict=False)), **kwargs}
-        return (), {**seen.inputs, **replaced_inputs}
-
-    def after(module, args, kwargs, output):
-        if threading.get_ident() == thread:
-            seen.last_hidden_state = output[0]
-
-    def after_layer(layer):
-        def keep(module, args, output):
-            if threading.get_ident() == thread:
-                seen.layer_states[layer] = output[0] if isinstance(output, tuple) else output
-
-        return keep
-
-    handles: list[Any] = [
-        decoder.register_forward_pre_hook(before, with_kwargs=True),
-        decoder.register_forward_hook(after, with_kwargs=True),
-        *(decoder.layers[layer].register_forward_hook(after_layer(layer)) for layer in reads.layers),
-    ]
+    decoder = observation.decoder
     with ExitStack() as stack:
-        for handle in handles:
-            stack.callback(handle.remove)
-        if is_compiled:
-            # A compiled forward ignores hooks that were registered after its compilation.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield seen
+        stack.enter_context(standing_in(decoder, "_call_impl", _run_decoder))
+        if observation.run is not None:
+            stack.enter_context(standing_in(decoder, "forward", _run_forward))
+        for layer in observation.reads.layers:
+            stack.enter_context(standing_in(decoder.layers[layer], "_call_impl", _run_layer))
+        for part in compiled_parts:
+            stack.enter_context(standing_in(part.module, part.name, _run_uncompiled))
+        stack.enter_context(_set(_awaited, observation))
+        yield observation
+
+
+@contextmanager
+def _set(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def _run_decoder(module: nn.Module, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    observation = _awaited.get()
+    if observation is None and _running.get() is None:
+        return method(*args, **kwargs)
+    if observation is None or not observation.concerns(module, observation.named(args, kwargs)):
+        with _set(_running, None), substituted(None):  # a call inside of the one that is observed
+            return method(*args, **kwargs)
+    observation.inputs = observation.named(args, kwargs)
+    with _set(_awaited, None), _set(_running, observation), substituted(observation.attention):
+        output = method(**{**observation.inputs, **observation.replaced_inputs})
+    observation.last_hidden_state = output[0]
+    return output
+
+
+def _run_forward(module: nn.Module, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    observation = _running.get()
+    if observation is None or observation.run is None or module is not observation.decoder:
+        return method(*args, **kwargs)
+    return observation.run(observation.named(args, kwargs))
+
+
+def _run_layer(module: nn.Module, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    output = method(*args, **kwargs)
+    observation = _running.get()
+    if observation is not None:
+        for layer in observation.reads.layers:
+            if observation.decoder.layers[layer] is module:
+                observation.layer_states[layer] = output[0] if isinstance(output, tuple) else output
+    return output
+
+
+def _run_uncompiled(
+    module: nn.Module, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if _awaited.get() is None and _running.get() is None:
+        return method(*args, **kwargs)
+    return run_part(module, method, args, kwargs)
 
 
 __all__ = ["TargetObservation", "observed"]

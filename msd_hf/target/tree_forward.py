@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +12,25 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from ..attention.masks import buffer_attention_mask, tree_attention_mask
-from ..attention.split import LIVE_SLOTS, SPLIT_SDPA, find_live_slots
+from ..attention.split import LIVE_SLOTS, find_live_slots
+from ..attention.substitution import Substitution, allow_substitutes
 from ..compat import CACHE_NAME
 from ..compiled.compile import CompiledFunctions
+from ..errors import MSDUnsupportedError
 from ..kv.fixed import close_slots, reserve, whole_buffers
 from ..kv.in_place import KeysAndValues
 from ..kv.slots import ContextSlots
 from ..observer import phase
 from ..tree.candidate import CandidateTree
+from .compiled_parts import uncompiled
 from .observation import TargetObservation
 from .support import TREE_ATTENTION, attention_windows, takes_any_argument
 
 
 logger = logging.get_logger(__name__)
 
-# `TargetAdapter.observe`, with the replaced inputs as a dict: watches the decoder's forwards inside its block.
-Observe = Callable[[dict[str, Any]], AbstractContextManager[TargetObservation]]
+# Observes the decoder's forwards with a cache inside its block. Keyword arguments are fields of `TargetObservation`.
+Observe = Callable[..., AbstractContextManager[TargetObservation]]
 
 
 @dataclass
@@ -60,7 +63,7 @@ class TreeForward:
 
     def __init__(self, target: PreTrainedModel, observe: Observe, compiled: CompiledFunctions):
         self.target = target
-        self.decoder = target.get_decoder()
+        self.decoder: Any = uncompiled(target.get_decoder())
         self.dtype = target.dtype
         self._observe = observe
         self._compiled = compiled
@@ -139,8 +142,13 @@ class TreeForward:
         }
         places = first_slot + torch.arange(num_nodes, device=first_slot.device)
         replaced = {CACHE_NAME: whole_buffers(buffers, places)}
-        with self._compiled.compiled_decoder(self.decoder, (*tree.tokens.shape, num_slots), cuda_graphs):
-            return self._forward(tree, cache, masks, next_position + tree.depths, replaced, {})
+        shape = (*tree.tokens.shape, num_slots)
+        decoder, compiled = self.decoder, self._compiled
+
+        def run(inputs: dict[str, Any]) -> Any:
+            return compiled.run_decoder(decoder, inputs, shape, cuda_graphs)
+
+        return self._forward(tree, cache, masks, next_position + tree.depths, replaced, {}, run)
 
     def _forward(
         self,
@@ -150,21 +158,20 @@ class TreeForward:
         position_ids: torch.Tensor,
         replaced: dict[str, Any],
         output_flags: dict[str, bool],
+        run: Callable[[dict[str, Any]], Any] | None = None,
     ) -> TargetVerification:
-        in_buffers = bool(replaced)
+        attention = self._substitute()
+        if run is not None and masks is not None and self._tree_attention == "sdpa" and self._hands_on_arguments:
+            allow_substitutes(self.decoder.config._attn_implementation)
+            # Layers without a window see more slots than layers with one.
+            widest = min(masks, key=lambda kind: self._windows[kind] is not None)
+            replaced = {**replaced, LIVE_SLOTS: find_live_slots(masks[widest])}
         mask: Any = masks
-        if masks is not None:
-            if in_buffers and self._hands_on_arguments and self._attention(in_buffers) == SPLIT_SDPA:
-                # Layers without a window see more slots than layers with one.
-                widest = min(masks, key=lambda kind: self._windows[kind] is not None)
-                replaced = {**replaced, LIVE_SLOTS: find_live_slots(masks[widest])}
-            if len(masks) == 1:
-                (mask,) = masks.values()
-        with (
-            self._observe({"attention_mask": mask, "position_ids": position_ids, **replaced}) as seen,
-            self._attention_with_tree_mask(in_buffers),
-            phase("target forward"),
-        ):
+        if masks is not None and len(masks) == 1:
+            (mask,) = masks.values()
+        replaced = {"attention_mask": mask, "position_ids": position_ids, **replaced}
+        observation = self._observe(cache=cache, replaced_inputs=replaced, attention=attention, run=run)
+        with observation as seen, phase("target forward"):
             outputs = self.target(
                 input_ids=tree.tokens,
                 # A model with M-RoPE would otherwise compute positions for the rows of the prefill.
@@ -174,6 +181,12 @@ class TreeForward:
                 return_dict=True,
                 **{CACHE_NAME: cache},
                 **output_flags,
+            )
+        if attention is not None and run is None and not attention.num_calls:
+            raise MSDUnsupportedError(
+                f"The layers of `{type(self.target).__name__}` do not look up their attention implementation "
+                f"{self.decoder.config._attn_implementation!r} where transformers registers it, and it takes no tree "
+                'mask: load the target with `attn_implementation="sdpa"`.'
             )
         return TargetVerification(outputs.logits, seen.hidden_states, outputs)
 
@@ -186,34 +199,27 @@ class TreeForward:
             for kind, window in self._windows.items()
         }
 
-    def _attention(self, in_buffers: bool) -> str:
-        """The attention implementation for trees: the target's own, or a substitute if the target's own takes no tree
-        mask. Where attention reads whole cache buffers (`in_buffers`), `SPLIT_SDPA` replaces sdpa."""
+    @property
+    def _tree_attention(self) -> str:
+        """The attention implementation for trees: the target's own, or a substitute if its own takes no tree mask."""
         implementation = self.decoder.config._attn_implementation
-        if implementation not in TREE_ATTENTION:
-            # A decoder that caps its attention scores has no sdpa.
-            substitute = "sdpa" if self.decoder._supports_sdpa else "eager"
-            logger.warning_once(
-                f"The target's attention implementation {implementation!r} takes no tree mask: candidate trees are "
-                f"verified with {substitute}, the prompt is read as before. The two round differently: a near-tie "
-                "between two tokens may fall the other way."
-            )
-            implementation = substitute
-        return SPLIT_SDPA if in_buffers and implementation == "sdpa" else implementation
+        if implementation in TREE_ATTENTION:
+            return implementation
+        # A decoder that caps its attention scores has no sdpa.
+        return "sdpa" if self.decoder._supports_sdpa else "eager"
 
-    @contextmanager
-    def _attention_with_tree_mask(self, in_buffers: bool) -> Iterator[None]:
-        """Inside the block the decoder uses the attention implementation for trees, afterwards its own again."""
-        config = self.decoder.config
-        before, implementation = config._attn_implementation, self._attention(in_buffers)
-        if implementation == before:
-            yield
-            return
-        config._attn_implementation = implementation
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
+    def _substitute(self) -> Substitution | None:
+        """The substitute for the target's attention in this forward; `None` if its own takes a tree mask."""
+        config, name = self.decoder.config, self._tree_attention
+        if name == config._attn_implementation:
+            return None
+        logger.warning_once(
+            f"The target's attention implementation {config._attn_implementation!r} takes no tree mask: candidate "
+            f"trees are verified with {name}, the prompt is read as before. The two round differently: a near-tie "
+            "between two tokens may fall the other way."
+        )
+        allow_substitutes(config._attn_implementation)
+        return Substitution(config, name)
 
 
 __all__ = ["TargetVerification", "TreeForward"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Sequence
 
@@ -104,13 +105,15 @@ class _Line:
 
 class Experience:
     """
-    Measured costs of drafting and verification, in seconds, and the measured acceptance of nodes.
+    Measured costs of drafting and verification, in seconds, and the measured acceptance of nodes. Calls in several
+    threads may share it: each takes the `lock` for a few methods, `enter_context` first.
 
     Args:
         max_nodes (`int`): number of nodes of the largest tree.
     """
 
     def __init__(self, max_nodes: int):
+        self.lock = threading.RLock()
         self.sizes = [size for size in SIZES if size < max_nodes] + [max_nodes]
         # By range of context lengths. The costs exclude drafting.
         self._costs: dict[int, _Line] = {}  # rounds with several nodes

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 
 from .candidate import CandidateTree
@@ -79,6 +80,7 @@ class AdaptiveTreePolicy(TreePolicy):
         self.eos_token_ids = frozenset(eos_token_ids)
         self._drafts = True  # whether this round drafts a tree
         self._tokens = self._seconds = 0.0  # totals of this call's rounds
+        self._num_slots = 0  # length of this round's context
         self._round_start = self._verification_start = 0.0
         self._explored_size: int | None = None  # nodes of a tree that is drafted to measure its cost
         self._reach: float | None = None  # probability that the accepted path reaches the last level
@@ -87,23 +89,32 @@ class AdaptiveTreePolicy(TreePolicy):
         self._best_scores: list[set[float]] = []  # for each row, the score of the best node of each level
 
     def begin_round(self, tokens_left: int | None, num_slots: int) -> TreeSettings:
-        self.experience.enter_context(num_slots)
+        self._num_slots = num_slots
         self._round_start = time.perf_counter()
         self._reach, self._level, self._best_scores = None, None, []
-        self._explored_size = self.experience.next_to_explore()
-        self._drafts = self.experience.drafting_pays() if self._explored_size is None else self._explored_size > 1
-        if not self._drafts:
-            return TreeSettings(1, 0, self.settings.top_k)
-        self._prices = {width: self._price(width) for width in level_widths(self.settings.top_k)}
+        with self._sharing_experience():
+            self._explored_size = self.experience.next_to_explore()
+            self._drafts = self.experience.drafting_pays() if self._explored_size is None else self._explored_size > 1
+            if not self._drafts:
+                return TreeSettings(1, 0, self.settings.top_k)
+            self._prices = {width: self._price(width) for width in level_widths(self.settings.top_k)}
         return self.settings.limited_to(tokens_left)
+
+    @contextmanager
+    def _sharing_experience(self) -> Iterator[None]:
+        """Keeps other threads from the experience inside the block, with the statistics for this call's context."""
+        with self.experience.lock:
+            self.experience.enter_context(self._num_slots)
+            yield
 
     def width(self, growth: TreeGrowth) -> int:
         scores, tokens = growth.frontier_scores.tolist(), growth.frontier_tokens.tolist()
-        self._end_level()  # after `tolist`, which waits until a GPU has computed the level
         self._best_scores = self._best_scores or [set() for _ in scores]
         for best, row in zip(self._best_scores, scores, strict=True):
             best.add(row[0])
-        width = self._choose_width(growth, scores, tokens)
+        with self._sharing_experience():
+            self._end_level()  # after `tolist`, which waits until a GPU has computed the level
+            width = self._choose_width(growth, scores, tokens)
         if width:
             self._level = (width, time.perf_counter())
         return width
@@ -169,9 +180,15 @@ class AdaptiveTreePolicy(TreePolicy):
         max_nodes = growth.num_nodes
         scores = growth.best_scores(max_nodes - 1).tolist()
         self._best_scores = self._best_scores or [set() for _ in scores]
-        self._end_level()
-        if self._explored_size is not None:
-            return min(max_nodes, self._explored_size)
+        with self._sharing_experience():
+            self._end_level()
+            if self._explored_size is not None:
+                return min(max_nodes, self._explored_size)
+            return self._paying_size(max_nodes, scores)
+
+    def _paying_size(self, max_nodes: int, scores: list[list[float]]) -> int:
+        """The number of nodes up to `max_nodes` that emits the most tokens per second, given the scores of the best
+        nodes (one list per row)."""
         chances = self._chances(scores)
         # Costs, and expected tokens, of trees with 1, 2, ... nodes.
         costs, rate = self.experience.seconds_up_to(max_nodes), self._rate
@@ -190,15 +207,16 @@ class AdaptiveTreePolicy(TreePolicy):
         experience, num_nodes = self.experience, tree.tokens.shape[1]
         emitted = sum(len(path) for path in paths) / len(paths)
         round_end = time.perf_counter()
-        experience.add_round(self._drafts, emitted, round_end - self._round_start)
-        if self._drafts:
-            self.add_to_call(emitted, round_end - self._round_start)
-        experience.add_verification(num_nodes, round_end - self._verification_start)
-        if self._drafts and tree.scores is not None:
-            for scores, path, best in zip(tree.scores[:, 1:].tolist(), paths, self._best_scores, strict=True):
+        all_scores = tree.scores[:, 1:].tolist() if self._drafts and tree.scores is not None else []
+        with self._sharing_experience():
+            experience.add_round(self._drafts, emitted, round_end - self._round_start)
+            experience.add_verification(num_nodes, round_end - self._verification_start)
+            for scores, path, best in zip(all_scores, paths, self._best_scores, strict=False):
                 accepted = set(path)
                 for node, score in enumerate(scores, start=1):
                     experience.add_node(score, score in best, node in accepted)
+        if self._drafts:
+            self.add_to_call(emitted, round_end - self._round_start)
 
     def add_to_call(self, tokens: float, seconds: float) -> None:
         """Records the tokens and the time of rounds of this call."""
