@@ -224,8 +224,8 @@ def test_target_written_answers_are_made_once_and_trained_on(folder, tmp_path, m
     for _ in range(2):
         code, _, err = run_main(monkeypatch, capsys, "train", *arguments(folder, output, **more))
         assert code == 0, err
-    _, visual = sorted((output / "answers").glob("*.jsonl"))
-    assert len(list((output / "answers").iterdir())) == 2  # pictures are not copied
+    _, visual = sorted((output / "_answers").glob("*.jsonl"))
+    assert len(list((output / "_answers").iterdir())) == 2  # pictures are not copied
     original = json.loads((folder / "data" / "visual.json").read_text())
     written = [json.loads(line) for line in visual.read_text().splitlines()]
     assert [sample["id"] for sample in written] == [sample["id"] for sample in original]

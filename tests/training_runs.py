@@ -22,7 +22,7 @@ def build_small_target(processor, seed=0):
     return target
 
 
-def make_trainer(target, processor, data, output_dir, eval_dataset=None, callbacks=None, **arguments):
+def make_trainer(target, processor, data, output_dir, eval_dataset=None, callbacks=None, model=None, **arguments):
     fields = {
         "max_steps": 4,
         "per_device_train_batch_size": 4,
@@ -39,6 +39,7 @@ def make_trainer(target, processor, data, output_dir, eval_dataset=None, callbac
         "seed": 0,
     }
     return MSDTrainer(
+        model=model,
         target=target,
         processing_class=processor,
         args=MSDTrainingArguments(output_dir=str(output_dir), **{**fields, **arguments}),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from ..redaction import redact_command
 from ..version import __version__
 
 
@@ -40,7 +40,7 @@ def _describe_command() -> str:
     program = Path(sys.argv[0])
     # With `python -m PACKAGE`, `sys.argv[0]` is the path of `__main__.py`.
     start = ["python", "-m", program.parent.name] if program.name == "__main__.py" else [program.name]
-    return shlex.join([*start, *sys.argv[1:]])
+    return redact_command([*start, *sys.argv[1:]])
 
 
 def _describe_device(device: torch.device) -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, fields, replace
+from enum import Enum
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..errors import MSDError
+from ..redaction import redact, secret_values
 from .curriculum import CURRICULA, Curriculum
 from .losses import WEIGHT_NAMES
 from .recipes import RECIPES, Recipe
@@ -17,6 +22,8 @@ from .rows import ROW_CHOICES
 
 # Fields of `Recipe` that are also arguments. The trainer computes the learning rate, which depends on the draft too.
 _RECIPE_FIELDS = tuple(f.name for f in fields(Recipe) if f.name not in ("base_learning_rate", "scale_learning_rate"))
+# Values that may be pickled. Other objects, such as the state of a DeepSpeed run, may hold paths of this machine.
+_PICKLED = (type(None), bool, int, float, str, list, tuple, dict, Enum, torch.device, AcceleratorConfig)
 # For optional flags on the command line: `--bf16` alone means yes, and without the flag the value is `None`.
 _FLAG = {"nargs": "?", "const": True}
 
@@ -176,6 +183,27 @@ class MSDTrainingArguments(TrainingArguments):
             return sorted({int(number) for number in layers.split(",")})
         except ValueError:
             raise MSDError(f"`target_layers` must be numbers with commas, 'auto' or 'none', got {layers!r}.") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        As in `TrainingArguments`, for trackers and for `runs/`, which are public; so without secrets and local paths.
+        """
+        return redact(super().to_dict(), secrets=secret_values(vars(self)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # `Trainer` pickles its arguments to `training_args.bin`, which lies beside the draft and is uploaded with it.
+        known = {name: value if isinstance(value, _PICKLED) else None for name, value in vars(self).items()}
+        return redact(known, secrets=secret_values(vars(self)))
+
+    def __copy__(self) -> MSDTrainingArguments:
+        copied = object.__new__(type(self))
+        copied.__dict__.update(vars(self))
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MSDTrainingArguments:
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def _check(self) -> None:
         self.layers_of(num_layers=8)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 import transformers
 from transformers import TrainingArguments
 
+from ..redaction import redact, redact_command, redact_text, secret_values
 from ..saving import replace_text
 from ..version import __version__
 
@@ -23,9 +23,13 @@ PROVENANCE_NAME = "training_provenance.json"
 
 
 def write_provenance(folder: str | Path, provenance: dict[str, Any]) -> Path:
-    """Writes `provenance` to `training_provenance.json` in `folder`; returns the path of the file."""
+    """
+    Writes `provenance` to `training_provenance.json` in `folder`, without secrets and local paths; returns the path of
+    the file.
+    """
     path = Path(folder) / PROVENANCE_NAME
-    replace_text(path, json.dumps(provenance, indent=2, default=str) + "\n")
+    text = json.dumps(redact(provenance), indent=2, default=lambda value: redact_text(str(value)))
+    replace_text(path, text + "\n")
     return path
 
 
@@ -36,11 +40,12 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
 
 
 def describe_run(arguments: TrainingArguments) -> dict[str, Any]:
-    """Describes a run: command, versions, number of processes, and the arguments that differ from their defaults."""
-    # The name of the script without its folder, which means nothing to the reader of a published draft.
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """
+    Describes a run: command, versions, number of processes, and the arguments that differ from their defaults. Secrets
+    and local paths are removed, because the description is published with the draft.
+    """
     return {
-        "command": command,
+        "command": redact_command(sys.argv, secret_values(vars(arguments))),
         "versions": {
             "msd_hf": __version__,
             "transformers": transformers.__version__,
@@ -54,7 +59,7 @@ def describe_run(arguments: TrainingArguments) -> dict[str, Any]:
 
 
 def _changed_arguments(arguments: TrainingArguments) -> dict[str, Any]:
-    values = arguments.to_dict()  # `to_dict` masks access tokens
+    values = redact(arguments.to_dict(), secrets=secret_values(vars(arguments)))
     changed = {}
     for field in dataclasses.fields(arguments):
         if field.name not in values or field.name in ("output_dir", "logging_dir", "hub_token"):

@@ -232,7 +232,8 @@ def _with_target_answers(
     args: MSDTrainingArguments,
 ) -> Conversations:
     fingerprint = f"{target_fingerprint(target)[:8]}{conversations.fingerprint[:8]}"
-    output = Path(str(args.output_dir)) / "answers" / f"{kind}-{fingerprint}.jsonl"
+    # `--push-to-hub` uploads the output folder without names that begin with `_`. The data is the user's own.
+    output = Path(str(args.output_dir)) / "_answers" / f"{kind}-{fingerprint}.jsonl"
     if not output.is_file():
         if args.world_size > 1:
             raise MSDError(

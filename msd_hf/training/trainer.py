@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ..decoding.result import mean_acceptance_length
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDDataError, MSDError
+from ..redaction import redact_text
 from ..target.adapter import TargetAdapter
 from ..target.support import check_pair, check_target
 from .acceptance import acceptance_lengths
 from .arguments import MSDTrainingArguments
+from .best_checkpoint import RestoreBestCheckpoint, SavedState
 from .checkpointing import last_complete_checkpoint
 from .curriculum import CurriculumSampler, Draw
 from .data.encoding import ConversationEncoder
@@ -73,6 +75,8 @@ class MSDTrainer(Trainer):
         check_target(target)
         model = new_draft(target, args) if model is None else model
         check_pair(target.config, model.config)
+        if redact_text(model.config._name_or_path) != model.config._name_or_path:
+            model.config._name_or_path = ""  # a local path; trackers get the whole config
         if args.learning_rate is None:
             args.learning_rate = args.make_recipe().learning_rate(model.config.hidden_size)
             logger.info("The learning rate is %g.", args.learning_rate)
@@ -116,6 +120,8 @@ class MSDTrainer(Trainer):
         self._held_out_skipped: dict[tuple[str, int], str] = {}
         self._skipped_before: Counter[str] = Counter()
         self._metrics: dict[str, float] = {}
+        self._restore_best_checkpoint = RestoreBestCheckpoint()
+        self.add_callback(self._restore_best_checkpoint)
         self._best_step: int | None = None  # step of the best checkpoint, if that was loaded at the end
 
     @property
@@ -257,6 +263,7 @@ class MSDTrainer(Trainer):
                 logger.warning(
                     "There is no checkpoint in %s: training starts from the beginning.", self.args.output_dir
                 )
+        self._restore_best_checkpoint.resumed_from = resume_from_checkpoint or None
         if resume_from_checkpoint:
             before = read_provenance(resume_from_checkpoint).get("data", {}).get("skipped", {})
             self._skipped_before = Counter(before)
@@ -267,6 +274,10 @@ class MSDTrainer(Trainer):
         best = read_provenance(str(self.state.best_model_checkpoint))
         self._metrics |= best.get("metrics", {})
         self._best_step = best.get("step")
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.state: TrainerState = SavedState.of(self.state)
+        super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -313,7 +324,7 @@ class _HeldOut(Dataset):
 def _public_name(target: PreTrainedModel) -> str:
     """The id of a model on the Hub; for a model from a local folder, the name of the folder without its path."""
     name = str(getattr(target.config, "_name_or_path", "") or type(target).__name__)
-    return Path(name).resolve().name if Path(name).is_dir() else name
+    return Path(name).resolve().name if Path(name).is_dir() else redact_text(name)
 
 
 def new_draft(target: PreTrainedModel, args: MSDTrainingArguments) -> MSDDraftModel:
