@@ -1,5 +1,6 @@
 """The errors of `msd_hf`. All are `ValueError`s, so that code written for `generate` catches them unchanged."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -47,11 +48,21 @@ def errors_name_sample(sample_id: str) -> Iterator[None]:
         raise MSDDataError(error.reason, error.detail, sample_id) from error.__cause__
 
 
+@contextmanager
+def errors_end_script() -> Iterator[None]:
+    """Inside the block of a script each error of this package ends it with one line and exit status 1."""
+    try:
+        yield
+    except MSDError as error:
+        sys.exit(f"Error: {error}")
+
+
 __all__ = [
     "MSDCheckpointError",
     "MSDDataError",
     "MSDError",
     "MSDPairingError",
     "MSDUnsupportedError",
+    "errors_end_script",
     "errors_name_sample",
 ]

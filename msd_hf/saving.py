@@ -1,37 +1,11 @@
-"""Writing folders and files that exist either completely or not at all."""
+"""Writing files that exist either completely or not at all."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-
-@contextmanager
-def replaced_folder(folder: str | Path) -> Iterator[Path]:
-    """
-    A temporary folder that takes the name `folder` when the block ends without an error.
-
-    An older folder of this name is removed only at that moment.
-    """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield temporary
-        # Only the owner can read folders of mkdtemp and files of safetensors.
-        temporary.chmod(0o755)
-        for path in temporary.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 @contextmanager
@@ -52,4 +26,4 @@ def replace_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-__all__ = ["replace_text", "replaced_file", "replaced_folder"]
+__all__ = ["replace_text", "replaced_file"]

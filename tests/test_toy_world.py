@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
-from msd_hf.saving import replaced_folder
 from msd_hf.toy import (
     DEMO_IMAGE,
     TARGET_DIR,
@@ -295,19 +294,6 @@ def test_deepened_target_computes_the_same(processor):
     assert len(deep.model.language_model.layers) > len(shallow.model.language_model.layers)
     ids = torch.arange(10, 40)[None]
     assert torch.allclose(deep(input_ids=ids).logits, shallow(input_ids=ids).logits, atol=1e-4)
-
-
-def test_folder_is_replaced_only_on_success(tmp_path):
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "old").write_text("old")
-    with pytest.raises(RuntimeError), replaced_folder(folder) as temporary:
-        (temporary / "new").write_text("new")
-        raise RuntimeError
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
-    with replaced_folder(folder) as temporary:
-        (temporary / "new").write_text("new")
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
 
 
 def test_saved_target_loads_as_float32(processor, tmp_path):

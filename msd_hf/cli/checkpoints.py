@@ -9,9 +9,10 @@ import typer
 from transformers import AutoConfig, AutoProcessor
 from transformers.utils import logging
 
+from ..destination import check_destination, replaced_folder
+from ..draft.folder import DRAFT_FOLDER
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
-from ..saving import replaced_folder
 from ..target.support import check_pair
 from .options import ImageFolder, Overwrite, Strict, Target, console, print_skipped
 
@@ -22,9 +23,9 @@ def convert(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a draft of the original repository in this package's format."""
-    _check_absent(destination, overwrite)
+    check_destination(destination, DRAFT_FOLDER, overwrite)
     model = MSDDraftModel.from_pretrained(source)
-    with replaced_folder(destination) as temporary:
+    with replaced_folder(destination, DRAFT_FOLDER, overwrite) as temporary:
         model.save_pretrained(temporary)
     console.print(f"Wrote {destination} ({model.num_parameters():,} parameters, {model.dtype}).")
 
@@ -48,11 +49,11 @@ def draft_vocab(
     if size != "auto" and not size.lstrip("-").isdecimal():
         raise MSDError(f"--size {size!r} is neither a number nor auto.")
     num_tokens = None if size == "auto" else int(size)
+    check_destination(output, DRAFT_FOLDER, overwrite)
     target_config = AutoConfig.from_pretrained(target)
     vocab_size = target_config.get_text_config(decoder=True).vocab_size
     if num_tokens is not None:
         check_size(num_tokens, vocab_size)
-    _check_absent(output, overwrite)
     conversations = [load_conversations(path, image_folder) for path in data]
     logging.disable_progress_bar()
     model = MSDDraftModel.from_pretrained(draft)
@@ -78,11 +79,6 @@ def draft_vocab(
             "Warning: more than half of the vocabulary saves little time and may cost acceptance.", soft_wrap=True
         )
     model.set_draft_vocab(tokens)
-    with replaced_folder(output) as temporary:
+    with replaced_folder(output, DRAFT_FOLDER, overwrite) as temporary:
         model.save_pretrained(temporary)
     console.print(f"Wrote {output}", soft_wrap=True)
-
-
-def _check_absent(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not overwrite:
-        raise MSDError(f"{str(folder)!r} exists: choose another name, or add --overwrite.")

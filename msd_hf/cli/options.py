@@ -15,7 +15,7 @@ from ..loading import DTYPE_NAMES
 console = Console(highlight=False)
 
 Target = Annotated[str, typer.Option(help="Folder or Hub id of the target.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it is there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder, if it holds only a draft.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length limit of the answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 for greedy decoding, above 0 for sampling.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling.")]

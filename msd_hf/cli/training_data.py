@@ -51,10 +51,12 @@ def extract(
     """Run the target over conversations once and write its features to disk for `msd-hf train`."""
     from ..training import MSDTrainingArguments, extract_features, load_conversations
     from ..training.features.disk_estimate import estimate_disk
+    from ..training.features.index import check_cache_folder
     from ..training.features.storage import resolve_storage
 
     # The arguments are checked before the target's weights are loaded, which takes long.
     resolve_storage(storage, torch.float32)
+    check_cache_folder(output)
     arguments = MSDTrainingArguments(target_layers=target_layers, use_cpu=True)
     conversations = load_conversations(data, image_folder)
     model, processor = load_target_and_processor(target, dtype, device)

@@ -12,12 +12,15 @@ from rich.console import Console
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging
 
+from ..destination import check_destination
+from ..draft.folder import DRAFT_FOLDER
+from ..errors import MSDError, errors_end_script
 from ..loading import load_target, load_target_and_processor
 from .accuracy import accuracy_table, generate_answers, make_evaluation_prompts, score_answers
 from .draft import save_draft, train_draft
 from .evaluate import evaluate_pair
 from .processor import build_processor
-from .target import build_shallow_target, deepen, save_target, scale_projector, train_target
+from .target import TARGET_FOLDER, build_shallow_target, deepen, save_target, scale_projector, train_target
 from .training import Budget
 from .vision import pretrain_vision_tower
 
@@ -45,9 +48,17 @@ def build_pair(
     batch_size: Annotated[int, typer.Option(help="Conversations per step.")] = 16,
     prompts_per_kind: Annotated[int, typer.Option(help="Held-out questions of each kind in the final test.")] = 40,
     draft_only: Annotated[bool, typer.Option("--draft-only", help="Keep the target that is in the folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace `target` and `draft` if they hold a toy pair.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of data and initial weights.")] = 0,
 ) -> None:
     """Train and save a target and its draft, and measure both on held-out questions."""
+    if not draft_only:
+        check_destination(output / "target", TARGET_FOLDER, overwrite)
+        if (output / "work").exists():
+            raise MSDError(f"{str(output / 'work')!r} holds features of an earlier target: remove it first.")
+    check_destination(output / "draft", DRAFT_FOLDER, overwrite)
     logging.set_verbosity_info()
     started = time.monotonic()
     if not draft_only:
@@ -56,9 +67,9 @@ def build_pair(
             Budget(shallow_steps, None if shallow_steps else shallow_seconds),
             Budget(deep_steps, None if deep_steps else deep_seconds),
         )
-        build_target_folder(output / "target", *budgets, batch_size, prompts_per_kind, seed)
+        build_target_folder(output / "target", *budgets, batch_size, prompts_per_kind, seed, overwrite)
         console.print(f"target after {(time.monotonic() - started) / 60:.1f} minutes")
-    build_draft_folder(output, draft_steps, draft_samples, batch_size, seed)
+    build_draft_folder(output, draft_steps, draft_samples, batch_size, seed, overwrite)
     console.print(f"draft after {(time.monotonic() - started) / 60:.1f} minutes")
     evaluate_pair(output / "target", output / "draft", repeats=1, seed=seed)
 
@@ -71,6 +82,7 @@ def build_target_folder(
     batch_size: int,
     prompts_per_kind: int,
     seed: int,
+    overwrite: bool = False,
 ) -> None:
     """Trains the vision tower, then a shallow target, then the target with all layers. Saves the target and prints its
     accuracy on held-out questions."""
@@ -83,7 +95,7 @@ def build_target_folder(
     model = deepen(model, processor)
     console.print(f"{model.num_parameters():,} parameters, {torch.get_num_threads()} threads")
     train_target(model, processor, deep_budget, seed + 1, batch_size, DEEP_RATE)
-    save_target(model, processor, folder)
+    save_target(model, processor, folder, overwrite)
     # The model is loaded again, to measure the rounded weights on disk, which users load.
     print_accuracy(load_target(folder), processor, prompts_per_kind, seed)
 
@@ -99,13 +111,16 @@ def print_accuracy(
     console.print(f"mean answer length {sum(lengths) / len(lengths):.1f} tokens")
 
 
-def build_draft_folder(output: Path, num_steps: int, num_samples: int, batch_size: int, seed: int) -> None:
+def build_draft_folder(
+    output: Path, num_steps: int, num_samples: int, batch_size: int, seed: int, overwrite: bool = False
+) -> None:
     """Trains a new draft for the target in `output`, and saves it in the same folder."""
     target, processor = load_target_and_processor(output / "target")
     trainer = train_draft(target, processor, output / "work", num_steps, num_samples, seed, batch_size)
     console.print(f"draft of {trainer.model.num_parameters():,} parameters")
-    save_draft(trainer, output / "draft")
+    save_draft(trainer, output / "draft", overwrite)
 
 
 if __name__ == "__main__":
-    typer.run(build_pair)
+    with errors_end_script():
+        typer.run(build_pair)

@@ -8,8 +8,9 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from ..destination import replaced_folder
+from ..draft.folder import DRAFT_FOLDER
 from ..draft.modeling_msd import MSDDraftModel
-from ..saving import replaced_folder
 from ..training import (
     FeatureCache,
     MSDTrainer,
@@ -114,12 +115,17 @@ def _make_features(
     return FeatureCache(folder)
 
 
-def save_draft(trainer: MSDTrainer, folder: str | Path) -> Path:
-    """Writes the draft to `folder`, rounded by [`save_rounded`], with its provenance; returns `folder`."""
+def save_draft(trainer: MSDTrainer, folder: str | Path, overwrite: bool = False) -> Path:
+    """
+    Writes the draft to `folder`, rounded by [`save_rounded`], with its provenance; returns `folder`.
+
+    Raises:
+        MSDError: when the folder exists; with `overwrite`, when it holds anything but a draft.
+    """
     draft = trainer.model
     for name, value in TREE.items():
         setattr(draft.generation_config, name, value)
-    with replaced_folder(folder) as temporary:
+    with replaced_folder(folder, DRAFT_FOLDER, overwrite) as temporary:
         save_rounded(draft, temporary)
         write_provenance(temporary, trainer.provenance())
     return Path(folder)

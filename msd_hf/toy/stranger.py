@@ -27,11 +27,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..destination import check_destination
+from ..errors import errors_end_script
 from ..loading import load_target
 from .accuracy import accuracy_table, generate_answers, make_evaluation_prompts, score_answers
 from .dataset import IMAGE_TAG, iterate_samples
 from .processor import join_processor, train_tokenizer
-from .target import build_untrained, join_configs, save_target, scale_projector, train_target
+from .target import TARGET_FOLDER, build_untrained, join_configs, save_target, scale_projector, train_target
 from .training import Budget
 from .training_data import write_training_data
 from .vision import pretrain_vision_tower
@@ -80,6 +82,7 @@ def build_stranger(
     seed: Annotated[int, typer.Option(help="Seed of data and initial weights.")] = 0,
 ) -> None:
     """Train and save a target unlike the bundled one, and write the conversations to train a draft on."""
+    check_destination(output / "target", TARGET_FOLDER)
     write_training_data(output / "data", num_samples, seed)
     processor = build_stranger_processor(seed)
     model = build_untrained(build_stranger_config(processor), seed)
@@ -164,4 +167,5 @@ def build_stranger_config(processor: LlavaProcessor) -> LlavaConfig:
 
 if __name__ == "__main__":
     logging.set_verbosity_info()
-    typer.run(build_stranger)
+    with errors_end_script():
+        typer.run(build_stranger)

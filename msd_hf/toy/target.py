@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from ..saving import replaced_folder
+from ..destination import FolderKind, read_config, replaced_folder
 from ..training.data.conversations import Conversation
 from ..training.data.encoding import ConversationEncoder
 from .dataset import IMAGE_TAG, iterate_samples, make_samples
@@ -35,6 +35,30 @@ NUM_SEED_LAYERS = 5  # number of layers of the shallow model, which is trained f
 NUM_VISION_LAYERS = 3
 IGNORED = -100
 _POOL = 24  # batches whose samples are sorted by length together
+_FILE_NAMES = frozenset(
+    (
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    )
+)
+_LARGEST_VOCABULARY = 2048  # a LLaVA with fewer tokens is a toy
+
+
+def _is_toy_target(folder: Path) -> bool:
+    config = read_config(folder)
+    text = config.get("text_config")
+    size = text.get("vocab_size") if isinstance(text, dict) else None
+    return config.get("model_type") == "llava" and isinstance(size, int) and size <= _LARGEST_VOCABULARY
+
+
+TARGET_FOLDER = FolderKind("a target of the toy world", lambda path: path.name in _FILE_NAMES, _is_toy_target)
 
 
 def build_target_config(processor: LlavaProcessor, num_layers: int = NUM_LAYERS) -> LlavaConfig:
@@ -226,8 +250,15 @@ def train_target(
     )
 
 
-def save_target(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: str | Path) -> Path:
-    """Writes the model, rounded by [`save_rounded`], and the processor to `folder`; returns `folder`."""
+def save_target(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: str | Path, overwrite: bool = False
+) -> Path:
+    """
+    Writes the model, rounded by [`save_rounded`], and the processor to `folder`; returns `folder`.
+
+    Raises:
+        MSDError: when the folder exists; with `overwrite`, when it holds anything but a toy target.
+    """
     tokenizer = processor.tokenizer
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -235,7 +266,7 @@ def save_target(model: LlavaForConditionalGeneration, processor: LlavaProcessor,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    with replaced_folder(folder) as temporary:
+    with replaced_folder(folder, TARGET_FOLDER, overwrite) as temporary:
         save_rounded(model, temporary)
         processor.save_pretrained(temporary)
     return Path(folder)

@@ -14,12 +14,10 @@ import torch
 import transformers
 from transformers import TrainingArguments
 
+from ..draft.folder import PROVENANCE_NAME
 from ..redaction import redact, redact_command, redact_text, secret_values
 from ..saving import replace_text
 from ..version import __version__
-
-
-PROVENANCE_NAME = "training_provenance.json"
 
 
 def write_provenance(folder: str | Path, provenance: dict[str, Any]) -> Path:

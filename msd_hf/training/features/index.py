@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ...destination import check_parent
 from ...errors import MSDError
 from ..data.encoding import ConversationEncoder
 from .storage import damaged_shard, safely_replaced_file, write_shard
@@ -17,6 +20,27 @@ from .storage import damaged_shard, safely_replaced_file, write_shard
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
+
+
+# Temporary files of a killed run, as `replaced_file` names them.
+_LEFTOVER = re.compile(r"\.(shard-\d{5}\.safetensors|index\.json)\.\d+\.tmp")
+
+
+def check_cache_folder(folder: Path) -> set[str]:
+    """
+    Checks that features can be written to `folder`, before the target is loaded. Returns the names in the folder.
+
+    Raises:
+        MSDError: when it is a file, when it cannot be read or written, or when it holds other files and no cache.
+    """
+    check_parent(folder / INDEX_NAME)
+    try:
+        names = set(os.listdir(folder)) if folder.exists() else set()
+    except OSError as error:
+        raise MSDError(f"The folder {str(folder)!r} cannot be read: {error.strerror}.") from error
+    if INDEX_NAME not in names and not all(map(_LEFTOVER.fullmatch, names)):
+        raise MSDError(f"The folder {str(folder)!r} is not empty and holds no feature cache; choose another one.")
+    return names
 
 
 @dataclass
@@ -132,13 +156,8 @@ class CacheIndex:
         Raises:
             MSDError: when the folder holds other files, or a cache made with other settings.
         """
-        if folder.exists() and not folder.is_dir():
-            raise MSDError(f"{str(folder)!r} is a file; features need a folder.")
-        names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-        leftovers = {name for name in names if name.startswith((".shard-", ".index")) and name.endswith(".tmp")}
-        if INDEX_NAME not in names and names - leftovers:
-            raise MSDError(f"The folder {str(folder)!r} is not empty and holds no feature cache; choose another one.")
-        for name in leftovers:
+        names = check_cache_folder(folder)
+        for name in filter(_LEFTOVER.fullmatch, names):
             (folder / name).unlink(missing_ok=True)
         earlier = CacheIndex.read(folder) if INDEX_NAME in names else self
         if not earlier.shards:
@@ -206,4 +225,4 @@ class CacheIndex:
         return cls(**content)
 
 
-__all__ = ["INDEX_NAME", "CacheIndex"]
+__all__ = ["INDEX_NAME", "CacheIndex", "check_cache_folder"]

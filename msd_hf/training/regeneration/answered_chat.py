@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import BatchFeature
 
-from ...errors import MSDDataError
+from ...errors import MSDDataError, MSDError
 from ...prompts import build_chat_inputs
 from ...saving import replaced_file
 from ..data.chat_rendering import ChatRenderer
@@ -85,8 +85,12 @@ class EntryWriter:
             return source.relative_to(self.image_folder).as_posix()
         self.folder.mkdir(exist_ok=True)
         name = f"{index:07d}-{number}.png"
-        with replaced_file(self.folder / name) as temporary:
+        path = self.folder / name
+        with replaced_file(path) as temporary:
             chat.images[number].save(temporary, format="PNG")
+            # A resumed run writes the image of its first sample again.
+            if path.exists() and path.read_bytes() != temporary.read_bytes():
+                raise MSDError(f"{str(path)!r} is there, with another image: choose another name for the output.")
         return f"{self.folder.name}/{name}"
 
 

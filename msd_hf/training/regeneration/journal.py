@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ...destination import check_parent
 from ...errors import MSDError
 from ...saving import replaced_file
 
@@ -110,8 +111,11 @@ def check_unwritten(output: Path) -> None:
     Checks that no complete `output` exists, which a new run would overwrite.
 
     Raises:
-        MSDError: when `output` exists and is complete.
+        MSDError: when `output` exists and is complete, or cannot be written.
     """
+    check_parent(output)
+    if output.is_symlink() or output.is_dir():
+        raise MSDError(f"{str(output)!r} is a {'link' if output.is_symlink() else 'folder'}: choose another name.")
     # `output` and its journal both exist if the run was killed between the last two steps of `finish`.
     if output.exists() and not _partial(output).exists():
         raise MSDError(f"{str(output)!r} exists: remove it, or choose another name.")

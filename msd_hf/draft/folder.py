@@ -1,0 +1,34 @@
+"""The folder of a draft: the files that are written into it, and by which it is known."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..destination import FolderKind, read_config
+from .configuration_msd import MSDDraftConfig
+
+
+PROVENANCE_NAME = "training_provenance.json"
+_FILE_NAMES = re.compile(
+    r"config\.json|generation_config\.json|model\.safetensors|model-\d{5}-of-\d{5}\.safetensors"
+    rf"|model\.safetensors\.index\.json|training_args\.bin|{re.escape(PROVENANCE_NAME)}"
+)
+# `Trainer` writes this into a model card, and asks that a user who edits the card removes it.
+_GENERATED_CARD = "generated automatically according to the information the Trainer had access to"
+
+
+def _owns(path: Path) -> bool:
+    if path.name == "README.md":
+        return _GENERATED_CARD in path.read_text(encoding="utf-8", errors="replace")
+    return _FILE_NAMES.fullmatch(path.name) is not None
+
+
+def _is_draft(folder: Path) -> bool:
+    return read_config(folder).get("model_type") == MSDDraftConfig.model_type
+
+
+# A folder with checkpoints of a training run is not replaced: they are worth more than the draft.
+DRAFT_FOLDER = FolderKind("an MSD draft", _owns, _is_draft)
+
+__all__ = ["DRAFT_FOLDER", "PROVENANCE_NAME"]
