@@ -16,7 +16,7 @@ from msd_hf import destination
 from msd_hf.destination import FolderKind, check_destination, replaced_folder
 from msd_hf.draft.folder import DRAFT_FOLDER
 from msd_hf.errors import MSDError
-from msd_hf.toy import DRAFT_DIR, TARGET_DIR
+from msd_hf.toy import DRAFT_DIR, TARGET_DIR, build
 from msd_hf.toy.build import build_pair
 from msd_hf.toy.target import TARGET_FOLDER
 
@@ -241,7 +241,8 @@ def test_home_is_expanded(original, tmp_path, run, monkeypatch):
     assert DRAFT_FOLDER.recognises(tmp_path / "drafts" / "out")
 
 
-def test_a_toy_pair_replaces_only_a_toy_pair(tmp_path):
+def test_a_toy_pair_replaces_only_a_toy_pair(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "build_target_folder", lambda *arguments: pytest.fail("the training began"))
     shutil.copytree(TARGET_DIR, tmp_path / "target")
     assert check_destination(tmp_path / "target", TARGET_FOLDER, overwrite=True) == (tmp_path / "target").resolve()
     with pytest.raises(MSDError, match="target' exists"):

@@ -247,3 +247,20 @@ def test_the_command_of_a_report_is_free_of_secrets(small_target, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/opt/bin/msd-hf", "bench", "--target", "/home/me/target", "--api-key=abc"])
     command = describe_environment(small_target)["command"]
     assert command == "msd-hf bench --target target '--api-key=<redacted>'"
+
+
+def test_features_answers_and_reports_hold_no_paths(published, run, tmp_path):
+    output, _, user = published
+    pair = ("--target", user / "target", "--data", user / "data" / "visual.json")
+    few = ("--num-prompts", 1, "--repeats", 1, "--max-new-tokens", 4)
+    for command in (
+        ("extract", *pair, "--output", tmp_path / "features"),
+        ("regenerate", *pair, "--output", tmp_path / "answers.jsonl", "--max-new-tokens", 4),
+        ("bench", *pair, "--draft", output, "--output", tmp_path / "report", *few),
+    ):
+        code, _, err = run(*command)
+        assert code == 0, err
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"index.json", "answers.jsonl", "report.json", "report.md"} <= {path.name for path in files}
+    assert {path.name: found for path in files if (found := leaks(path.read_bytes(), user))} == {}
+    assert {path.name for path in files if str(tmp_path).encode() in path.read_bytes()} == set()

@@ -33,6 +33,8 @@ def check_cache_folder(folder: Path) -> set[str]:
     Raises:
         MSDError: when it is a file, when it cannot be read or written, or when it holds other files and no cache.
     """
+    if folder.is_file():
+        raise MSDError(f"{str(folder)!r} is a file; features need a folder.")
     check_parent(folder / INDEX_NAME)
     try:
         names = set(os.listdir(folder)) if folder.exists() else set()
