@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from msd_hf.prompts import build_chat_inputs
 from msd_hf.toy import DRAFT_DIR, TARGET_DIR, make_samples, render
 from msd_hf.training.data.conversations import load_conversations
 from msd_hf.training.data.encoding import ConversationEncoder
+from msd_hf.training.regeneration.answered_chat import AnsweredChat, EntryWriter
 from msd_hf.training.regeneration.answers import AnswerGenerator, SeededDraw, pad_left
 from msd_hf.training.regeneration.journal import Journal
 from msd_hf.training.regeneration.regenerate import regenerate
@@ -357,3 +359,17 @@ def test_prompts_with_unlike_images_make_one_batch():
     assert batch["pixel_values"].shape == (2, 4, 3, 2, 2)
     assert batch["pixel_values"].flatten(2).sum(-1).tolist() == [[6.0, 6.0, 0.0, 0.0], [6.0] * 4]
     assert batch["image_sizes"].tolist() == [[3, 2], [5, 4]]
+
+
+def test_an_image_of_the_user_is_not_written_over(raw_samples, tmp_path):
+    conversations = load_conversations(raw_samples["visual"])
+    chat = AnsweredChat(conversations[0])
+    chat.answer("Yes.", ended=True)
+    write = EntryWriter(tmp_path / "own.jsonl", None)
+    for _ in range(2):  # a resumed run writes the same image again
+        write(0, chat)
+    (image,) = (tmp_path / "own_images").iterdir()
+    image.write_bytes(b"mine")
+    with pytest.raises(MSDError, match="is there, with another image"):
+        write(0, chat)
+    assert image.read_bytes() == b"mine" and os.listdir(tmp_path / "own_images") == [image.name]
