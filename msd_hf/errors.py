@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class MSDError(ValueError):
@@ -39,6 +40,14 @@ class MSDDataError(MSDError):
         return type(self), (self.reason, self.detail, self.sample_id)
 
 
+def shown(value: Any, most: int = 80) -> str:
+    """A value in an error message: its `repr`, cut after `most` characters. A number may have thousands of digits."""
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= most else text[:most] + "..."
+
+
 @contextmanager
 def errors_name_sample(sample_id: str) -> Iterator[None]:
     """Inside the block every [`MSDDataError`] gets the id of the sample that is being read."""
@@ -65,4 +74,5 @@ __all__ = [
     "MSDUnsupportedError",
     "errors_end_script",
     "errors_name_sample",
+    "shown",
 ]

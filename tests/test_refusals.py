@@ -135,7 +135,19 @@ def compiled_with_layers(target, draft):
     return target, draft, {}
 
 
+def with_tree(**settings):
+    def change(target, draft):
+        draft = build_draft()
+        for name, value in settings.items():
+            setattr(draft.generation_config, name, value)
+        return target, draft, {}
+
+    return change
+
+
 CASES = {
+    "trees with too many candidates": with_tree(tree_depth=400, tree_top_k=400),
+    "more candidates after a node than the target has tokens": with_tree(tree_top_k=500),
     "`custom_generate`": lambda target, draft: (target, draft, {"custom_generate": lambda **_: None}),
     "`assistant_tokenizer`": lambda target, draft: (target, draft, {"assistant_tokenizer": tiny.tokenizer()}),
     "a cache that is not a plain `DynamicCache`": other_cache,

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, logging
 
 from ..errors import MSDError
+from .files import LOCATION_ARGUMENTS, errors_name_file, location_of, read_json, require_file
+from .limits import check_dtype, check_limits, check_rope
+
+
+logger = logging.get_logger(__name__)
 
 
 # Rotary settings for multi-dimensional positions. The positions of a draft have one dimension.
 _MULTIMODAL_ROPE_KEYS = ("mrope_section", "mrope_interleaved")
+# Entries of a `config.json` besides the fields of the configuration: names of older releases of transformers, and the
+# settings of quantised weights.
+_OTHER_ENTRIES = (
+    "_commit_hash",
+    "_name_or_path",
+    "model_type",
+    "output_attentions",
+    "quantization_config",
+    "rope_scaling",
+    "rope_theta",
+    "torch_dtype",
+)
 
 
 @strict
 class MSDDraftConfig(PreTrainedConfig):
     r"""
     Configuration of [`MSDDraftModel`], the draft of *Speculative Decoding Reimagined for Multimodal Large Language
-    Models* (section 3.2). The defaults are those of the published draft for LLaVA-1.5-7B.
+    Models* (section 3.2). The defaults are those of the published draft for LLaVA-1.5-7B. Every number has limits
+    ([`~msd_hf.draft.limits`]).
 
     Args:
         vocab_size (`int`, defaults to 32000):
@@ -94,6 +114,9 @@ class MSDDraftConfig(PreTrainedConfig):
     target_text_model_type: str | None = None
 
     def __post_init__(self, **kwargs):
+        check_limits(self)
+        check_dtype(kwargs.get("torch_dtype"))
+        check_rope(kwargs.get("rope_scaling"), self.head_dim)
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
@@ -101,14 +124,40 @@ class MSDDraftConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Checks the sizes of the model. `@strict` calls this method."""
-        if self.num_attention_heads % (self.num_key_value_heads or 1) != 0:
-            raise ValueError(
-                f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
-                f"({self.num_key_value_heads})."
-            )
-        if self.num_hidden_layers < 1:
-            raise ValueError(f"A draft needs at least one decoder layer, got {self.num_hidden_layers}.")
+        """Checks all fields as they are now. `@strict` calls this method."""
+        check_limits(self)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        Reads a `config.json` from a folder or the Hub.
+
+        Returns:
+            Its fields, and the arguments that do not locate the file.
+
+        Raises:
+            MSDCheckpointError: when the file is no JSON object, or names a field twice.
+            OSError: when there is no such file.
+        """
+        path = require_file(pretrained_model_name_or_path, CONFIG_NAME, location_of(kwargs))
+        return read_json(path), {name: value for name, value in kwargs.items() if name not in LOCATION_ARGUMENTS}
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """
+        Makes a configuration of the fields of a `config.json`. Fields that a draft does not have are left out with a
+        warning: transformers reads many settings from a configuration that are none of a draft's.
+
+        Raises:
+            MSDCheckpointError: names the field that has a wrong type or lies outside its limits.
+        """
+        known = {field.name for field in dataclasses.fields(cls)} | set(_OTHER_ENTRIES)
+        unknown = sorted(set(config_dict) - known)
+        if unknown:
+            logger.warning_once(f"The configuration of a draft has no fields {', '.join(unknown)[:300]}: left out.")
+        fields = {name: value for name, value in config_dict.items() if name in known}
+        with errors_name_file(kwargs.get("name_or_path", CONFIG_NAME), "the configuration of a draft"):
+            return super().from_dict(fields, **kwargs)
 
     @classmethod
     def from_target(cls, target: PreTrainedModel | PreTrainedConfig, **overrides: Any) -> MSDDraftConfig:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRotaryEmbedding
@@ -17,11 +17,12 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from ..compat import CACHE_NAME
 from ..errors import MSDError, MSDPairingError
 from ..tree.settings import DEFAULT_NUM_ASSISTANT_TOKENS, DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K
-from .checkpoints import check_loading_info, read_original_config
 from .configuration_msd import MSDDraftConfig
 from .interface import TargetReads, register_draft
+from .loading import check_draft_vocab, check_loading_info, errors_of_quantised_weights, prepare_loading
 from .plain_forward import PlainForward, PlainLayer
 from .plain_modules import TensorFunction
+from .weights import IGNORED_WEIGHTS
 
 
 # Kinds of rotary embeddings whose frequencies depend on the length of the text, so that no table of them can be made.
@@ -50,8 +51,7 @@ class MSDDraftPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["MSDDraftDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
-    # Original checkpoints contain a copy of the target's embedding. This draft uses the target's own embedding.
-    _keys_to_ignore_on_load_unexpected = [r"^embed_tokens\.weight$"]
+    _keys_to_ignore_on_load_unexpected = [rf"^{re.escape(name)}$" for name in IGNORED_WEIGHTS]
     _supports_sdpa = True
     _supports_attention_backend = True
 
@@ -64,13 +64,9 @@ class MSDDraftPreTrainedModel(PreTrainedModel):
     def adjust_generation_fn(
         self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args, **kwargs
     ) -> None:
-        # Called by `from_pretrained`. A checkpoint without `generation_config.json` keeps the defaults.
-        kwargs.pop("trust_remote_code", None)
+        # Called by `from_pretrained` with the settings that it has read. Without any, the defaults stay.
         if generation_config is not None:
             self.generation_config = GenerationConfig.from_dict(generation_config.to_dict())
-            return
-        with suppress(OSError):
-            self.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
 
 
 class MSDDraftModel(MSDDraftPreTrainedModel):
@@ -233,34 +229,28 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         arguments of `PreTrainedModel.from_pretrained`.
 
         Raises:
-            MSDCheckpointError: when a weight is missing, unexpected or of the wrong shape, or when the checkpoint
-                is another kind of model.
+            MSDCheckpointError: when a file is damaged, a number in it is out of range, a weight is missing,
+                unexpected or of the wrong shape or dtype, or the checkpoint is another kind of model. Nothing is
+                allocated before that.
+            OSError: when there is no such checkpoint, or it lacks its configuration or its weights.
         """
-        is_original = False
-        if not isinstance(config, PreTrainedConfig):
-            original = read_original_config(config or pretrained_model_name_or_path, **kwargs)
-            is_original = original is not None
-            if original is not None:
-                # As in any `from_pretrained`, a field of the configuration may be overridden by name.
-                for name in [name for name in kwargs if name in MSDDraftConfig.__annotations__]:
-                    setattr(original, name, kwargs.pop(name))
-                config = original
+        if pretrained_model_name_or_path is not None:
+            config, kwargs = prepare_loading(cls, pretrained_model_name_or_path, config, kwargs)
         return_loading_info = kwargs.pop("output_loading_info", False)
         accept_other_shapes = kwargs.pop("ignore_mismatched_sizes", False)
-        draft, loading_info = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *model_args,
-            config=config,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `check_loading_info` reports these keys with the others
-            **kwargs,
-        )
+        with errors_of_quantised_weights(pretrained_model_name_or_path, config):
+            draft, loading_info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *model_args,
+                config=config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `check_loading_info` reports these keys with the others
+                **kwargs,
+            )
         if accept_other_shapes:
             loading_info = {**loading_info, "mismatched_keys": set()}
         check_loading_info(pretrained_model_name_or_path, loading_info)
-        if is_original and kwargs.get("generation_config") is None:
-            # A `generation_config.json` in an original checkpoint is a copy of the target's.
-            draft.generation_config = _default_settings()
+        check_draft_vocab(pretrained_model_name_or_path, draft.draft_vocab)
         return (draft, loading_info) if return_loading_info else draft
 
     @property

@@ -20,7 +20,8 @@ from ..compiled.compile import is_compiled
 from ..decoding.loop import msd_decoding
 from ..draft.evaluation_mode import evaluating
 from ..draft.interface import draft_kinds, is_draft
-from ..target.support import check_pair, check_target
+from ..target.support import check_pair, check_target, check_tree_fits
+from ..tree.settings import TreeSettings
 from .refusals import check_call, check_compilable, check_draft_settings, check_generation_mode, check_inputs
 
 
@@ -84,6 +85,7 @@ def _wrap_validate_generation_mode(original):
         check_target(self)
         check_pair(self.config, draft.config)
         check_draft_settings(draft.generation_config)
+        check_tree_fits(self.config, TreeSettings.from_generation_config(draft.generation_config))
         if is_compiled(draft.generation_config):
             check_compilable(self, draft)
         # The original compares vocabularies and asks for tokenizers, but embedding and head are the target's here. It

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..draft.modeling_msd import LENGTH_DEPENDENT_ROPE
 from ..errors import MSDPairingError, MSDUnsupportedError
+from ..tree.settings import TreeSettings
 
 
 # Attention implementations that take an additive mask. For a target with another one, trees are verified with sdpa.
@@ -201,6 +202,25 @@ def check_pair(target_config: PreTrainedConfig, draft_config: Any) -> None:
             )
 
 
+def check_tree_fits(target_config: PreTrainedConfig, settings: TreeSettings) -> None:
+    """
+    Refuses trees with more candidates after a node than the target has tokens.
+
+    Args:
+        target_config (`PreTrainedConfig`): configuration of the target.
+        settings (`TreeSettings`): settings of the draft's trees.
+
+    Raises:
+        MSDPairingError: names both numbers.
+    """
+    vocab_size = getattr(target_config.get_text_config(decoder=True), "vocab_size", None)
+    if vocab_size is not None and settings.top_k > vocab_size:
+        raise MSDPairingError(
+            f"`draft.generation_config.tree_top_k` is {settings.top_k}, but the target's vocabulary has only "
+            f"{vocab_size} tokens. Set it to at most {vocab_size}."
+        )
+
+
 __all__ = [
     "KNOWN_MODEL_TYPES",
     "TREE_ATTENTION",
@@ -208,6 +228,7 @@ __all__ = [
     "check_pair",
     "check_positions",
     "check_target",
+    "check_tree_fits",
     "decoder_inputs",
     "layer_windows",
     "takes_any_argument",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..errors import MSDError
+from ..errors import MSDError, shown
 
 
 if TYPE_CHECKING:
@@ -15,13 +15,16 @@ DEFAULT_NUM_ASSISTANT_TOKENS = 59
 DEFAULT_TREE_DEPTH = 5
 DEFAULT_TREE_TOP_K = 10
 
-# Field of a draft's generation config that sizes its trees -> the field of `TreeSettings`, and its least value.
+# Field of a draft's generation config that sizes its trees -> the field of `TreeSettings`, its least and its largest
+# value. The largest values are far above those that pay.
 TREE_SETTINGS = {
-    "num_assistant_tokens": ("num_nodes", 1),
-    "tree_depth": ("depth", 0),
-    "tree_top_k": ("top_k", 1),
-    "suffix_nodes": ("suffix_nodes", 0),
+    "num_assistant_tokens": ("num_nodes", 1, 1024),
+    "tree_depth": ("depth", 0, 512),
+    "tree_top_k": ("top_k", 1, 512),
+    "suffix_nodes": ("suffix_nodes", 0, 1024),
 }
+# Each level has `tree_top_k` squared candidates, which take about 40 bytes each.
+MAX_CANDIDATES = 2**22
 # All fields of a draft's generation config that are read.
 DRAFT_SETTINGS = (*TREE_SETTINGS, "compile")
 
@@ -50,12 +53,18 @@ class TreeSettings:
     suffix_nodes: int = 0
 
     def __post_init__(self) -> None:
-        for name, (field, minimum) in TREE_SETTINGS.items():
+        for name, (field, least, most) in TREE_SETTINGS.items():
             value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-                raise MSDError(
-                    f"`draft.generation_config.{name}` must be an integer of at least {minimum}, got {value!r}."
-                )
+            is_integer = isinstance(value, int) and not isinstance(value, bool)
+            if not is_integer or not least <= value <= most:
+                expected = f"at most {most}" if is_integer and value > most else f"an integer of at least {least}"
+                raise MSDError(f"`draft.generation_config.{name}` must be {expected}, got {shown(value)}.")
+        num_candidates = (self.depth + 1) * self.top_k**2
+        if num_candidates > MAX_CANDIDATES:
+            raise MSDError(
+                f"`draft.generation_config`: `tree_depth={self.depth}` and `tree_top_k={self.top_k}` make "
+                f"{num_candidates:,} candidates a tree, at most {MAX_CANDIDATES:,} are allowed. Lower one of the two."
+            )
 
     @classmethod
     def from_generation_config(cls, generation_config: GenerationConfig) -> TreeSettings:
@@ -63,7 +72,7 @@ class TreeSettings:
         draft's generation config.
 
         Raises:
-            MSDError: when a setting is not an integer in its range.
+            MSDError: when a setting is not an integer in its range, or a tree would have too many candidates.
         """
 
         def read(name: str, default: int) -> int:
