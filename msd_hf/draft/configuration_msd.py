@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -156,7 +157,8 @@ class MSDDraftConfig(PreTrainedConfig):
         if unknown:
             logger.warning_once(f"The configuration of a draft has no fields {', '.join(unknown)[:300]}: left out.")
         fields = {name: value for name, value in config_dict.items() if name in known}
-        with errors_name_file(kwargs.get("name_or_path", CONFIG_NAME), "the configuration of a draft"):
+        source = Path(kwargs.get("name_or_path", ""))
+        with errors_name_file(source if source.is_file() else source / CONFIG_NAME, "the configuration of a draft"):
             return super().from_dict(fields, **kwargs)
 
     @classmethod

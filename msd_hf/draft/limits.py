@@ -55,6 +55,14 @@ _ROPE_LIMITS: dict[str, tuple[float, float]] = {
     "short_mscale": (0, 1e6),
     "long_mscale": (0, 1e6),
 }
+# Numbers without which a kind of rotary embedding cannot be computed.
+_ROPE_REQUIRED: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
 
 
 def check_limits(config: Any) -> None:
@@ -142,6 +150,9 @@ def check_rope(rope: Any, head_dim: int | None) -> None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_KINDS:
         raise ValueError(f"`rope_parameters` must have a `rope_type` of {', '.join(ROPE_KINDS)}, got {shown(kind)}.")
+    for name in (*_ROPE_REQUIRED.get(kind, ()), *(["rope_theta"] if "rope_theta" in rope else [])):
+        if rope.get(name) is None:
+            raise ValueError(f"`rope_parameters` of type {kind!r} must have a `{name}`.")
     for name, (least, most) in _ROPE_LIMITS.items():
         if rope.get(name) is not None:
             _check_number(f"rope_parameters.{name}", rope[name], least, most)
