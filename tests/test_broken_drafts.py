@@ -64,7 +64,8 @@ def test_every_integer_of_a_configuration_has_limits(name, folder):
     least, most = INTEGER_LIMITS[name]
     for value in (least - 1, most + 1, 10**400, 1.5, float("nan"), "4", True, [1]):
         edit(folder / CONFIG, **{name: value})
-        assert f"`{name}` must be" in refusal(folder) and CONFIG in refusal(folder)
+        message = refusal(folder)
+        assert name in message and CONFIG in message
     for value in (least - 1, most + 1):
         with pytest.raises(ValueError, match=name):
             MSDDraftConfig(**{name: value})

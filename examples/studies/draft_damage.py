@@ -372,7 +372,8 @@ def damage(folder: Path, rng: random.Random) -> str:
     """Damages a draft in one way, or now and then in two or three; says how."""
     weights, kinds = zip(*DAMAGES, strict=True)
     done: list[str] = []
-    for kind in rng.choices(kinds, weights, k=rng.choice([1, 1, 1, 1, 2, 3])):
+    drawn = rng.choices(kinds, weights, k=rng.choice([1, 1, 1, 1, 2, 3]))
+    for kind in sorted(drawn, key=lambda kind: kind is other_kind_of_file):  # last: reading a pipe would not end
         try:
             done.append(kind(folder, rng))
         except Exception:  # the first damage may leave nothing for the second

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import MSDUnsupportedError
+from ..errors import MSDUnsupportedError, shown
 
 
 BACKEND = "inductor"
@@ -25,7 +25,7 @@ def is_compiled(generation_config: Any) -> bool:
     """
     value = getattr(generation_config, "compile", None)
     if value not in (None, False, True):
-        raise MSDUnsupportedError(f"`draft.generation_config.compile` must be True or False, got {value!r}.")
+        raise MSDUnsupportedError(f"`draft.generation_config.compile` must be True or False, got {shown(value)}.")
     return bool(value)
 
 

@@ -9,7 +9,7 @@ from transformers.generation import GenerationMode
 
 from ..compat import CACHE_NAME
 from ..draft.interface import Draft
-from ..errors import MSDUnsupportedError
+from ..errors import MSDUnsupportedError, shown
 from ..kv.transaction import can_commit
 from ..target.compiled_parts import compiled_parts
 from ..target.stand_in import own_method
@@ -128,7 +128,7 @@ def check_draft_settings(generation_config: GenerationConfig) -> None:
             continue
         if value not in (None, False, defaults.get(name)):
             raise MSDUnsupportedError(
-                f"`draft.generation_config.{name}={value!r}` has no effect: of a draft's settings only "
+                f"`draft.generation_config.{name}={shown(value)}` has no effect: of a draft's settings only "
                 f"{', '.join(f'`{setting}`' for setting in DRAFT_SETTINGS)} are read. Set it to None; what shall "
                 "change the output is an argument of `generate`."
             )
