@@ -1,13 +1,30 @@
 """The errors of `msd_hf`. All are `ValueError`s, so that code written for `generate` catches them unchanged."""
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
+
+# Errors of the operating system that say nothing about the file that was being read.
+_ERRORS_OF_THE_MACHINE = {
+    getattr(errno, name)
+    for name in ("EDQUOT", "EIO", "EMFILE", "ENFILE", "ENOMEM", "ENOSPC", "EPIPE", "EROFS", "ESTALE")
+    if hasattr(errno, name)
+}
+# torch raises plain `RuntimeError`s for memory on a CPU and, before 2.8, for a broken GPU.
+_TEXTS_OF_THE_MACHINE = ("DefaultCPUAllocator", "allocate memory", "not enough memory", "CUDA error")
+
 
 class MSDError(ValueError):
     """Base class of all errors that this package raises on purpose."""
+
+
+class MSDUsageError(MSDError):
+    """A command line that cannot be read: an unknown argument, or a value of the wrong kind."""
 
 
 class MSDCheckpointError(MSDError):
@@ -49,12 +66,39 @@ def shown(value: Any, most: int = 80) -> str:
 
 
 @contextmanager
-def errors_name_sample(sample_id: str) -> Iterator[None]:
-    """Inside the block every [`MSDDataError`] gets the id of the sample that is being read."""
+def errors_name_sample(sample_id: str | None, reason: str = "unexpected error") -> Iterator[None]:
+    """
+    Inside the block every error of the sample that is being read is an [`MSDDataError`] with the id of the sample, so
+    that the loop over the samples can count it and go on.
+
+    Errors that are not the sample's pass unchanged: other [`MSDError`]s, which are about the processor or the whole
+    data, a missing package, and errors of the machine ([`is_about_input`]).
+
+    Args:
+        sample_id: id of the sample; `None` if a block around this one knows it.
+        reason: the reason of errors that are no [`MSDDataError`]s yet.
+    """
     try:
         yield
     except MSDDataError as error:
+        if sample_id is None:
+            raise
         raise MSDDataError(error.reason, error.detail, sample_id) from error.__cause__
+    except Exception as error:
+        if isinstance(error, MSDError) or not is_about_input(error):
+            raise
+        raise MSDDataError(reason, f"{reason}: {type(error).__name__}: {error}", sample_id) from error
+
+
+def is_about_input(error: BaseException) -> bool:
+    """Whether an error that was raised while something was read can come from its content. Missing memory, a full
+    disk, too many open files, a missing package or an interrupt cannot."""
+    if isinstance(error, OSError):
+        return error.errno not in _ERRORS_OF_THE_MACHINE
+    if isinstance(error, (MemoryError, ImportError, torch.OutOfMemoryError)) or not isinstance(error, Exception):
+        return False
+    is_plain = isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS_OF_THE_MACHINE)
+    return not (is_plain or type(error).__name__ == "AcceleratorError")
 
 
 @contextmanager
@@ -72,7 +116,9 @@ __all__ = [
     "MSDError",
     "MSDPairingError",
     "MSDUnsupportedError",
+    "MSDUsageError",
     "errors_end_script",
     "errors_name_sample",
+    "is_about_input",
     "shown",
 ]

@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
 
-from .errors import MSDError
+from .errors import MSDError, is_about_input
 
 
+LARGEST_SEED = 2**32 - 1  # of numpy, which `set_seed` of transformers seeds too
 DTYPE_NAMES = "auto, float32, bfloat16, float16 or float64"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights that can compute
+# Packages that transformers asks for by the name of their import.
+_PACKAGES = {"PIL": "pillow", "cv2": "opencv-python", "skimage": "scikit-image", "sklearn": "scikit-learn"}
+
+
+def load_config(name: str | Path) -> PreTrainedConfig:
+    """
+    Loads the config of a target from a folder or the Hub. Code from there is never run.
+
+    Raises:
+        MSDError: when it cannot be loaded.
+    """
+    with _errors_name("config", name):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+def load_processor(name: str | Path) -> Any:
+    """
+    Loads the processor of a target from a folder or the Hub. Code from there is never run.
+
+    Raises:
+        MSDError: when it cannot be loaded, or a package that it needs is missing.
+    """
+    with _errors_name("processor", name):
+        return AutoProcessor.from_pretrained(name, trust_remote_code=False)
 
 
 def load_target(
@@ -32,13 +60,16 @@ def load_target(
         arguments: further arguments of `from_pretrained`; those that are `None` are left out.
 
     Raises:
-        MSDError: when the dtype or the device cannot be used.
+        MSDError: when the dtype or the device cannot be used, or the target cannot be loaded.
     """
     # Dtype and device are checked first, because loading the weights takes long.
     resolved_dtype = parse_dtype(dtype, dtype_option)
     resolved_device = None if device is None else parse_device(device)
     given = {key: value for key, value in arguments.items() if value is not None}
-    target = AutoModelForImageTextToText.from_pretrained(name, dtype=resolved_dtype, **given)
+    with _errors_name("weights", name):
+        target = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=resolved_dtype, trust_remote_code=False, **given
+        )
     return target if resolved_device is None else target.to(resolved_device)
 
 
@@ -48,7 +79,7 @@ def load_target_and_processor(
     """Loads a target, as [`load_target`] does, and its processor."""
     # The processor is loaded first: if it is missing, the user need not wait for the weights to learn that.
     parse_dtype(dtype)
-    processor = AutoProcessor.from_pretrained(name)
+    processor = load_processor(name)
     return load_target(name, dtype, device), processor
 
 
@@ -62,7 +93,7 @@ def parse_dtype(name: str, option: str = "--dtype") -> torch.dtype | str:
     if name == "auto":
         return name
     dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    if dtype not in _DTYPES:
         raise MSDError(f"{option} {name!r} is not known: use {DTYPE_NAMES}.")
     return dtype
 
@@ -72,16 +103,51 @@ def parse_device(name: str) -> torch.device:
     Returns the device called `name`. "auto" is a GPU if there is one, else the CPU.
 
     Raises:
-        MSDError: when this machine does not have the device.
+        MSDError: when this machine does not have the device, or the device computes nothing (`meta`).
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # of many kinds, a missing package among them
         raise MSDError(f"--device {name!r} cannot be used on this machine.") from error
     return device
 
 
-__all__ = ["DTYPE_NAMES", "load_target", "load_target_and_processor", "parse_device", "parse_dtype"]
+def describe_error(error: BaseException) -> str:
+    """What an error of a library says, for a user: its kind where its text does not explain itself, and the command
+    that installs a missing package."""
+    text = str(error).strip()
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        return f"the package {package!r} is missing: pip install {_PACKAGES.get(package, package)}"
+    if isinstance(error, (OSError, ImportError, MSDError)) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@contextmanager
+def _errors_name(part: str, name: str | Path) -> Iterator[None]:
+    """Inside the block every error, whatever a library raises for a broken file, says which target has it."""
+    try:
+        yield
+    except MSDError:
+        raise
+    except Exception as error:
+        if not is_about_input(error) and not isinstance(error, ImportError):
+            raise
+        raise MSDError(f"The {part} of the target {str(name)!r} cannot be loaded: {describe_error(error)}") from error
+
+
+__all__ = [
+    "DTYPE_NAMES",
+    "LARGEST_SEED",
+    "describe_error",
+    "load_config",
+    "load_processor",
+    "load_target",
+    "load_target_and_processor",
+    "parse_device",
+    "parse_dtype",
+]

@@ -1,42 +1,18 @@
-"""From a prompt and an image file to the inputs of a target, with the target's own processor."""
+"""From a prompt and an image to the inputs of a target, with the target's own processor."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import BatchFeature, PreTrainedModel
 
-from .errors import MSDError
+from .errors import MSDError, is_about_input
 
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-def read_image(path: str | Path) -> Image:
-    """
-    Reads an image file completely, as RGB.
-
-    Raises:
-        MSDError: when the file is missing, is not an image, or is damaged.
-    """
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise MSDError('Reading images needs Pillow: pip install "msd-hf[images]".') from error
-    path = Path(path)
-    if not path.is_file():
-        raise MSDError(f"There is no image file {str(path)!r}.")
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise MSDError(f"{str(path)!r} is not an image that Pillow can read.") from error
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises these for truncated or broken files
-        raise MSDError(f"The image {str(path)!r} is damaged: {error}.") from error
 
 
 def build_inputs(processor: Any, prompt: str, image: Image | None = None) -> BatchFeature:
@@ -49,7 +25,7 @@ def build_inputs(processor: Any, prompt: str, image: Image | None = None) -> Bat
         image (*optional*): an image, which comes before the question.
 
     Raises:
-        MSDError: when the processor has no chat template.
+        MSDError: when the processor has no chat template, the template fails, or a text is not valid Unicode.
     """
     content: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
     if image is not None:
@@ -67,10 +43,18 @@ def build_chat_inputs(processor: Any, messages: list[dict[str, Any]], images: Se
         images: one image for each image part of the messages.
 
     Raises:
-        MSDError: when the processor has no chat template.
+        MSDError: when the processor has no chat template, the template fails, or a text is not valid Unicode.
     """
     check_chat_template(processor)
-    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    for text in (part["text"] for message in messages for part in message["content"] if part["type"] == "text"):
+        if not is_unicode(text):
+            raise MSDError(f"The text {text[:80]!r} is not valid Unicode.")
+    try:
+        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template is a program, which can fail in any way
+        if not is_about_input(error):
+            raise
+        raise MSDError(f"The target's chat template fails ({type(error).__name__}): {error}") from error
     arguments: dict[str, Any] = {"images": list(images)} if images else {}
     arguments["add_special_tokens"] = adds_special_tokens(getattr(processor, "tokenizer", processor), text)
     return processor(text=[text], return_tensors="pt", **arguments)
@@ -85,6 +69,15 @@ def check_chat_template(processor: Any) -> None:
     """
     if getattr(processor, "chat_template", None) is None:
         raise MSDError(f"The target's processor (`{type(processor).__name__}`) has no chat template.")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair, as bytes of a command line that are not UTF-8 become."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def adds_special_tokens(tokenizer: Any, text: str) -> bool:
@@ -106,6 +99,6 @@ __all__ = [
     "build_chat_inputs",
     "build_inputs",
     "check_chat_template",
+    "is_unicode",
     "move_inputs",
-    "read_image",
 ]

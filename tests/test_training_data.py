@@ -665,7 +665,7 @@ def test_fingerprint_of_data_depends_on_its_content(tmp_path):
         ("half.json", b'[{"conversations": ', "is not valid JSON"),
         ("object.json", b'{"a": 1}', "must hold a list of objects"),
         ("numbers.json", b"[1, 2]", "must hold a list of objects"),
-        ("latin.json", '["é"]'.encode("latin-1"), "is not valid JSON"),
+        ("latin.json", '["é"]'.encode("latin-1"), "is not UTF-8: line 1"),
         ("deep.json", b"[" * 100_000, "is not valid JSON"),
         ("broken.jsonl", b'{"id": 1}\n{"id"\n', "is not valid JSON"),
         ("lines.txt", b'{"id": 1}\n{"id": 2}\n', r"Name it \.json"),
@@ -721,6 +721,7 @@ BROKEN_SAMPLES = [
     ("broken image", llava("<image>\na", "b", image={"bytes": b"note", "path": None})),
     ("broken image", llava("<image>\na", "b", image=[3])),
     ("broken image", llava("<image>\na", "b", image="CLOSED")),
+    ("broken image", llava("<image>\na", "b", image={"bytes": "text"})),
     ("special token in text", llava("a", "b</s>c")),
     ("special token in text", {"messages": [turn("user", "What is <image>?"), turn("assistant", "b")]}),
     ("too long", llava("a b c d " * 30, "e")),
@@ -788,6 +789,7 @@ def test_processors_may_refuse_an_image(processors):
 
 def test_every_reason_is_tested_here():
     elsewhere = {
+        "unexpected error",
         "non-finite features",
         "image for a text-only target",
         "refused by chat template",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 
 import typer
-from rich.console import Console
 
 from . import answer, bench, checkpoints, train, training_data
+from .failures import exit_status
 
 
 app = typer.Typer(
@@ -34,14 +35,11 @@ app.add_typer(data_app, name="data")
 
 
 def main() -> None:
-    """Entry point. Errors that a user can mend are printed as one line, with exit status 1."""
-    try:
-        app()
-    except (OSError, ValueError) as error:  # our errors are ValueErrors; a missing repository is an OSError
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"[bold red]Error:[/bold red] {' '.join(str(error).split())}"
-        )
-        sys.exit(1)
+    """Entry point. An error is one line on standard error, see [`~msd_hf.cli.failures.exit_status`]."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal may know fewer characters than answers and paths have
+            stream.reconfigure(errors="backslashreplace")
+    sys.exit(exit_status(app))
 
 
 __all__ = ["app", "main"]

@@ -8,14 +8,15 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.table import Table
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
 from ..evaluation import Comparison, compare, mean_acceptance_length
-from ..loading import load_target, parse_device, parse_dtype
-from ..prompts import build_inputs, read_image
+from ..images import read_image
+from ..loading import load_config, load_processor, load_target, parse_device, parse_dtype
+from ..prompts import build_inputs
 from ..target.support import check_pair
 from .options import Device, Dtype, MaxNewTokens, Repeats, Seed, Target, Temperature, console
 from .streaming import AcceptanceStreamer
@@ -76,10 +77,10 @@ def _run(
     image = None if image_path is None else read_image(image_path)
     parse_dtype(dtype)
     parse_device(device)
-    target_config = AutoConfig.from_pretrained(target_name)
+    target_config = load_config(target_name)
     draft = MSDDraftModel.from_pretrained(draft_name)
     check_pair(target_config, draft.config)
-    processor = AutoProcessor.from_pretrained(target_name)
+    processor = load_processor(target_name)
     inputs = build_inputs(processor, prompt, image)
     target = load_target(target_name, dtype, device)
     draft = draft.to(device=target.device, dtype=target.dtype)
@@ -107,9 +108,13 @@ def _print_comparison(comparison: Comparison, target: PreTrainedModel) -> None:
         table.add_row(name, str(tokens), f"{seconds:.3f}", f"{tokens / seconds:.1f}")
     console.print()
     console.print(table)
-    tau = mean_acceptance_length([comparison.runs["tree"][0].acceptance_lengths])
+    lengths = comparison.runs["tree"][0].acceptance_lengths
     console.print(f"\nspeedup    {comparison.speedup():.2f}")
-    console.print(f"tau        {tau:.2f} tokens per verification, the bonus token included")
+    if lengths:
+        tau = mean_acceptance_length([lengths])
+        console.print(f"tau        {tau:.2f} tokens per verification, the bonus token included")
+    else:
+        console.print("tau        none: an answer of one token needs no draft")
     if comparison.identical():
         console.print("identical  yes")
     else:

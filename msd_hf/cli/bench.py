@@ -8,13 +8,12 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
-from transformers import AutoConfig, AutoProcessor
 from transformers.utils import logging
 
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
 from ..evaluation import METHODS
-from ..loading import load_target, parse_device, parse_dtype
+from ..loading import load_config, load_processor, load_target, parse_device, parse_dtype
 from ..target.support import check_pair
 from .options import Device, Dtype, ImageFolder, MaxNewTokens, Seed, Temperature, console
 
@@ -93,8 +92,8 @@ def bench(
         if target is None or draft is None:
             raise MSDError("--data needs a --target and its --draft.")
         draft_model = MSDDraftModel.from_pretrained(draft)
-        check_pair(AutoConfig.from_pretrained(target), draft_model.config)
-        processor = AutoProcessor.from_pretrained(target)
+        check_pair(load_config(target), draft_model.config)
+        processor = load_processor(target)
         if data is None:
             prompts = toy_prompts(processor, num_prompts, seed)
         else:

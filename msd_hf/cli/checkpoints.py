@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from transformers import AutoConfig, AutoProcessor
 from transformers.utils import logging
 
 from ..destination import check_destination, replaced_folder
 from ..draft.folder import DRAFT_FOLDER
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
+from ..loading import load_config, load_processor
 from ..target.support import check_pair
 from .options import ImageFolder, Overwrite, Strict, Target, console, print_skipped
 
@@ -50,7 +50,7 @@ def draft_vocab(
         raise MSDError(f"--size {size!r} is neither a number nor auto.")
     num_tokens = None if size == "auto" else int(size)
     check_destination(output, DRAFT_FOLDER, overwrite)
-    target_config = AutoConfig.from_pretrained(target)
+    target_config = load_config(target)
     vocab_size = target_config.get_text_config(decoder=True).vocab_size
     if num_tokens is not None:
         check_size(num_tokens, vocab_size)
@@ -59,7 +59,7 @@ def draft_vocab(
     model = MSDDraftModel.from_pretrained(draft)
     check_pair(target_config, model.config)
 
-    counts = count_answer_tokens(conversations, AutoProcessor.from_pretrained(target), vocab_size, strict)
+    counts = count_answer_tokens(conversations, load_processor(target), vocab_size, strict)
     seen = counts.counted + counts.held_out
     console.print(
         f"{int(seen.sum()):,} answer tokens in {counts.num_samples:,} conversations, "

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from ..loading import DTYPE_NAMES
+from ..loading import DTYPE_NAMES, LARGEST_SEED
+from ..terminal import make_console
 
 
-console = Console(highlight=False)
+console = make_console()
+
+
+def _check_finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
 
 Target = Annotated[str, typer.Option(help="Folder or Hub id of the target.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder, if it holds only a draft.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length limit of the answer, in tokens.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 for greedy decoding, above 0 for sampling.")]
-Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
+Temperature = Annotated[
+    float, typer.Option(min=0.0, callback=_check_finite, help="0 for greedy decoding, above 0 for sampling.")
+]
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of sampling.")]
 Dtype = Annotated[str, typer.Option(help=f"{DTYPE_NAMES}.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...; auto: the GPU if there is one.")]
 ImageFolder = Annotated[

@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import AutoProcessor
 
-from ..loading import load_target_and_processor
+from ..loading import load_processor, load_target_and_processor
 from .options import (
     BatchSize,
     Device,
@@ -131,5 +130,5 @@ def check(
     from ..training.data.conversations import load_conversations
 
     conversations = load_conversations(data, image_folder)
-    processor = AutoProcessor.from_pretrained(target)
+    processor = load_processor(target)
     render_report(check_conversations(conversations, processor, max_length, show, strict), console)

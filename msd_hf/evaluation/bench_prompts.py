@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import BatchFeature
 
-from ..errors import MSDError
+from ..errors import MSDError, errors_name_sample
 from ..prompts import build_chat_inputs
 
 
@@ -39,13 +39,16 @@ def first_questions(conversations: Conversations, processor: Any, num_prompts: i
 
     Raises:
         MSDError: when there is no conversation.
-        MSDDataError: when a conversation is broken. Images are opened here, so that this shows before the long work.
+        MSDDataError: when a conversation is broken. All prompts are made here once, so that this shows before the long
+            work.
     """
     prompts = []
     for index in range(min(num_prompts, len(conversations))):
         conversation = conversations[index]
         messages, images = conversation.first_prompt()
         make_inputs = partial(build_chat_inputs, processor, messages, images)
+        with errors_name_sample(conversation.id):
+            make_inputs()  # shows an error now, before the long work
         prompts.append(BenchPrompt(conversation.id, "visual" if images else "text", make_inputs))
     if not prompts:
         raise MSDError("There are no conversations to take prompts from.")

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..saving import replace_text
 from .plots import draw_plots
@@ -28,7 +29,7 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         console.print()
         console.print(shown)
     for warning in report.get("warnings", ()):
-        console.print(f"\n[bold yellow]Warning:[/bold yellow] {warning}", soft_wrap=True)
+        console.print(Text("\nWarning: ", style="bold yellow") + Text(warning), soft_wrap=True)
 
 
 def write_report(report: Mapping[str, Any], folder: Path, plots: bool) -> list[Path]:

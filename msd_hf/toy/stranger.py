@@ -16,7 +16,7 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
+from rich.text import Text
 from tokenizers import pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
@@ -30,6 +30,7 @@ from transformers.utils import logging
 from ..destination import check_destination
 from ..errors import errors_end_script
 from ..loading import load_target
+from ..terminal import make_console
 from .accuracy import accuracy_table, generate_answers, make_evaluation_prompts, score_answers
 from .dataset import IMAGE_TAG, iterate_samples
 from .processor import join_processor, train_tokenizer
@@ -39,7 +40,7 @@ from .training_data import write_training_data
 from .vision import pretrain_vision_tower
 
 
-console = Console(width=100)
+console = make_console(width=100)
 
 VOCABULARY_SIZE = 700
 IMAGE_SIDE = 80  # pixels after resizing
@@ -98,7 +99,7 @@ def build_stranger(
     answers = generate_answers(load_target(output / "target"), processor, prompts)
     console.print(accuracy_table(score_answers(prompts, answers)))
     for prompt, answer in list(zip(prompts, answers, strict=True))[::prompts_per_kind]:
-        console.print(f"[bold]{prompt.question}[/bold] {answer}", highlight=False)
+        console.print(Text(prompt.question, style="bold") + Text(f" {answer}"))
 
 
 def build_stranger_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..draft.modeling_msd import MSDDraftModel
-from ..errors import MSDDataError
+from ..errors import MSDDataError, errors_name_sample
 from ..prompts import build_chat_inputs
 from .curriculum import SampleKind
 from .data.conversations import Conversation
@@ -46,9 +46,10 @@ def acceptance_lengths(
         for conversation in tqdm(conversations, desc="tau", disable=not show_progress, leave=False):
             try:
                 messages, images = conversation.first_prompt()
+                with errors_name_sample(conversation.id):
+                    inputs = build_chat_inputs(processor, messages, images).to(target.device, dtype=target.dtype)
             except MSDDataError:
                 continue
-            inputs = build_chat_inputs(processor, messages, images).to(target.device, dtype=target.dtype)
             output = target.generate(
                 **inputs,
                 assistant_model=draft,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any
@@ -13,6 +14,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..errors import MSDError
+from ..loading import LARGEST_SEED
 from ..redaction import redact, secret_values
 from .curriculum import CURRICULA, Curriculum
 from .losses import WEIGHT_NAMES
@@ -24,6 +26,27 @@ from .rows import ROW_CHOICES
 _RECIPE_FIELDS = tuple(f.name for f in fields(Recipe) if f.name not in ("base_learning_rate", "scale_learning_rate"))
 # Values that may be pickled. Other objects, such as the state of a DeepSpeed run, may hold paths of this machine.
 _PICKLED = (type(None), bool, int, float, str, list, tuple, dict, Enum, torch.device, AcceleratorConfig)
+_AT_LEAST_1 = (
+    "max_length",
+    "unroll_passes",
+    "head_chunk_size",
+    "eval_max_new_tokens",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
+_NOT_NEGATIVE = (
+    "noise",
+    "unroll_decay",
+    "eval_prompts",
+    "learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "seed",
+    "data_seed",
+    "dataloader_num_workers",
+)
 # For optional flags on the command line: `--bf16` alone means yes, and without the flag the value is `None`.
 _FLAG = {"nargs": "?", "const": True}
 
@@ -209,12 +232,18 @@ class MSDTrainingArguments(TrainingArguments):
         self.layers_of(num_layers=8)
         if self.trained_rows not in ROW_CHOICES:
             raise MSDError(f"`trained_rows` must be one of {', '.join(ROW_CHOICES)}, got {self.trained_rows!r}.")
-        for name in ("max_length", "unroll_passes", "head_chunk_size", "eval_max_new_tokens"):
+        for name in _AT_LEAST_1:
             if getattr(self, name) < 1:
                 raise MSDError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in (*WEIGHT_NAMES, "noise", "unroll_decay", "eval_prompts"):
-            if getattr(self, name) < 0:
-                raise MSDError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        for name in (*WEIGHT_NAMES, *_NOT_NEGATIVE):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:  # not for NaN either
+                raise MSDError(f"`{name}` must not be negative, and finite; got {value}.")
+        if self.max_steps < 1 and not 0 < self.num_train_epochs < math.inf:
+            raise MSDError(f"`num_train_epochs` must be above 0, and finite; got {self.num_train_epochs}.")
+        for name in ("seed", "data_seed"):
+            if (getattr(self, name) or 0) > LARGEST_SEED:
+                raise MSDError(f"`{name}` must be at most {LARGEST_SEED}, got {getattr(self, name)}.")
         if self.gradient_checkpointing and self.make_recipe().unroll_passes > 1:
             raise MSDError(
                 "`gradient_checkpointing` cannot be combined with `unroll_passes` above 1: later passes attend to "

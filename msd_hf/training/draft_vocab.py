@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from tqdm.auto import tqdm
 from ..errors import MSDDataError, MSDError
 from .data.conversations import Conversations
 from .data.encoding import ConversationEncoder
+from .data.skipped import SkippedSamples
 
 
 # Without a given size, a vocabulary is the smallest one that covers this share of the tokens in the data. It is
@@ -61,16 +61,14 @@ def count_answer_tokens(
     """
     encoder = ConversationEncoder(processor)
     counted, held_out = torch.zeros(2, vocab_size, dtype=torch.long)
-    skipped: Counter[str] = Counter()
+    skipped = SkippedSamples(strict)
     num_samples = 0
     for conversations in data:
         for index in tqdm(range(len(conversations)), desc=conversations.name, leave=False):
             try:
                 tokens = encoder.answer_tokens(conversations[index])
             except MSDDataError as error:
-                if strict:
-                    raise
-                skipped[error.reason] += 1
+                skipped.add(error)
                 continue
             if len(tokens) and int(tokens.max()) >= vocab_size:
                 raise MSDError(
@@ -82,8 +80,8 @@ def count_answer_tokens(
             counts += tokens.bincount(minlength=vocab_size)
     if num_samples == 0:
         names = ", ".join(conversations.name for conversations in data)
-        raise MSDError(f"No conversation in the data ({names}) can be used: {dict(skipped) or 'it is empty'}.")
-    return TokenCounts(counted, held_out, num_samples, dict(skipped))
+        raise MSDError(f"No conversation in the data ({names}) can be used: {dict(skipped.reasons) or 'it is empty'}.")
+    return TokenCounts(counted, held_out, num_samples, dict(skipped.reasons))
 
 
 def frequent_tokens(counts: torch.Tensor, size: int | None = None) -> torch.Tensor:

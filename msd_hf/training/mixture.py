@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from ..errors import MSDDataError, MSDError
 from .curriculum import Draw, SampleKind
 from .data.encoding import collate_conversations
+from .data.skipped import SkippedSamples
 from .features.cache import FeatureCache, collate_features
 from .rows import trained_rows
 
@@ -32,7 +33,8 @@ class Mixture(Dataset):
     def __init__(self, datasets: dict[SampleKind, Any], encode: Callable, strict: bool = False):
         self.datasets = {kind: dataset for kind, dataset in datasets.items() if dataset is not None}
         self.encode = encode
-        self.strict = strict
+        self._skipped = SkippedSamples(strict)
+        self._seen: set[tuple[SampleKind, int]] = set()  # the samples in `_skipped`, each of which is read every epoch
         cached = {isinstance(dataset, FeatureCache) for dataset in self.datasets.values()}
         if len(cached) > 1:
             raise MSDError("One data set holds cached features and the other one conversations: give two of a kind.")
@@ -50,8 +52,9 @@ class Mixture(Dataset):
                 sample = dataset[index]
                 features = sample if self.is_cached else self.encode(sample)
             except MSDDataError as error:
-                if self.strict:
-                    raise
+                if (draw.kind, index) not in self._seen:
+                    self._skipped.add(error)
+                    self._seen.add((draw.kind, index))
                 skipped.append((draw.kind, index, error.reason))
                 continue
             return {**features, "draw": draw, "skipped": skipped}

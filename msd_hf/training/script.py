@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 import yaml
 from torch.utils.data import ConcatDataset, Subset
 from transformers import (
-    AutoProcessor,
     EarlyStoppingCallback,
     GenerationConfig,
     HfArgumentParser,
@@ -21,8 +20,8 @@ from transformers import (
 from transformers.integrations import get_available_reporting_integrations
 
 from ..draft.modeling_msd import MSDDraftModel
-from ..errors import MSDError
-from ..loading import load_target
+from ..errors import MSDError, MSDUsageError
+from ..loading import load_processor, load_target, parse_dtype
 from ..tree.settings import TREE_SETTINGS, TreeSettings
 from .arguments import MSDTrainingArguments
 from .curriculum import SAMPLE_KINDS, other_kind
@@ -69,7 +68,7 @@ class ScriptArguments:
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise MSDError(f"{message[0].upper()}{message[1:]}. `msd-hf train --help` lists the arguments.")
+        raise MSDUsageError(f"{message[:1].upper()}{message[1:]}. `msd-hf train --help` lists the arguments.")
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[ScriptArguments, MSDTrainingArguments]:
@@ -87,9 +86,14 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ScriptArguments, MSDTrainingAr
     known, _ = _config_parser().parse_known_args(list(argv))
     if known.config is not None:
         parser.set_defaults(**_read_config(known.config))
-    script_args, args, _, unknown = parser.parse_args_into_dataclasses(
-        list(argv), return_remaining_strings=True, look_for_args_file=False
-    )
+    try:
+        script_args, args, _, unknown = parser.parse_args_into_dataclasses(
+            list(argv), return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ArithmeticError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, MSDError):
+            raise
+        raise MSDError(f"The training arguments cannot be used: {error}") from error
     if unknown:
         parser.error(f"unknown arguments {' '.join(unknown)}")
     _check(script_args, args)
@@ -102,7 +106,7 @@ def run_training(argv: Sequence[str]) -> MSDTrainer:
     set_seed(args.seed)
     data = _open_data(script_args)
     assert script_args.target is not None  # `parse_arguments` has checked it
-    processor = AutoProcessor.from_pretrained(script_args.target)
+    processor = load_processor(script_args.target)
     target = load_target(
         script_args.target,
         script_args.target_dtype,
@@ -150,7 +154,9 @@ def _read_config(path: str) -> dict[str, Any]:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise MSDError(f"--config {path!r} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        raise MSDError(f"--config {path!r} is not UTF-8: {error.reason} at byte {error.start}.") from error
+    except (yaml.YAMLError, RecursionError) as error:
         raise MSDError(f"--config {path!r} is not YAML: {error}.") from error
     if not isinstance(config, dict):
         raise MSDError(f"--config {path!r} must hold arguments, one `name: value` a line.")
@@ -178,6 +184,11 @@ def _check(script_args: ScriptArguments, args: MSDTrainingArguments) -> None:
         )
     if any(cached) and script_args.eval_samples:
         raise MSDError("--eval-samples cannot be combined with cached features: give --eval-data.")
+    for name in ("answer_batch_size", "answer_max_new_tokens", "early_stopping_patience"):
+        value = getattr(script_args, name)
+        if value is not None and value < 1:
+            raise MSDError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+    parse_dtype(script_args.target_dtype, "--target-dtype")
     if script_args.eval_samples < 0:
         raise MSDError(f"--eval-samples must not be negative, got {script_args.eval_samples}.")
     if script_args.early_stopping_patience is not None and not args.load_best_model_at_end:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +12,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ...errors import MSDDataError, MSDError
+from ...errors import MSDDataError, MSDError, is_about_input
 from ...prompts import check_chat_template
 from .conversations import count_images
 
@@ -77,20 +79,17 @@ class ChatRenderer:
                         "special token in text", f"{found[0]!r} is written in a turn of the {message['role']}."
                     )
         answers = [message["content"][0]["text"] for message in messages if message["role"] == "assistant"]
-        try:
-            text = self._render(messages)
-            # First choice: an answer begins where its prompt ends, because the target writes all text after the
-            # prompt, white space too, which generation marks may leave out. Second choice: the generation marks, for
-            # templates that write an earlier turn in another way than the last turn.
-            for find_begins in (self._after_prompts, self._at_marks):
-                begins = find_begins(messages, text)
-                ends = [_end_of(answer, text, begin) for answer, begin in zip(answers, begins, strict=False)]
-                if len(begins) == len(answers) and None not in ends:
-                    break
-            else:
-                raise MSDDataError("refused by chat template", "the chat template hides where an answer begins.")
-        except TemplateError as error:
-            raise MSDDataError("refused by chat template", f"the chat template refuses it: {error}.") from error
+        text = self._render(messages)
+        # First choice: an answer begins where its prompt ends, because the target writes all text after the prompt,
+        # white space too, which generation marks may leave out. Second choice: the generation marks, for templates
+        # that write an earlier turn in another way than the last turn.
+        for find_begins in (self._after_prompts, self._at_marks):
+            begins = find_begins(messages, text)
+            ends = [_end_of(answer, text, begin) for answer, begin in zip(answers, begins, strict=False)]
+            if len(begins) == len(answers) and None not in ends:
+                break
+        else:
+            raise MSDDataError("refused by chat template", "the chat template hides where an answer begins.")
         spans = [(begin, end) for begin, end in zip(begins, ends, strict=True) if end is not None]
         return self._with_ends(text, spans, complete)
 
@@ -140,18 +139,20 @@ class ChatRenderer:
         template = template.get("default") if isinstance(template, dict) else template
         if template is None or not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             return []
-        rendered, marks = render_jinja_template(
-            conversations=[self._to_chat(messages)],
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
+        with _template_errors():
+            rendered, marks = render_jinja_template(
+                conversations=[self._to_chat(messages)],
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
         return [begin for begin, _ in marks[0]] if rendered == [text] else []
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        return self.processor.apply_chat_template(
-            self._to_chat(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        with _template_errors():
+            return self.processor.apply_chat_template(
+                self._to_chat(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
 
     def _to_chat(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Messages for `apply_chat_template`, copied because some releases of transformers write into them."""
@@ -172,7 +173,7 @@ class ChatRenderer:
             try:
                 self(messages)
                 return
-            except (MSDDataError, TypeError) as error:
+            except MSDDataError as error:
                 problem = problem or error
         name = type(self.processor).__name__
         raise MSDError(
@@ -185,8 +186,22 @@ class ChatRenderer:
             return []
         without = _message("user", _PROBE[0])
         with_image = {"role": "user", "content": [{"type": "image"}, *without["content"]]}
-        tokens = [re.findall(self._added, self._render([message])) for message in (with_image, without)]
+        try:
+            tokens = [re.findall(self._added, self._render([message])) for message in (with_image, without)]
+        except MSDDataError as error:
+            raise MSDError(f"The processor takes images, but for a message with an image {error}") from error
         return sorted(set(tokens[0]) - set(tokens[1]))
+
+
+@contextmanager
+def _template_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a template is a program, which can fail in any way
+        if not is_about_input(error):
+            raise
+        kind = "refuses it" if isinstance(error, TemplateError) else f"fails ({type(error).__name__})"
+        raise MSDDataError("refused by chat template", f"the chat template {kind}: {error}.") from error
 
 
 def _end_of(answer: str, text: str, begin: int) -> int | None:

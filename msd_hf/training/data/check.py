@@ -14,11 +14,12 @@ from rich.text import Text
 from tqdm.auto import tqdm
 
 from ...errors import MSDDataError
+from ...terminal import one_line, printable
 from .conversations import Conversations
 from .encoding import ConversationEncoder
+from .skipped import SkippedSamples
 
 
-NUM_EXAMPLES = 3  # error messages that are kept for each reason
 TRAINED_STYLE = "bold green"
 
 
@@ -84,19 +85,17 @@ def check_conversations(
         MSDDataError: with `strict`, when a sample cannot be used.
     """
     encoder = ConversationEncoder(processor, max_length)
-    report = DataReport(conversations.name, len(conversations), max_length)
+    skipped = SkippedSamples(strict, is_logged=False)
+    report = DataReport(
+        conversations.name, len(conversations), max_length, reasons=skipped.reasons, examples=skipped.examples
+    )
     shown: dict[bool, list[ShownSample]] = {True: [], False: []}
     for index in tqdm(range(len(conversations)), desc=conversations.name, leave=False):
         try:
             conversation = conversations[index]
             sample = encoder(conversation)
         except MSDDataError as error:
-            if strict:
-                raise
-            report.reasons[error.reason] += 1
-            examples = report.examples.setdefault(error.reason, [])
-            if len(examples) < NUM_EXAMPLES:
-                examples.append(str(error))
+            skipped.add(error)
             continue
         num_images = len(conversation.images)
         report.lengths.append(len(sample["input_ids"]))
@@ -134,7 +133,7 @@ def render_report(report: DataReport, console: Console) -> None:
             table.add_column(name, justify="right" if name == "samples" else "left")
         for reason, count in report.reasons.most_common():
             # `Text`, so that brackets in the data are not read as markup.
-            table.add_row(Text(reason), f"{count:,}", Text("\n".join(report.examples[reason])))
+            table.add_row(Text(reason), f"{count:,}", Text("\n".join(map(one_line, report.examples[reason]))))
         console.print()
         console.print(table)
     coloured = console.is_terminal and not console.no_color
@@ -143,10 +142,9 @@ def render_report(report: DataReport, console: Console) -> None:
         for piece, trained in sample.pieces:
             if trained and not coloured:
                 piece = f"‹{piece}›"
-            # An escape character in the data must not control the terminal.
-            text.append(piece.replace("\x1b", "␛"), style=TRAINED_STYLE if trained and coloured else "")
+            text.append(printable(piece), style=TRAINED_STYLE if trained and coloured else "")
         console.print()
-        console.print(Text(f"sample {sample.id}", style="bold underline"))
+        console.print(Text(f"sample {one_line(sample.id)}", style="bold underline"))
         console.print(text, soft_wrap=True)
 
 

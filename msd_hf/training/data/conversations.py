@@ -13,7 +13,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import MSDDataError, MSDError, errors_name_sample
+from ...errors import MSDDataError, MSDError, errors_name_sample, is_about_input
+from ...images import open_image, to_rgb
+from ...terminal import printable
+from .files import read_samples
 from .turns import read_messages
 
 
@@ -40,6 +43,7 @@ REASONS = (
     "tokenization",
     "too long",
     "non-finite features",
+    "unexpected error",
 )
 
 
@@ -110,8 +114,18 @@ class Conversations:
         """sha256 of the raw samples. The content of image files is not part of it."""
         digest = hashlib.sha256()
         for index in range(len(self._samples)):
-            digest.update(json.dumps(self._samples[index], sort_keys=True, default=_describe).encode() + b"\n")
+            digest.update(self._content(index).encode() + b"\n")
         return digest.hexdigest()
+
+    def _content(self, index: int) -> str:
+        """The content of a raw sample, for the fingerprint. A sample that cannot be read stands for itself by its
+        error; it is skipped when the data is used."""
+        try:
+            return json.dumps(self._samples[index], sort_keys=True, default=_describe)
+        except Exception as error:
+            if not is_about_input(error):
+                raise
+            return type(error).__name__
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -126,10 +140,11 @@ class Conversations:
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.name} has {len(self)} samples, but number {index} was asked for.")
         index %= len(self)
-        sample = self._samples[index]
-        if not isinstance(sample, Mapping):
-            raise MSDDataError("no conversation", f"is a {type(sample).__name__}, not an object.", str(index))
-        sample_id = str(index if sample.get("id") is None else sample["id"])
+        with errors_name_sample(str(index)):
+            sample = self._samples[index]
+            if not isinstance(sample, Mapping):
+                raise MSDDataError("no conversation", f"is a {type(sample).__name__}, not an object.")
+            sample_id = _label(index if sample.get("id") is None else sample["id"])
         with errors_name_sample(sample_id):
             messages, references = read_messages(sample)
             images = tuple(self._locate(reference) for reference in references)
@@ -138,7 +153,7 @@ class Conversations:
     def _locate(self, reference: Any) -> Path | Image:
         if isinstance(reference, Mapping):  # `datasets` stores images like this
             if reference.get("bytes"):
-                return _decode(BytesIO(reference["bytes"]), str(reference.get("path") or "an image in the data"))
+                return _decode(reference["bytes"], str(reference.get("path") or "an image in the data"))
             reference = reference.get("path")
         if hasattr(reference, "convert"):  # a PIL image
             return reference
@@ -179,9 +194,8 @@ def load_conversations(data: Any, image_folder: str | Path | None = None) -> Con
         raise MSDError(f"There is no image folder {str(folder)!r}.")
     if isinstance(data, (str, Path)):
         path = Path(data)
-        content = _read(path)
-        samples = _parse(content, path)
-        return Conversations(samples, path.name, folder or path.parent, hashlib.sha256(content).hexdigest())
+        samples, fingerprint = read_samples(path)
+        return Conversations(samples, printable(path.name), folder or path.parent, fingerprint)
     if isinstance(data, Mapping):
         raise MSDError(f"The data is a mapping with the keys {list(data)[:5]}: choose one split of it.")
     if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
@@ -208,27 +222,10 @@ class _Undecoded:
         return self.dataset[index : index + 1].to_pylist()[0]
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise MSDError(f"The data {str(path)!r} cannot be read: {error.strerror}.") from error
-
-
-def _parse(content: bytes, path: Path) -> list[dict[str, Any]]:
-    try:
-        text = content.decode("utf-8-sig")
-        if path.suffix == ".jsonl":
-            # Not `splitlines`, which also splits at the other line separators of Unicode that a text may hold.
-            samples = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            samples = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        advice = "" if path.suffix in (".json", ".jsonl") else " Name it .json (a list) or .jsonl (one sample a line)."
-        raise MSDError(f"The data {str(path)!r} is not valid JSON: {error}.{advice}") from error
-    if not isinstance(samples, list) or not all(isinstance(sample, dict) for sample in samples):
-        raise MSDError(f"The data {str(path)!r} must hold a list of objects, one for each conversation.")
-    return samples
+def _label(sample_id: Any) -> str:
+    """The id of a sample as a text of moderate length that every file can hold."""
+    text = str(sample_id).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= 256 else f"{text[:253]}..."
 
 
 def _open_image(image: Path | Image, sample_id: str) -> Image:
@@ -241,24 +238,24 @@ def _open_image(image: Path | Image, sample_id: str) -> Image:
         return _to_rgb(image, "an image")
 
 
-def _decode(source: Path | BytesIO, name: str) -> Image:
+def _decode(source: Path | bytes, name: str) -> Image:
     try:
-        from PIL import Image
-    except ImportError as error:
-        raise MSDError('Reading images needs Pillow: pip install "msd-hf[images]".') from error
-    try:
-        return Image.open(source)
+        return open_image(source if isinstance(source, Path) else BytesIO(source))
     except Exception as error:
+        if isinstance(error, MSDError) or not is_about_input(error):
+            raise
         raise MSDDataError(
-            "broken image", f"{name} is not an image that Pillow reads ({type(error).__name__})."
+            "broken image", f"{name!r} is not an image that Pillow reads ({type(error).__name__})."
         ) from error
 
 
 def _to_rgb(image: Image, name: str) -> Image:
     try:
-        return image.convert("RGB")
+        return to_rgb(image)
     except Exception as error:  # Pillow raises many kinds of errors for damaged files
-        raise MSDDataError("broken image", f"{name} is damaged: {error}.") from error
+        if not is_about_input(error):
+            raise
+        raise MSDDataError("broken image", f"{name!r} cannot be used: {error}.") from error
 
 
 def _describe(value: Any) -> Any:
@@ -267,9 +264,7 @@ def _describe(value: Any) -> Any:
         return hashlib.sha256(value).hexdigest()
     if hasattr(value, "tobytes") and hasattr(value, "mode"):
         return [value.mode, list(value.size), hashlib.sha256(value.tobytes()).hexdigest()]
-    if isinstance(value, Path):
-        return str(value)
-    raise MSDError(f"A sample holds a `{type(value).__name__}`; it may hold text, numbers, lists, paths and images.")
+    return str(value) if isinstance(value, Path) else f"<{type(value).__name__}>"
 
 
 __all__ = ["REASONS", "Conversation", "Conversations", "count_images", "load_conversations"]

@@ -124,10 +124,8 @@ class ConversationEncoder:
         processor.tokenizer = recorder
         if images:
             arguments["images"] = images
-        try:
+        with errors_name_sample(None, "refused by processor"):  # for example, an image is too small or too narrow
             return dict(processor(text=[text], **arguments))
-        except (ValueError, ArithmeticError) as error:  # for example, an image is too small or too narrow
-            raise MSDDataError("refused by processor", f"the processor refuses it: {error}") from error
 
     def _mask(self, chat: RenderedChat, recorder: TokenizerRecorder, stretches: list[Stretch]) -> torch.Tensor:
         text, (starts, ends) = recorder.text, recorder.offsets.unbind(1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...errors import MSDError
+from ...errors import MSDDataError
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def align(rendered: str, expanded: str, image_tokens: Sequence[str]) -> list[Str
         image_tokens: tokens in `rendered` that may be expanded.
 
     Raises:
-        MSDError: when the processor changed other text too.
+        MSDDataError: when the processor changed other text too.
     """
     borders = [0]
     if image_tokens:
@@ -54,7 +54,10 @@ def align(rendered: str, expanded: str, image_tokens: Sequence[str]) -> list[Str
         else:
             found = expanded.find(piece, place)
         if found < place or (begin == 0 and found != 0):
-            raise MSDError(f"The processor changes the text of a chat around its images: {piece[:80]!r} is not kept.")
+            raise MSDDataError(
+                "tokenization",
+                f"the processor changes the text of a chat around its images: {piece[:80]!r} is not kept.",
+            )
         stretches.append(Stretch(begin, found, len(piece)))
         place = found + len(piece)
     return stretches
@@ -67,7 +70,7 @@ def move(span: tuple[int, int], stretches: list[Stretch]) -> tuple[int, int]:
         shift = stretch.expanded - stretch.rendered
         if stretch.rendered <= begin and end <= stretch.rendered + stretch.length:
             return begin + shift, end + shift
-    raise MSDError(f"Characters {begin} to {end} of the chat hold an image.")
+    raise MSDDataError("tokenization", f"characters {begin} to {end} of the chat hold an image.")
 
 
 class TokenizerRecorder:

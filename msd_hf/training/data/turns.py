@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ...errors import MSDDataError
+from ...prompts import is_unicode
 
 
 ROLES = {
@@ -67,8 +68,8 @@ def _read_turn(turn: Any) -> tuple[str, list[_Part]]:
     if not any(part["type"] == "image" or part["text"].strip() for part in parts):
         raise MSDDataError("empty turn", f"a turn of the {role} is empty.")
     for part in parts:
-        if part["type"] == "text" and not part["text"].isascii():
-            _check_encodable(part["text"])
+        if part["type"] == "text" and not is_unicode(part["text"]):  # for example, a text that was cut
+            raise MSDDataError("malformed turn", "a text is not valid Unicode: it holds half of a surrogate pair.")
     if role == "assistant":
         if any(part["type"] == "image" for part in parts):
             raise MSDDataError("image in answer", "there is an image in a turn of the assistant.")
@@ -156,13 +157,6 @@ def _text(text: str) -> _Part:
 def _first(mapping: Mapping[str, Any], names: Iterable[str]) -> Any:
     """The first value under `names` that is not `None`. Data sets with columns hold `None` for a missing value."""
     return next((mapping[name] for name in names if mapping.get(name) is not None), None)
-
-
-def _check_encodable(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, from a text that was cut
-        raise MSDDataError("malformed turn", f"a text is not valid Unicode: {error.reason}.") from error
 
 
 def _shorten(value: Any) -> str:

@@ -21,6 +21,7 @@ from ...errors import MSDDataError, MSDError
 from ...target.adapter import TargetAdapter
 from ..data.conversations import Conversations
 from ..data.encoding import ConversationEncoder
+from ..data.skipped import SkippedSamples
 from .disk_estimate import DiskEstimate, check_disk, estimate_disk
 from .extraction import FeatureExtractor, iterate_encoded
 from .fingerprint import target_fingerprint
@@ -164,6 +165,7 @@ def _write_shards(
     places = {shard_id: range(shard_id * size, min((shard_id + 1) * size, total)) for shard_id in missing}
     order = list(chain.from_iterable(places.values()))
     encoded = iterate_encoded(conversations, encoder, order, num_workers)
+    all_skipped = SkippedSamples(strict)
     with tqdm(total=total, initial=total - len(order), desc="features", unit="sample") as progress:
         for shard_id in missing:
             samples: list[dict[str, torch.Tensor]] = []
@@ -172,8 +174,7 @@ def _write_shards(
             for sample_id, result in extractor(islice(encoded, len(places[shard_id]))):
                 progress.update()
                 if isinstance(result, MSDDataError):
-                    if strict:
-                        raise result
+                    all_skipped.add(result)
                     skipped.setdefault(result.reason, []).append(sample_id)
                 else:
                     samples.append(result)

@@ -76,7 +76,7 @@ class Journal:
         self.num_done += 1
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self._file.write(_to_json(record).encode() + b"\n")
         self._file.flush()
 
     def records(self) -> Iterator[dict[str, Any]]:
@@ -92,7 +92,12 @@ class Journal:
         with replaced_file(self.output) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for record in self.records():
                 if key in record:
-                    file.write(json.dumps(record[key], ensure_ascii=False) + "\n")
+                    file.write(_to_json(record[key]) + "\n")
+        self.path.unlink()
+
+    def discard(self) -> None:
+        """Removes the journal. There is no final file."""
+        self.close()
         self.path.unlink()
 
     def close(self) -> None:
@@ -119,6 +124,11 @@ def check_unwritten(output: Path) -> None:
     # `output` and its journal both exist if the run was killed between the last two steps of `finish`.
     if output.exists() and not _partial(output).exists():
         raise MSDError(f"{str(output)!r} exists: remove it, or choose another name.")
+
+
+def _to_json(record: Any) -> str:
+    """A record as one line. Halves of surrogate pairs, as in a file name that is not UTF-8, are escaped."""
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def _partial(output: Path) -> Path:

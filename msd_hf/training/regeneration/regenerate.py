@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature, PreTrainedModel
 from transformers.utils import logging
 
-from ...errors import MSDDataError, MSDError
+from ...errors import MSDDataError, MSDError, errors_name_sample
 from ..data.conversations import Conversations
 from ..data.encoding import ConversationEncoder
+from ..data.skipped import SkippedSamples
 from ..features.fingerprint import target_fingerprint
 from .answered_chat import AnsweredChat, EntryWriter
 from .answers import AnswerGenerator
@@ -80,7 +81,8 @@ def regenerate(
         generate_arguments: further arguments of `generate`, such as `top_p` or `repetition_penalty`.
 
     Raises:
-        MSDError: when an argument is wrong, or `output` exists or was begun with other settings.
+        MSDError: when an argument is wrong, when `output` exists or was begun with other settings, or when no sample
+            can be used; no file is left then.
         MSDDataError: with `strict`, at a broken sample.
     """
     output = Path(output)
@@ -112,10 +114,14 @@ def regenerate(
                     journal.append({"skipped": chat} if isinstance(chat, str) else {"sample": writer(index, chat)})
                     bar.update()
             counts = Counter(_outcome(record) for record in journal.records())
+            num_cut, num_samples = counts.pop("cut", 0), counts.pop("complete", 0)
+            if num_samples + num_cut == 0:
+                journal.discard()
+                reasons = ", ".join(f"{reason} {count}" for reason, count in counts.items())
+                raise MSDError(f"None of {len(conversations):,} samples can be used ({reasons or 'no data'}).")
             journal.finish("sample")
     finally:
         target.train(was_training)
-    num_cut, num_samples = counts.pop("cut", 0), counts.pop("complete", 0)
     return RegenerateReport(output, num_samples + num_cut, num_cut, skipped=dict(counts))
 
 
@@ -152,7 +158,7 @@ class _Windows:
     ):
         self.generator, self.conversations = generator, conversations
         self.processor, self.renderer = encoder.processor, encoder.renderer
-        self.batch_size, self.seed, self.strict = batch_size, seed, strict
+        self.batch_size, self.seed, self.skipped = batch_size, seed, SkippedSamples(strict)
 
     def answered_from(self, first: int) -> Iterator[tuple[int, AnsweredChat | str]]:
         """Yields the index of each sample from `first` on, with its chat or the reason why it was skipped."""
@@ -180,7 +186,9 @@ class _Windows:
         window: dict[int, Any] = {}
         for index in indices:
             try:
-                window[index] = AnsweredChat(self.conversations[index])
+                conversation = self.conversations[index]
+                with errors_name_sample(conversation.id):
+                    window[index] = AnsweredChat(conversation)
             except MSDDataError as error:
                 window[index] = self._skip(error)
         return window
@@ -192,12 +200,13 @@ class _Windows:
             if isinstance(chat, str) or not chat.questions:
                 continue
             try:
-                prompts[index] = self._prompt(chat)
+                with errors_name_sample(chat.id, "refused by processor"):
+                    prompts[index] = self._prompt(chat)
             except MSDDataError as error:
                 if chat.is_answered:  # the conversation ends before this question
                     chat.questions = []
                 else:
-                    window[index] = self._skip(MSDDataError(error.reason, error.detail, chat.id))
+                    window[index] = self._skip(error)
         return prompts
 
     def _prompt(self, chat: AnsweredChat) -> BatchFeature:
@@ -212,9 +221,7 @@ class _Windows:
         return prompt
 
     def _skip(self, error: MSDDataError) -> str:
-        if self.strict:
-            raise error
-        logger.info("Left out: %s", error)
+        self.skipped.add(error)
         return error.reason
 
     def _batches(self, prompts: dict[int, BatchFeature]) -> Iterator[list[int]]:
