@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from msd_hf.prompts import build_inputs, read_image
+from msd_hf.images import read_image
+from msd_hf.prompts import build_inputs
 from msd_hf.toy import DEMO_IMAGE, TARGET_DIR
 
 

@@ -325,7 +325,7 @@ def run_case(line: list[str]) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="fuzz-case-") as folder:
 
         def case() -> None:
-            place = Path(folder, "outer", "inner")
+            place = Path(tempfile.mkdtemp(dir=folder), "outer", "inner")
             place.mkdir(parents=True)
             os.chdir(place)
             sys.argv = ["msd-hf", *line]

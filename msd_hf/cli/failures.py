@@ -51,17 +51,16 @@ def exit_status(command: Callable[..., Any]) -> int:
     except Exception as error:
         if hasattr(error, "format_message"):  # of typer's command line; its class is public in no release
             return _fail(_usage(error), 2)
-        return _fail(f"{_shorten(one_line(describe_error(error)))} ({_keep_traceback(error)})", 1)
+        return _fail(describe_error(error), 1, f" ({_keep_traceback(error)})")
 
 
-def _fail(message: str, status: int) -> int:
+def _fail(message: str, status: int, note: str = "") -> int:
+    line = one_line(message)
+    if len(line) > _MOST_CHARACTERS:
+        line = f"{line[: _MOST_CHARACTERS - 1]}…"
     console = make_console(stderr=True, soft_wrap=True)
-    console.print(Text("Error: ", style="bold red") + Text(_shorten(one_line(message))))
+    console.print(Text("Error: ", style="bold red") + Text(line + note))
     return status
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 1]}…"
 
 
 def _usage(error: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..loading import load_processor, load_target_and_processor
+from ..loading import MOST_WORKERS, load_processor, load_target_and_processor
 from .options import (
     BatchSize,
     Device,
@@ -42,7 +42,7 @@ def extract(
         ),
     ] = False,
     batch_size: BatchSize = 8,
-    num_workers: Annotated[int, typer.Option(min=0, help="Processes that prepare samples.")] = 0,
+    num_workers: Annotated[int, typer.Option(min=0, max=MOST_WORKERS, help="Processes that prepare samples.")] = 0,
     strict: Strict = False,
     dtype: Dtype = "auto",
     device: Device = "auto",

@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..errors import MSDError
-from ..loading import LARGEST_SEED
+from ..loading import LARGEST_SEED, MOST_WORKERS
 from ..redaction import redact, secret_values
 from .curriculum import CURRICULA, Curriculum
 from .losses import WEIGHT_NAMES
@@ -47,6 +47,7 @@ _NOT_NEGATIVE = (
     "data_seed",
     "dataloader_num_workers",
 )
+_AT_MOST = {"seed": LARGEST_SEED, "data_seed": LARGEST_SEED, "dataloader_num_workers": MOST_WORKERS}
 # For optional flags on the command line: `--bf16` alone means yes, and without the flag the value is `None`.
 _FLAG = {"nargs": "?", "const": True}
 
@@ -241,9 +242,9 @@ class MSDTrainingArguments(TrainingArguments):
                 raise MSDError(f"`{name}` must not be negative, and finite; got {value}.")
         if self.max_steps < 1 and not 0 < self.num_train_epochs < math.inf:
             raise MSDError(f"`num_train_epochs` must be above 0, and finite; got {self.num_train_epochs}.")
-        for name in ("seed", "data_seed"):
-            if (getattr(self, name) or 0) > LARGEST_SEED:
-                raise MSDError(f"`{name}` must be at most {LARGEST_SEED}, got {getattr(self, name)}.")
+        for name, most in _AT_MOST.items():
+            if (getattr(self, name) or 0) > most:
+                raise MSDError(f"`{name}` must be at most {most:,}, got {getattr(self, name)}.")
         if self.gradient_checkpointing and self.make_recipe().unroll_passes > 1:
             raise MSDError(
                 "`gradient_checkpointing` cannot be combined with `unroll_passes` above 1: later passes attend to "
