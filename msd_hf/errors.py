@@ -1,6 +1,7 @@
 """The errors of `msd_hf`. All are `ValueError`s, so that code written for `generate` catches them unchanged."""
 
 import errno
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,12 @@ _ERRORS_OF_THE_MACHINE = {
 }
 # torch raises plain `RuntimeError`s for memory on a CPU and, before 2.8, for a broken GPU.
 _TEXTS_OF_THE_MACHINE = ("DefaultCPUAllocator", "allocate memory", "not enough memory", "CUDA error")
+# Packages that are imported by another name than they are installed by.
+_PACKAGES = {"PIL": "pillow", "cv2": "opencv-python", "skimage": "scikit-image", "sklearn": "scikit-learn"}
+# An error from a worker of a `DataLoader` holds its traceback; the last line that is not indented is the error.
+_FROM_WORKER = re.compile(
+    r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback .*\n[\w.]+: ((?!.*\n[\w.]+: ).+)", re.DOTALL
+)
 
 
 class MSDError(ValueError):
@@ -49,7 +56,9 @@ class MSDDataError(MSDError):
         sample_id: `id` of the sample; `None` if it is not known.
     """
 
-    def __init__(self, reason: str, detail: str, sample_id: str | None = None):
+    def __init__(self, reason: str, detail: str | None = None, sample_id: str | None = None):
+        # A `DataLoader` makes the error of a worker again from one text.
+        detail = reason if detail is None else detail
         super().__init__(detail if sample_id is None else f"Sample {sample_id!r}: {detail}")
         self.reason, self.detail, self.sample_id = reason, detail, sample_id
 
@@ -110,6 +119,19 @@ def errors_end_script() -> Iterator[None]:
         sys.exit(f"Error: {error}")
 
 
+def describe_error(error: BaseException) -> str:
+    """What an error of a library says, for a user: with its kind, unless its text is written for users, and with the
+    command that installs a missing package."""
+    text = str(error).strip()
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        return f"the package {package!r} is missing: pip install {_PACKAGES.get(package, package)}"
+    if isinstance(error, (OSError, ImportError, MSDError)) and text:
+        worker = _FROM_WORKER.match(text)
+        return worker[1].strip() if worker else text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 __all__ = [
     "MSDCheckpointError",
     "MSDDataError",
@@ -117,6 +139,7 @@ __all__ = [
     "MSDPairingError",
     "MSDUnsupportedError",
     "MSDUsageError",
+    "describe_error",
     "errors_end_script",
     "errors_name_sample",
     "is_about_input",

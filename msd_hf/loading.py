@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
 
-from .errors import MSDError, is_about_input
+from .errors import MSDError, describe_error, is_about_input
 
 
 LARGEST_SEED = 2**32 - 1  # of numpy, which `set_seed` of transformers seeds too
 MOST_WORKERS = 256  # more processes that prepare samples take a machine's memory, not its cores
 DTYPE_NAMES = "auto, float32, bfloat16, float16 or float64"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights that can compute
-# Packages that transformers asks for by the name of their import.
-_PACKAGES = {"PIL": "pillow", "cv2": "opencv-python", "skimage": "scikit-image", "sklearn": "scikit-learn"}
 
 
 def load_config(name: str | Path) -> PreTrainedConfig:
@@ -116,18 +114,6 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def describe_error(error: BaseException) -> str:
-    """What an error of a library says, for a user: its kind where its text does not explain itself, and the command
-    that installs a missing package."""
-    text = str(error).strip()
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        package = error.name.partition(".")[0]
-        return f"the package {package!r} is missing: pip install {_PACKAGES.get(package, package)}"
-    if isinstance(error, (OSError, ImportError, MSDError)) and text:
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
 @contextmanager
 def _errors_name(part: str, name: str | Path) -> Iterator[None]:
     """Inside the block every error, whatever a library raises for a broken file, says which target has it."""
@@ -145,7 +131,6 @@ __all__ = [
     "DTYPE_NAMES",
     "LARGEST_SEED",
     "MOST_WORKERS",
-    "describe_error",
     "load_config",
     "load_processor",
     "load_target",

@@ -193,14 +193,24 @@ def build_world(folder: Path) -> dict[str, Command]:
     pairs = {"--target": broken_targets, "--draft": drafts}
     reading = {"--target": broken_targets, "--image-folder": [*ODD, str(folder / "a file"), "/dev/null"]}
     writing = {"--output": outputs, "--strict": [""]}
-    config = folder / "odd.yaml"
-    config.write_bytes(b"max_steps: \xff\n")
+    configs = {
+        "bytes": b"max_steps: \xff\n",
+        "list": b"max_steps: [1]\n",
+        "text": b"learning_rate: abc\nseed: [/b]\n",
+        "null": b"output_dir:\nmax_steps:\n",
+        "numbers": b"target: 3\ntext_data: 4\n",
+        "mapping": b"draft: {a: 1}\n",
+        "deep": b"a: " + b"[" * 5000,
+        "unknown": b"no_such: 1\n",
+    }
+    for name, content in configs.items():
+        (folder / f"{name}.yaml").write_bytes(content)
     train_odd = {
         "--target": broken_targets,
         "--text-data": data,
         "--draft": drafts,
         "--output-dir": outputs,
-        "--config": [*ODD, str(config), good, str(folder), "/dev/null"],
+        "--config": [*ODD, *(str(folder / f"{name}.yaml") for name in configs), good, str(folder), "/dev/null"],
         "--target-dtype": DTYPES,
         "--resume-from-checkpoint": [*ODD, str(folder)],
         "--eval-data": data,

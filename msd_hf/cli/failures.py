@@ -15,8 +15,7 @@ from typing import Any
 import typer
 from rich.text import Text
 
-from ..errors import MSDError, MSDUsageError
-from ..loading import describe_error
+from ..errors import MSDError, MSDUsageError, describe_error
 from ..terminal import make_console, one_line
 
 

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.integrations import get_available_reporting_integrations
 
 from ..draft.modeling_msd import MSDDraftModel
-from ..errors import MSDError, MSDUsageError
+from ..errors import MSDError, MSDUsageError, describe_error
 from ..loading import load_processor, load_target, parse_dtype
 from ..tree.settings import TREE_SETTINGS, TreeSettings
 from .arguments import MSDTrainingArguments
@@ -90,10 +90,10 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ScriptArguments, MSDTrainingAr
         script_args, args, _, unknown = parser.parse_args_into_dataclasses(
             list(argv), return_remaining_strings=True, look_for_args_file=False
         )
-    except (ArithmeticError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, MSDError):
-            raise
-        raise MSDError(f"The training arguments cannot be used: {error}") from error
+    except MSDError:
+        raise
+    except Exception as error:  # of many kinds, above all for values of a YAML file, whose types nobody checks
+        raise MSDError(f"The training arguments cannot be used: {describe_error(error)}") from error
     if unknown:
         parser.error(f"unknown arguments {' '.join(unknown)}")
     _check(script_args, args)
