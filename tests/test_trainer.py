@@ -13,7 +13,7 @@ from msd_hf.errors import MSDDataError, MSDError
 from msd_hf.evaluation import mean_acceptance_length
 from msd_hf.prompts import build_chat_inputs
 from msd_hf.training import RECIPES, FeatureCache, MSDTrainingArguments, extract_features, load_conversations
-from msd_hf.training.checkpointing import last_complete_checkpoint
+from msd_hf.training.checkpointing import complete_checkpoints
 
 
 def test_the_loss_of_a_step_is_what_the_paper_says(small_target, toy_processor, training_data, tmp_path):
@@ -284,11 +284,12 @@ def test_resuming_passes_over_an_incomplete_checkpoint(tmp_path, caplog):
     for step in (5, 10, 20):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "config.json").write_text("{}")
-    assert last_complete_checkpoint(tmp_path) is None
+    assert complete_checkpoints(tmp_path) == []
     for step in (5, 10):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    assert last_complete_checkpoint(tmp_path / "nothing") is None
+    (tmp_path / "checkpoint-20" / "trainer_state.json").write_text('{"global_step": 2')
+    assert complete_checkpoints(tmp_path) == [str(tmp_path / f"checkpoint-{step}") for step in (10, 5)]
+    assert complete_checkpoints(tmp_path / "nothing") == []
 
 
 def test_broken_held_out_samples_are_counted_apart(small_target, toy_processor, training_data, tmp_path, raw_samples):

@@ -93,6 +93,9 @@ class MSDTrainingArguments(TrainingArguments):
             tau.
         eval_max_new_tokens (`int`, defaults to 128): length limit of the answers to these prompts.
 
+        force (`bool`, defaults to `False`): resume from the given checkpoint even if it was made with another target,
+            other data or other arguments.
+
     Raises:
         MSDError: when a value is unknown or out of range.
     """
@@ -117,6 +120,9 @@ class MSDTrainingArguments(TrainingArguments):
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Look for weights without a gradient. A draft has none."}
+    )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "A resumed run keeps the patience of early stopping."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
 
@@ -164,6 +170,11 @@ class MSDTrainingArguments(TrainingArguments):
     strict: bool = field(default=False, metadata={"help": "Stop at the first broken sample."})
     eval_prompts: int = field(default=16, metadata={"help": "Prompts of each kind on which tau is measured."})
     eval_max_new_tokens: int = field(default=128, metadata={"help": "Length limit of the answers to --eval-prompts."})
+
+    force: bool = field(
+        default=False,
+        metadata={"help": "With --resume-from-checkpoint PATH: resume even if the checkpoint is of another run."},
+    )
 
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:

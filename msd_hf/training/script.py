@@ -29,6 +29,8 @@ from .data.conversations import Conversations, load_conversations
 from .features.cache import FeatureCache
 from .features.fingerprint import target_fingerprint
 from .regeneration.regenerate import regenerate
+from .resume_point import find_resume_point
+from .run_fingerprint import argument_values
 from .trainer import MSDTrainer, new_draft
 
 
@@ -104,6 +106,10 @@ def run_training(argv: Sequence[str]) -> MSDTrainer:
     """Trains a draft and saves it in `output_dir`. Returns the trainer, which holds the metrics."""
     script_args, args = parse_arguments(argv)
     set_seed(args.seed)
+    resume = args.resume_from_checkpoint
+    resume = True if str(resume).lower() == "true" else None if str(resume).lower() == "false" else resume
+    # A checkpoint of another run is refused before the target is loaded, if its arguments differ.
+    find_resume_point(resume, args.force, str(args.output_dir), {"arguments": _given_values(args)})
     data = _open_data(script_args)
     assert script_args.target is not None  # `parse_arguments` has checked it
     processor = load_processor(script_args.target)
@@ -135,12 +141,17 @@ def run_training(argv: Sequence[str]) -> MSDTrainer:
         eval_dataset=held_out,
         callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
     )
-    resume: str | bool | None = args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
-    if held_out is not None:
-        trainer.evaluate()
-    trainer.save_model()
+    trainer.train(resume_from_checkpoint=resume)
+    if trainer.has_ended and not trainer.was_finished:
+        if held_out is not None:
+            trainer.evaluate()
+        trainer.save_model()
     return trainer
+
+
+def _given_values(args: MSDTrainingArguments) -> dict[str, Any]:
+    """The values that the run is identified by, without the learning rate if the size of the draft decides it."""
+    return {name: value for name, value in argument_values(args).items() if (name, value) != ("learning_rate", None)}
 
 
 def _config_parser() -> Any:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
@@ -23,21 +24,23 @@ from ..target.support import check_pair, check_target
 from .acceptance import acceptance_lengths
 from .arguments import MSDTrainingArguments
 from .best_checkpoint import RestoreBestCheckpoint, SavedState
-from .checkpointing import last_complete_checkpoint
-from .curriculum import CurriculumSampler, Draw
+from .curriculum import SAMPLE_KINDS, CurriculumSampler, Draw
 from .data.encoding import ConversationEncoder
 from .features.cache import FeatureCache
+from .features.fingerprint import draft_fingerprint
 from .losses import weighted_loss
 from .meters import LossMeter
 from .mixture import Mixture, MixtureCollator
 from .objective import DraftObjective
-from .provenance import describe_run, read_provenance, write_provenance
+from .provenance import describe_run, read_provenance
+from .resuming import ResumableTrainer
+from .run_fingerprint import run_fingerprint
 
 
 logger = logging.get_logger(__name__)
 
 
-class MSDTrainer(Trainer):
+class MSDTrainer(ResumableTrainer):
     """
     Trains a draft in the two stages of the paper (section 3.3).
 
@@ -80,6 +83,7 @@ class MSDTrainer(Trainer):
         if args.learning_rate is None:
             args.learning_rate = args.make_recipe().learning_rate(model.config.hidden_size)
             logger.info("The learning rate is %g.", args.learning_rate)
+        self._start = draft_fingerprint(model)
         self.processor = processing_class
         self.encoder = ConversationEncoder(processing_class, args.max_length)
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
@@ -183,6 +187,8 @@ class MSDTrainer(Trainer):
             skipped = sum(self._count_skipped().values())
             if skipped:
                 logs["skipped_samples"] = skipped
+        if self.state.global_step == self._first_step:  # a run that was resumed at its end has no loss of its own
+            logs.pop("train_loss", None)
         self._metrics |= {name: value for name, value in logs.items() if isinstance(value, int | float)}
         super().log(logs, *args, **kwargs)
 
@@ -252,22 +258,26 @@ class MSDTrainer(Trainer):
 
     # ---- checkpoints ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """
-        Like `Trainer.train`, but `resume_from_checkpoint=True` takes the last complete checkpoint, because a run may
-        have been killed while it wrote a later one, and starts from the beginning if there is none.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                logger.warning(
-                    "There is no checkpoint in %s: training starts from the beginning.", self.args.output_dir
-                )
-        self._restore_best_checkpoint.resumed_from = resume_from_checkpoint or None
-        if resume_from_checkpoint:
-            before = read_provenance(resume_from_checkpoint).get("data", {}).get("skipped", {})
-            self._skipped_before = Counter(before)
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        datasets = self.train_dataset.datasets
+        data = {f"{kind}_data": datasets.get(kind) for kind in SAMPLE_KINDS}
+        return run_fingerprint(
+            self.args,
+            self.target,
+            self.encoder.fingerprint,
+            self._start,
+            {**data, "eval_data": self.eval_dataset},
+            self.callback_handler.callbacks,
+        )
+
+    def restore(self, provenance: dict[str, Any]) -> None:
+        self._skipped_before = Counter(provenance.get("data", {}).get("skipped", {}))
+        self._metrics |= provenance.get("metrics", {})
+
+    def _train_until_signal(self, resume: str | None, *args: Any, **kwargs: Any) -> Any:
+        self._restore_best_checkpoint.resumed_from = resume
+        return super()._train_until_signal(resume, *args, **kwargs)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -279,19 +289,15 @@ class MSDTrainer(Trainer):
         self.state: TrainerState = SavedState.of(self.state)
         super()._save_checkpoint(*args, **kwargs)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            write_provenance(output_dir or self.args.output_dir, self.provenance())
-
     def provenance(self) -> dict[str, Any]:
-        """The content of `training_provenance.json`."""
         return {
             **describe_run(self.args),
             "recipe": self.args.recipe,
             "target": _public_name(self.target),
             "step": self.state.global_step if self._best_step is None else self._best_step,
             "max_steps": self.state.max_steps,
+            "finished": self.has_ended,
+            "fingerprint": self.fingerprint,
             "data": {
                 **{kind: len(dataset) for kind, dataset in self.train_dataset.datasets.items()},
                 "cached_features": self.train_dataset.is_cached,

@@ -237,6 +237,11 @@ class FeatureCache(Dataset):
         }
 
     @property
+    def fingerprint(self) -> str:
+        """sha256 of the settings and of the list of samples. It does not depend on the folder."""
+        return self.index.fingerprint
+
+    @property
     def ids(self) -> list[str]:
         """The id of each sample."""
         return [sample_id for shard in self.index.shards for sample_id in shard["ids"]]

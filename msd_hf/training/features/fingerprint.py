@@ -1,4 +1,4 @@
-"""The fingerprint of a target, computed without reading all of its weights."""
+"""Fingerprints of a target and of a draft, computed without reading all of their weights."""
 
 from __future__ import annotations
 
@@ -37,10 +37,18 @@ def target_fingerprint(target: PreTrainedModel) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    config = json.dumps(_without_volatile(target.config.to_diff_dict()), sort_keys=True, default=str)
-    shared = [target.get_input_embeddings(), target.get_output_embeddings()]
+    return _fingerprint(target, [target.get_input_embeddings(), target.get_output_embeddings()])
+
+
+def draft_fingerprint(draft: PreTrainedModel) -> str:
+    """Identifies a draft by its configuration and both ends of every weight. Returns 64 hexadecimal digits."""
+    return _fingerprint(draft, [])
+
+
+def _fingerprint(model: PreTrainedModel, read_whole: list[Any]) -> str:
+    config = json.dumps(_without_volatile(model.config.to_diff_dict()), sort_keys=True, default=str)
     digests = []
-    for module in target.modules():
+    for module in model.modules():
         weights = [*module._parameters.items(), *module._buffers.items()]
         names = [name for name, _ in weights if name not in module._non_persistent_buffers_set]
         if not names:
@@ -50,7 +58,7 @@ def target_fingerprint(target: PreTrainedModel) -> str:
             for name in names:
                 weight = getattr(module, name)
                 if weight is not None:
-                    digests.append(_digest(name, weight.detach(), whole=module in shared))
+                    digests.append(_digest(name, weight.detach(), whole=module in read_whole))
     # Sorted, because releases of transformers differ in the order and the names of modules.
     return hashlib.sha256("\n".join([config, *sorted(digests)]).encode()).hexdigest()
 
@@ -75,4 +83,4 @@ def _digest(name: str, weight: torch.Tensor, whole: bool) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["target_fingerprint"]
+__all__ = ["draft_fingerprint", "target_fingerprint"]

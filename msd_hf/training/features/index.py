@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -75,6 +76,11 @@ class CacheIndex:
     shards: list[dict] = field(default_factory=list)
     complete: bool = False
     format_version: int = FORMAT_VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the whole index."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @property
     def num_shards(self) -> int:

@@ -1,0 +1,391 @@
+"""A run that is interrupted and resumed ends like one that is not, and a run resumes only from itself."""
+
+import dataclasses
+import errno
+import json
+import os
+import resource
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import build_small_target, make_trainer
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
+
+from msd_hf import MSDDraftModel
+from msd_hf.errors import MSDError
+from msd_hf.training import load_conversations, script
+
+
+SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.fixture
+def new_trainer(toy_processor, training_data, tmp_path):
+    """Makes trainers of the same run: each with a target and a draft of its own."""
+
+    def new(folder="out", target=None, data=training_data, processor=toy_processor, **more):
+        target = build_small_target(toy_processor) if target is None else target
+        return make_trainer(target, processor, data, tmp_path / folder, **{**SAVING, **more})
+
+    return new
+
+
+class StepCounter(TrainerCallback):
+    def __init__(self):
+        self.count = 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.count += 1
+
+
+def resume(trainer, checkpoint=True):
+    """Resumes a run; returns the number of further steps."""
+    counter = StepCounter()
+    trainer.add_callback(counter)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return counter.count
+
+
+def assert_same_weights(one, other):
+    for name, weight in one.state_dict().items():
+        assert torch.equal(weight, other.state_dict()[name]), name
+
+
+def contents(folder):
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_makes_no_step_and_changes_no_file(new_trainer, tmp_path, caplog):
+    first = new_trainer()
+    first.train()
+    first.save_model()
+    before = contents(tmp_path)
+    again = new_trainer()
+    assert resume(again) == 0 and again.was_finished
+    assert "is finished (6 steps): nothing is changed" in caplog.text
+    assert contents(tmp_path) == before
+    assert_same_weights(first.model, again.model)
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_again(new_trainer, tmp_path):
+    first = new_trainer(save_strategy="no")
+    first.train()
+    first.save_model()
+    again = new_trainer(save_strategy="no")
+    assert resume(again) == 0 and again.was_finished
+    assert_same_weights(first.model, again.model)
+    with pytest.raises(MSDError, match=r"learning_rate 0\.001, this run has 0\.002"):
+        new_trainer(save_strategy="no", learning_rate=2e-3).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("more", [{}, {"max_steps": -1, "num_train_epochs": 1}], ids=["steps", "an epoch"])
+def test_a_run_that_lacks_only_its_end_makes_no_further_step(more, new_trainer, tmp_path):
+    """The run was killed after its last checkpoint, before the draft was saved."""
+    whole = new_trainer(**more)
+    whole.train()
+    resumed = new_trainer(**more)
+    assert resume(resumed) == 0 and not resumed.was_finished and resumed.has_ended
+    resumed.save_model()
+    assert_same_weights(whole.model, MSDDraftModel.from_pretrained(tmp_path / "out"))
+    provenance = json.loads((tmp_path / "out" / "training_provenance.json").read_text())
+    assert provenance["finished"] and provenance["step"] == whole.state.global_step
+    assert "train_loss" not in provenance["metrics"] and provenance["metrics"]["loss"] > 0
+
+
+def test_early_stopping_ends_a_resumed_run_too(new_trainer, training_data):
+    fields = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 12, "learning_rate": 0.0}
+    fields |= {"load_best_model_at_end": True, "metric_for_best_model": "tau", "eval_prompts": 1}
+    fields |= {"eval_max_new_tokens": 4, "eval_dataset": [training_data["text"][0]]}
+
+    def run(folder, steps_alone=None):
+        callbacks = [EarlyStoppingCallback(3), *([StopAfter(steps_alone)] if steps_alone else [])]
+        return new_trainer(folder, callbacks=callbacks, **fields)
+
+    whole = run("whole")
+    whole.train()
+    assert whole.state.global_step == 4
+    run("cut", steps_alone=2).train()
+    resumed = run("cut")
+    assert resume(resumed) == 2  # the patience before the interruption counts
+    ended = run("cut")
+    assert resume(ended) == 0 and ended.has_ended
+    assert_same_weights(whole.model, ended.model)
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+def other_samples(raw_samples):
+    return load_conversations([raw_samples["text"][index] for index in range(1, 21)])
+
+
+@pytest.mark.parametrize(
+    "more, difference",
+    [
+        ({"learning_rate": 2e-3}, "learning_rate 0.001, this run has 0.002"),
+        ({"seed": 1}, "seed 0, this run has 1"),
+        ({"max_length": 300}, "max_length 512, this run has 300"),
+        ({"max_steps": 8}, "max_steps 6, this run has 8"),
+        ({"recipe": "recommended"}, "recipe paper, this run has recommended"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type linear, this run has cosine"),
+        ({"per_device_train_batch_size": 2}, "global_batch_size 4, this run has 2"),
+        ({"final_visual_share": 0.5}, "final_visual_share 1.0, this run has 0.5"),
+        ({"bf16": True}, "bf16 False, this run has True"),
+        ({"callbacks": [EarlyStoppingCallback(3)]}, "early_stopping_patience none, this run has 3"),
+        ({"target": "seed 1"}, "with another target"),
+        ({"target": "float64"}, "target_dtype float32, this run has float64"),
+        ({"data": "other"}, "with other text data"),
+        ({"eval_dataset": "other"}, "with other held-out data"),
+        ({"target_layers": "0"}, "with another draft at the start; with target_layers none, this run has 0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_checkpoint_of_another_run_is_refused_by_name(
+    more, difference, new_trainer, toy_processor, training_data, raw_samples, tmp_path, checkpoint_of_a_run
+):
+    more = dict(more)
+    if more.get("target") == "seed 1":
+        more["target"] = build_small_target(toy_processor, seed=1)
+    elif more.get("target") == "float64":
+        more["target"] = build_small_target(toy_processor).double()
+    if "data" in more:
+        more["data"] = {**training_data, "text": other_samples(raw_samples)}
+    if "eval_dataset" in more:
+        more["eval_dataset"] = other_samples(raw_samples)
+    (tmp_path / "out").symlink_to(checkpoint_of_a_run)
+    before = contents(checkpoint_of_a_run)
+    trainer = new_trainer(**more)
+    with pytest.raises(MSDError) as error:
+        trainer.train(resume_from_checkpoint=True)
+    assert difference in str(error.value) and "--force --resume-from-checkpoint PATH" in str(error.value)
+    with pytest.raises(MSDError) as error:
+        trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    assert difference in str(error.value)
+    assert contents(checkpoint_of_a_run) == before
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of_a_run(toy_processor, training_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    target = build_small_target(toy_processor)
+    make_trainer(target, toy_processor, training_data, folder, callbacks=[StopAfter(5)], **SAVING).train()
+    return folder
+
+
+def test_arguments_that_do_not_change_the_result_may_differ(new_trainer, tmp_path):
+    new_trainer(callbacks=[StopAfter(3)]).train()
+    more = {"save_steps": 5, "logging_steps": 3, "save_total_limit": 2, "gradient_accumulation_steps": 4}
+    resumed = new_trainer(per_device_train_batch_size=1, **more)
+    assert resume(resumed) == 4
+    (tmp_path / "out").rename(tmp_path / "moved")
+    assert resume(new_trainer("moved")) == 0  # the folder is no part of the run
+
+
+def test_a_forced_run_trains_on_with_its_own_settings(new_trainer, tmp_path, caplog):
+    first = new_trainer()
+    first.train()
+    checkpoint = str(tmp_path / "out" / "checkpoint-6")
+    more = {"max_steps": 8, "learning_rate": 5e-4, "weight_decay": 0.1, "lr_scheduler_type": "constant"}
+    forced = new_trainer(force=True, **more)
+    assert resume(forced, checkpoint) == 2
+    assert "max_steps 6, this run has 8" in caplog.text and "because of --force" in caplog.text
+    used = [entry["learning_rate"] for entry in forced.state.log_history if "learning_rate" in entry]
+    assert used[-2:] == [5e-4, 5e-4] and forced.optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize("checkpoint", [True, None])
+def test_force_needs_the_path_of_a_checkpoint(checkpoint, new_trainer):
+    with pytest.raises(MSDError, match="--force needs the checkpoint to go on from"):
+        new_trainer(force=True).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_checkpoint_without_a_fingerprint_needs_force(new_trainer, tmp_path):
+    new_trainer(callbacks=[StopAfter(3)]).train()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    provenance = json.loads((checkpoint / "training_provenance.json").read_text())
+    assert str(tmp_path) not in json.dumps(provenance["fingerprint"])
+    del provenance["fingerprint"]
+    (checkpoint / "training_provenance.json").write_text(json.dumps(provenance))
+    for given in (True, str(checkpoint)):
+        with pytest.raises(MSDError, match=r"an older version of msd_hf made it.*--force"):
+            new_trainer().train(resume_from_checkpoint=given)
+    assert resume(new_trainer(force=True), str(checkpoint)) == 4
+    with pytest.raises(MSDError, match="is not a complete checkpoint"):
+        new_trainer().train(resume_from_checkpoint=str(tmp_path / "nothing"))
+
+
+def test_the_checkpoints_of_an_earlier_run_are_passed_over(new_trainer, tmp_path):
+    earlier = new_trainer(learning_rate=5e-4)
+    earlier.train()
+    earlier.save_model()
+    new_trainer(callbacks=[StopAfter(3)]).train()  # without resuming, in the same folder
+    resumed = new_trainer()
+    assert resume(resumed) == 4 and resumed.state.global_step == 6
+
+
+class SendSignals(TrainerCallback):
+    def __init__(self, *signals, step=3):
+        self.signals, self.step = signals, step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            for number in self.signals:
+                os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(
+    "number, error, save_strategy",
+    [
+        (signal.SIGTERM, SystemExit, "steps"),
+        (signal.SIGINT, KeyboardInterrupt, "epoch"),
+        (signal.SIGTERM, SystemExit, "no"),
+    ],
+)
+def test_a_signal_saves_a_checkpoint_before_it_ends_the_run(
+    number, error, save_strategy, new_trainer, tmp_path, caplog
+):
+    more = {"save_strategy": save_strategy}
+    whole = new_trainer("whole", **more)
+    whole.train()
+    cut = new_trainer("cut", callbacks=[SendSignals(number)], **more)
+    handlers = [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(error) as raised:
+        cut.train()
+    assert error is KeyboardInterrupt or raised.value.code == 143
+    assert [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert "Training stopped after step 3 of 6" in caplog.text and "--resume-from-checkpoint True" in caplog.text
+    assert (tmp_path / "cut" / "checkpoint-3" / "trainer_state.json").is_file()
+    resumed = new_trainer("cut", **more)
+    assert resume(resumed) == 3
+    assert_same_weights(whole.model, resumed.model)
+
+
+def test_a_second_signal_ends_the_run_at_once(new_trainer, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        new_trainer(callbacks=[SendSignals(signal.SIGINT, signal.SIGINT)]).train()
+    assert not (tmp_path / "out" / "checkpoint-3").exists()
+
+
+def test_a_handler_of_the_user_is_called_after_the_checkpoint(new_trainer, tmp_path):
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append((tmp_path / "out" / "checkpoint-3").is_dir()))
+    try:
+        trainer = new_trainer(callbacks=[SendSignals(signal.SIGTERM)])
+        trainer.train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [True] and not trainer.has_ended
+
+
+def test_training_in_a_thread_sets_no_handlers(new_trainer):
+    trainer, handlers = new_trainer(), []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            handlers.append(signal.getsignal(signal.SIGTERM))
+
+    trainer.add_callback(Look())
+    thread = threading.Thread(target=trainer.train)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.SIG_DFL] * 6
+
+
+class FillDisk(TrainerCallback):
+    """After a step no file can become longer than a number of bytes."""
+
+    def __init__(self, step, num_bytes):
+        self.step, self.num_bytes = step, num_bytes
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.num_bytes, resource.RLIM_INFINITY))
+
+
+@pytest.fixture
+def limits():
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def save_half_at_step_4(state, path):
+    text = json.dumps(dataclasses.asdict(state), default=str)
+    Path(path).write_text(text[: len(text) // 2] if state.global_step == 4 else text)
+    if state.global_step == 4:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("full_at", ["the weights", "the optimizer", "the state"])
+def test_a_full_disk_leaves_the_last_complete_checkpoint(full_at, new_trainer, tmp_path, limits, monkeypatch):
+    whole = new_trainer("whole")
+    whole.train()
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "whole" / "checkpoint-4").iterdir()}
+    assert sizes["model.safetensors"] + 20_000 < sizes["optimizer.pt"]
+    space = {"the weights": 10_000, "the optimizer": sizes["model.safetensors"] + 20_000}.get(full_at)
+    cut = new_trainer(callbacks=[FillDisk(3, space)] if space else [])
+    with monkeypatch.context() as patch, pytest.raises(MSDError) as error:
+        if space is None:
+            patch.setattr(TrainerState, "save_to_json", save_half_at_step_4)
+        cut.train()
+    assert "checkpoint-4' could not be written" in str(error.value) and "\n" not in str(error.value)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
+    resumed = new_trainer()
+    assert resume(resumed) == 4
+    assert_same_weights(whole.model, resumed.model)
+
+
+def test_a_draft_that_cannot_be_saved_leaves_the_old_one(new_trainer, tmp_path, limits):
+    trainer = new_trainer(save_strategy="no")
+    trainer.save_model()
+    (tmp_path / "out" / "notes.txt").write_text("the user's")
+    before = contents(tmp_path)
+    trainer.train()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    with pytest.raises(MSDError, match=r"could not be written: .*What was there before is unchanged"):
+        trainer.save_model()
+    assert contents(tmp_path) == before
+
+
+def test_what_a_killed_run_left_is_removed_and_files_of_the_user_stay(new_trainer, tmp_path):
+    new_trainer(callbacks=[StopAfter(3)]).train()
+    incomplete = tmp_path / "out" / "checkpoint-3"
+    (incomplete / ".msd-saving").mkdir(parents=True)
+    (incomplete / "model.safetensors").write_text("half of it")
+    notes = tmp_path / "out" / "checkpoint-1" / "notes.txt"
+    notes.parent.mkdir()
+    (notes.parent / "config.json").write_text("{}")
+    notes.write_text("the user's")
+    (tmp_path / "out" / ".msd-saving").mkdir()
+    resume(new_trainer())
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"checkpoint-1", "checkpoint-2", "checkpoint-4", "checkpoint-6"}
+    assert [path.name for path in notes.parent.iterdir()] == ["notes.txt"]
+
+
+def test_the_command_refuses_another_run_before_it_loads_the_target(new_trainer, tmp_path, run, monkeypatch):
+    new_trainer(callbacks=[StopAfter(3)]).train()
+    monkeypatch.setattr(script, "load_target", lambda *_, **__: pytest.fail("the target was loaded"))
+    argv = [
+        "train",
+        "--target",
+        "t",
+        "--text-data",
+        "a.json",
+        "--curriculum",
+        "text",
+        "--output-dir",
+        tmp_path / "out",
+    ]
+    code, _, err = run(*argv, "--resume-from-checkpoint", "True", "--report-to", "none")
+    assert code == 1 and "curriculum two-stage, this run has text" in " ".join(err.split())
+    code, _, err = run(*argv, "--resume-from-checkpoint", "True", "--force", "--report-to", "none")
+    assert code == 1 and "--force needs the checkpoint" in " ".join(err.split())
