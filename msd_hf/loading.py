@@ -72,6 +72,14 @@ def load_target(
     return target if resolved_device is None else target.to(resolved_device)
 
 
+def outline_target(name: str | Path, dtype: str = "auto") -> PreTrainedModel:
+    """A target without its weights (on the device "meta"), for questions that its configuration answers."""
+    resolved = parse_dtype(dtype)
+    config = load_config(name)
+    with _errors_name("model", name), torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, dtype=config.dtype if resolved == "auto" else resolved)
+
+
 def load_target_and_processor(
     name: str | Path, dtype: str = "auto", device: str | None = None
 ) -> tuple[PreTrainedModel, Any]:
@@ -135,6 +143,7 @@ __all__ = [
     "load_processor",
     "load_target",
     "load_target_and_processor",
+    "outline_target",
     "parse_device",
     "parse_dtype",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +21,18 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_temporary_files(path: str | Path) -> None:
+    """Removes the temporary files of `path` that killed processes left behind."""
+    path = Path(path)
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if temporary.name.removeprefix(f".{path.name}.").removesuffix(".tmp").isdigit():
+            temporary.unlink(missing_ok=True)
+
+
 def replace_text(path: str | Path, text: str) -> None:
     """Writes a text file that appears under its name only when it is complete."""
     with replaced_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-__all__ = ["replace_text", "replaced_file"]
+__all__ = ["remove_temporary_files", "replace_text", "replaced_file"]

@@ -22,7 +22,6 @@ from msd_hf.target.adapter import TargetAdapter
 from msd_hf.toy import TARGET_DIR, write_dataset
 from msd_hf.training.data.conversations import load_conversations
 from msd_hf.training.data.encoding import ConversationEncoder, collate_conversations
-from msd_hf.training.features import disk_estimate
 from msd_hf.training.features import index as feature_index
 from msd_hf.training.features import storage as feature_storage
 from msd_hf.training.features.cache import FeatureCache, collate_features, estimate_disk, extract_features
@@ -398,7 +397,7 @@ def test_the_disk_need_is_estimated_and_checked_first(
     assert storage in str(estimate) and "22 samples" in str(estimate)
 
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(disk_estimate.shutil, "disk_usage", lambda path: usage(1, 1, estimate.num_bytes - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, estimate.num_bytes - 1))
     monkeypatch.setattr(TargetAdapter, "features", None)
     with pytest.raises(MSDError, match=r"need about [\d.]+ MB, but the disk of .* has [\d.]+ MB left"):
         extract_features(target, processor, conversations, tmp_path / "not" / "fits", **arguments)

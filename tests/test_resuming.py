@@ -4,7 +4,9 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import resource
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -14,9 +16,13 @@ import torch
 from training_runs import build_small_target, make_trainer
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 
-from msd_hf import MSDDraftModel
+from msd_hf import MSDDraftModel, loading
 from msd_hf.errors import MSDError
-from msd_hf.training import load_conversations, script
+from msd_hf.toy.training_data import write_training_data
+from msd_hf.training import checkpoint_space, extract_features, load_conversations, regenerate, script
+from msd_hf.training.checkpoint_space import check_checkpoint_space, count_parameters
+from msd_hf.training.features.extraction import FeatureExtractor
+from msd_hf.training.regeneration.answers import AnswerGenerator
 
 
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
@@ -389,3 +395,127 @@ def test_the_command_refuses_another_run_before_it_loads_the_target(new_trainer,
     assert code == 1 and "curriculum two-stage, this run has text" in " ".join(err.split())
     code, _, err = run(*argv, "--resume-from-checkpoint", "True", "--force", "--report-to", "none")
     assert code == 1 and "--force needs the checkpoint" in " ".join(err.split())
+
+
+@pytest.fixture
+def files(toy_processor, tmp_path):
+    build_small_target(toy_processor).save_pretrained(tmp_path / "target")
+    toy_processor.save_pretrained(tmp_path / "target")
+    write_training_data(tmp_path / "data", 8, seed=0)
+    return tmp_path
+
+
+def command_line(name, folder, output):
+    data = folder / "data" / "text.json"
+    if name == "train":
+        fields = ["--text-data", data, "--curriculum", "text", "--output-dir", output, "--report-to", "none"]
+    else:
+        fields = ["--data", data, "--output", f"{output}.jsonl" if name == "regenerate" else output]
+    return [name, "--target", folder / "target", *fields]
+
+
+@pytest.mark.parametrize("command", ["train", "extract", "regenerate"])
+def test_the_disk_is_checked_before_the_target_is_loaded(command, files, run, monkeypatch):
+    monkeypatch.setattr(script, "load_target", lambda *_, **__: pytest.fail("the target was loaded"))
+    monkeypatch.setattr(loading, "load_target", lambda *_, **__: pytest.fail("the target was loaded"))
+    before = contents(files)
+    (files / "note").write_text("the user's")
+    code, _, err = run(*command_line(command, files, files / "note" / "output"))
+    assert code == 1 and "note' is not a folder" in " ".join(err.split())
+    code, _, err = run(*command_line(command, files, "/proc/output"))  # nobody may write there
+    assert code == 1 and "Nothing can be written to '/proc" in " ".join(err.split())
+    usage = shutil.disk_usage(files)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    code, _, err = run(*command_line(command, files, files / "output"))
+    message = " ".join(err.split())
+    assert code == 1 and "has 1.0 kB left" in message and re.search(r"need about [\d.]+ [kM]B", message)
+    (files / "note").unlink()
+    assert contents(files) == before and not (files / "output").exists()
+
+
+@pytest.mark.parametrize(
+    "more, kept",
+    [
+        ({"save_strategy": "no"}, 0),
+        ({"save_steps": 2}, 5),
+        ({"save_steps": 0.25}, 4),
+        ({"save_steps": 2, "save_total_limit": 2}, 3),
+        ({"save_steps": 100}, 1),
+        ({"save_strategy": "epoch"}, 3),
+    ],
+    ids=str,
+)
+def test_the_estimate_of_checkpoints_is_what_they_take(
+    more, kept, small_target, toy_processor, training_data, tmp_path, monkeypatch
+):
+    more = {"save_strategy": "steps", **more, "max_steps": 10, "per_device_train_batch_size": 6}
+    trainer = make_trainer(small_target, toy_processor, training_data, tmp_path, **more)
+    needed = []
+    monkeypatch.setattr(checkpoint_space, "check_space", lambda folder, num_bytes, *_: needed.append(num_bytes))
+    num_parameters = count_parameters(small_target.config, trainer.args)
+    assert num_parameters == trainer.model.num_parameters()
+    sizes = {kind: len(data) for kind, data in training_data.items()}
+    check_checkpoint_space(trainer.args, num_parameters, sizes)
+    assert needed == [kept * 12 * num_parameters + 4 * num_parameters]
+    if kept != 5:  # training once is enough
+        return
+    trainer.train()
+    trainer.save_model()
+    taken = sum(path.stat().st_size for path in tmp_path.rglob("*.*") if path.is_file())
+    assert taken == pytest.approx(needed[0], rel=0.2)
+    check_checkpoint_space(trainer.args, num_parameters, sizes)
+    assert needed[1] == pytest.approx(4 * num_parameters, rel=1.0)  # they are there already
+
+
+@pytest.mark.parametrize("number, error", [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_an_interrupted_regeneration_or_extraction_says_how_to_go_on(
+    number, error, small_target, toy_processor, training_data, tmp_path, monkeypatch, caplog
+):
+    def interrupted(count, function):
+        calls = []
+
+        def call(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == count:
+                os.kill(os.getpid(), number)
+            return function(*args, **kwargs)
+
+        return call
+
+    jobs = {
+        "regenerate": lambda: regenerate(
+            small_target, toy_processor, training_data["text"], tmp_path / "a.jsonl", max_new_tokens=2, batch_size=2
+        ),
+        "extract": lambda: extract_features(
+            small_target, toy_processor, training_data["text"], tmp_path / "f", max_length=512, samples_per_shard=6
+        ),
+    }
+    before = signal.getsignal(signal.SIGTERM)
+    for job, place, count, kept in (
+        ("regenerate", (AnswerGenerator, "__call__"), 5, "8 of 24 samples are kept in"),
+        ("extract", (FeatureExtractor, "_run"), 3, "2 of 4 shards are kept in"),
+    ):
+        caplog.clear()
+        with monkeypatch.context() as patch, pytest.raises(error) as raised:
+            patch.setattr(*place, interrupted(count, getattr(*place)))
+            jobs[job]()
+        assert error is KeyboardInterrupt or raised.value.code == 143
+        assert kept in caplog.text and "the same call goes on there" in caplog.text
+        assert signal.getsignal(signal.SIGTERM) == before
+        report = jobs[job]()
+        assert report.num_samples + sum(report.skipped.values()) == 24
+
+
+def test_regeneration_on_a_full_disk_keeps_its_lines(small_target, toy_processor, training_data, tmp_path, limits):
+    def call(output):
+        regenerate(small_target, toy_processor, training_data["text"], output, max_new_tokens=24, batch_size=2)
+        return output.read_bytes()
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))
+    with pytest.raises(MSDError, match=r"a.jsonl.partial' could not be written: .* samples are kept"):
+        call(tmp_path / "a.jsonl")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    (tmp_path / ".a.jsonl.123.tmp").write_text("left by a killed run")
+    (tmp_path / ".a.jsonl.notes.tmp").write_text("the user's")
+    assert call(tmp_path / "a.jsonl") == call(tmp_path / "b.jsonl")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "b.jsonl", ".a.jsonl.notes.tmp"}

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..loading import MOST_WORKERS, load_processor, load_target_and_processor
+from ..loading import MOST_WORKERS, load_processor, load_target_and_processor, outline_target
 from .options import (
     BatchSize,
     Device,
@@ -49,7 +49,8 @@ def extract(
 ) -> None:
     """Run the target over conversations once and write its features to disk for `msd-hf train`."""
     from ..training import MSDTrainingArguments, extract_features, load_conversations
-    from ..training.features.disk_estimate import estimate_disk
+    from ..training.disk import check_writable
+    from ..training.features.disk_estimate import check_disk, estimate_disk
     from ..training.features.index import check_cache_folder
     from ..training.features.storage import resolve_storage
 
@@ -57,13 +58,17 @@ def extract(
     resolve_storage(storage, torch.float32)
     check_cache_folder(output)
     arguments = MSDTrainingArguments(target_layers=target_layers, use_cpu=True)
+    check_writable(output)
     conversations = load_conversations(data, image_folder)
-    model, processor = load_target_and_processor(target, dtype, device)
-    layers = arguments.layers_of(len(model.get_decoder().layers))
+    outline = outline_target(target, dtype)
+    layers = arguments.layers_of(len(outline.get_decoder().layers))
     shape: dict[str, Any] = {"feature_layers": layers, "all_hidden_states": all_hidden_states}
     shape |= {"max_length": max_length, "storage": storage}
-    estimate = estimate_disk(model, processor, conversations, **shape)
+    estimate = estimate_disk(outline, load_processor(target), conversations, **shape)
     console.print(f"This will take {estimate}.")
+    if not output.exists():  # an earlier run has a part of it
+        check_disk(output, estimate.num_bytes)
+    model, processor = load_target_and_processor(target, dtype, device)
     report = extract_features(
         model,
         processor,
@@ -95,10 +100,11 @@ def regenerate_answers(
 ) -> None:
     """Let the target answer the prompts of a data set, so that a draft learns what the target really says."""
     from ..training import load_conversations, regenerate
-    from ..training.regeneration.regenerate import check_output
+    from ..training.regeneration.regenerate import check_answer_space, check_output
 
     check_output(output)
     conversations = load_conversations(data, image_folder)
+    check_answer_space(output, conversations, max_new_tokens)
     model, processor = load_target_and_processor(target, dtype, device)
     report = regenerate(
         model,

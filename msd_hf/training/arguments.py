@@ -16,7 +16,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from ..errors import MSDError
 from ..loading import LARGEST_SEED, MOST_WORKERS
 from ..redaction import redact, secret_values
-from .curriculum import CURRICULA, Curriculum
+from .curriculum import CURRICULA, Curriculum, SampleKind
 from .losses import WEIGHT_NAMES
 from .recipes import RECIPES, Recipe
 from .rows import ROW_CHOICES
@@ -202,6 +202,21 @@ class MSDTrainingArguments(TrainingArguments):
     def make_recipe(self) -> Recipe:
         """The recipe, with the arguments that were given in place of its own values."""
         return replace(RECIPES[self.recipe], **{name: getattr(self, name) for name in _RECIPE_FIELDS})
+
+    def run_length(self, sizes: dict[SampleKind, int], batch_size: int) -> tuple[int, int]:
+        """
+        The number of steps in an epoch and in the run.
+
+        Args:
+            sizes: number of samples of each kind.
+            batch_size: samples of a forward of one process.
+        """
+        curriculum, batch = self.make_curriculum(), batch_size * self.gradient_accumulation_steps * self.world_size
+        used = [size for kind, size in sizes.items() if curriculum.needs(kind)]
+        # An epoch has whole batches only, so that the samples of a step do not depend on the number of processes.
+        steps_per_epoch = max(1, min(used, default=0) // batch)
+        num_steps = self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * steps_per_epoch)
+        return steps_per_epoch, num_steps
 
     def layers_of(self, num_layers: int) -> list[int] | None:
         """The layer ids that `target_layers` means for a target of `num_layers` decoder layers; `None` for none."""

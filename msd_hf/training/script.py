@@ -21,13 +21,16 @@ from transformers.integrations import get_available_reporting_integrations
 
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError, MSDUsageError, describe_error
-from ..loading import load_processor, load_target, parse_dtype
+from ..loading import load_config, load_processor, load_target, parse_dtype
 from ..tree.settings import TREE_SETTINGS, TreeSettings
 from .arguments import MSDTrainingArguments
+from .checkpoint_space import check_checkpoint_space, count_parameters
 from .curriculum import SAMPLE_KINDS, other_kind
 from .data.conversations import Conversations, load_conversations
+from .disk import check_writable
 from .features.cache import FeatureCache
 from .features.fingerprint import target_fingerprint
+from .regeneration.journal import is_written
 from .regeneration.regenerate import regenerate
 from .resume_point import find_resume_point
 from .run_fingerprint import argument_values
@@ -109,9 +112,12 @@ def run_training(argv: Sequence[str]) -> MSDTrainer:
     resume = args.resume_from_checkpoint
     resume = True if str(resume).lower() == "true" else None if str(resume).lower() == "false" else resume
     # A checkpoint of another run is refused before the target is loaded, if its arguments differ.
-    find_resume_point(resume, args.force, str(args.output_dir), {"arguments": _given_values(args)})
+    point = find_resume_point(resume, args.force, str(args.output_dir), {"arguments": _given_values(args)})
     data = _open_data(script_args)
     assert script_args.target is not None  # `parse_arguments` has checked it
+    draft = None if script_args.draft is None else _load_draft(script_args.draft)
+    if not point.finished:
+        _check_disk(script_args, args, draft, data)
     processor = load_processor(script_args.target)
     target = load_target(
         script_args.target,
@@ -126,7 +132,7 @@ def run_training(argv: Sequence[str]) -> MSDTrainer:
             for kind, conversations in data.items()
         }
     data, held_out = _hold_out(data, script_args)
-    draft = new_draft(target, args) if script_args.draft is None else _load_draft(script_args.draft)
+    draft = new_draft(target, args) if draft is None else draft
     for name, value in _tree_settings(script_args).items():
         if value is not None:
             setattr(draft.generation_config, name, value)
@@ -147,6 +153,17 @@ def run_training(argv: Sequence[str]) -> MSDTrainer:
             trainer.evaluate()
         trainer.save_model()
     return trainer
+
+
+def _check_disk(
+    script_args: ScriptArguments, args: MSDTrainingArguments, draft: MSDDraftModel | None, data: dict[str, Any]
+) -> None:
+    check_writable(str(args.output_dir))
+    if draft is None:
+        num_parameters = count_parameters(load_config(script_args.target), args)
+    else:
+        num_parameters = draft.num_parameters()
+    check_checkpoint_space(args, num_parameters, {kind: len(samples) for kind, samples in data.items()})
 
 
 def _given_values(args: MSDTrainingArguments) -> dict[str, Any]:
@@ -256,7 +273,7 @@ def _with_target_answers(
     fingerprint = f"{target_fingerprint(target)[:8]}{conversations.fingerprint[:8]}"
     # `--push-to-hub` uploads the output folder without names that begin with `_`. The data is the user's own.
     output = Path(str(args.output_dir)) / "_answers" / f"{kind}-{fingerprint}.jsonl"
-    if not output.is_file():
+    if not is_written(output):
         if args.world_size > 1:
             raise MSDError(
                 "With several processes run `msd-hf regenerate` first, train on its output, and add "

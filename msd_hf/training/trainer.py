@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
@@ -139,15 +138,11 @@ class MSDTrainer(ResumableTrainer):
         args, mixture = self.args, self.train_dataset
         sizes = {kind: len(dataset) for kind, dataset in mixture.datasets.items()}
         batch_size = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
-        curriculum = args.make_curriculum()
-        used = [size for kind, size in sizes.items() if curriculum.needs(kind)]
-        # An epoch has whole batches only, so that the samples of a step do not depend on the number of processes.
-        steps_per_epoch = max(1, min(used, default=0) // batch_size)
-        num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+        steps_per_epoch, num_steps = args.run_length(sizes, self._train_batch_size)
         return CurriculumSampler(
             sizes.get("text", 0),
             sizes.get("visual", 0),
-            curriculum,
+            args.make_curriculum(),
             steps_per_epoch * batch_size,
             num_steps * batch_size,
             args.seed if args.data_seed is None else args.data_seed,

@@ -22,6 +22,7 @@ from ...target.adapter import TargetAdapter
 from ..data.conversations import Conversations
 from ..data.encoding import ConversationEncoder
 from ..data.skipped import SkippedSamples
+from ..interruption import resumable
 from .disk_estimate import DiskEstimate, check_disk, estimate_disk
 from .extraction import FeatureExtractor, iterate_encoded
 from .fingerprint import target_fingerprint
@@ -139,7 +140,8 @@ def extract_features(
         training = target.training
         try:
             target.eval()
-            _write_shards(folder, index, missing, extractor, conversations, encoder, strict, num_workers)
+            with resumable(lambda: _place(folder, index)):
+                _write_shards(folder, index, missing, extractor, conversations, encoder, strict, num_workers)
         finally:
             target.train(training)
     if not index.num_samples:
@@ -149,6 +151,13 @@ def extract_features(
             f"{index.skipped.total():,} of {len(conversations):,} samples skipped: {index.skipped_table()}."
         )
     return ExtractionReport(index.num_samples, index.num_tokens, index.num_bytes, dict(index.skipped), estimate)
+
+
+def _place(folder: Path, index: CacheIndex) -> str:
+    return (
+        f"{len(index.shards):,} of {index.num_shards:,} shards are kept in {str(folder)!r}, and the same call goes on "
+        "there."
+    )
 
 
 def _write_shards(

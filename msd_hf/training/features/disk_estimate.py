@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ...errors import MSDError
 from ...target.adapter import TargetAdapter
 from ..data.conversations import Conversations
 from ..data.encoding import ConversationEncoder
+from ..disk import check_space, format_bytes
 from .extraction import iterate_encoded, sample_visual_mask
 from .storage import resolve_storage, sample_bytes, stored_rows
 
@@ -39,7 +38,7 @@ class DiskEstimate:
     def __str__(self) -> str:
         tokens = max(self.num_tokens, 1)
         return (
-            f"about {_format_bytes(self.num_bytes)} as {self.storage} ({self.num_samples:,} samples of "
+            f"about {format_bytes(self.num_bytes)} as {self.storage} ({self.num_samples:,} samples of "
             f"{tokens / max(self.num_samples, 1):,.0f} tokens, {self.num_bytes / tokens:,.0f} bytes a token)"
         )
 
@@ -84,22 +83,12 @@ def check_disk(folder: Path, num_bytes: int) -> None:
     Raises:
         MSDError: when less is left.
     """
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if num_bytes > free:
-        raise MSDError(
-            f"The features need about {_format_bytes(num_bytes)}, but the disk of {str(folder)!r} has "
-            f'{_format_bytes(free)} left. Use fewer samples, another disk or a smaller `storage` ("int8" is the '
-            "smallest), or train without a cache."
-        )
-
-
-def _format_bytes(number: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if number < 1000 or unit == "TB":
-            break
-        number /= 1000
-    return f"{number:,.0f} {unit}" if unit == "bytes" else f"{number:,.1f} {unit}"
+    check_space(
+        folder,
+        num_bytes,
+        "The features",
+        'Use fewer samples, another disk or a smaller `storage` ("int8" is the smallest), or train without a cache.',
+    )
 
 
 __all__ = ["DiskEstimate", "check_disk", "estimate_disk"]

@@ -10,7 +10,7 @@ from transformers import BatchFeature
 
 from ...errors import MSDDataError, MSDError
 from ...prompts import build_chat_inputs
-from ...saving import replaced_file
+from ...saving import remove_temporary_files, replaced_file
 from ..data.chat_rendering import ChatRenderer
 from ..data.conversations import Conversation, count_images
 
@@ -86,6 +86,7 @@ class EntryWriter:
         self.folder.mkdir(exist_ok=True)
         name = f"{index:07d}-{number}.png"
         path = self.folder / name
+        remove_temporary_files(path)
         with replaced_file(path) as temporary:
             chat.images[number].save(temporary, format="PNG")
             # A resumed run writes the image of its first sample again.

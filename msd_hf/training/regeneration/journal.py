@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...destination import check_parent
 from ...errors import MSDError
-from ...saving import replaced_file
+from ...saving import remove_temporary_files, replaced_file
 
 
 class Journal:
@@ -29,6 +30,7 @@ class Journal:
         check_unwritten(output)
         self.output, self.path = output, _partial(output)
         output.parent.mkdir(parents=True, exist_ok=True)
+        remove_temporary_files(output)
         settings = json.loads(json.dumps(settings, default=lambda value: type(value).__name__))
         self.num_done = 0
         self._file: BinaryIO = open(self.path, "r+b" if self.path.exists() else "w+b")  # noqa: SIM115
@@ -76,8 +78,14 @@ class Journal:
         self.num_done += 1
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(_to_json(record).encode() + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(_to_json(record).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise MSDError(
+                f"{str(self.path)!r} could not be written: {error.strerror}. {self.num_done:,} samples are kept: the "
+                "same call goes on there."
+            ) from error
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The lines so far, without the settings."""
@@ -89,10 +97,16 @@ class Journal:
     def finish(self, key: str) -> None:
         """Writes the value under `key` of each line that has it to the final file, and removes the journal."""
         self.close()
-        with replaced_file(self.output) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            for record in self.records():
-                if key in record:
-                    file.write(_to_json(record[key]) + "\n")
+        try:
+            with replaced_file(self.output) as temporary, open(temporary, "w", encoding="utf-8") as file:
+                for record in self.records():
+                    if key in record:
+                        file.write(_to_json(record[key]) + "\n")
+        except OSError as error:
+            raise MSDError(
+                f"{str(self.output)!r} could not be written: {error.strerror}. All samples are kept in "
+                f"{str(self.path)!r}: the same call finishes the file."
+            ) from error
         self.path.unlink()
 
     def discard(self) -> None:
@@ -102,7 +116,8 @@ class Journal:
 
     def close(self) -> None:
         """Closes the file. The lines are kept."""
-        self._file.close()
+        with suppress(OSError):  # a line that the disk could not hold has raised its error already
+            self._file.close()
 
     def __enter__(self) -> Journal:
         return self
@@ -121,9 +136,14 @@ def check_unwritten(output: Path) -> None:
     check_parent(output)
     if output.is_symlink() or output.is_dir():
         raise MSDError(f"{str(output)!r} is a {'link' if output.is_symlink() else 'folder'}: choose another name.")
-    # `output` and its journal both exist if the run was killed between the last two steps of `finish`.
-    if output.exists() and not _partial(output).exists():
+    if is_written(output):
         raise MSDError(f"{str(output)!r} exists: remove it, or choose another name.")
+
+
+def is_written(output: Path) -> bool:
+    """Whether a complete `output` exists."""
+    # `output` and its journal both exist if the run was killed between the last two steps of `finish`.
+    return output.exists() and not _partial(output).exists()
 
 
 def _to_json(record: Any) -> str:
@@ -140,4 +160,4 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 24 else text[:20] + "..."
 
 
-__all__ = ["Journal", "check_unwritten"]
+__all__ = ["Journal", "check_unwritten", "is_written"]

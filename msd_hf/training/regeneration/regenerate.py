@@ -17,7 +17,9 @@ from ...errors import MSDDataError, MSDError, errors_name_sample
 from ..data.conversations import Conversations
 from ..data.encoding import ConversationEncoder
 from ..data.skipped import SkippedSamples
+from ..disk import check_space, check_writable
 from ..features.fingerprint import target_fingerprint
+from ..interruption import resumable
 from .answered_chat import AnsweredChat, EntryWriter
 from .answers import AnswerGenerator
 from .journal import Journal, check_unwritten
@@ -25,6 +27,8 @@ from .journal import Journal, check_unwritten
 
 logger = logging.get_logger(__name__)
 
+_NUM_PROBES = 64
+_BYTES_PER_TOKEN = 4
 _BATCHES_PER_WINDOW = 4  # prompts are sorted by length within a window of this many batches
 
 
@@ -101,12 +105,13 @@ def regenerate(
         "strict": strict,
         **generator.settings,
     }
+    check_answer_space(output, conversations, max_new_tokens)
     chats = _Windows(generator, encoder, conversations, batch_size, seed, strict)
     writer = EntryWriter(output, conversations.image_folder)
     was_training = target.training
     target.eval()
     try:
-        with Journal(output, settings) as journal:
+        with Journal(output, settings) as journal, resumable(lambda: _place(journal, len(conversations))):
             if journal.num_done:
                 logger.info("Resuming after sample %d of %d.", journal.num_done, len(conversations))
             with tqdm(total=len(conversations), initial=journal.num_done, desc="regenerating") as bar:
@@ -130,11 +135,42 @@ def check_output(output: Path) -> None:
     Checks that answers can be written to `output`.
 
     Raises:
-        MSDError: when `output` exists, or is not a .jsonl file.
+        MSDError: when `output` exists, is not a .jsonl file, or lies in a folder that cannot be written to.
     """
     if output.suffix != ".jsonl":
         raise MSDError(f"`output` must be a .jsonl file, got {str(output)!r}.")
     check_unwritten(output)
+    check_writable(output.parent)
+
+
+def check_answer_space(output: Path, conversations: Conversations, max_new_tokens: int) -> None:
+    """
+    Checks that the disk has room for the longest possible answers to the prompts of `conversations`, as far as at most
+    64 evenly spaced samples tell. The target is not needed.
+
+    Raises:
+        MSDError: when the disk is too small.
+    """
+    num_probes = min(_NUM_PROBES, len(conversations))
+    num_bytes = 0
+    for number in range(num_probes):
+        try:
+            conversation = conversations[(2 * number + 1) * len(conversations) // (2 * num_probes)]
+        except MSDDataError:
+            continue
+        turns = [message for message in conversation.messages if message["role"] != "assistant"]
+        num_bytes += len(str(turns).encode()) + len(turns) * max_new_tokens * _BYTES_PER_TOKEN
+        num_bytes += sum(
+            3 * image.width * image.height for image in conversation.images if not isinstance(image, Path)
+        )
+    needed = num_bytes * len(conversations) // max(num_probes, 1)
+    # The journal and the file that is made of it exist at the same time.
+    check_space(output.parent, 2 * needed, "The answers", "Use fewer samples, or another disk.")
+
+
+def _place(journal: Journal, total: int) -> str:
+    kept = f"{journal.num_done:,} of {total:,} samples are kept in {str(journal.path)!r}"
+    return f"{kept}, and the same call goes on there."
 
 
 def _outcome(record: dict[str, Any]) -> str:
@@ -232,4 +268,4 @@ class _Windows:
                 yield chosen[start : start + self.batch_size]
 
 
-__all__ = ["RegenerateReport", "check_output", "regenerate"]
+__all__ = ["RegenerateReport", "check_answer_space", "check_output", "regenerate"]
