@@ -21,7 +21,7 @@ def check_writable(folder: str | Path) -> None:
     if not existing.is_dir():
         raise MSDError(f"Nothing can be written to {str(folder)!r}: {str(existing)!r} is not a folder.")
     try:
-        with tempfile.NamedTemporaryFile(prefix=".msd-", dir=existing) as file:
+        with tempfile.TemporaryFile(dir=existing) as file:  # it has no name, so that a kill leaves nothing behind
             file.write(b"\0" * 4096)
             file.flush()
     except OSError as error:

@@ -163,7 +163,7 @@ def _check_disk(
         num_parameters = count_parameters(load_config(script_args.target), args)
     else:
         num_parameters = draft.num_parameters()
-    check_checkpoint_space(args, num_parameters, {kind: len(samples) for kind, samples in data.items()})
+    check_checkpoint_space(args, num_parameters, {kind: len(data[kind]) for kind in SAMPLE_KINDS if kind in data})
 
 
 def _given_values(args: MSDTrainingArguments) -> dict[str, Any]:
