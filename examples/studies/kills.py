@@ -6,8 +6,8 @@ with that of a run that was not killed.
 
 A run is killed at a random time, or at a random file operation: before a file is opened for writing, renamed, removed
 or flushed to the disk, or in the middle of writing it. Afterwards the files must equal those of the uninterrupted run,
-files of the user beside them must be as before, and no temporary file may be left. `--only` chooses jobs, `--first`
-goes on at a case. The cases depend on `--seed` alone.
+files of the user beside them must be as before, and no temporary file may be left. `--only` chooses jobs. The cases
+depend on `--seed` and the jobs alone; `--results FILE` keeps the outcome of each, and the same command goes on there.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ from msd_hf.training.script import run_training
 
 Job = Callable[[Path, Path, bool], None]
 KILLED = 137
+OVERWRITE = "convert --overwrite"
 _PATH_EVENTS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod")
 # Times and versions differ from run to run, and the command of a resumed run has an argument more.
 _UNSTABLE = ("training_args.bin", "training_provenance.json", "trainer_state.json")
@@ -106,8 +108,6 @@ def regenerate_answers(shared: Path, folder: Path, again: bool) -> None:
 
 
 def convert(shared: Path, folder: Path, again: bool) -> None:
-    if not again:
-        shutil.copytree(shared / "old-draft", folder / "out")
     os.chdir(folder)
     sys.argv = ["msd-hf", "convert", str(shared / "new-draft"), "out", "--overwrite"]
     cli.app(standalone_mode=False)
@@ -124,7 +124,7 @@ JOBS: dict[str, Job] = {
     ),
     "extract": extract,
     "regenerate": regenerate_answers,
-    "convert --overwrite": convert,
+    OVERWRITE: convert,
 }
 
 
@@ -313,7 +313,7 @@ def has_foreign(folder: Path) -> bool:
 
 
 class Study:
-    """Kills jobs and counts what became of them."""
+    """Kills jobs and counts what became of them. `counts` and `problems` are those of all cases."""
 
     def __init__(self, work: Path, seed: int, names: list[str]):
         self.work, self.seed, self.names = work, seed, names
@@ -323,6 +323,7 @@ class Study:
         self.seconds: dict[str, float] = {}
         self.counts: dict[str, Counter[str]] = {name: Counter() for name in names}
         self.problems: list[str] = []
+        self.num_cases = 0
 
     def prepare(self) -> None:
         run(lambda: write_inputs(self.shared), self.shared)
@@ -336,59 +337,61 @@ class Study:
             self.seconds[name] = time.monotonic() - start
             self.ends[name] = content(folder)
 
-    def case(self, number: int) -> None:
-        """Kills one job once or more, lets it end, and compares."""
+    def _new_folder(self, folder: str, name: str) -> Path:
+        write_foreign(self.work / folder)
+        if name == OVERWRITE:
+            shutil.copytree(self.shared / "old-draft", self.work / folder / "out")
+        return self.work / folder
+
+    def add(self, outcome: dict[str, Any]) -> None:
+        """Counts the outcome of the next case."""
+        self.counts[outcome["job"]].update(outcome["counts"])
+        self.problems += outcome["problems"]
+        self.num_cases += 1
+
+    def case(self, number: int) -> dict[str, Any]:
+        """Kills one job once or more, lets it end, and compares. Returns its name, its counts and what is wrong."""
         name = self.names[number % len(self.names)]
-        rng, counts = random.Random(f"{self.seed}/{number}"), self.counts[name]
-        folder = self.work / f"case-{number}"
-        write_foreign(folder)
-        counts["cases"] += 1
-        again = False
+        rng, counts = random.Random(f"{self.seed}/{number}"), Counter(cases=1)
+        folder = self._new_folder(f"case-{number}", name)
+        problems: list[tuple[str, str]] = []
         try:
+            again = False
             for _ in range(rng.choice((1, 1, 2, 3))):
                 at_time = rng.random() < 0.3
-                place = {"after": rng.uniform(0, self.seconds[name])} if at_time else {}
-                if not at_time:
-                    place = {"operation": rng.randint(1, self.operations[name])}
-                done = run(lambda again=again: JOBS[name](self.shared, folder, again), folder, **place) is not None
+                place: dict[str, Any] = {"operation": rng.randint(1, self.operations[name])}
+                if at_time:
+                    place = {"after": rng.uniform(0, self.seconds[name])}
+                done = run(partial(JOBS[name], self.shared, folder, again), folder, **place) is not None
                 again = True
                 if not has_foreign(folder):
-                    self._report(name, number, "lost", f"a file of the user, after {place}")
+                    problems.append(("lost", f"a file of the user, after {place}"))
                 if done:
                     break
                 counts["at a time" if at_time else "at a file"] += 1
             if not done:
-                run(lambda: JOBS[name](self.shared, folder, self._again(folder, name)), folder)
+                run(partial(JOBS[name], self.shared, folder, True), folder)
         except RuntimeError as error:
-            self._report(name, number, "failed", str(error))
-        self._compare(name, number, folder)
+            problems.append(("failed", str(error)))
+        problems += self._compare(name, folder)
         shutil.rmtree(folder)
+        counts.update(kind for kind, _ in problems)
+        found = [f"case {number} ({name}): {kind}: {detail}" for kind, detail in problems]
+        return {"case": number, "job": name, "counts": counts, "problems": found}
 
-    def _again(self, folder: Path, name: str) -> bool:
-        # The old draft is put in place by the first run.
-        return name != "convert --overwrite" or (folder / "out").exists()
-
-    def _compare(self, name: str, number: int, folder: Path) -> None:
+    def _compare(self, name: str, folder: Path) -> list[tuple[str, str]]:
         end, found = self.ends[name], content(folder)
         different = sorted(path for path in end.keys() & found.keys() if end[path] != found[path])
-        for kind, paths in (
-            ("missing", sorted(end.keys() - found.keys())),
-            ("different", different),
-            ("left over", sorted(found.keys() - end.keys())),
-        ):
-            if paths:
-                self._report(name, number, kind, ", ".join(paths))
         empty = [
             str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_dir() and not any(path.iterdir())
         ]
-        if empty:
-            self._report(name, number, "left over", f"empty folders {', '.join(empty)}")
-        if not has_foreign(folder):
-            self._report(name, number, "lost", "a file of the user")
-
-    def _report(self, name: str, number: int, kind: str, detail: str) -> None:
-        self.counts[name][kind] += 1
-        self.problems.append(f"case {number} ({name}): {kind}: {detail}")
+        groups = {
+            "missing": sorted(end.keys() - found.keys()),
+            "different": different,
+            "left over": [*sorted(found.keys() - end.keys()), *empty],
+            "lost": [] if has_foreign(folder) else ["a file of the user"],
+        }
+        return [(kind, ", ".join(paths)) for kind, paths in groups.items() if paths]
 
     @property
     def num_kills(self) -> int:
@@ -407,29 +410,35 @@ class Study:
         return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
-def study(kills: int, seed: int = 0, only: str = "", first: int = 0) -> Study:
-    """Runs cases until `kills` kills are made. `only` is a part of the names of the jobs."""
+def study(kills: int, seed: int, only: list[str] | None, results: Path | None) -> Study:
+    """Runs cases until `kills` kills are made. `only` has parts of the names of the jobs."""
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as work:
-        result = Study(Path(work).resolve(), seed, [name for name in JOBS if only in name])
-        result.prepare()
-        number = first
-        while result.num_kills < kills:
-            result.case(number)
-            number += 1
-    return result
+        names = [name for name in JOBS if any(part in name for part in only or [""])]
+        study = Study(Path(work).resolve(), seed, names)
+        study.prepare()
+        if results is not None and results.exists():
+            for line in results.read_text().splitlines():
+                study.add(json.loads(line))
+        while study.num_kills < kills:
+            outcome = study.case(study.num_cases)
+            study.add(outcome)
+            if results is not None:
+                with results.open("a") as file:
+                    file.write(json.dumps(outcome) + "\n")
+    return study
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=240)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="a part of the name of a job")
-    parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--only", action="append", help="a part of the name of a job; may be repeated")
+    parser.add_argument("--results", type=Path, help="a file for the outcomes; an interrupted study goes on there")
     arguments = parser.parse_args()
     start = time.monotonic()
-    result = study(arguments.kills, arguments.seed, arguments.only, arguments.first)
+    result = study(arguments.kills, arguments.seed, arguments.only, arguments.results)
     print(result.table())
     print(f"\n{result.num_kills} kills in {time.monotonic() - start:.0f} s, {len(result.problems)} problems")
     for problem in result.problems:
