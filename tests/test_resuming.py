@@ -3,12 +3,15 @@
 import dataclasses
 import errno
 import json
+import multiprocessing
 import os
 import re
 import resource
 import shutil
 import signal
+import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -272,6 +275,23 @@ def test_a_signal_saves_a_checkpoint_before_it_ends_the_run(
     resumed = new_trainer("cut", **more)
     assert resume(resumed) == 3
     assert_same_weights(whole.model, resumed.model)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_workers_of_the_data_loader_survive_a_signal_to_all_processes(number, new_trainer, tmp_path):
+    class SendToAll(SendSignals):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == self.step - 1:
+                workers = [str(process.pid) for process in multiprocessing.active_children()]
+                # From a process of its own: workers know the signals of their parent.
+                subprocess.run(["kill", f"-{int(number)}", *workers], check=True)
+                time.sleep(0.2)
+            super().on_step_begin(args, state, control, **kwargs)
+
+    more = {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 1}
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        new_trainer(callbacks=[SendToAll(number)], **more).train()
+    assert (tmp_path / "out" / "checkpoint-3" / "trainer_state.json").is_file()
 
 
 def test_a_second_signal_ends_the_run_at_once(new_trainer, tmp_path):

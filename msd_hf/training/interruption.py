@@ -103,6 +103,21 @@ class StopAtSignal(TrainerCallback):
         return bool(self.accelerator.reduce(flags, reduction="sum"))
 
 
+def shielded_worker(initialize: Callable[[int], None] | None, worker_id: int) -> None:
+    """
+    Initializes a worker of a data loader that survives the first SIGTERM or SIGINT. Job schedulers and terminals send
+    them to all processes of a run, and the main process needs its workers until the step is finished.
+    """
+    if initialize is not None:
+        initialize(worker_id)
+    for number in _SIGNALS:
+        signal.signal(number, _survive_once)
+
+
+def _survive_once(number: int, frame: Any) -> None:
+    signal.signal(number, signal.SIG_DFL)
+
+
 @contextmanager
 def resumable(describe: Callable[[], str]) -> Iterator[None]:
     """
@@ -130,4 +145,4 @@ def _exit(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
 
 
-__all__ = ["HeldSignals", "StopAtSignal", "deliver", "resumable"]
+__all__ = ["HeldSignals", "StopAtSignal", "deliver", "resumable", "shielded_worker"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from .checkpointing import STATE_NAME, is_complete, moved_into, remove_checkpoint, remove_leftovers, write_errors
-from .interruption import HeldSignals, StopAtSignal
+from .interruption import HeldSignals, StopAtSignal, shielded_worker
 from .provenance import PROVENANCE_NAME, read_provenance, write_provenance
 from .resume_point import find_resume_point
 
@@ -77,6 +78,12 @@ class ResumableTrainer(Trainer):
         elif resume_from_checkpoint:
             logger.warning("There is no checkpoint in %s: training starts from the beginning.", output_dir)
         return self._train_until_signal(point.folder, *args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+        inner.worker_init_fn = partial(shielded_worker, inner.worker_init_fn)
+        return loader
 
     def _train_until_signal(self, resume: str | None, *args: Any, **kwargs: Any) -> Any:
         with HeldSignals() as held:
