@@ -42,8 +42,8 @@ class ResumableTrainer(Trainer):
         """The content of `training_provenance.json`."""
         raise NotImplementedError
 
-    def restore(self, provenance: dict[str, Any]) -> None:
-        """Takes over counts and metrics of the run before the interruption."""
+    def restore(self, folder: str) -> None:
+        """Takes over counts and metrics from the checkpoint, or the finished draft, in a folder."""
         raise NotImplementedError
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +73,7 @@ class ResumableTrainer(Trainer):
             return self._take_finished(output_dir)
         self._is_resumed = point.folder is not None
         if point.folder is not None:
-            self.restore(read_provenance(point.folder))
+            self.restore(point.folder)
             self._first_step = TrainerState.load_from_json(str(Path(point.folder) / STATE_NAME)).global_step
         elif resume_from_checkpoint:
             logger.warning("There is no checkpoint in %s: training starts from the beginning.", output_dir)
@@ -111,7 +111,7 @@ class ResumableTrainer(Trainer):
             "The run in %s is finished (%d steps): nothing is changed.", folder, provenance.get("max_steps", 0)
         )
         self.was_finished = True
-        self.restore(provenance)
+        self.restore(folder)
         self.state.global_step, self.state.max_steps = provenance["step"], provenance["max_steps"]
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self._load_from_checkpoint(folder)

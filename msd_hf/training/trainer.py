@@ -266,7 +266,8 @@ class MSDTrainer(ResumableTrainer):
             self.callback_handler.callbacks,
         )
 
-    def restore(self, provenance: dict[str, Any]) -> None:
+    def restore(self, folder: str) -> None:
+        provenance = read_provenance(folder)
         self._skipped_before = Counter(provenance.get("data", {}).get("skipped", {}))
         self._metrics |= provenance.get("metrics", {})
 
