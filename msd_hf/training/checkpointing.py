@@ -36,6 +36,7 @@ _CHECKPOINT_FILES = (
     "global_step*",
     "zero_to_fp32.py",
     f"{STATE_NAME}*",
+    f".{STATE_NAME}.*.tmp",
 )
 
 
