@@ -35,6 +35,7 @@ from msd_hf.target.adapter import TargetAdapter
 
 # The modules that raise refusals. Each refusal has its own `raise`.
 MODULES = (
+    "hook/assistant",
     "hook/refusals",
     "target/support",
     "target/adapter",
@@ -149,6 +150,9 @@ CASES = {
     "trees with too many candidates": with_tree(tree_depth=400, tree_top_k=400),
     "more candidates after a node than the target has tokens": with_tree(tree_top_k=500),
     "`custom_generate`": lambda target, draft: (target, draft, {"custom_generate": lambda **_: None}),
+    "the name of a draft": lambda target, draft: (target, "my-draft", {}),
+    "the class or the configuration of a draft": lambda target, draft: (target, type(draft), {}),
+    "a module around a draft": lambda target, draft: (target, torch.nn.Sequential(draft), {}),
     "`assistant_tokenizer`": lambda target, draft: (target, draft, {"assistant_tokenizer": tiny.tokenizer()}),
     "a cache that is not a plain `DynamicCache`": other_cache,
     "an encoder-decoder target": encoder_decoder,

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from ..compat import CACHE_NAME
-from ..errors import MSDError, MSDPairingError
+from ..errors import MSDError, MSDPairingError, MSDUnsupportedError
 from ..tree.settings import DEFAULT_NUM_ASSISTANT_TOKENS, DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K
 from .configuration_msd import MSDDraftConfig
 from .interface import TargetReads, register_draft
@@ -107,6 +107,18 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         self.post_init()
         if self.feature_proj is not None:
             nn.init.zeros_(self.feature_proj.weight)  # a new draft starts with the last hidden state alone
+
+    def generate(self, *args: Any, **kwargs: Any):
+        """
+        Refuses the call.
+
+        Raises:
+            MSDUnsupportedError: a draft alone has no embedding and no head.
+        """
+        raise MSDUnsupportedError(
+            "A draft cannot generate by itself, because embedding and head are the target's. Call "
+            "`target.generate(..., assistant_model=draft)`."
+        )
 
     # `PreTrainedModel` expects an embedding and a head in the model. The draft has neither.
     def get_input_embeddings(self):

@@ -7,13 +7,11 @@ reads the arguments, one validates them, one decodes. They act on calls with a d
 from __future__ import annotations
 
 import functools
-from typing import Any
 
-from transformers import AutoConfig, AutoModel, GenerationMixin
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
 from transformers.generation import GenerationMode
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
-from transformers.utils import logging
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from ..attention.substitution import restore_attention
 from ..compiled.compile import is_compiled
@@ -22,53 +20,51 @@ from ..draft.evaluation_mode import evaluating
 from ..draft.interface import draft_kinds, is_draft
 from ..target.support import check_pair, check_target, check_tree_fits
 from ..tree.settings import TreeSettings
+from .assistant import find_draft
+from .pipelines import wrap_pipelines
 from .refusals import check_call, check_compilable, check_draft_settings, check_generation_mode, check_inputs
+from .wrapping import Wrappers
 
 
-logger = logging.get_logger(__name__)
+_wrappers = Wrappers()
 
-_originals: dict[str, Any] = {}
-_wrappers: dict[str, Any] = {}
+# The documentation of transformers loads an assistant with `AutoModelForCausalLM`.
+_AUTO_CLASSES = {AutoModel: MODEL_MAPPING, AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING}
 
 
 def register() -> None:
-    """Makes `generate` and the Auto classes know drafts. `import msd_hf` does it; a second call changes nothing."""
+    """Makes `generate`, pipelines and the Auto classes know drafts. `import msd_hf` does it; a second call changes
+    nothing."""
     for config_class, model_class in draft_kinds().items():
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        AutoModel.register(config_class, model_class, exist_ok=True)
-    if _originals:
+        for auto_class in _AUTO_CLASSES:
+            auto_class.register(config_class, model_class, exist_ok=True)
+    if _wrappers:
         return
-    for name, wrap in (
-        ("_extract_generation_mode_kwargs", _wrap_extract_generation_mode_kwargs),
-        ("_validate_generation_mode", _wrap_validate_generation_mode),
-        ("_assisted_decoding", _wrap_assisted_decoding),
-    ):
-        _originals[name] = GenerationMixin.__dict__[name]
-        _wrappers[name] = wrap(_originals[name])
-        setattr(GenerationMixin, name, _wrappers[name])
+    _wrappers.wrap(GenerationMixin, "_extract_generation_mode_kwargs", _wrap_extract_generation_mode_kwargs)
+    _wrappers.wrap(GenerationMixin, "_validate_generation_mode", _wrap_validate_generation_mode)
+    _wrappers.wrap(GenerationMixin, "_assisted_decoding", _wrap_assisted_decoding)
+    wrap_pipelines(_wrappers)
 
 
 def unregister() -> None:
-    """Puts `GenerationMixin`, the Auto classes and the attention functions back as they were before `import
-    msd_hf`."""
+    """Puts `GenerationMixin`, pipelines, the Auto classes and the attention functions back as they were before
+    `import msd_hf`."""
     restore_attention()
     for config_class in draft_kinds():
         CONFIG_MAPPING._extra_content.pop(config_class.model_type, None)
-        MODEL_MAPPING._extra_content.pop(config_class, None)
-    for name, original in _originals.items():
-        if GenerationMixin.__dict__[name] is _wrappers[name]:
-            setattr(GenerationMixin, name, original)
-        else:  # removing our wrapper would remove the other library's too
-            logger.warning(f"`GenerationMixin.{name}` was replaced by another library after msd_hf; left as it is.")
-    _originals.clear()
-    _wrappers.clear()
+        for mapping in _AUTO_CLASSES.values():
+            mapping._extra_content.pop(config_class, None)
+    _wrappers.put_back()
 
 
 def _wrap_extract_generation_mode_kwargs(original):
     @functools.wraps(original)
     def _extract_generation_mode_kwargs(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer):
-        if is_draft(assistant_model):
+        draft = find_draft(assistant_model)
+        if draft is not None:
             check_call(custom_generate, kwargs)
+            assistant_model = draft
         return original(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer)
 
     return _extract_generation_mode_kwargs
