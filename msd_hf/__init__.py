@@ -7,7 +7,7 @@ from .decoding.pair import release
 from .decoding.result import MSDGenerateOutput
 from .draft.configuration_msd import MSDDraftConfig
 from .draft.modeling_msd import MSDDraftModel
-from .errors import MSDCheckpointError, MSDError, MSDPairingError, MSDUnsupportedError
+from .errors import MSDCacheError, MSDCheckpointError, MSDError, MSDPairingError, MSDUnsupportedError
 from .hook.register import register, unregister
 from .version import __version__
 
@@ -15,6 +15,7 @@ from .version import __version__
 register()
 
 __all__ = [
+    "MSDCacheError",
     "MSDCheckpointError",
     "MSDDraftConfig",
     "MSDDraftModel",

@@ -46,6 +46,11 @@ class MSDUnsupportedError(MSDError):
     """An argument of `generate`, a setting of the draft or a kind of target that MSD drafts do not support (yet)."""
 
 
+class MSDCacheError(MSDError, RuntimeError):
+    """A KV cache is to be cropped back to slots that it has lost. Releases of transformers raise a `ValueError` or a
+    `RuntimeError` for this; this error is both."""
+
+
 class MSDDataError(MSDError):
     """
     A training sample that cannot be used.
@@ -133,6 +138,7 @@ def describe_error(error: BaseException) -> str:
 
 
 __all__ = [
+    "MSDCacheError",
     "MSDCheckpointError",
     "MSDDataError",
     "MSDError",

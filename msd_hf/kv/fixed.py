@@ -10,7 +10,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from .in_place import InPlaceLayer, KeysAndValues
+from .in_place import InPlaceLayer, KeysAndValues, length_at_least
 
 
 MIN_CAPACITY = 256
@@ -158,6 +158,7 @@ def _fixed(layer: DynamicLayer | None, spare: KeysAndValues | None) -> FixedLaye
     if layer is not None and layer.get_seq_length():
         made.lazy_initialization(layer.keys, layer.values)
         made.keys, made.values = layer.keys, layer.values
+        made.min_length = length_at_least(layer)
     return made
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
+
+from ..errors import MSDCacheError
 
 
 # A full buffer is replaced by one with free slots behind the needed ones: `MIN_ROOM` slots, or the share `ROOM` of the
@@ -31,14 +34,17 @@ class InPlaceLayer(DynamicLayer):
 
     Args:
         max_slots (`int`, *optional*): most slots of a buffer, unless more are needed at once.
+        min_length (`int`, defaults to 0): fewest slots to which the layer may be cropped. With fewer, a token would
+            see slots that have left a sliding window and are lost.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
 
-    def __init__(self, max_slots: int | None = None):
+    def __init__(self, max_slots: int | None = None, min_length: int = 0):
         super().__init__()
         self.max_slots = max_slots
+        self.min_length = min_length
         self._buffers: KeysAndValues | None = None
         self._views: KeysAndValues | None = None  # `keys` and `values` as the last update set them
 
@@ -62,6 +68,23 @@ class InPlaceLayer(DynamicLayer):
         # Attention reads a first block as it came. A view of the buffer may have gaps between heads, which not every
         # attention kernel takes.
         return (self.keys, self.values) if start else (key_states, value_states)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Crops as `DynamicLayer` does.
+
+        Raises:
+            MSDCacheError: when fewer than `min_length` slots would be left. The layer stays as it was.
+        """
+        before = self.keys, self.values, self.get_seq_length()
+        super().crop(*args, **kwargs)
+        length = self.get_seq_length()
+        if length < min(self.min_length, before[2]):
+            self.keys, self.values, _ = before
+            raise MSDCacheError(
+                f"The cache cannot be cropped from {before[2]} to {length} tokens: layers with a sliding window have "
+                f"lost what a text of fewer than {self.min_length} tokens needs. Start again with an empty cache."
+            )
 
     def keep_slots(self, start: int, slots: torch.Tensor) -> None:
         """
@@ -172,9 +195,9 @@ def in_place(layer: DynamicLayer, max_slots: int) -> InPlaceLayer:
 
     A layer with a sliding window becomes a full one, because a rejected branch of a tree must not push slots out of
     the window. The masks of the verification apply the window instead. Slots that have already left the window are
-    filled with zeros, which the masks hide.
+    filled with zeros, which the masks hide, and the layer cannot be cropped back to where they would be seen.
     """
-    made = InPlaceLayer(max_slots)
+    made = InPlaceLayer(max_slots, length_at_least(layer))
     length = layer.get_seq_length()
     if length == 0:
         return made
@@ -190,10 +213,18 @@ def in_place(layer: DynamicLayer, max_slots: int) -> InPlaceLayer:
     return made
 
 
+def length_at_least(layer: DynamicLayer) -> int:
+    """The fewest slots to which a layer may be cropped, see `InPlaceLayer`."""
+    if isinstance(layer, InPlaceLayer):
+        return layer.min_length
+    num_lost = layer.get_seq_length() - layer.keys.shape[-2] if layer.get_seq_length() else 0
+    return num_lost + layer.sliding_window - 1 if num_lost else 0  # type: ignore[attr-defined]
+
+
 def truncate(cache: Cache, length: int) -> None:
     """Drops the slots from `length` on in every layer of a cache."""
     for layer in cache.layers:
         layer.truncate(length)
 
 
-__all__ = ["InPlaceLayer", "KeysAndValues", "in_place", "truncate"]
+__all__ = ["InPlaceLayer", "KeysAndValues", "in_place", "length_at_least", "truncate"]

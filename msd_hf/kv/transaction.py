@@ -32,6 +32,10 @@ def make_in_place(cache: DynamicCache, max_slots: int) -> None:
         max_slots (`int`): most slots of a buffer, unless more are needed at once.
     """
     cache.layers = [in_place(layer, max_slots) for layer in cache.layers]
+    # A crop that one layer refuses must be refused by the first one, or the layers would differ in length.
+    min_length = max((layer.min_length for layer in cache.layers), default=0)
+    for layer in cache.layers:
+        layer.min_length = min_length
     # A cache that was made without a config adds its layers on first use, of this class.
     cache.layer_class_to_replicate = InPlaceLayer if cache.layer_class_to_replicate is not None else None
 
