@@ -20,6 +20,8 @@ from transformers import (
     CompileConfig,
     GenerationConfig,
     GenerationMixin,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
@@ -65,6 +67,16 @@ def encoder_decoder(target, draft):
 def without_head(target, draft):
     target.get_output_embeddings = lambda: None
     return target, draft, {}
+
+
+def cross_attention(target, draft):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**sizes, **SIZES, "cross_attention_layers": [1], "num_key_value_heads": 2}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_global_layers": 1}
+    vision |= {"attention_heads": 2, "image_size": 16, "patch_size": 8, "vision_output_dim": 64}
+    vision |= {"intermediate_layers_indices": [0]}
+    target = MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=vision, image_token_index=59))
+    return never_running(target), draft, {"pixel_values": None}
 
 
 def linear_attention(target, draft):
@@ -157,6 +169,7 @@ CASES = {
     "a cache that is not a plain `DynamicCache`": other_cache,
     "an encoder-decoder target": encoder_decoder,
     "a target without decoder or head": without_head,
+    "cross-attention layers (Llama 3.2 Vision)": cross_attention,
     "layers that are neither full nor sliding attention": linear_attention,
     "a recurrent target": recurrent,
     "a target with a prompt-learning adapter": with_virtual_tokens,

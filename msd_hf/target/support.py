@@ -96,8 +96,13 @@ def check_target(target: PreTrainedModel) -> None:
             f"The decoder of {name} takes no `position_ids`, so that siblings in a candidate tree cannot stand at the "
             f"same position. {advice}"
         )
-    _check_adapters(target, name, advice)
     text_config = target.config.get_text_config(decoder=True)
+    if "cross_attention_states" in decoder_inputs(target.get_decoder()) or getattr(text_config, "add_cross_attention", False):
+        raise MSDUnsupportedError(
+            f"The decoder of {name} has cross-attention layers, which keep the states of an image or another input "
+            f"in the cache in place of those of the text; a candidate tree needs the text's in every layer. {advice}"
+        )
+    _check_adapters(target, name, advice)
     embedding_size = getattr(target.get_input_embeddings(), "embedding_dim", text_config.hidden_size)
     if embedding_size != text_config.hidden_size:
         raise MSDUnsupportedError(
