@@ -12,6 +12,7 @@ from test_odd_calls import ROPES, small_draft, small_target
 from transformers import AutoModelForCausalLM
 
 from msd_hf import MSDDraftModel, MSDUnsupportedError
+from msd_hf.decoding.self_check import NUM_SIBLINGS
 
 
 # The trial of a target whose kind is not known.
@@ -28,14 +29,15 @@ def wrong_for(target, lengths, change) -> None:
     target.get_decoder().register_forward_hook(hook)
 
 
-IDS = torch.arange(3, 12).unsqueeze(0)  # more tokens than a tree of a trial has nodes
+TREES = (NUM_SIBLINGS + 1, NUM_SIBLINGS + 3)  # the nodes of a trial's tree: with one level, and with two
+IDS = torch.arange(3, 12).unsqueeze(0)  # another number of tokens than a tree of a trial has nodes
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_target_that_gives_no_numbers_for_a_tree_is_refused(value):
     """The difference is no number either then, and not larger than anything."""
     target = small_target("gpt_neox")
-    wrong_for(target, (3, 4), lambda states: torch.full_like(states, value))
+    wrong_for(target, TREES, lambda states: torch.full_like(states, value))
     with pytest.raises(MSDUnsupportedError, match="does not verify a candidate tree"):
         target.generate(IDS, max_new_tokens=8, assistant_model=small_draft())
 
@@ -44,7 +46,7 @@ def test_a_trial_that_could_not_go_deep_is_made_again():
     """Before the end of a text the tree of the trial has one level: what it shows says nothing of a second one."""
     target, draft = small_target("gpt_neox"), small_draft()
     draft.generation_config.num_assistant_tokens = 3
-    wrong_for(target, (4,), torch.zeros_like)  # the tree of a whole trial
+    wrong_for(target, TREES[1:], torch.zeros_like)  # the tree of a whole trial
     expected = target.generate(IDS, max_new_tokens=3)
     assert torch.equal(target.generate(IDS, max_new_tokens=3, assistant_model=draft), expected)
     with pytest.raises(MSDUnsupportedError, match="does not verify a candidate tree"):
@@ -56,9 +58,9 @@ def test_a_whole_trial_is_made_once():
     draft.generation_config.num_assistant_tokens = 3
     lengths = []
     target.get_decoder().register_forward_hook(lambda module, args, output: lengths.append(output[0].shape[1]))
-    for max_new_tokens, num_trials in ((3, 0), (8, 1), (8, 1)):
+    for max_new_tokens, num_trials in ((3, 0), (8, 2), (8, 2)):  # in two contexts
         target.generate(IDS, max_new_tokens=max_new_tokens, assistant_model=draft)
-        assert lengths.count(4) == num_trials
+        assert lengths.count(TREES[1]) == num_trials
 
 
 # Rotary embeddings.

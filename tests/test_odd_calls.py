@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from msd_hf import MSDDraftConfig, MSDDraftModel
 from msd_hf.compat import CACHE_NAME
 from msd_hf.compiled import compile as compiled
+from msd_hf.decoding.self_check import NUM_SIBLINGS
 from msd_hf.errors import MSDPairingError, MSDUnsupportedError
 
 
@@ -286,6 +287,6 @@ def test_a_target_that_fails_its_check_leaves_the_cache_as_it_was(num_filled):
 
 
 def double_states_of_trees(module, args, output):
-    if output[0].shape[1] == 4:  # the nodes of the tree of the check
+    if output[0].shape[1] == NUM_SIBLINGS + 3:  # the nodes of the tree of the check
         output["last_hidden_state"] = 2 * output[0]
     return output

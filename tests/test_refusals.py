@@ -116,6 +116,12 @@ def unknown_target(target, draft):
     return target, build_draft(target_model_type=None), {"verify": verify}
 
 
+def with_equal_logits(target, draft):
+    target, draft, _ = unknown_target(target, draft)
+    torch.nn.init.zeros_(target.get_output_embeddings().weight)
+    return target, draft, {}
+
+
 def without_positions(target, draft):
     decoder = target.get_decoder()
     decoder.forward = functools.partial(lambda input_ids: None)
@@ -175,6 +181,7 @@ CASES = {
     "a target with a prompt-learning adapter": with_virtual_tokens,
     "an adapter for each row, or from some position on (`adapter_names`, aLoRA)": with_an_adapter_for_each_row,
     "a target of unknown kind that fails the check at its first call": unknown_target,
+    "a target of unknown kind whose logits are no measure": with_equal_logits,
     "a target of unknown kind that fails at a tree": failing_at_a_tree,
     "a decoder without `position_ids`": without_positions,
     "embeddings of another size than hidden states": with_narrow_embeddings,

@@ -270,15 +270,15 @@ FAULTS = [
     Fault(
         "NaN passes the self-check",
         "decoding/self_check.py",
-        "if not difference <= _TOLERANCE.get(reference.dtype, 0.5):",
-        "if difference > _TOLERANCE.get(reference.dtype, 0.5):",
+        '.nan_to_num(nan=float("inf"))',
+        ".nan_to_num(nan=0.0)",
         CHECKS,
     ),
     Fault(
         "a shallow check counts for good",
         "decoding/self_check.py",
-        "    if depth < 2:\n        return\n",
-        "",
+        "pair.is_checked = depth == _DEPTH",
+        "pair.is_checked = True",
         CHECKS,
     ),
     Fault(

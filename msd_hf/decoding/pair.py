@@ -28,6 +28,7 @@ class PairState:
         experiences (`dict`): costs and acceptance of automatic trees, by the circumstances of a call and the settings.
         is_checked (`bool`): whether trees were compared with plain decoding on this target, see
             `check_tree_verification`.
+        is_window_checked (`bool`): the same for a context that is longer than the target's sliding window.
     """
 
     compiled: CompiledFunctions = field(default_factory=CompiledFunctions)
@@ -36,6 +37,7 @@ class PairState:
     recordings: RecordingMemory = field(default_factory=RecordingMemory)
     experiences: dict[Hashable, Experience] = field(default_factory=dict)
     is_checked: bool = False
+    is_window_checked: bool = False
 
     def tree_policy(
         self, settings: TreeSettings, circumstances: Hashable, eos_token_ids: Collection[int] = ()

@@ -97,7 +97,9 @@ def check_target(target: PreTrainedModel) -> None:
             f"same position. {advice}"
         )
     text_config = target.config.get_text_config(decoder=True)
-    if "cross_attention_states" in decoder_inputs(target.get_decoder()) or getattr(text_config, "add_cross_attention", False):
+    if "cross_attention_states" in decoder_inputs(target.get_decoder()) or getattr(
+        text_config, "add_cross_attention", False
+    ):
         raise MSDUnsupportedError(
             f"The decoder of {name} has cross-attention layers, which keep the states of an image or another input "
             f"in the cache in place of those of the text; a candidate tree needs the text's in every layer. {advice}"
