@@ -255,6 +255,8 @@ def test_best_checkpoint_early_stopping_and_provenance(small_target, toy_process
     # The provenance describes the saved weights, which are the best ones and not the last.
     assert provenance["metrics"]["eval_tau"] == max(taus) and provenance["recipe"] == "paper"
     assert provenance["step"] == taus.index(max(taus)) + 1 < trainer.state.global_step
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert provenance["metrics"]["eval_loss"] == losses[provenance["step"] - 1] != losses[-1]  # tau alone may tie
     assert provenance["arguments"]["load_best_model_at_end"] is True
 
 

@@ -357,8 +357,8 @@ FAULTS = {
         Fault(
             "the longest pause is four times as long",
             "tree/experience.py",
-            "_LONGEST_PAUSE = 512",
-            "_LONGEST_PAUSE = 2048",
+            "_LONGEST_PAUSE = 16, 512",
+            "_LONGEST_PAUSE = 16, 2048",
             PAUSES,
         ),
         Fault(

@@ -18,18 +18,19 @@ from package_copy import PackageCopy, package_copy
 
 def is_noticed(fault: Fault, copy: PackageCopy) -> bool:
     """Whether a test fails with the fault in the copy."""
-    source = copy.source(fault.file)
-    if source.count(fault.old) != 1:
-        raise SystemExit(f"{fault.file} has {source.count(fault.old)} times, not once: {fault.old!r}")
-    with copy.changed(fault.file, source.replace(fault.old, fault.new)):
+    with copy.changed(fault.file, copy.source(fault.file).replace(fault.old, fault.new)):
         status, output = copy.run(shlex.split(fault.tests))
     if status not in (0, 1):
         raise SystemExit(f"pytest could not run {fault.tests} with {fault.name!r}:\n{output}")
     return status == 1
 
 
-def check_tests(faults: list[Fault], copy: PackageCopy) -> None:
-    """Ends the run if a test fails without a fault: it would seem to notice every one."""
+def check(faults: list[Fault], copy: PackageCopy) -> None:
+    """Ends the run if a fault has no place, or if a test fails without a fault and so would seem to notice each."""
+    for fault in faults:
+        count = copy.source(fault.file).count(fault.old)
+        if count != 1:
+            raise SystemExit(f"{fault.file} has {count} times, not once: {fault.old!r}")
     for tests in sorted({fault.tests for fault in faults}):
         status, output = copy.run(shlex.split(tests))
         if status != 0:
@@ -38,12 +39,15 @@ def check_tests(faults: list[Fault], copy: PackageCopy) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="Faults whose name contains this text.")
+    parser.add_argument("--only", default="", help="Faults whose subject or name contains this text.")
     only = parser.parse_args().only
-    groups = {subject: [fault for fault in faults if only in fault.name] for subject, faults in FAULTS.items()}
+    groups = {
+        subject: [fault for fault in faults if only in f"{subject}: {fault.name}"]
+        for subject, faults in FAULTS.items()
+    }
     noticed = dict.fromkeys(groups, 0)
     with package_copy() as copy:
-        check_tests([fault for faults in groups.values() for fault in faults], copy)
+        check([fault for faults in groups.values() for fault in faults], copy)
         for subject, faults in groups.items():
             for fault in faults:
                 found = is_noticed(fault, copy)
