@@ -144,8 +144,12 @@ def test_other_drafts_and_trees(change):
         ]
 
 
-def test_candidates_that_overflow_harm_no_others():
-    """Slots of rejected candidates stay in the buffers. Attention gives them weight 0, and 0 times infinity is NaN."""
+@pytest.mark.parametrize("channels", [slice(None), slice(0, 1)], ids=["all channels", "one channel"])
+def test_candidates_that_overflow_harm_no_others(channels):
+    """Slots of rejected candidates stay in the buffers. Attention gives them weight 0, and 0 times infinity is NaN.
+
+    Keys and values of a token with one infinite channel are infinities of both signs; with more of them they are NaN.
+    """
     target, draft = copy.deepcopy(build_pair())
     inputs = tiny.make_prompt(0, 8)
     expected = target.generate(**inputs, max_new_tokens=30)
@@ -157,7 +161,9 @@ def test_candidates_that_overflow_harm_no_others():
 
         def overflow(self, inputs_embeds, *args, embedding=embedding):
             is_token = (inputs_embeds == embedding).all(-1, keepdim=True)
-            return torch.where(is_token, torch.inf, fuse(self, inputs_embeds, *args))
+            fused = fuse(self, inputs_embeds, *args).clone()
+            fused[..., channels] = torch.where(is_token, torch.inf, fused[..., channels])
+            return fused
 
         draft.__class__ = type("OverflowingDraft", (MSDDraftModel,), {"fuse": overflow})
         if generate(target, draft, inputs, compile=False).acceptance_lengths == undisturbed:

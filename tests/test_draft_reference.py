@@ -212,3 +212,24 @@ def test_the_draft_remembers_the_rows_of_the_text(kind, prompt, is_compiled):
         if turn == 0:
             ids = torch.cat([ids, torch.tensor([[7, 11, 5]])], dim=1)
             ids = pair.target.generate(input_ids=ids, **options, max_new_tokens=9).sequences
+
+
+@pytest.mark.parametrize("images_at", [(), (0,), (2, 5), (7,)], ids=str)
+def test_visual_rows_of_a_prompt_are_known_without_its_tokens(images_at):
+    """A prompt may be given as embeddings alone. Those of an image are none of the target's table."""
+    pair = pair_of("plain", False)
+    inputs = tiny.make_prompt(3, 7, images_at)
+    masks = []
+    handle = pair.draft.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["visual_mask"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        embeds = pair.target(**inputs, output_hidden_states=True).hidden_states[0]
+    try:
+        pair.target.generate(**inputs, assistant_model=pair.draft, max_new_tokens=3)
+        pair.target.generate(inputs_embeds=embeds, assistant_model=pair.draft, max_new_tokens=3)
+    finally:
+        handle.remove()
+    visual = inputs["input_ids"][0, 1:] == tiny.IMAGE_TOKEN_ID
+    expected = [*visual.tolist(), False]  # the last row holds the first new token
+    assert [mask[0].tolist() for mask in masks] == [expected] * 2

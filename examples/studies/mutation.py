@@ -1,7 +1,7 @@
 """
 Puts random small faults (mutants) into the rooms that decide the output, one by one: what share do the tests notice?
 
-    pip install mutmut
+    pip install -e ".[studies]"
     python examples/studies/mutation.py --number 200          # goes on where it was stopped
     python examples/studies/mutation.py --number 200 --report  # the table and the survivors, without a run
 
@@ -39,7 +39,7 @@ RESULTS = Path(__file__).parent / "results" / "mutation.json"
 _TESTS = {
     "attention": "decoding_edges drafting_step family_verification compiled_edges split_attention",
     "decoding": "decoding_edges checks_edges compiled_edges pair_state",
-    "drafting": "draft_head drafting_step decoding_edges compiled_edges",
+    "drafting": "draft_head drafting_step decoding_edges compiled_edges draft_reference",
     "kv": "cache transaction decoding_edges compiled_edges",
     "target": "checks_edges decoding_edges family_verification refusals",
     "tree": "tree tree_policy suffix_branch decoding_edges",
@@ -47,7 +47,7 @@ _TESTS = {
 _WIDE = (
     "odd_calls suffix_branch generation_golden integration every_argument conversation generate_arguments draft_vocab "
     "pair_state target_layers compiled_edges refusals batches device_rounds lossless_greedy lossless_sampling "
-    "loaded_targets families assisted_chain recorded_step compiled"
+    "loaded_targets families draft_reference assisted_chain phases recorded_step compiled"
 )
 # Annotations, decorators and what an error says stay as they are.
 _KEPT = (cst.Annotation, cst.Decorator, cst.Raise, cst.Assert, cst.Import, cst.ImportFrom)
