@@ -236,7 +236,8 @@ def test_a_resumed_run_finds_the_best_checkpoint_again(small_target, toy_process
     (tmp_path / "run").rename(tmp_path / "moved")
     state = json.loads((tmp_path / "moved" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] is None and state["best_global_step"] == 1
-    trainer = make_trainer(small_target, toy_processor, training_data, tmp_path / "moved", **settings)
+    # In another output folder, because `Trainer` itself looks for the best one only in its own.
+    trainer = make_trainer(small_target, toy_processor, training_data, tmp_path / "again", **settings)
     trainer.train(resume_from_checkpoint=str(tmp_path / "moved" / "checkpoint-2"))
     assert trainer.state.best_model_checkpoint == str(tmp_path / "moved" / "checkpoint-1")
     best = MSDDraftModel.from_pretrained(tmp_path / "moved" / "checkpoint-1")
