@@ -11,6 +11,7 @@ from fuzz_runs import run_forked
 
 from msd_hf import cli
 from msd_hf.cli import answer
+from msd_hf.cli.failures import exit_status
 from msd_hf.errors import MSDError
 from msd_hf.toy import DEMO_IMAGE, DRAFT_DIR, TARGET_DIR
 
@@ -78,20 +79,25 @@ def test_a_command_line_that_cannot_be_read_gives_2(argv, run):
     assert code == 2 and ("--help` lists the options" in line or not argv or argv == ["data"])
 
 
-def test_a_reader_that_leaves_is_no_error(tmp_path):
-    data = tmp_path / "data.jsonl"
-    data.write_text('{"conversations": 3}\n')
-
+@pytest.mark.parametrize(
+    "command, status",
+    [
+        (lambda: cli.app(["demo", "--repeats", "1", "--max-new-tokens", "4"]), 1),
+        (lambda: cli.app(["train", "--help"]), 0),
+        (lambda: print("a line that is still in the buffer"), 1),
+    ],
+    ids=["demo", "help", "buffer"],
+)
+def test_a_reader_that_leaves_is_no_error(command, status):
     def case():
         reader, writer = os.pipe()
         os.close(reader)  # as `head` does
         os.dup2(writer, 1)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-        sys.argv = ["msd-hf", "data", "check", "--target", str(TARGET_DIR), "--data", str(data)]
-        cli.main()
+        return exit_status(lambda standalone_mode: command())
 
     outcome = run_forked(case)
-    assert outcome.status == 1
+    assert outcome.status == status
     assert not any(text in outcome.errors for text in ("Error", "Traceback", "Exception ignored")), outcome.errors
 
 
@@ -166,6 +172,23 @@ def test_a_broken_target_is_one_line(case, message, run, target):
     code, _, err = run("generate", *pair, "--text-only", "--prompt", "Count.", "--max-new-tokens", 2)
     line = error_line(err)
     assert code == 1 and re.search(message, line) and "traceback is in" not in line
+
+
+def test_code_of_a_target_is_not_run_and_nobody_is_asked(run, target, monkeypatch):
+    (target / "mine.py").write_text("raise SystemExit('the code ran')")
+    spoil(target, "code of its own")
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *args: asked.append(args) or "y")  # transformers asks in a terminal
+    code, _, err = run("generate", "--target", target, "--draft", DRAFT_DIR, "--text-only", "--prompt", "Count.")
+    assert code == 1 and "custom code" in error_line(err) and not asked
+
+
+@pytest.mark.parametrize("case", ["template without an end", "template that divides by 0", "template of other types"])
+def test_a_broken_template_is_one_line_before_any_sample_is_read(case, run, target, tmp_path):
+    spoil(target, case)
+    (tmp_path / "data.jsonl").write_text('{"conversations": 3}\n')
+    code, out, err = run("data", "check", "--target", target, "--data", tmp_path / "data.jsonl")
+    assert code == 1 and "does not show where an answer begins: the chat template" in error_line(err) and not out
 
 
 @pytest.mark.parametrize("device, dtype", [("meta", "auto"), ("cpu", "float8_e4m3fn"), ("cpu", "int8"), ("", "auto")])

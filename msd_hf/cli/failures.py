@@ -31,12 +31,11 @@ def exit_status(command: Callable[..., Any]) -> int:
     missing package. For all other errors the line also names a file with the whole traceback.
     """
     try:
-        # typer would print an error of the command line in several lines.
-        status = command(standalone_mode=False)
+        status = _result(command)
         sys.stdout.flush()
         if status == INTERRUPTED:
             raise KeyboardInterrupt
-        return status if isinstance(status, int) else 0
+        return status
     except (KeyboardInterrupt, typer.Abort):
         return _fail("Interrupted.", INTERRUPTED)
     except BrokenPipeError:
@@ -51,6 +50,17 @@ def exit_status(command: Callable[..., Any]) -> int:
         if hasattr(error, "format_message"):  # of typer's command line; its class is public in no release
             return _fail(_usage(error), 2)
         return _fail(describe_error(error), 1, f" ({_keep_traceback(error)})")
+
+
+def _result(command: Callable[..., Any]) -> int:
+    try:
+        # typer would print an error of the command line in several lines.
+        status = command(standalone_mode=False)
+    except SystemExit as exit_:  # of the help of `msd-hf train`
+        status = exit_.code
+    if isinstance(status, str):
+        raise MSDError(status)
+    return status if isinstance(status, int) else 0
 
 
 def _fail(message: str, status: int, note: str = "") -> int:
