@@ -160,6 +160,7 @@ def _check_disk(
 ) -> None:
     check_writable(str(args.output_dir))
     if draft is None:
+        assert script_args.target is not None  # `parse_arguments` has checked it
         num_parameters = count_parameters(load_config(script_args.target), args)
     else:
         num_parameters = draft.num_parameters()
