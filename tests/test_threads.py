@@ -248,6 +248,53 @@ class TestAttention:
         finally:
             msd_hf.register()
 
+    def test_an_error_ends_the_substitution(self, pair):
+        """The next call without a draft gets the function of the user again."""
+        AttentionInterface.register("of_a_user", self.other)
+        target, draft = pair
+        target.set_attn_implementation({"text_config": "of_a_user"})
+
+        def fail(module, args, kwargs):
+            if fail.armed:
+                raise RuntimeError("of a layer")
+
+        fail.armed = False
+        inputs = tiny.make_prompt(1, 8)
+        handle = target.get_decoder().layers[1].register_forward_pre_hook(fail, with_kwargs=True)
+        prefill = target.get_decoder().norm.register_forward_hook(lambda *_: setattr(fail, "armed", True))
+        with pytest.raises(RuntimeError, match="of a layer"):
+            target.generate(**inputs, **OPTIONS, assistant_model=draft)
+        handle.remove()
+        prefill.remove()
+        assert substitution._current.get() is None
+
+    def test_other_models_keep_their_function(self, pair):
+        """A hook in a layer runs another model, whose attention has the same name."""
+        calls = []
+
+        def other(module, *args, **kwargs):
+            calls.append(module.config)
+            return self.other(module, *args, **kwargs)
+
+        AttentionInterface.register("of_a_user", other)
+        target, draft = pair
+        model = copy.deepcopy(target)
+        for owner in (target, model):
+            owner.set_attn_implementation({"text_config": "of_a_user"})
+        inputs = tiny.make_prompt(1, 8)
+        nested = []
+
+        def hook(*_):
+            before = len(calls)
+            model(**tiny.make_prompt(2, 5))
+            nested.append(calls[before:])
+
+        handle = target.get_decoder().layers[0].register_forward_hook(hook)
+        target.generate(**inputs, **OPTIONS, assistant_model=draft)
+        handle.remove()
+        own = model.get_decoder().config
+        assert len(nested) > 1 and all(len(seen) == 2 and seen[0] is own for seen in nested)
+
     def test_a_function_that_is_registered_anew_is_replaced_anew(self):
         AttentionInterface.register("of_a_user", self.other)
         substitution.allow_substitutes("of_a_user")
