@@ -103,7 +103,8 @@ def test_every_field_of_a_configuration_is_checked(name, values, folder):
     for value in values:
         edit(folder / CONFIG, **{name: value})
         message = refusal(folder)
-        assert CONFIG in message and name in message, (value, message)
+        expected = "`head_dim` must be even" if name == "head_dim" else name
+        assert CONFIG in message and expected in message, (value, message)
 
 
 def test_auto_classes_give_the_same_error(folder):
@@ -214,7 +215,7 @@ def test_what_is_missing_stays_an_error_of_transformers(folder):
 def test_unknown_fields_do_not_reach_transformers(folder):
     """transformers reads layer types, windows and the names of other files from the attributes of a configuration."""
     fields = {"layer_types": ["sliding_attention"], "sliding_window": 1, "transformers_weights": "x.bin", "to_dict": 3}
-    edit(folder / CONFIG, **fields, text_config={"a": 1}, num_labels=10**9)
+    edit(folder / CONFIG, **fields, text_config={"a": 1}, num_labels=3)
     config = MSDDraftModel.from_pretrained(folder).config
     assert not any(name in vars(config) for name in (*fields, "text_config"))
     assert AutoModel.from_pretrained(folder).config.to_dict() == config.to_dict()
@@ -363,7 +364,7 @@ def test_a_broken_draft_vocabulary(tokens, folder):
 @pytest.mark.parametrize(
     "name, value",
     [
-        *(("num_hidden_layers", value) for value in (0, -1, "1", 1.5, 10**6, 10**400)),
+        *(("num_hidden_layers", value) for value in (0, -1, "1", 1.5, 10**6, 10**3000)),
         *(("rope_scaling", value) for value in ("x", [1], {"type": "foo"}, {"type": "linear", "factor": 0})),
         *(("rope_theta", value) for value in ("x", -1, None)),
         *(("hidden_size", value) for value in (0, "128", 10**9)),
@@ -378,7 +379,7 @@ def test_broken_fields_of_an_original_checkpoint(name, value, tmp_path):
     (tmp_path / CONFIG).write_text(json.dumps({**original, "head_dim": 32, "model_type": "llava"}))
     MSDDraftModel.from_pretrained(tmp_path)
     edit(tmp_path / CONFIG, **{name: value})
-    refusal(tmp_path)
+    assert ("rope" if "rope" in name else name) in refusal(tmp_path)
 
 
 # Random damages: the study `fuzz_drafts.py` has more of them, each in a process with limits.
