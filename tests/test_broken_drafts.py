@@ -124,6 +124,7 @@ def test_auto_classes_give_the_same_error(folder):
         *(("suffix_nodes", value) for value in (-1, 10**6)),
         *(("compile", "max-autotune"), ("to_dict", 3), ("compile_config", 7), ("watermarking_config", [1])),
     ],
+    ids=lambda value: repr(value)[:20],
 )
 def test_every_setting_of_the_trees_has_limits(name, value, folder):
     edit(folder / SETTINGS, **{name: value})
@@ -370,6 +371,7 @@ def test_a_broken_draft_vocabulary(tokens, folder):
         *(("hidden_size", value) for value in (0, "128", 10**9)),
         *(("hidden_act", "foo"), ("num_attention_heads", 0), ("model_type", ["llava"]), ("model_type", {})),
     ],
+    ids=lambda value: repr(value)[:20],
 )
 def test_broken_fields_of_an_original_checkpoint(name, value, tmp_path):
     target = fuzz_drafts.toy_target()

@@ -102,7 +102,11 @@ def config_from_original(original: Mapping[str, Any], source: str = "config.json
     if missing or is_deep:
         raise MSDCheckpointError(
             f"{source!r} has model_type {model_type!r} but is not a draft of the original MSD repository "
-            + (f"(no {', '.join(missing)} in config.json)." if missing else f"({shown(num_layers)} layers).")
+            + (
+                f"(no {', '.join(missing)} in config.json)."
+                if missing
+                else f"(`num_hidden_layers` is {shown(num_layers)}, at most {MAX_LAYERS})."
+            )
             + " Give the draft's folder or repository, not the target's."
         )
     fields = {name: original[name] for name in _LLAMA_FIELDS if original.get(name) is not None}
