@@ -22,7 +22,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from msd_hf import MSDDraftModel, loading
 from msd_hf.errors import MSDError
 from msd_hf.toy.training_data import write_training_data
-from msd_hf.training import checkpoint_space, extract_features, load_conversations, regenerate, script
+from msd_hf.training import checkpoint_space, extract_features, load_conversations, regenerate, resuming, script
 from msd_hf.training.checkpoint_space import check_checkpoint_space, count_parameters
 from msd_hf.training.features.extraction import FeatureExtractor
 from msd_hf.training.regeneration.answers import AnswerGenerator
@@ -369,13 +369,21 @@ def test_a_full_disk_leaves_the_last_complete_checkpoint(full_at, new_trainer, t
     assert_same_weights(whole.model, resumed.model)
 
 
-def test_a_draft_that_cannot_be_saved_leaves_the_old_one(new_trainer, tmp_path, limits):
-    trainer = new_trainer(save_strategy="no")
+@pytest.mark.parametrize("full_at", ["the weights", "the provenance"])
+def test_a_draft_that_cannot_be_saved_leaves_the_old_one(full_at, new_trainer, tmp_path, limits, monkeypatch):
+    trainer = new_trainer(save_strategy="no", max_steps=1)
     trainer.save_model()
     (tmp_path / "out" / "notes.txt").write_text("the user's")
     before = contents(tmp_path)
     trainer.train()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+
+    def disk_is_full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if full_at == "the weights":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    else:
+        monkeypatch.setattr(resuming, "write_provenance", disk_is_full)
     with pytest.raises(MSDError, match=r"could not be written: .*What was there before is unchanged"):
         trainer.save_model()
     assert contents(tmp_path) == before
