@@ -65,7 +65,7 @@ def build(kind: str, dtype: torch.dtype) -> Any:
     torch.manual_seed(1)
     for name, parameter in target.named_parameters():
         if parameter.dim() > 1 and "vq" not in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+            torch.nn.init.normal_(parameter, std=0.3)
     return target
 
 
@@ -147,6 +147,19 @@ def test_a_sound_target_passes(kind, dtype):
 def test_a_broken_target_is_refused(fault, kind, dtype, monkeypatch):
     target = build(kind, dtype)
     fault(target, monkeypatch)
+    with pytest.raises(MSDUnsupportedError, match="does not verify a candidate tree"):
+        generate(target)
+
+
+@pytest.mark.parametrize("node", [0, 1, NUM_SIBLINGS, NUM_SIBLINGS + 1, NUM_SIBLINGS + 2])
+def test_each_node_of_both_branches_counts(node):
+    target = build("gpt_neox", torch.float64)
+
+    def after(module, args, output):
+        if output[0].shape[1] == TREES[1]:
+            output[0][:, node] *= -1
+
+    target.get_decoder().register_forward_hook(after)
     with pytest.raises(MSDUnsupportedError, match="does not verify a candidate tree"):
         generate(target)
 
