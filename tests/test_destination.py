@@ -12,13 +12,13 @@ from pathlib import Path
 import golden_sets
 import pytest
 
-from msd_hf import destination
-from msd_hf.destination import FolderKind, check_destination, replaced_folder
 from msd_hf.draft.folder import DRAFT_FOLDER
 from msd_hf.errors import MSDError
 from msd_hf.toy import DRAFT_DIR, TARGET_DIR, build
 from msd_hf.toy.build import build_pair
 from msd_hf.toy.target import TARGET_FOLDER
+from msd_hf.writing import destination
+from msd_hf.writing.destination import FolderKind, check_destination, replaced_folder
 
 
 PAGES = FolderKind("a book", lambda path: re.fullmatch(r"page-\d", path.name) is not None, lambda folder: True)

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from msd_hf.redaction import is_secret_name, redact, redact_command, redact_text, secret_values
 from msd_hf.training import MSDTrainingArguments
 from msd_hf.training.script import ScriptArguments
+from msd_hf.writing.redaction import is_secret_name, redact, redact_command, redact_text, secret_values
 
 
 SECRET = "opensesame-1"

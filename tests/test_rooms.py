@@ -16,6 +16,7 @@ import msd_hf
 PACKAGE = Path(msd_hf.__file__).parent
 # From bottom to top. A room imports rooms that stand before it, and modules of the root.
 ROOMS = (
+    "writing",
     "kv",
     "attention",
     "compiled",

@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 from transformers.utils import logging
 
-from ..destination import check_destination, replaced_folder
 from ..draft.folder import DRAFT_FOLDER
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
 from ..loading import load_config, load_processor
 from ..target.support import check_pair
+from ..writing.destination import check_destination, replaced_folder
 from .options import ImageFolder, Overwrite, Strict, Target, console, print_skipped
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..destination import FolderKind, read_config
+from ..writing.destination import FolderKind, read_config
 from .configuration_msd import MSDDraftConfig
 
 

@@ -13,8 +13,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from ..redaction import redact_command
 from ..version import __version__
+from ..writing.redaction import redact_command
 
 
 def describe_environment(target: PreTrainedModel) -> dict[str, Any]:

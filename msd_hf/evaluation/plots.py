@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MSDError
-from ..saving import replaced_file
+from ..writing.saving import replaced_file
 from .methods import VANILLA
 from .round_timing import PARTS
 

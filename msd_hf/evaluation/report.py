@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..saving import replace_text
+from ..writing.saving import replace_text
 from .plots import draw_plots
 from .report_tables import ReportTable, report_tables
 

@@ -12,10 +12,10 @@ from rich.console import Console
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging
 
-from ..destination import check_destination
 from ..draft.folder import DRAFT_FOLDER
 from ..errors import MSDError, errors_end_script
 from ..loading import load_target, load_target_and_processor
+from ..writing.destination import check_destination
 from .accuracy import accuracy_table, generate_answers, make_evaluation_prompts, score_answers
 from .draft import save_draft, train_draft
 from .evaluate import evaluate_pair

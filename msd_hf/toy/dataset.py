@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from ..saving import replace_text, replaced_file
+from ..writing.saving import replace_text, replaced_file
 from .text_questions import TEXT_KINDS, make_text_task, make_text_turns
 from .turns import Turn
 from .visual_questions import VISUAL_KINDS, make_visual_turns

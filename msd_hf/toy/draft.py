@@ -8,7 +8,6 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from ..destination import replaced_folder
 from ..draft.folder import DRAFT_FOLDER
 from ..draft.modeling_msd import MSDDraftModel
 from ..training import (
@@ -22,6 +21,7 @@ from ..training import (
 )
 from ..training.curriculum import SAMPLE_KINDS, SampleKind
 from ..training.provenance import write_provenance
+from ..writing.destination import replaced_folder
 from .dataset import ToySamples
 from .optimizer import build_optimizer
 from .rounding import save_rounded

@@ -27,10 +27,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..destination import check_destination
 from ..errors import errors_end_script
 from ..loading import load_target
 from ..terminal import make_console
+from ..writing.destination import check_destination
 from .accuracy import accuracy_table, generate_answers, make_evaluation_prompts, score_answers
 from .dataset import IMAGE_TAG, iterate_samples
 from .processor import join_processor, train_tokenizer

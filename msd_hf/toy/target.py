@@ -19,9 +19,9 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from ..destination import FolderKind, read_config, replaced_folder
 from ..training.data.conversations import Conversation
 from ..training.data.encoding import ConversationEncoder
+from ..writing.destination import FolderKind, read_config, replaced_folder
 from .dataset import IMAGE_TAG, iterate_samples, make_samples
 from .processor import IMAGE_SIDE, PATCH_SIZE
 from .rounding import save_rounded

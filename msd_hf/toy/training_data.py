@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..saving import replace_text
+from ..writing.saving import replace_text
 from .dataset import write_dataset
 
 

@@ -15,7 +15,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from ..errors import MSDError
 from ..loading import LARGEST_SEED, MOST_WORKERS
-from ..redaction import redact, secret_values
+from ..writing.redaction import redact, secret_values
 from .curriculum import CURRICULA, Curriculum, SampleKind
 from .losses import WEIGHT_NAMES
 from .recipes import RECIPES, Recipe

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..redaction import redact
-from ..saving import replace_text
+from ..writing.redaction import redact
+from ..writing.saving import replace_text
 
 
 class SavedState(TrainerState):

@@ -15,9 +15,9 @@ import transformers
 from transformers import TrainingArguments
 
 from ..draft.folder import PROVENANCE_NAME
-from ..redaction import redact, redact_command, redact_text, secret_values
-from ..saving import replace_text
 from ..version import __version__
+from ..writing.redaction import redact, redact_command, redact_text, secret_values
+from ..writing.saving import replace_text
 
 
 def write_provenance(folder: str | Path, provenance: dict[str, Any]) -> Path:

@@ -17,9 +17,9 @@ from transformers.utils import logging
 from ..decoding.result import mean_acceptance_length
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDDataError, MSDError
-from ..redaction import redact_text
 from ..target.adapter import TargetAdapter
 from ..target.support import check_pair, check_target
+from ..writing.redaction import redact_text
 from .acceptance import acceptance_lengths
 from .arguments import MSDTrainingArguments
 from .best_checkpoint import RestoreBestCheckpoint, SavedState

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ...destination import check_parent
 from ...errors import MSDError
+from ...writing.destination import check_parent
 from ..data.encoding import ConversationEncoder
 from .storage import damaged_shard, safely_replaced_file, write_shard
 

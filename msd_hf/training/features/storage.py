@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ...errors import MSDError
-from ...saving import replaced_file
+from ...writing.saving import replaced_file
 
 
 _DTYPES = {

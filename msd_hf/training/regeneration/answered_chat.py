@@ -10,7 +10,7 @@ from transformers import BatchFeature
 
 from ...errors import MSDDataError, MSDError
 from ...prompts import build_chat_inputs
-from ...saving import remove_temporary_files, replaced_file
+from ...writing.saving import remove_temporary_files, replaced_file
 from ..data.chat_rendering import ChatRenderer
 from ..data.conversations import Conversation, count_images
 

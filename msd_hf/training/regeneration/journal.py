@@ -8,9 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ...destination import check_parent
 from ...errors import MSDError
-from ...saving import remove_temporary_files, replaced_file
+from ...writing.destination import check_parent
+from ...writing.saving import remove_temporary_files, replaced_file
 
 
 class Journal:

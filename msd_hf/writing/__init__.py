@@ -1,0 +1,1 @@
+"""What is written to disk or leaves the machine: whole files, folders that may be replaced, no secrets."""
