@@ -17,6 +17,7 @@ import refusals_table
 import tiny
 import torch
 from transformers import (
+    AttentionInterface,
     CompileConfig,
     GenerationConfig,
     GenerationMixin,
@@ -27,6 +28,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 from transformers.generation import utils
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import msd_hf
 from msd_hf import MSDDraftModel, MSDError
@@ -41,6 +43,7 @@ MODULES = (
     "hook/refusals",
     "target/support",
     "target/adapter",
+    "target/tree_forward",
     "decoding/self_check",
     "tree/settings",
     "compiled/compile",
@@ -154,6 +157,29 @@ def compiled_with_layers(target, draft):
     return target, draft, {}
 
 
+def with_causal_attention(target):
+    """A target of an attention function that takes no tree mask."""
+    AttentionInterface.register("causal_only", sdpa_attention_forward)
+    target = copy.deepcopy(tiny.pair(0).target)
+    target.set_attn_implementation({"text_config": "causal_only"})
+    return target
+
+
+def compiled_of_unknown_kind(target, draft):
+    target = never_running(with_causal_attention(target))
+    target.config.model_type = "unheard_of"
+    draft = build_draft(target_model_type=None)
+    draft.generation_config.compile = True
+    return target, draft, {}
+
+
+def with_layers_of_their_own(target, draft):
+    target = with_causal_attention(target)
+    for layer in target.get_decoder().layers:
+        layer.self_attn.config = copy.copy(layer.self_attn.config)
+    return target, draft, {}
+
+
 def with_tree(**settings):
     def change(target, draft):
         draft = build_draft()
@@ -193,6 +219,10 @@ CASES = {
     ),
     "a draft for another kind of target": lambda target, draft: (target, build_draft(target_model_type="x"), {}),
     "`draft.generation_config.compile=True`, with a draft that reads layers of the target": compiled_with_layers,
+    "`draft.generation_config.compile=True`, with a target of an untested kind whose attention takes no tree "
+    "mask": compiled_of_unknown_kind,
+    "layers that do not look up their attention where transformers registers it, if it takes no tree "
+    "mask": with_layers_of_their_own,
     "a draft that reads layers the target does not have": lambda target, draft: (
         target,
         build_draft(target_layers=[7]),

@@ -166,7 +166,7 @@ def check_compilable(target: PreTrainedModel, draft: Draft) -> None:
     if TreeSettings.from_generation_config(draft.generation_config).is_auto:
         reason = '`num_assistant_tokens="auto"` gives each tree another shape: set a number of nodes'
     elif draft.reads.layers:
-        reason = "the draft reads `target_layers` by hooks in the target's decoder, which compiled code passes over"
+        reason = "the draft reads `target_layers` inside the target's decoder, which compiled code does not show"
     elif any(hasattr(module, "_hf_hook") for module in (*target.modules(), *draft.modules())):
         reason = "accelerate moves weights or inputs of single modules: load target and draft whole on one device"
     elif compiled_parts(target):
@@ -174,7 +174,10 @@ def check_compilable(target: PreTrainedModel, draft: Draft) -> None:
     elif own_method(decoder, "forward") is not None:
         reason = "the forward of the target's decoder was replaced, which compiled code passes over: restore it"
     elif implementation not in TREE_ATTENTION and not (is_told and decoder._supports_sdpa):
-        reason = f"the attention implementation {implementation!r} of the target takes no tree mask: load it with sdpa"
+        reason = (
+            f"the attention implementation {implementation!r} of the target takes no tree mask: load it with "
+            '`attn_implementation="sdpa"`'
+        )
     elif target.device != draft.device:
         reason = f"the target is on {target.device}, the draft on {draft.device}: put both on one device"
     if reason is not None:
