@@ -49,6 +49,23 @@ def test_an_unknown_error_says_where_its_traceback_is(run, monkeypatch, tmp_path
     assert error_line(run("demo")[2]).endswith("(the traceback could not be written: No such file or directory)")
 
 
+def test_a_traceback_holds_no_secret_and_no_local_path(run, monkeypatch, tmp_path):
+    """Users publish tracebacks in reports."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("SOME_API_KEY", "of the environment")
+
+    def fail(*args):
+        sys.argv += ["--hub-token", "of the command line"]
+        raise KeyError("of the environment, of the command line, /home/somebody/data.json")
+
+    monkeypatch.setattr(answer, "_run", fail)
+    run("demo")
+    (path,) = tmp_path.iterdir()
+    text = path.read_text()
+    assert "KeyError" in text and "data.json" in text and "in fail" in text
+    assert not any(part in text for part in ("of the environment", "of the command line", "/home/", str(tmp_path)))
+
+
 def test_an_interrupt_gives_130(run, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt

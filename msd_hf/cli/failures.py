@@ -17,6 +17,7 @@ from rich.text import Text
 
 from ..errors import MSDError, MSDUsageError, describe_error
 from ..terminal import make_console, one_line
+from ..writing.redaction import command_secrets, redact_text
 
 
 INTERRUPTED = 130  # what shells give for a command that Ctrl-C ended
@@ -81,8 +82,9 @@ def _usage(error: Any) -> str:
 
 
 def _keep_traceback(error: BaseException) -> str:
-    """Writes a traceback to a file that only the user can read. Returns where it is."""
-    text = "".join(traceback.format_exception(error))
+    """Writes a traceback, which a user may publish in a report, without secrets and local paths to a file that only
+    the user can read. Returns where it is."""
+    text = redact_text("".join(traceback.format_exception(error)), command_secrets(sys.argv))
     try:
         number, path = tempfile.mkstemp(prefix="msd-hf-error-", suffix=".txt", text=True)
         with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:

@@ -132,6 +132,16 @@ def redact_command(arguments: Sequence[str], secrets: Iterable[str] = ()) -> str
     return shlex.join(shown)
 
 
+def command_secrets(arguments: Sequence[str]) -> set[str]:
+    """The values of a command line that stand behind a secret name."""
+    found = set()
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if argument.startswith("-") and is_secret_name(name):
+            found.add(value if equals else following)
+    return {value for value in found if len(value) >= _SHORTEST_SECRET}
+
+
 def _environment_secrets() -> Iterator[str]:
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST_SECRET and is_secret_name(name):
@@ -165,4 +175,4 @@ def _last_component(path: str) -> str:
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or path
 
 
-__all__ = ["REDACTED", "is_secret_name", "redact", "redact_command", "redact_text", "secret_values"]
+__all__ = ["REDACTED", "command_secrets", "is_secret_name", "redact", "redact_command", "redact_text", "secret_values"]
