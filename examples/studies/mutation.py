@@ -38,10 +38,10 @@ RESULTS = Path(__file__).parent / "results" / "mutation.json"
 # Quick files; `_WIDE` follows in every room.
 _TESTS = {
     "attention": "decoding_edges drafting_step family_verification compiled_edges split_attention",
-    "decoding": "decoding_edges checks_edges compiled_edges pair_state",
+    "decoding": "decoding_edges checks_edges target_edges compiled_edges pair_state",
     "drafting": "draft_head drafting_step decoding_edges compiled_edges draft_reference",
     "kv": "cache transaction decoding_edges compiled_edges",
-    "target": "checks_edges decoding_edges family_verification refusals",
+    "target": "target_edges checks_edges decoding_edges family_verification refusals",
     "tree": "tree tree_policy suffix_branch decoding_edges",
 }
 _WIDE = (
