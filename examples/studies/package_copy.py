@@ -27,7 +27,7 @@ _LIBRARIES = (
     "transformers.models.llava.modeling_llava",
     "transformers.models.llama.modeling_llama",
 )
-_MEMORY = 24 * 2**30  # of addresses; a fault may ask for any amount
+_MEMORY = 8 * 2**30  # bytes of addresses: with a fault a test may never end and take all memory
 
 
 class PackageCopy:
