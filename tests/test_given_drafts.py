@@ -29,7 +29,7 @@ def generate(assistant_model: Any) -> Any:
 
 @pytest.fixture
 def draft():
-    return copy.deepcopy(tiny.pair(0).draft)
+    return copy.deepcopy(tiny.pair(0).with_tree(12, 3, 4))
 
 
 def assert_used(output: Any, draft: msd_hf.MSDDraftModel) -> None:

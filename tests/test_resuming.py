@@ -17,12 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 from training_runs import build_small_target, make_trainer
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from msd_hf import MSDDraftModel, loading
 from msd_hf.errors import MSDError
 from msd_hf.toy.training_data import write_training_data
 from msd_hf.training import checkpoint_space, extract_features, load_conversations, regenerate, resuming, script
+from msd_hf.training.best_checkpoint import SavedState
 from msd_hf.training.checkpoint_space import check_checkpoint_space, count_parameters
 from msd_hf.training.features.extraction import FeatureExtractor
 from msd_hf.training.regeneration.answers import AnswerGenerator
@@ -359,7 +360,7 @@ def test_a_full_disk_leaves_the_last_complete_checkpoint(full_at, new_trainer, t
     cut = new_trainer(callbacks=[FillDisk(3, space)] if space else [])
     with monkeypatch.context() as patch, pytest.raises(MSDError) as error:
         if space is None:
-            patch.setattr(TrainerState, "save_to_json", save_half_at_step_4)
+            patch.setattr(SavedState, "save_to_json", save_half_at_step_4)
         cut.train()
     assert "checkpoint-4' could not be written" in str(error.value) and "\n" not in str(error.value)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

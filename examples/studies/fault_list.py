@@ -34,7 +34,7 @@ INTERRUPTED = f"{DECODING} {CACHE} -k interrupt"
 LATE, PAUSES = f"{COMPILED} -k late", f"{TREES} -k 'paus or trial or comes_back or learnt or paid'"
 SHOWN, WINDOW, INDEX = f"{DECODING} -k drafted_token", f"{DECODING} -k window", "tests/test_suffix_branch.py -k index"
 
-# All but the last group passed the whole suite once, when somebody put them in by hand. Their tests are younger.
+# Most of these passed the whole suite once, when they were put in by hand. Their tests are younger.
 FAULTS = {
     "data": [
         Fault(
