@@ -149,6 +149,30 @@ def test_calls_nested_in_hooks(pair, place, with_draft):
     assert got and all(torch.equal(tokens, expected_inner) for tokens in got)
 
 
+def test_a_nested_forward_leaves_the_layers_that_the_draft_reads(pair):
+    """The hook runs after a layer whose output the draft reads, and before the end of the decoder."""
+    target, _ = pair
+    draft = tiny.build_draft(target, target_layers=[0])
+    outer, inner = tiny.make_prompt(1, 8, (2,)), tiny.make_prompt(2, 5)
+    outputs = []
+    for is_nested in (False, True):
+        inside = []
+
+        def hook(*_, inside=inside):
+            if not inside:
+                inside.append(True)
+                target(**inner)
+                inside.clear()
+
+        handle = target.get_decoder().layers[1].register_forward_pre_hook(hook) if is_nested else None
+        outputs.append(target.generate(**outer, **OPTIONS, assistant_model=draft, return_dict_in_generate=True))
+        if handle is not None:
+            handle.remove()
+    alone, nested = outputs
+    assert torch.equal(alone.sequences, nested.sequences)
+    assert alone.acceptance_lengths == nested.acceptance_lengths
+
+
 def test_calls_nested_in_a_processor(pair):
     target, draft = pair
     outer, inner = tiny.make_prompt(1, 8, (2,)), tiny.make_prompt(2, 5)

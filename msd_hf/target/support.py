@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..draft.modeling_msd import LENGTH_DEPENDENT_ROPE
 from ..errors import MSDPairingError, MSDUnsupportedError
 from ..tree.settings import TreeSettings
+from .compiled_parts import uncompiled
 
 
 # Attention implementations that take an additive mask. For a target with another one, trees are verified with sdpa.
@@ -66,12 +67,12 @@ def layer_windows(text_config: PreTrainedConfig) -> list[int | None]:
 
 def decoder_inputs(decoder: nn.Module) -> list[str]:
     """The names of the inputs of a decoder's forward, in order."""
-    return list(inspect.signature(decoder.forward).parameters)
+    return list(inspect.signature(uncompiled(decoder).forward).parameters)
 
 
 def takes_any_argument(decoder: nn.Module) -> bool:
     """Whether a decoder's forward passes unknown arguments on to its attention."""
-    parameters = inspect.signature(decoder.forward).parameters.values()
+    parameters = inspect.signature(uncompiled(decoder).forward).parameters.values()
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
