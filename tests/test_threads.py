@@ -109,6 +109,24 @@ def test_a_compilation_of_ours_is_not_noticed_by_other_threads():
     assert torch.equal(result, torch.full((2,), 2.0)) and seen == [False]
 
 
+def test_a_compilation_of_the_user_does_not_switch_a_call_off(pair):
+    """While one thread compiles, `torch.compiler.is_compiling()` is true in the others too (torch 2.13)."""
+    target, draft = pair
+    inputs = tiny.make_prompt(1, 8)
+    expected = target.generate(**inputs, **OPTIONS)
+    got = []
+
+    def work():
+        got.append(target.generate(**inputs, **OPTIONS, assistant_model=draft))
+
+    def backend(graph, example_inputs):
+        run_together(work, 1)
+        return graph.forward
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    assert torch.equal(got[0], expected)
+
+
 def add_one(states):
     return states + 1
 

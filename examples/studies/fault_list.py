@@ -418,7 +418,7 @@ FAULTS = {
             "target/stand_in.py",
             "torch.compiler.is_dynamo_compiling() or",
             "torch.compiler.is_compiling() or",
-            f"{THREADS} -m slow",
+            f"{THREADS} -k switch",
         ),
         Fault(
             "other threads notice a compilation of ours",
