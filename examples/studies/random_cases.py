@@ -90,8 +90,8 @@ def run_case(number: int) -> dict[str, Any]:
         "sampled": bool(call.options["do_sample"]),
         "rows": len(call.rows),
         "compared": case.num_compared,
-        # A chat without a draft can also differ from a target that reads the whole text anew: if the target has emitted
-        # the token of padding, the mask of the text hides it.
+        # A chat without a draft can also differ from a target that reads the whole text anew: after the target has
+        # emitted the token of padding, the mask of the text hides it.
         "differences": [] if is_as_plain else case.differences,
         "as_plain_chat": is_as_plain,
         "emitted": case.emitted,
