@@ -310,6 +310,19 @@ class TestAttention:
         prefill.remove()
         assert substitution._current.get() is None
 
+    def test_the_substitute_may_be_replaced_itself(self, pair):
+        """A call with `compile=True` on another target has wrapped sdpa before."""
+        AttentionInterface.register("of_a_user", self.other)
+        target, draft = pair
+        inputs = tiny.make_prompt(1, 8)
+        expected = target.generate(**inputs, **OPTIONS)
+        target.set_attn_implementation({"text_config": "of_a_user"})
+        substitution.allow_substitutes("sdpa")
+        try:
+            assert torch.equal(target.generate(**inputs, **OPTIONS, assistant_model=draft), expected)
+        finally:
+            substitution.restore_attention()
+
     def test_other_models_keep_their_function(self, pair):
         """A hook in a layer runs another model, whose attention has the same name."""
         calls = []

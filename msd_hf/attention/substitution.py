@@ -89,7 +89,8 @@ def _substitutable(function: Callable[..., Any]) -> Callable[..., Any]:
             substitution = _current.get()
             if substitution is not None and getattr(module, "config", None) is substitution.config:
                 substitution.num_calls += 1
-                return _function_of(module, substitution.name)(module, *args, **kwargs)
+                with substituted(None):  # the substitute may have been wrapped by this function too
+                    return _function_of(module, substitution.name)(module, *args, **kwargs)
         return function(module, *args, **kwargs)
 
     return attend
