@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import runpy
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import msd_hf
 from msd_hf.attention import substitution
 from msd_hf.compiled import compile as compiled
-from msd_hf.decoding.pair import state_of
+from msd_hf.compiled import cuda_graphs
+from msd_hf.decoding.pair import companion_of, state_of
 from msd_hf.draft.evaluation_mode import evaluating
 from msd_hf.target import stand_in
 from msd_hf.tree.candidate import CandidateTree
@@ -274,14 +277,21 @@ class TestStandIn:
             assert torch.equal(module(torch.ones(1, 2)), expected) and len(calls) == 1
 
 
+@pytest.fixture
+def causal_pair(pair):
+    """A target whose attention function takes no tree mask."""
+    AttentionInterface.register("of_a_user", TestAttention.other)
+    pair[0].set_attn_implementation({"text_config": "of_a_user"})
+    return pair
+
+
 class TestAttention:
-    def other(self, module, query, key, value, attention_mask, **kwargs):
+    @staticmethod
+    def other(module, query, key, value, attention_mask, **kwargs):
         return sdpa_attention_forward(module, query, key, value, None, is_causal=query.shape[2] > 1, **kwargs)
 
-    def test_unregister_puts_the_function_back(self, pair):
-        AttentionInterface.register("of_a_user", self.other)
-        target, draft = pair
-        target.set_attn_implementation({"text_config": "of_a_user"})
+    def test_unregister_puts_the_function_back(self, causal_pair):
+        target, draft = causal_pair
         target.generate(**tiny.make_prompt(1, 8), **OPTIONS, assistant_model=draft)
         try:
             assert AttentionInterface()["of_a_user"] != self.other
@@ -290,11 +300,9 @@ class TestAttention:
         finally:
             msd_hf.register()
 
-    def test_an_error_ends_the_substitution(self, pair):
+    def test_an_error_ends_the_substitution(self, causal_pair):
         """The next call without a draft gets the function of the user again."""
-        AttentionInterface.register("of_a_user", self.other)
-        target, draft = pair
-        target.set_attn_implementation({"text_config": "of_a_user"})
+        target, draft = causal_pair
 
         def fail(module, args, kwargs):
             if fail.armed:
@@ -310,13 +318,11 @@ class TestAttention:
         prefill.remove()
         assert substitution._current.get() is None
 
-    def test_the_substitute_may_be_replaced_itself(self, pair):
+    def test_the_substitute_may_be_replaced_itself(self, causal_pair):
         """A call with `compile=True` on another target has wrapped sdpa before."""
-        AttentionInterface.register("of_a_user", self.other)
-        target, draft = pair
+        target, draft = causal_pair
         inputs = tiny.make_prompt(1, 8)
         expected = target.generate(**inputs, **OPTIONS)
-        target.set_attn_implementation({"text_config": "of_a_user"})
         substitution.allow_substitutes("sdpa")
         try:
             assert torch.equal(target.generate(**inputs, **OPTIONS, assistant_model=draft), expected)
@@ -360,11 +366,9 @@ class TestAttention:
         substitution.allow_substitutes("of_a_user")
         assert AttentionInterface()["of_a_user"] not in (ours, self.other)
 
-    def test_layers_that_look_up_no_function_are_refused(self, pair, monkeypatch):
+    def test_layers_that_look_up_no_function_are_refused(self, causal_pair, monkeypatch):
         """A model with its own table of functions would ignore the substitute, and so the tree mask."""
-        AttentionInterface.register("of_a_user", self.other)
-        target, draft = pair
-        target.set_attn_implementation({"text_config": "of_a_user"})
+        target, draft = causal_pair
         monkeypatch.setattr(substitution, "_substitutable", lambda function: function)
         monkeypatch.setattr(substitution, "_replaced", {})
         with pytest.raises(msd_hf.MSDUnsupportedError, match=r"'of_a_user'.*takes no tree mask"):
@@ -385,19 +389,74 @@ def test_the_draft_stays_in_evaluation_mode_until_the_last_call_ends(pair):
     assert [module.training for module in draft.modules()] == before
 
 
-def test_threads_have_one_state_for_a_pair(pair):
-    """Whatever moment a thread is interrupted at."""
-    target, draft = pair
-    for _ in range(30):
-        msd_hf.release(target)
-        states, barrier = [], threading.Barrier(4)
+class Model:
+    """A key of the tables of pairs."""
 
-        def ask(states=states, barrier=barrier):
-            barrier.wait()
-            states.append(state_of(target, draft))
 
-        run_together(ask, 4)
-        assert len(set(map(id, states))) == 1
+def test_threads_share_the_tables_of_pairs():
+    """One thread goes through all targets for `release` while others add theirs."""
+    errors = []
+
+    def work():
+        draft = Model()
+        try:
+            for _ in range(300):
+                kept = [Model() for _ in range(5)]
+                assert all(state_of(target, draft) is state_of(target, draft) for target in kept)
+                msd_hf.release(draft)
+        except Exception as error:
+            errors.append(error)
+
+    run_together(work, 4)
+    assert not errors
+
+
+def test_threads_have_one_state_of_a_pair_and_one_companion_of_a_target():
+    target, draft, made, got, states = Model(), Model(), [], [], []
+    barrier = threading.Barrier(3)
+
+    def make(_):
+        time.sleep(0.05)
+        made.append(Model())
+        return made[-1]
+
+    def work():
+        barrier.wait()
+        states.append(state_of(target, draft))
+        got.append(companion_of(target, make))
+
+    run_together(work, 3)
+    assert len(made) == 1 and len(set(map(id, got))) == 1
+    assert len(set(map(id, states))) == 1
+
+
+def test_threads_compile_a_function_once(monkeypatch):
+    compilations = []
+
+    def compile_slowly(function, mode):
+        time.sleep(0.05)
+        compilations.append(function)
+        return function
+
+    monkeypatch.setattr(compiled, "_compile", compile_slowly)
+    functions, barrier = compiled.CompiledFunctions(), threading.Barrier(3)
+
+    def work():
+        barrier.wait()
+        functions.run(add_one, (2,), torch.device("cpu"), torch.ones(2))
+
+    run_together(work, 3)
+    assert len(compilations) == 1
+
+
+def test_garbage_collection_stands_still_until_the_last_recording_ends():
+    first, second = cuda_graphs._garbage_collection.stopped(), cuda_graphs._garbage_collection.stopped()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not gc.isenabled()
+    second.__exit__(None, None, None)
+    assert gc.isenabled()
 
 
 def test_threads_measure_in_their_own_range_of_contexts():

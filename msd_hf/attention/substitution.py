@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from .split import split_sdpa
+from .split import LIVE_SLOTS, split_sdpa
 
 
 @dataclass
@@ -61,8 +61,6 @@ def substituted(substitution: Substitution | None) -> Iterator[None]:
 def allow_substitutes(name: str) -> None:
     """Lets [`substituted`] and the argument `LIVE_SLOTS` replace the attention function of this name. Other calls get
     the function that was registered before."""
-    if _functions.get(name) is _replaced.get(name, name):
-        return
     with _lock:
         function = _functions[name]
         if function is not _replaced.get(name):
@@ -82,7 +80,7 @@ def restore_attention() -> None:
 def _substitutable(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def attend(module: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("msd_live_slots") is not None:
+        if kwargs.get(LIVE_SLOTS) is not None:
             return split_sdpa(module, *args, **kwargs)
         # torch.compile cannot read a context variable, and compiled forwards have no substitute but the one above.
         if not torch.compiler.is_dynamo_compiling():

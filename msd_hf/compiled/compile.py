@@ -68,10 +68,10 @@ class CompiledFunctions:
             mode = "reduce-overhead"  # CUDA graphs
             torch.compiler.cudagraph_mark_step_begin()
         key = (function, shape, BACKEND, mode)
-        compiled = self._functions.get(key)
-        if compiled is None:
-            with self._lock:  # so that threads do not compile the same function twice
-                compiled = self._functions.setdefault(key, _compile(function, mode))
+        with self._lock:  # so that threads do not compile the same function twice
+            if key not in self._functions:
+                self._functions[key] = _compile(function, mode)
+            compiled = self._functions[key]
         with _unnoticed():
             return compiled(*args)
 
@@ -100,11 +100,12 @@ def _unnoticed() -> Iterator[None]:
     """Keeps compilations inside the block from being noticed by other threads. For the time of a compilation torch
     (from 2.13) lets `torch.compiler.is_compiling()` be true in all threads, and models of transformers then keep the
     states of other calls in a global variable."""
+    before = getattr(_sessions, "is_ours", False)
     _sessions.is_ours = True
     try:
         yield
     finally:
-        _sessions.is_ours = False
+        _sessions.is_ours = before
 
 
 def _hide_session(_: Any) -> None:

@@ -105,12 +105,13 @@ def _run_decoder(module: nn.Module, method: Callable[..., Any], args: tuple[Any,
     observation = _awaited.get()
     if observation is None and _running.get() is None:
         return method(*args, **kwargs)
-    if observation is None or not observation.concerns(module, observation.named(args, kwargs)):
+    inputs = {} if observation is None else observation.named(args, kwargs)
+    if observation is None or not observation.concerns(module, inputs):
         with _set(_running, None), substituted(None):  # a call inside of the one that is observed
             return method(*args, **kwargs)
-    observation.inputs = observation.named(args, kwargs)
+    observation.inputs = inputs
     with _set(_awaited, None), _set(_running, observation), substituted(observation.attention):
-        output = method(**{**observation.inputs, **observation.replaced_inputs})
+        output = method(**{**inputs, **observation.replaced_inputs})
     observation.last_hidden_state = output[0]
     return output
 

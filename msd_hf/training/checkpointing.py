@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.utils import logging
 
+from ..draft.folder import PROVENANCE_NAME
 from ..errors import MSDError
 
 
@@ -31,7 +32,7 @@ _CHECKPOINT_FILES = (
     "scaler.pt",
     "scheduler.pt",
     "training_args.bin",
-    "training_provenance.json",
+    PROVENANCE_NAME,
     "latest",
     "global_step*",
     "zero_to_fp32.py",

@@ -267,13 +267,10 @@ class MSDTrainer(ResumableTrainer):
         )
 
     def restore(self, folder: str) -> None:
+        self._restore_best_checkpoint.resumed_from = folder
         provenance = read_provenance(folder)
         self._skipped_before = Counter(provenance.get("data", {}).get("skipped", {}))
         self._metrics |= provenance.get("metrics", {})
-
-    def _train_until_signal(self, resume: str | None, *args: Any, **kwargs: Any) -> Any:
-        self._restore_best_checkpoint.resumed_from = resume
-        return super()._train_until_signal(resume, *args, **kwargs)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

@@ -109,11 +109,12 @@ class AdaptiveTreePolicy(TreePolicy):
 
     def width(self, growth: TreeGrowth) -> int:
         scores, tokens = growth.frontier_scores.tolist(), growth.frontier_tokens.tolist()
+        level_end = time.perf_counter()  # after `tolist`, which waits until a GPU has computed the level
         self._best_scores = self._best_scores or [set() for _ in scores]
         for best, row in zip(self._best_scores, scores, strict=True):
             best.add(row[0])
         with self._sharing_experience():
-            self._end_level()  # after `tolist`, which waits until a GPU has computed the level
+            self._end_level(level_end)
             width = self._choose_width(growth, scores, tokens)
         if width:
             self._level = (width, time.perf_counter())
@@ -170,18 +171,19 @@ class AdaptiveTreePolicy(TreePolicy):
         """Tokens per second of this call; `None` before drafting was measured."""
         return self.experience.rate_with(self._tokens, self._seconds)
 
-    def _end_level(self) -> None:
+    def _end_level(self, now: float) -> None:
         if self._level is not None:
             width, start = self._level
-            self.experience.add_level(width, time.perf_counter() - start)
+            self.experience.add_level(width, now - start)
             self._level = None
 
     def num_nodes(self, growth: TreeGrowth) -> int:
         max_nodes = growth.num_nodes
         scores = growth.best_scores(max_nodes - 1).tolist()
+        level_end = time.perf_counter()
         self._best_scores = self._best_scores or [set() for _ in scores]
         with self._sharing_experience():
-            self._end_level()
+            self._end_level(level_end)
             if self._explored_size is not None:
                 return min(max_nodes, self._explored_size)
             return self._paying_size(max_nodes, scores)
@@ -207,16 +209,17 @@ class AdaptiveTreePolicy(TreePolicy):
         experience, num_nodes = self.experience, tree.tokens.shape[1]
         emitted = sum(len(path) for path in paths) / len(paths)
         round_end = time.perf_counter()
-        all_scores = tree.scores[:, 1:].tolist() if self._drafts and tree.scores is not None else []
+        if self._drafts:
+            self.add_to_call(emitted, round_end - self._round_start)
         with self._sharing_experience():
             experience.add_round(self._drafts, emitted, round_end - self._round_start)
             experience.add_verification(num_nodes, round_end - self._verification_start)
-            for scores, path, best in zip(all_scores, paths, self._best_scores, strict=False):
+            if not self._drafts or tree.scores is None:
+                return
+            for scores, path, best in zip(tree.scores[:, 1:].tolist(), paths, self._best_scores, strict=True):
                 accepted = set(path)
                 for node, score in enumerate(scores, start=1):
                     experience.add_node(score, score in best, node in accepted)
-        if self._drafts:
-            self.add_to_call(emitted, round_end - self._round_start)
 
     def add_to_call(self, tokens: float, seconds: float) -> None:
         """Records the tokens and the time of rounds of this call."""
