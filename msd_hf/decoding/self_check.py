@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +18,10 @@ from transformers.utils import logging
 
 from ..compat import CACHE_NAME
 from ..errors import MSDUnsupportedError
-from ..kv.in_place import KeysAndValues
+from ..kv.in_place import InPlaceLayer, KeysAndValues
 from ..kv.slots import ContextSlots
 from ..kv.transaction import CacheTransaction, make_in_place
+from ..recurrent.layer import RecurrentLayer, copy_states
 from ..target.adapter import TargetAdapter
 from ..target.support import KNOWN_MODEL_TYPES, attention_windows
 from ..tree.candidate import CandidateTree
@@ -136,16 +136,17 @@ class _Trial:
         slots = self.running.slots
         expected = []
         for text in self.texts:
-            slots.begin()
-            expected.append(self._token_by_token(slots.cache, text, self.input_ids, self.model_kwargs)[0])
-            slots.abort()
+            with slots.restored():
+                expected.append(self._token_by_token(slots.cache, text, self.input_ids, self.model_kwargs)[0])
         return self._pairs(slots, self.running.next_position, expected)
 
     def in_made_up_context(self, length: int, window: int | None = None) -> list[Differing]:
         """The tree behind `length` slots with keys and values of the prompt, in any order. Slots outside of `window`
-        get other values, so that a token that sees them has other logits. Token-by-token decoding gets a cache as
-        `generate` makes it."""
+        get other values, so that a token that sees them has other logits. Recurrent states are those of the prompt.
+        Token-by-token decoding gets a cache as `generate` makes it."""
+        layers = self.running.slots.cache.layers
         contents = _made_up(self.running.slots, length, window)
+        states = {number: layer for number, layer in enumerate(layers) if isinstance(layer, RecurrentLayer)}
         ids = self.input_ids[:, :1].expand(-1, length)
         kwargs = dict(self.model_kwargs)
         if kwargs.get("attention_mask") is not None:
@@ -153,14 +154,18 @@ class _Trial:
         expected = []
         for text in self.texts:
             plain = DynamicCache(config=self.adapter.text_config)
-            for layer, (keys, values) in contents.items():
-                plain.update(keys, values, layer)
+            for number, (keys, values) in contents.items():
+                plain.update(keys, values, number)
+            for number, layer in states.items():
+                copy_states(layer, plain.layers[number])
             logits, position = self._token_by_token(plain, text, ids, kwargs)
             expected.append(logits)
-        cache = DynamicCache()
-        for layer, (keys, values) in contents.items():
-            cache.update(keys, values, layer)
-        make_in_place(cache, length + self.tree.tokens.shape[1])
+        cache = DynamicCache(config=self.adapter.text_config)
+        make_in_place(cache, length + self.tree.tokens.shape[1])  # first, or layers with a window would drop slots
+        for number, (keys, values) in contents.items():
+            cache.update(keys, values, number)
+        for number, layer in states.items():
+            copy_states(layer, cache.layers[number])
         slots = CacheTransaction(cache, ContextSlots([length] * len(ids)))
         return self._pairs(slots, position, expected)
 
@@ -169,21 +174,21 @@ class _Trial:
     ) -> list[Differing]:
         """Runs the tree, and the token behind its last branch after the slots of that branch were moved together.
         Pairs the logits with those of token-by-token decoding, `expected`. The cache is left as it was."""
-        verify, context = self.adapter.verify, replace(slots.context)
-        slots.begin()
-        logits = verify(self.tree, slots.cache, slots.context, next_position).logits
-        pairs = [
-            (logits[:, branch], other[:, : len(branch)]) for branch, other in zip(self.branches, expected, strict=True)
-        ]
-        count = min(self.depth, len(self.branches[1]))
-        path = torch.tensor([self.branches[1][:count]], device=logits.device).expand(len(logits), -1)
-        slots.commit([count] * len(logits), path)
-        slots.begin()
-        behind = CandidateTree.bare(self.texts[1][:, count])
-        logits = verify(behind, slots.cache, slots.context, next_position + count).logits
-        pairs.append((logits, expected[1][:, count : count + 1]))
-        slots.context = context
-        slots.abort()
+        verify = self.adapter.verify
+        with slots.restored():
+            slots.begin()
+            logits = verify(self.tree, slots.cache, slots.context, next_position).logits
+            pairs = [
+                (logits[:, branch], other[:, : len(branch)])
+                for branch, other in zip(self.branches, expected, strict=True)
+            ]
+            count = min(self.depth, len(self.branches[1]))
+            path = torch.tensor([self.branches[1][:count]], device=logits.device).expand(len(logits), -1)
+            slots.commit([count] * len(logits), path)
+            slots.begin()
+            behind = CandidateTree.bare(self.texts[1][:, count])
+            logits = verify(behind, slots.cache, slots.context, next_position + count).logits
+            pairs.append((logits, expected[1][:, count : count + 1]))
         return pairs
 
     def _token_by_token(
@@ -211,7 +216,8 @@ def _made_up(slots: CacheTransaction, length: int, window: int | None) -> dict[i
     first = 0 if mask is None else int((~mask).sum(1).max())  # what stands at padding need not be a number
     made = {}
     for number, layer in enumerate(slots.cache.layers):
-        if not layer.get_seq_length():  # the target shares the states of another layer
+        # A layer without slots is recurrent, or reads the states of another layer.
+        if not isinstance(layer, InPlaceLayer) or not layer.get_seq_length():
             continue
         drawn = torch.randint(first, layer.get_seq_length(), (length,), generator=generator).to(layer.keys.device)
         keys, values = layer.keys[:, :, drawn], layer.values[:, :, drawn]

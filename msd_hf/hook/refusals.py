@@ -13,7 +13,7 @@ from ..errors import MSDUnsupportedError, shown
 from ..kv.transaction import can_commit
 from ..target.compiled_parts import compiled_parts
 from ..target.stand_in import own_method
-from ..target.support import KNOWN_MODEL_TYPES, TREE_ATTENTION, takes_any_argument
+from ..target.support import KNOWN_MODEL_TYPES, TREE_ATTENTION, has_recurrent_layers, takes_any_argument
 from ..tree.settings import DRAFT_SETTINGS, TREE_SETTINGS, TreeSettings
 
 
@@ -167,6 +167,8 @@ def check_compilable(target: PreTrainedModel, draft: Draft) -> None:
         reason = '`num_assistant_tokens="auto"` gives each tree another shape: set a number of nodes'
     elif draft.reads.layers:
         reason = "the draft reads `target_layers` inside the target's decoder, which compiled code does not show"
+    elif has_recurrent_layers(target.config.get_text_config(decoder=True)):
+        reason = "the target has recurrent or convolutional layers, whose states have no buffers of fixed shape"
     elif any(hasattr(module, "_hf_hook") for module in (*target.modules(), *draft.modules())):
         reason = "accelerate moves weights or inputs of single modules: load target and draft whole on one device"
     elif compiled_parts(target):

@@ -18,6 +18,7 @@ from ..compiled.compile import is_compiled
 from ..decoding.loop import msd_decoding
 from ..draft.evaluation_mode import evaluating
 from ..draft.interface import draft_kinds, is_draft
+from ..recurrent.kernels import restore_kernels
 from ..target.support import check_pair, check_target, check_tree_fits
 from ..tree.settings import TreeSettings
 from .assistant import find_draft
@@ -48,9 +49,10 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Puts `GenerationMixin`, pipelines, the Auto classes and the attention functions back as they were before
-    `import msd_hf`."""
+    """Puts `GenerationMixin`, pipelines, the Auto classes and what attention and recurrent layers call back as they
+    were before `import msd_hf`."""
     restore_attention()
+    restore_kernels()
     for config_class in draft_kinds():
         CONFIG_MAPPING._extra_content.pop(config_class.model_type, None)
         for mapping in _AUTO_CLASSES.values():

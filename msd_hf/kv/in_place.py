@@ -191,16 +191,23 @@ class InPlaceLayer(DynamicLayer):
 
 
 def in_place(layer: DynamicLayer, max_slots: int) -> InPlaceLayer:
-    """Makes an `InPlaceLayer` with the content of another layer.
+    """Makes an `InPlaceLayer` with the content of another layer."""
+    made = InPlaceLayer(max_slots)
+    take_over_slots(made, layer)
+    return made
+
+
+def take_over_slots(made: InPlaceLayer, layer: DynamicLayer) -> None:
+    """Takes over the keys and values of another layer.
 
     A layer with a sliding window becomes a full one, because a rejected branch of a tree must not push slots out of
     the window. The masks of the verification apply the window instead. Slots that have already left the window are
     filled with zeros, which the masks hide, and the layer cannot be cropped back to where they would be seen.
     """
-    made = InPlaceLayer(max_slots, length_at_least(layer))
+    made.min_length = length_at_least(layer)
     length = layer.get_seq_length()
     if length == 0:
-        return made
+        return
     keys, values = layer.keys, layer.values
     made.lazy_initialization(keys, values)
     missing = length - keys.shape[-2]
@@ -210,7 +217,6 @@ def in_place(layer: DynamicLayer, max_slots: int) -> InPlaceLayer:
             for states in (keys, values)
         )
     made.keys, made.values = keys, values
-    return made
 
 
 def length_at_least(layer: DynamicLayer) -> int:
@@ -222,9 +228,10 @@ def length_at_least(layer: DynamicLayer) -> int:
 
 
 def truncate(cache: Cache, length: int) -> None:
-    """Drops the slots from `length` on in every layer of a cache."""
+    """Drops the slots from `length` on in every layer of a cache that has slots."""
     for layer in cache.layers:
-        layer.truncate(length)
+        if isinstance(layer, InPlaceLayer):
+            layer.truncate(length)
 
 
-__all__ = ["InPlaceLayer", "KeysAndValues", "in_place", "length_at_least", "truncate"]
+__all__ = ["InPlaceLayer", "KeysAndValues", "in_place", "length_at_least", "take_over_slots", "truncate"]

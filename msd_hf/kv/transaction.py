@@ -13,15 +13,22 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
-from .in_place import InPlaceLayer, in_place, truncate
+from ..compat import holds_nothing
+from ..recurrent.layer import RecurrentLayer, copy_states
+from .hybrid import HybridLayer
+from .in_place import InPlaceLayer, in_place, take_over_slots, truncate
 from .slots import ContextSlots
 
 
 def can_commit(layer: Any) -> bool:
     """Whether `make_in_place` can serve a layer of this kind."""
-    return isinstance(layer, DynamicLayer)
+    return (
+        isinstance(layer, DynamicLayer)
+        or type(layer) in (LinearAttentionLayer, RecurrentLayer)
+        or holds_nothing(layer)
+    )
 
 
 def make_in_place(cache: DynamicCache, max_slots: int) -> None:
@@ -31,13 +38,38 @@ def make_in_place(cache: DynamicCache, max_slots: int) -> None:
         cache (`DynamicCache`): the cache, empty or filled.
         max_slots (`int`): most slots of a buffer, unless more are needed at once.
     """
-    cache.layers = [in_place(layer, max_slots) for layer in cache.layers]
+    cache.layers = [_committable(layer, max_slots) for layer in cache.layers]
     # A crop that one layer refuses must be refused by the first one, or the layers would differ in length.
-    min_length = max((layer.min_length for layer in cache.layers), default=0)
-    for layer in cache.layers:
+    slots = [layer for layer in cache.layers if isinstance(layer, InPlaceLayer)]
+    min_length = max((layer.min_length for layer in slots), default=0)
+    for layer in slots:
         layer.min_length = min_length
     # A cache that was made without a config adds its layers on first use, of this class.
     cache.layer_class_to_replicate = InPlaceLayer if cache.layer_class_to_replicate is not None else None
+
+
+def _committable(layer: Any, max_slots: int) -> Any:
+    if holds_nothing(layer):
+        return layer
+    if not isinstance(layer, LinearAttentionLayer):
+        return in_place(layer, max_slots)
+    if not isinstance(layer, DynamicLayer):
+        return _copy(layer)
+    hybrid = HybridLayer(layer.number_of_states, max_slots)
+    take_over_slots(hybrid, layer)
+    copy_states(layer, hybrid)
+    return hybrid
+
+
+def recurrent_layers(cache: Cache) -> list[RecurrentLayer]:
+    """The layers of a cache that have recurrent or convolutional states."""
+    return [layer for layer in cache.layers if isinstance(layer, RecurrentLayer)]
+
+
+def _copy(layer: LinearAttentionLayer) -> RecurrentLayer:
+    made = RecurrentLayer(layer.number_of_states)
+    copy_states(layer, made)
+    return made
 
 
 @dataclass
@@ -67,11 +99,24 @@ class CacheTransaction:
         self._prompt_mask = context.prompt_mask  # mask of all rows of the batch
         self._stored: dict[int, _StoredRow] = {}
         self._is_open = False
+        self._committing: list[int] | None = None  # the lengths before a commit that is not finished
+        self._first_states = [_copy(layer) for layer in recurrent_layers(cache)]
 
     def begin(self) -> None:
         """Announces a forward that appends a block of slots behind the committed ones."""
         assert not self._is_open, "The last block was neither committed nor aborted."
         self._is_open = True
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Returns to the present content of the cache when the block ends, whatever was appended in it."""
+        context, states = replace(self.context), [_copy(layer) for layer in recurrent_layers(self.cache)]
+        try:
+            yield
+        finally:
+            self.context = context
+            self.abort()
+            self._put_states(states)
 
     def commit_prompt(self, prompt_mask: torch.Tensor | None) -> None:
         """
@@ -87,17 +132,23 @@ class CacheTransaction:
 
     def commit(self, counts: Sequence[int], paths: torch.Tensor | None = None) -> None:
         """
-        Keeps accepted slots of the block and drops the others. The context grows last, so that it names only untouched
-        slots if this method is interrupted.
+        Keeps accepted slots of the block, moves recurrent states behind them, and drops the other slots. The context
+        grows last, so that it names only untouched slots if this method is interrupted.
 
         Args:
             counts (`Sequence[int]`): how many slots each row keeps.
             paths (`torch.LongTensor` of shape `[B, A]`, *optional*): which slots of the block each row keeps, in
                 order; entries behind a row's count are ignored. `None`: the first slots of the block.
         """
+        recurrent = recurrent_layers(self.cache)
+        if recurrent:
+            self._committing = self.context.lengths
+            nodes = paths if paths is not None else torch.arange(max(counts)).expand(len(counts), -1)
+            for layer in recurrent:
+                layer.advance(counts, nodes)
         start = self.context.num_slots
         if not self.context.is_ragged and min(counts) == max(counts):
-            for layer in self.cache.layers:
+            for layer in self._slot_layers:
                 if paths is None:
                     layer.truncate(start + counts[0])
                 else:
@@ -105,30 +156,50 @@ class CacheTransaction:
         else:
             self._commit_ragged(start, counts, paths)
         self.context.grow(counts)
+        for layer in recurrent:
+            layer.settle()
+        self._committing = None
         self._is_open = False
 
     def _commit_ragged(self, start: int, counts: Sequence[int], paths: torch.Tensor | None) -> None:
+        layers = self._slot_layers
         if paths is None:
-            paths = torch.arange(max(counts), device=self.cache.layers[0].device).expand(len(counts), -1)
+            paths = torch.arange(max(counts), device=layers[0].device).expand(len(counts), -1)
         steps = torch.arange(paths.shape[1], device=paths.device)
         places = self.context.row_lengths(paths.device).unsqueeze(1) + steps
         length = max(held + count for held, count in zip(self.context.lengths, counts, strict=True))
-        for layer in self.cache.layers:
+        for layer in layers:
             layer.move_slots(start, paths.to(layer.device), places.to(layer.device), length)
+
+    @property
+    def _content_layers(self) -> list[InPlaceLayer | RecurrentLayer]:
+        """The layers that have something of each row."""
+        return [layer for layer in self.cache.layers if isinstance(layer, (InPlaceLayer, RecurrentLayer))]
+
+    @property
+    def _slot_layers(self) -> list[InPlaceLayer]:
+        return [layer for layer in self.cache.layers if isinstance(layer, InPlaceLayer)]
 
     def abort(self) -> None:
         """Drops the block, that is, all slots behind the committed ones."""
         truncate(self.cache, self.context.num_slots)
+        for layer in recurrent_layers(self.cache):
+            layer.drop()
         self._is_open = False
 
     def revert(self) -> None:
         """Drops all slots that came after the transaction was made."""
         self.context, self._prompt_mask = self._first, self._first.prompt_mask
         self.abort()
+        self._put_states(self._first_states)
+
+    def _put_states(self, states: Sequence[RecurrentLayer]) -> None:
+        for layer, earlier in zip(recurrent_layers(self.cache), states, strict=True):
+            copy_states(earlier, layer)
 
     def take_back_last(self) -> None:
         """Drops the last committed slot of each row. Only right after `commit_prompt`, when all rows use the same
-        slots."""
+        slots. Not for recurrent layers, which keep no state before the last token."""
         mask = self.context.prompt_mask
         lengths = [length - 1 for length in self.context.lengths]
         self.context = ContextSlots(lengths, None if mask is None else mask[:, :-1])
@@ -138,15 +209,31 @@ class CacheTransaction:
     def undone_on_error(self) -> Iterator[None]:
         """
         Makes the cache whole again if the block raises an exception: every layer has the same slots, every row of the
-        batch is back, and only slots that every row has committed remain.
+        batch is back, and only slots that every row has committed remain. Recurrent states cannot go back to a length
+        that they have passed: if rows differ in length, the cache returns to where the transaction began.
         """
         try:
             yield
         except BaseException:
-            lengths = [*self.context.lengths, *(row.length for row in self._stored.values())]
-            self.restore_rows()
-            truncate(self.cache, min(lengths))
+            self._undo()
             raise
+
+    def _undo(self) -> None:
+        recurrent = recurrent_layers(self.cache)
+        # A commit that was interrupted counts if the context has grown.
+        is_committed = self._committing is not None and self.context.lengths is not self._committing
+        self._committing = None
+        for layer in recurrent:
+            if is_committed:
+                layer.settle()
+            else:
+                layer.drop()
+        lengths = [*self.context.lengths, *(row.length for row in self._stored.values())]
+        self.restore_rows()
+        if recurrent and (min(lengths) != max(lengths) or lengths == self._first.lengths):
+            self.revert()
+        else:
+            truncate(self.cache, min(lengths))
 
     def keep_rows(self, places: Sequence[int], store_others: bool = False) -> None:
         """
@@ -161,7 +248,7 @@ class CacheTransaction:
                 self._stored[self.rows[place]] = self._store(place)
         self.context = self.context.select(places)
         self.rows = [self.rows[place] for place in places]
-        for layer in self.cache.layers:
+        for layer in self._content_layers:
             layer.select_rows(places, self.context.num_slots)
 
     def restore_rows(self) -> None:
@@ -172,14 +259,14 @@ class CacheTransaction:
             self._stored[row] = self._store(place)
         self.rows = sorted(self._stored)
         stored = [self._stored[row] for row in self.rows]
-        for number, layer in enumerate(self.cache.layers):
+        for number, layer in enumerate(self._content_layers):
             layer.put_rows([row.layers[number] for row in stored])
         self.context = ContextSlots([row.length for row in stored], self._prompt_mask)
         self._stored = {}
 
     def _store(self, place: int) -> _StoredRow:
         length = self.context.lengths[place]
-        return _StoredRow([layer.take_row(place, length) for layer in self.cache.layers], length)
+        return _StoredRow([layer.take_row(place, length) for layer in self._content_layers], length)
 
 
-__all__ = ["CacheTransaction", "can_commit", "make_in_place"]
+__all__ = ["CacheTransaction", "can_commit", "make_in_place", "recurrent_layers"]

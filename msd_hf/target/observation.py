@@ -15,6 +15,8 @@ from transformers import Cache
 from ..attention.substitution import Substitution, substituted
 from ..compat import CACHE_NAME
 from ..draft.interface import TargetReads
+from ..recurrent.kernels import along_tree
+from ..recurrent.nodes import TreeNodes
 from .compiled_parts import CompiledPart, run_part
 from .stand_in import standing_in
 
@@ -31,6 +33,7 @@ class TargetObservation:
             a call inside of this one. `None`: all forwards.
         replaced_inputs (`Mapping[str, Any]`): inputs that take the place of the decoder's inputs of these names.
         attention (`Substitution`, *optional*): another attention function for these forwards.
+        nodes (`TreeNodes`, *optional*): the trees along which recurrent layers run in these forwards.
         run (`Callable`, *optional*): runs the decoder's inputs in place of its `forward`.
         inputs (`dict[str, Any]`): the decoder's inputs, by name.
         last_hidden_state (`torch.Tensor` of shape `[B, T, H]`): after the final norm; `None` before the first forward.
@@ -43,6 +46,7 @@ class TargetObservation:
     cache: Cache | None = None
     replaced_inputs: Mapping[str, Any] = field(default_factory=dict)
     attention: Substitution | None = None
+    nodes: TreeNodes | None = None
     run: Callable[[dict[str, Any]], Any] | None = None
     inputs: dict[str, Any] = field(default_factory=dict)
     last_hidden_state: torch.Tensor | None = None
@@ -107,10 +111,11 @@ def _run_decoder(module: nn.Module, method: Callable[..., Any], args: tuple[Any,
         return method(*args, **kwargs)
     inputs = {} if observation is None else observation.named(args, kwargs)
     if observation is None or not observation.concerns(module, inputs):
-        with _set(_running, None), substituted(None):  # a call inside of the one that is observed
+        with _set(_running, None), substituted(None), along_tree(None):  # a call inside of the one that is observed
             return method(*args, **kwargs)
     observation.inputs = inputs
-    with _set(_awaited, None), _set(_running, observation), substituted(observation.attention):
+    around = substituted(observation.attention), along_tree(observation.nodes)
+    with _set(_awaited, None), _set(_running, observation), around[0], around[1]:
         output = method(**{**inputs, **observation.replaced_inputs})
     observation.last_hidden_state = output[0]
     return output

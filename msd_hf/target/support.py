@@ -6,8 +6,10 @@ import inspect
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import LinearAttentionLayer
 
 from ..draft.modeling_msd import LENGTH_DEPENDENT_ROPE
 from ..errors import MSDPairingError, MSDUnsupportedError
@@ -17,6 +19,9 @@ from .compiled_parts import uncompiled
 
 # Attention implementations that take an additive mask. For a target with another one, trees are verified with sdpa.
 TREE_ATTENTION = ("sdpa", "eager")
+
+# Whether recurrent layers of this transformers keep their states in the cache by number, as ours do.
+KEEPS_STATES = "number_of_states" in inspect.signature(LinearAttentionLayer.__init__).parameters
 
 # Kinds of targets for which tests show that trees are verified correctly. Other kinds are checked at the first call.
 KNOWN_MODEL_TYPES = frozenset(
@@ -45,24 +50,41 @@ KNOWN_MODEL_TYPES = frozenset(
 )
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+# Kinds of layers with recurrent or convolutional states, which attention masks do not concern.
+RECURRENT = ("linear_attention", "conv")
+# Kinds of layers with attention beside a recurrence, and the kind of their attention.
+_HYBRID = {"hybrid": _FULL, "hybrid_sliding": _SLIDING}
+# Kinds of layers without any state.
+_STATELESS = ("moe", "mlp")
+
+
+def _layer_types(text_config: PreTrainedConfig) -> list[str] | None:
+    return getattr(text_config, "layer_types", None)
+
+
+def has_recurrent_layers(text_config: PreTrainedConfig) -> bool:
+    """Whether some layers of a decoder have recurrent or convolutional states."""
+    return not {*RECURRENT, *_HYBRID}.isdisjoint(_layer_types(text_config) or ())
 
 
 def attention_windows(text_config: PreTrainedConfig) -> dict[str, int | None]:
-    """The window of each kind of layer of a decoder, in tokens; `None`: no window."""
+    """The window of each kind of attention of a decoder, in tokens; `None`: no window."""
     window = getattr(text_config, "sliding_window", None)
-    layer_types = getattr(text_config, "layer_types", None)
+    layer_types = _layer_types(text_config)
     if layer_types is None:  # Mistral has a window on every layer and no list of layer types
         layer_types = [_FULL if window is None else _SLIDING]
-    return {kind: window if kind == _SLIDING else None for kind in sorted(set(layer_types))}
+    kinds = {_HYBRID.get(kind, kind) for kind in layer_types} - {*RECURRENT, *_STATELESS}
+    return {kind: window if kind == _SLIDING else None for kind in sorted(kinds)}
 
 
 def layer_windows(text_config: PreTrainedConfig) -> list[int | None]:
-    """The window of each layer of a decoder."""
+    """The window of each layer of a decoder that has attention."""
     windows = attention_windows(text_config)
-    layer_types = getattr(text_config, "layer_types", None)
+    layer_types = _layer_types(text_config)
     if layer_types is None:
         return [next(iter(windows.values()))] * text_config.num_hidden_layers
-    return [windows[kind] for kind in layer_types]
+    kinds = [_HYBRID.get(kind, kind) for kind in layer_types]
+    return [windows[kind] for kind in kinds if kind in windows]
 
 
 def decoder_inputs(decoder: nn.Module) -> list[str]:
@@ -113,11 +135,16 @@ def check_target(target: PreTrainedModel) -> None:
             f"{text_config.hidden_size}: an MSD draft reads both as one size. {advice}"
         )
     others = attention_windows(text_config).keys() - {_FULL, _SLIDING}
-    if others or target._is_stateful:
+    if others or (target._is_stateful and not has_recurrent_layers(text_config)):
         kinds = f"layers of type {', '.join(sorted(others))}" if others else "a recurrent state"
         raise MSDUnsupportedError(
             f"The decoder of {name} has {kinds}, which cannot keep one branch of a candidate tree; full and "
             f"sliding-window attention can. {advice}"
+        )
+    if has_recurrent_layers(text_config) and not KEEPS_STATES:
+        raise MSDUnsupportedError(
+            f"The decoder of {name} has recurrent or convolutional layers, whose states can follow a candidate tree "
+            f"from transformers 5.17 on; this is {transformers.__version__}. {advice}"
         )
 
 
@@ -231,6 +258,7 @@ def check_tree_fits(target_config: PreTrainedConfig, settings: TreeSettings) -> 
 
 __all__ = [
     "KNOWN_MODEL_TYPES",
+    "RECURRENT",
     "TREE_ATTENTION",
     "attention_windows",
     "check_pair",
@@ -238,6 +266,7 @@ __all__ = [
     "check_target",
     "check_tree_fits",
     "decoder_inputs",
+    "has_recurrent_layers",
     "layer_windows",
     "takes_any_argument",
 ]

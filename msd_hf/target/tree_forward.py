@@ -20,11 +20,14 @@ from ..errors import MSDUnsupportedError
 from ..kv.fixed import close_slots, reserve, whole_buffers
 from ..kv.in_place import KeysAndValues
 from ..kv.slots import ContextSlots
+from ..kv.transaction import recurrent_layers
 from ..observer import phase
+from ..recurrent.kernels import allow_trees
+from ..recurrent.nodes import TreeNodes
 from ..tree.candidate import CandidateTree
 from .compiled_parts import uncompiled
 from .observation import TargetObservation
-from .support import TREE_ATTENTION, attention_windows, takes_any_argument
+from .support import RECURRENT, TREE_ATTENTION, attention_windows, has_recurrent_layers, takes_any_argument
 
 
 logger = logging.get_logger(__name__)
@@ -67,7 +70,9 @@ class TreeForward:
         self.dtype = target.dtype
         self._observe = observe
         self._compiled = compiled
-        self._windows = attention_windows(target.config.get_text_config(decoder=True))
+        text_config = target.config.get_text_config(decoder=True)
+        self._windows = attention_windows(text_config)
+        self._is_recurrent = has_recurrent_layers(text_config)
         self._hands_on_arguments = takes_any_argument(self.decoder)
 
     def __call__(
@@ -160,7 +165,7 @@ class TreeForward:
         output_flags: dict[str, bool],
         run: Callable[[dict[str, Any]], Any] | None = None,
     ) -> TargetVerification:
-        attention = self._substitute()
+        attention, nodes = self._substitute(), self._tree_nodes(tree, cache)
         if run is not None and masks is not None and self._tree_attention == "sdpa" and self._hands_on_arguments:
             allow_substitutes(self.decoder.config._attn_implementation)
             # Layers without a window see more slots than layers with one.
@@ -169,8 +174,10 @@ class TreeForward:
         mask: Any = masks
         if masks is not None and len(masks) == 1:
             (mask,) = masks.values()
+        elif masks is not None and self._is_recurrent:
+            mask = {**masks, **dict.fromkeys(RECURRENT)}  # padding is in the states already
         replaced = {"attention_mask": mask, "position_ids": position_ids, **replaced}
-        observation = self._observe(cache=cache, replaced_inputs=replaced, attention=attention, run=run)
+        observation = self._observe(cache=cache, replaced_inputs=replaced, attention=attention, nodes=nodes, run=run)
         with observation as seen, phase("target forward"):
             outputs = self.target(
                 input_ids=tree.tokens,
@@ -188,7 +195,28 @@ class TreeForward:
                 f"{self.decoder.config._attn_implementation!r} where transformers registers it, and it takes no tree "
                 'mask: load the target with `attn_implementation="sdpa"`.'
             )
+        if nodes is not None and not all(layer.has_kept_nodes() for layer in recurrent_layers(cache)):
+            raise MSDUnsupportedError(
+                f"The recurrent layers of `{type(self.target).__name__}` do not run with functions that can follow a "
+                "candidate tree. Call `generate` without `assistant_model`."
+            )
         return TargetVerification(outputs.logits, seen.hidden_states, outputs)
+
+    def _tree_nodes(self, tree: CandidateTree, cache: Cache) -> TreeNodes | None:
+        """Prepares recurrent layers for a forward over the trees. Returns the nodes along which their kernels run;
+        `None` for a root alone, which is a step of plain decoding, and for targets without such layers."""
+        if not self._is_recurrent:
+            return None
+        layers = recurrent_layers(cache)
+        if tree.tokens.shape[1] == 1:
+            for layer in layers:
+                layer.hold()
+            return None
+        allow_trees(self.decoder)
+        nodes = TreeNodes(tree.parents, tree.ancestors)
+        for layer in layers:
+            layer.expect(nodes)
+        return nodes
 
     def _masks(self, tree: CandidateTree, context: ContextSlots) -> dict[str, torch.Tensor] | None:
         """Masks by kind of layer; `None` for single nodes that see the whole context."""

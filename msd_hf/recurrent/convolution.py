@@ -1,0 +1,54 @@
+"""Short causal convolutions over candidate trees: each node's window holds its ancestors."""
+
+from __future__ import annotations
+
+import torch
+
+
+def tree_convolution(
+    columns: torch.Tensor, windows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    A depthwise convolution at each node. It sums in float32 at least and rounds once, as a convolution does.
+
+    Args:
+        columns (`torch.Tensor` of shape `[B, C, S + N]`): S columns before the root, then the N nodes.
+        windows (`torch.LongTensor` of shape `[B, N, K]`): the columns that each node reads, see
+            [`TreeNodes.windows`].
+        weight (`torch.Tensor` of shape `[C, K]`), bias (`torch.Tensor` of shape `[C]`, *optional*).
+
+    Returns:
+        `torch.Tensor` of shape `[B, C, N]`, in the dtype of `weight`.
+    """
+    batch_size, num_channels, _ = columns.shape
+    num_nodes, width = windows.shape[1:]
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    index = windows.reshape(batch_size, 1, num_nodes * width).expand(-1, num_channels, -1)
+    read = columns.to(weight.dtype).gather(2, index).view(batch_size, num_channels, num_nodes, width)
+    summed = (read.to(precise) * weight.to(precise).unsqueeze(1)).sum(-1)
+    if bias is not None:
+        summed = summed + bias.to(precise).unsqueeze(1)
+    return summed.to(weight.dtype)
+
+
+def columns_after(
+    columns: torch.Tensor, nodes: torch.Tensor, paths: torch.Tensor, counts: torch.Tensor
+) -> torch.Tensor:
+    """
+    The cached columns behind the accepted nodes of each row.
+
+    Args:
+        columns (`torch.Tensor` of shape `[B, C, S]`): the columns before the root.
+        nodes (`torch.Tensor` of shape `[B, C, N]`): the columns of the nodes.
+        paths, counts: the accepted nodes, see [`KeptNodes.state_after`].
+
+    Returns:
+        `torch.Tensor` of shape `[B, C, S]`: the last S columns.
+    """
+    accepted = nodes.gather(2, paths.unsqueeze(1).expand(-1, nodes.shape[1], -1))
+    behind = torch.cat([columns, accepted.to(columns.dtype)], dim=2)
+    index = counts.unsqueeze(1) + torch.arange(columns.shape[2], device=columns.device)
+    return behind.gather(2, index.unsqueeze(1).expand(-1, columns.shape[1], -1))
+
+
+__all__ = ["columns_after", "tree_convolution"]
