@@ -121,6 +121,8 @@ class Family:
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = PAD_TOKEN_ID
         model.set_attn_implementation(attention or self.attentions[0])
+        if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")  # grouped matrix products know no float64
         return model.to(dtype).eval()
 
     def prompt(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from families import FAMILIES, SPECIAL_TOKEN_IDS, Family
+from recurrent_families import RECURRENT_FAMILIES
 from torch.nn.functional import smooth_l1_loss
 from transformers import PreTrainedModel
 
@@ -26,7 +27,7 @@ class FamilyPair:
 @functools.cache
 def family_pair(name: str, seed: int = 0) -> FamilyPair:
     """A target of a family and its draft, built once a session. A test that changes them must restore them."""
-    family = FAMILIES[name]
+    family = {**FAMILIES, **RECURRENT_FAMILIES}[name]
     target = family.build(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
