@@ -93,12 +93,87 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         projection_dim=HIDDEN_SIZE,
     ),
 }
-TEXT_ONLY = ("Llama", "Mistral", "Gemma2")
-_TYPES = {"Qwen2_5_VL": "mm_token_type_ids", "Gemma3": "token_type_ids", "PaliGemma": "token_type_ids"}
+_LINEAR, _FULL = "linear_attention", "full_attention"
+
+
+def _qwen3_5() -> PreTrainedConfig:
+    text = _text(
+        "Qwen3_5TextConfig",
+        num_hidden_layers=4,
+        layer_types=[_LINEAR, _LINEAR, _LINEAR, _FULL],
+        head_dim=8,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [2, 1, 1],
+            "partial_rotary_factor": 1.0,
+        },
+    )
+    vision = type(transformers.Qwen3_5Config().vision_config)(
+        depth=2,
+        num_heads=2,
+        patch_size=4,
+        hidden_size=16,
+        out_hidden_size=HIDDEN_SIZE,
+        intermediate_size=16,
+        num_position_embeddings=16,
+    )
+    tokens = {"video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
+    return _pair("Qwen3_5Config", text, vision, **tokens)
+
+
+def _lfm2_vl() -> PreTrainedConfig:
+    text = _text(
+        "Lfm2Config", num_hidden_layers=4, layer_types=["conv", "conv", _FULL, "conv"], block_auto_adjust_ff_dim=False
+    )
+    vision = transformers.Siglip2VisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_patches=16, patch_size=4
+    )
+    return _pair("Lfm2VlConfig", text, vision, projector_hidden_size=16)
+
+
+RECURRENT_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "Qwen3_5": _qwen3_5,
+    "Lfm2Vl": _lfm2_vl,
+    "NemotronH": lambda: _text(
+        "NemotronHConfig",
+        layers_block_type=[_LINEAR, "mlp", _FULL, "moe", _LINEAR],
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        ssm_state_size=8,
+        n_groups=2,
+        head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        moe_shared_expert_intermediate_size=16,
+    ),
+    "FalconH1": lambda: _text(
+        "FalconH1Config",
+        mamba_d_ssm=64,
+        head_dim=8,
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        mamba_d_state=8,
+        mamba_n_groups=2,
+    ),
+}
+TEXT_ONLY = ("Llama", "Mistral", "Gemma2", "NemotronH", "FalconH1")
+_TYPES = {
+    "Qwen2_5_VL": "mm_token_type_ids",
+    "Qwen3_5": "mm_token_type_ids",
+    "Gemma3": "token_type_ids",
+    "PaliGemma": "token_type_ids",
+}
 # Image tokens of one picture in a prompt, and tokens around them.
 _PICTURES = {
     "Llava": [IMAGE] * 4,
     "PaliGemma": [IMAGE] * 4,
+    "Lfm2Vl": [IMAGE] * 4,
     "SmolVLM": [START, *[IMAGE] * 4, END],
 }
 
@@ -110,10 +185,10 @@ def attentions(family: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def target(family: str, seed: int) -> PreTrainedModel:
+def target(family: str, seed: int, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """A target, built once."""
     torch.manual_seed(seed)
-    config = CONFIGS[family]()
+    config = {**CONFIGS, **RECURRENT_CONFIGS}[family]()
     kind = "ForCausalLM" if family in TEXT_ONLY else "ForConditionalGeneration"
     model = getattr(transformers, family + kind)(config)
     embedding, head = model.get_input_embeddings().weight.data, model.get_output_embeddings().weight.data
@@ -126,23 +201,26 @@ def target(family: str, seed: int) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         if "layers" in name and ("o_proj" in name or "down_proj" in name):
             parameter.data *= 1.4  # or layers hardly matter
+        if "layers" in name and "out_proj" in name and family in RECURRENT_CONFIGS:
+            parameter.data *= 1.4
         # Or images do not.
         if parameter.ndim > 1 and any(part in name for part in ("patch_embed", "projector", "connector", "merger")):
             torch.nn.init.normal_(parameter, std=1.5 * parameter[0].numel() ** -0.5)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
-    model = model.double().eval()
+    model = model.to(dtype).eval()
     # transformers hooks into the modules of a model at its first forward.
     inputs = prompt(family, [(4, int(family not in TEXT_ONLY))], torch.Generator().manual_seed(0))
+    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
     model.set_attn_implementation("eager")
     model(**inputs, output_hidden_states=True, output_attentions=True)
     return model
 
 
 @functools.cache
-def draft(family: str, seed: int, kind: str) -> MSDDraftModel:
+def draft(family: str, seed: int, kind: str, dtype: torch.dtype = torch.float64) -> MSDDraftModel:
     """A draft of one of the `DRAFTS`, built once."""
-    owner = target(family, seed)
+    owner = target(family, seed, dtype)
     torch.manual_seed(seed)
     made = MSDDraftModel.from_target(owner, **DRAFTS[kind])
     size = made.config.hidden_size
@@ -157,7 +235,7 @@ def draft(family: str, seed: int, kind: str) -> MSDDraftModel:
                 weight *= 0.5
     if kind == "vocabulary":
         made.set_draft_vocab([token for token in TEXT if token % 6])
-    return made.to(torch.float32 if kind == "single" else torch.float64).eval()
+    return made.to(torch.float32 if kind == "single" else dtype).eval()
 
 
 def prompt(family: str, rows: list[tuple[int, int]], generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -196,9 +274,17 @@ def _tokens(family: str, num_text: int, num_pictures: int, generator: torch.Gene
 
 def _pixels(family: str, num_pictures: list[int], generator: torch.Generator) -> dict[str, torch.Tensor]:
     count = sum(num_pictures)
-    if family == "Qwen2_5_VL":  # 4 x 4 patches, of which 2 x 2 become a token
+    if family in ("Qwen2_5_VL", "Qwen3_5"):  # 4 x 4 patches, of which 2 x 2 become a token
         pixels = torch.randn(16 * count, 3 * 2 * 4 * 4, generator=generator, dtype=torch.float64)
         return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]] * count)}
+    if family == "Lfm2Vl":
+        pixels = torch.randn(count, 16, 3 * 4 * 4, generator=generator, dtype=torch.float64)
+        mask = torch.ones(count, 16, dtype=torch.long)
+        return {
+            "pixel_values": pixels,
+            "pixel_attention_mask": mask,
+            "spatial_shapes": torch.tensor([[4, 4]] * count),
+        }
     pixels = torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator, dtype=torch.float64)
     if family != "SmolVLM":
         return {"pixel_values": pixels}
