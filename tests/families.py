@@ -121,8 +121,8 @@ class Family:
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = PAD_TOKEN_ID
         model.set_attn_implementation(attention or self.attentions[0])
-        if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
-            model.set_experts_implementation("eager")  # grouped matrix products know no float64
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")  # the others compute in float32 at most
         return model.to(dtype).eval()
 
     def prompt(
@@ -261,6 +261,29 @@ def _gemma3(**fields: Any) -> PreTrainedConfig:
             "query_pre_attn_scalar": 16,
             "sliding_window": WINDOW,
             "layer_types": list(_ALTERNATING),
+            **fields,
+        },
+    )
+
+
+CHUNK = 6  # of attention in chunks; a tree reaches over the end of one
+
+
+def _llama4(**fields: Any) -> PreTrainedConfig:
+    """Layers in chunks and one without rotary embeddings, whose scale changes every few tokens."""
+    return _decoder(
+        "Llama4TextConfig",
+        **{
+            "head_dim": 8,
+            "num_hidden_layers": 4,
+            "num_local_experts": 3,
+            "intermediate_size_mlp": 64,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": CHUNK,
+            "no_rope_layers": [1, 0, 1, 1],
+            "layer_types": [*["chunked_attention", "full_attention"] * 2],
+            "floor_scale": 5,
+            "attn_scale": 1.0,
             **fields,
         },
     )
@@ -484,6 +507,7 @@ _REGISTRY = [
     Family("qwen2", "Qwen2ForCausalLM", _qwen2),
     Family("qwen3", "Qwen3ForCausalLM", _qwen3),
     Family("mistral", "MistralForCausalLM", _mistral),
+    Family("llama4_text", "Llama4ForCausalLM", _llama4),
     Family("gemma2", "Gemma2ForCausalLM", _gemma2, embedding_std=_SCALED_EMBEDDING_STD, attentions=("eager",)),
     Family("gemma3_text", "Gemma3ForCausalLM", _gemma3, embedding_std=_SCALED_EMBEDDING_STD),
     Family(

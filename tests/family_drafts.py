@@ -13,6 +13,7 @@ from torch.nn.functional import smooth_l1_loss
 from transformers import PreTrainedModel
 
 from msd_hf import MSDDraftModel
+from msd_hf.decoders import decoder_of
 
 
 @dataclass
@@ -86,7 +87,7 @@ def _rollout(
         embeds.append(embedding(kwargs["input_ids"]) if inputs_embeds is None else inputs_embeds)
         states.append(output[0])
 
-    handle = target.get_decoder().register_forward_hook(record, with_kwargs=True)
+    handle = decoder_of(target).register_forward_hook(record, with_kwargs=True)
     ids = target.generate(
         **family.collate(prompts, dtype=target.dtype),
         max_new_tokens=num_tokens,

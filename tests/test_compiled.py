@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
 from msd_hf import MSDDraftModel, MSDUnsupportedError
-from msd_hf.attention.masks import buffer_attention_mask, tree_attention_mask
+from msd_hf.attention.masks import Reach, buffer_attention_mask, tree_attention_mask
 from msd_hf.compat import CACHE_NAME
 from msd_hf.compiled import compile as compiled
 from msd_hf.decoding.pair import state_of
@@ -422,19 +422,21 @@ def test_slots_are_kept_within_the_buffers(monkeypatch):
             assert torch.equal(layer.keys, expected) and torch.equal(layer.values, expected)
 
 
-@pytest.mark.parametrize("window", [None, 2, 4, 9, 30])
+@pytest.mark.parametrize(
+    "reach", [Reach(), *[Reach(window=most) for most in (2, 4, 9, 30)], *[Reach(chunk=most) for most in (2, 3, 4, 9)]]
+)
 @pytest.mark.parametrize("lengths", [[12], [12, 12], [9, 12]])
 @pytest.mark.parametrize("is_padded", [False, True])
-def test_buffer_masks_equal_tree_masks_and_hide_empty_slots(window, lengths, is_padded):
+def test_buffer_masks_equal_tree_masks_and_hide_empty_slots(reach, lengths, is_padded):
     parents = torch.tensor([[0, 0, 0, 1, 3, 4, 5]]).expand(len(lengths), -1)
     tree = CandidateTree.from_parents(parents, parents, max_depth=5)
     prompt_mask = torch.ones(len(lengths), 6, dtype=torch.bool)
     prompt_mask[0, :2] = False
     context = ContextSlots(lengths, prompt_mask if is_padded else None)
     dtype = torch.float32
-    expected = tree_attention_mask(tree.ancestors, context, dtype, window, tree.depths)
+    expected = tree_attention_mask(tree.ancestors, context, dtype, reach, tree.depths)
     first_slot = torch.tensor([context.num_slots])
-    mask = buffer_attention_mask(tree.ancestors, tree.depths, first_slot, context, 32, dtype, window)
+    mask = buffer_attention_mask(tree.ancestors, tree.depths, first_slot, context, 32, dtype, reach)
     assert torch.equal(mask[..., : expected.shape[3]], expected)
     assert (mask[..., expected.shape[3] :] == torch.finfo(dtype).min).all()
 

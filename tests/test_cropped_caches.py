@@ -17,7 +17,8 @@ from msd_hf.compat import CACHE_NAME
 from msd_hf.compiled import compile as compiled
 
 
-KINDS = ("mistral", "gemma3_text", "gemma3_text, full layer first")  # a window on every layer, and on some
+# A window on every layer, and on some; chunks on some.
+KINDS = ("mistral", "gemma3_text", "gemma3_text, full layer first", "llama4_text")
 LENGTH = 2 * WINDOW + 4
 
 
@@ -28,10 +29,13 @@ def pair(kind: str) -> tuple[Any, MSDDraftModel]:
     if "full layer first" in kind:
         config.layer_types = sorted(config.layer_types)
         assert config.layer_types[0] == "full_attention"
+    if kind == "llama4_text":
+        config.attention_chunk_size = WINDOW
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         target = AutoModelForCausalLM.from_config(config).double().eval()
         torch.nn.init.normal_(target.get_input_embeddings().weight, std=family.embedding_std or 1.0)
+    target.set_experts_implementation("eager")
     target.generation_config.eos_token_id, target.generation_config.pad_token_id = None, 0
     draft = MSDDraftModel.from_target(target).eval()
     draft.generation_config.num_assistant_tokens = 12

@@ -16,7 +16,7 @@ from test_odd_calls import Interrupt
 from transformers import DynamicCache, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from msd_hf.attention.masks import buffer_attention_mask, tree_attention_mask
+from msd_hf.attention.masks import Reach, buffer_attention_mask, tree_attention_mask
 from msd_hf.compat import CACHE_NAME
 from msd_hf.compiled import compile as compiled
 from msd_hf.decoding import pair as pair_states
@@ -117,10 +117,10 @@ def test_a_window_ends_within_a_tree_too(window, lengths, num_padded):
             for row, length in enumerate(lengths)
         ]
     )
-    mask = tree_attention_mask(tree.ancestors, context, torch.float32, window, tree.depths)
+    mask = tree_attention_mask(tree.ancestors, context, torch.float32, Reach(window), tree.depths)
     assert torch.equal(mask[:, 0] == 0, expected)
     mask = buffer_attention_mask(
-        tree.ancestors, tree.depths, torch.tensor([num_slots]), context, 20, torch.float32, window
+        tree.ancestors, tree.depths, torch.tensor([num_slots]), context, 20, torch.float32, Reach(window)
     )
     assert torch.equal(mask[:, 0, :, : num_slots + 8] == 0, expected) and not (mask[..., num_slots + 8 :] == 0).any()
 

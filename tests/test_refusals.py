@@ -202,7 +202,7 @@ CASES = {
     "an encoder-decoder target": encoder_decoder,
     "a target without decoder or head": without_head,
     "cross-attention layers (Llama 3.2 Vision)": cross_attention,
-    "layers that are neither full nor sliding attention": linear_attention,
+    "recurrent or convolutional layers": linear_attention,
     "a recurrent target": recurrent,
     "a target with a prompt-learning adapter": with_virtual_tokens,
     "an adapter for each row, or from some position on (`adapter_names`, aLoRA)": with_an_adapter_for_each_row,

@@ -6,9 +6,48 @@ other dtypes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from ..kv.slots import ContextSlots
+
+
+@dataclass(frozen=True)
+class Reach:
+    """
+    How far back the tokens of a kind of layer see. With neither argument they see everything before them.
+
+    Args:
+        window (`int`, *optional*): a token sees itself and the `window - 1` tokens before it.
+        chunk (`int`, *optional*): the text is cut into chunks of this many tokens, counted from the first token that
+            is not padding; a token sees itself and the tokens before it in its chunk.
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+
+    @property
+    def most(self) -> int | None:
+        """The most tokens that a token sees, itself included; `None`: no limit."""
+        return self.window if self.chunk is None else self.chunk
+
+    def first_seen(self, places: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        """
+        The first place that each token sees.
+
+        Args:
+            places (`torch.LongTensor` of shape `[B, T]`): places of the tokens in their text, padding counted.
+            padding (`torch.LongTensor` of shape `[B]`, *optional*): number of padding tokens before each text.
+        """
+        if self.chunk is None:
+            assert self.window is not None
+            return places - self.window + 1
+        start = 0 if padding is None else padding.unsqueeze(1)
+        return start + (places - start).div(self.chunk, rounding_mode="floor") * self.chunk
+
+
+EVERYTHING = Reach()
 
 
 def additive_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -26,7 +65,7 @@ def tree_attention_mask(
     visible: torch.Tensor,
     context: ContextSlots,
     dtype: torch.dtype,
-    window: int | None = None,
+    reach: Reach = EVERYTHING,
     depths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
@@ -36,10 +75,9 @@ def tree_attention_mask(
         visible (`torch.BoolTensor` of shape `[B, T, E]`): which of E nodes behind the context each of T queries sees.
         context (`ContextSlots`): the context, S slots before the nodes.
         dtype (`torch.dtype`): dtype of the model.
-        window (`int`, *optional*): for a layer with a sliding window: a token sees itself and the `window - 1` tokens
-            before it.
+        reach (`Reach`): how far back a token sees.
         depths (`torch.LongTensor` of shape `[B, E]`, *optional*): position of each node behind the context, 0 for the
-            root. Needed with a window, and T = E then.
+            root. Needed if the reach is limited, and T = E then.
 
     Returns:
         `torch.Tensor` of shape `[B, 1, T, S + E]`.
@@ -48,10 +86,11 @@ def tree_attention_mask(
     num_slots, device = context.num_slots, visible.device
     mask = torch.zeros(batch_size, 1, num_queries, num_slots + num_nodes, dtype=dtype, device=device)
     lowest = torch.finfo(dtype).min
-    if window is not None:
+    if reach.most is not None:
         assert depths is not None
-        visible = _within_window(visible, depths, window)
-        first = context.row_lengths(device).unsqueeze(1) + depths - window + 1  # [B, T]: first slot in the window
+        places = context.row_lengths(device).unsqueeze(1) + depths  # [B, T]
+        first = reach.first_seen(places, context.padding(device))
+        visible = visible & (places.unsqueeze(1) >= first.unsqueeze(2))
         outside = torch.arange(num_slots, device=device) < first.unsqueeze(2)  # [B, T, S]
         mask[..., :num_slots].masked_fill_(outside.unsqueeze(1), lowest)
     mask[..., num_slots:].masked_fill_(~visible.unsqueeze(1), lowest)
@@ -68,7 +107,7 @@ def buffer_attention_mask(
     context: ContextSlots,
     num_slots: int,
     dtype: torch.dtype,
-    window: int | None = None,
+    reach: Reach = EVERYTHING,
 ) -> torch.Tensor:
     """
     Builds the mask with which tree nodes attend to whole cache buffers. The slots of the nodes may be known to the
@@ -81,7 +120,7 @@ def buffer_attention_mask(
         context (`ContextSlots`): gives the padding, and the length of each row if rows differ in length. If not, the
             context ends at `first_slot`.
         num_slots (`int`): slots of the buffers, S.
-        dtype, window: as in [`tree_attention_mask`].
+        dtype, reach: as in [`tree_attention_mask`].
 
     Returns:
         `torch.Tensor` of shape `[B, 1, N, S]`.
@@ -94,18 +133,15 @@ def buffer_attention_mask(
     prompt_mask = context.padded_prompt_mask(num_slots, device)
     if prompt_mask is not None:
         seen = seen & prompt_mask.unsqueeze(1)
-    if window is not None:
-        visible = _within_window(visible, depths, window)
-        seen = seen & (slots >= (ends + depths - window + 1).unsqueeze(2))
+    if reach.most is not None:
+        places = ends + depths
+        first = reach.first_seen(places, context.padding(device))
+        visible = visible & (places.unsqueeze(1) >= first.unsqueeze(2))
+        seen = seen & (slots >= first.unsqueeze(2))
     nodes = slots - first_slot  # the node in each slot
     is_node = (nodes >= 0) & (nodes < num_nodes)
     seen = torch.where(is_node, visible.index_select(2, nodes.clamp(0, num_nodes - 1)), seen)
     return additive_mask(seen, dtype).unsqueeze(1)
 
 
-def _within_window(visible: torch.Tensor, depths: torch.Tensor, window: int) -> torch.Tensor:
-    """Which nodes are visible and less than `window` levels above the query, `[B, N, N]`."""
-    return visible & (depths.unsqueeze(2) - depths.unsqueeze(1) < window)
-
-
-__all__ = ["additive_mask", "buffer_attention_mask", "chain_visibility", "tree_attention_mask"]
+__all__ = ["EVERYTHING", "Reach", "additive_mask", "buffer_attention_mask", "chain_visibility", "tree_attention_mask"]

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..decoders import decoder_of
 from ..loading import MOST_WORKERS, load_processor, load_target_and_processor, outline_target
 from .options import (
     BatchSize,
@@ -61,7 +62,7 @@ def extract(
     check_writable(output)
     conversations = load_conversations(data, image_folder)
     outline = outline_target(target, dtype)
-    layers = arguments.layers_of(len(outline.get_decoder().layers))
+    layers = arguments.layers_of(len(decoder_of(outline).layers))
     shape: dict[str, Any] = {"feature_layers": layers, "all_hidden_states": all_hidden_states}
     shape |= {"max_length": max_length, "storage": storage}
     estimate = estimate_disk(outline, load_processor(target), conversations, **shape)

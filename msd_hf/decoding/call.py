@@ -21,7 +21,7 @@ from ..kv.slots import ContextSlots
 from ..kv.transaction import CacheTransaction, make_in_place
 from ..observer import Observer, current_observer
 from ..target.adapter import TargetAdapter
-from ..target.support import check_positions, layer_windows
+from ..target.support import check_positions, layer_reaches
 from ..tree.policy import TreePolicy
 from ..tree.settings import TreeSettings
 from ..tree.suffix import SuffixBranches
@@ -132,7 +132,7 @@ def prepare_call(
         settings=settings,
         selector=selector,
         slots=CacheTransaction(cache, ContextSlots([cache.get_seq_length()] * batch_size)),
-        outputs=DecoderOutputs(batch_size, layer_windows(adapter.text_config), flags),
+        outputs=DecoderOutputs(batch_size, [reach.most for reach in layer_reaches(adapter.text_config)], flags),
         memory=memory,
         pair=pair,
         observer=current_observer(),

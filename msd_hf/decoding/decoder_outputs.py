@@ -14,13 +14,13 @@ class DecoderOutputs:
 
     Args:
         batch_size (`int`): number of sequences.
-        windows (`Sequence[int | None]`): window of each decoder layer, in slots; `None`: no window. The attentions of
-            a step are cut to the window.
+        most_slots (`Sequence[int | None]`): the most slots that a token sees in each decoder layer; `None`: no limit.
+            The attentions of a step are cut to them, as a cache without a draft keeps no more.
         output_flags (`dict[str, bool]`): `output_hidden_states` and `output_attentions`, whether to collect each.
     """
 
-    def __init__(self, batch_size: int, windows: Sequence[int | None], output_flags: dict[str, bool]):
-        self.windows = windows
+    def __init__(self, batch_size: int, most_slots: Sequence[int | None], output_flags: dict[str, bool]):
+        self.most_slots = most_slots
         self._prefill: ModelOutput | None = None
         # Indexed by sequence, step and layer.
         self._hidden_states: list[list[list[torch.Tensor]]] | None = None
@@ -59,8 +59,8 @@ class DecoderOutputs:
             if self._attentions is not None:
                 for end in range(1, len(path) + 1):
                     layers = [
-                        self._of_step(attention, place, path[:end], length, window)
-                        for attention, window in zip(outputs.attentions, self.windows, strict=True)
+                        self._of_step(attention, place, path[:end], length, most)
+                        for attention, most in zip(outputs.attentions, self.most_slots, strict=True)
                     ]
                     self._attentions[row].append(layers)
 
@@ -77,13 +77,13 @@ class DecoderOutputs:
         return _by_step(first, self._attentions)
 
     def _of_step(
-        self, attention: torch.Tensor, place: int, path: Sequence[int], length: int, window: int | None
+        self, attention: torch.Tensor, place: int, path: Sequence[int], length: int, most: int | None
     ) -> torch.Tensor:
         """The attention of the last node of a path to the context and the path, `[1, heads, 1, slots]`."""
         num_slots = attention.shape[-1] - attention.shape[-2]
         columns = [*range(length), *(num_slots + node for node in path)]
-        if window is not None:
-            columns = columns[-window:]
+        if most is not None:
+            columns = columns[-most:]
         return attention[place : place + 1, :, path[-1] : path[-1] + 1, columns]
 
 

@@ -23,7 +23,7 @@ from ..kv.slots import ContextSlots
 from ..kv.transaction import CacheTransaction, make_in_place
 from ..recurrent.layer import RecurrentLayer, copy_states
 from ..target.adapter import TargetAdapter
-from ..target.support import KNOWN_MODEL_TYPES, attention_windows
+from ..target.support import KNOWN_MODEL_TYPES, attention_reaches
 from ..tree.candidate import CandidateTree
 from .pair import PairState
 from .running_rows import RunningRows
@@ -85,7 +85,8 @@ def check_tree_verification(
                 f"{adapter.target.config.model_type!r} is not among the kinds of targets that msd_hf is tested with; "
                 "a check of this model at its first call found no difference."
             )
-    windows = [window for window in attention_windows(adapter.text_config).values() if window is not None]
+    reaches = [reach.most for reach in attention_reaches(adapter.text_config).values()]
+    windows = [most for most in reaches if most is not None]
     if not windows or pair.is_window_checked:
         return
     longest = max(windows) + max(max(windows) // 4, NUM_SIBLINGS)

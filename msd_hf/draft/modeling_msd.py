@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from ..compat import CACHE_NAME
+from ..decoders import decoder_of
 from ..errors import MSDError, MSDPairingError, MSDUnsupportedError
 from ..tree.settings import DEFAULT_NUM_ASSISTANT_TOKENS, DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K
 from .configuration_msd import MSDDraftConfig
@@ -211,7 +212,7 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
 
     @torch.no_grad()
     def _copy_last_layer(self, target: PreTrainedModel) -> None:
-        layer: Any = target.get_decoder().layers[-1]
+        layer: Any = decoder_of(target).layers[-1]
         source, own = layer.state_dict(), self.layers[0].state_dict()
         unfit = [name for name in own if name not in source or source[name].shape != own[name].shape]
         if unfit:

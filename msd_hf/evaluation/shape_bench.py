@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..decoders import decoder_of
 from ..draft.modeling_msd import MSDDraftModel
 from ..tree.settings import TreeSettings
 from .clock import synchronize
@@ -139,7 +140,7 @@ def _summarize(way: str, simulated: Sequence[SimulatedRounds], steps: Sequence[f
 
 def bytes_read_per_step(target: PreTrainedModel, context: int) -> int:
     """Bytes that a forward of one token must read: weights of decoder and head, keys and values."""
-    decoder = target.get_decoder()
+    decoder = decoder_of(target)
     embedding = target.get_input_embeddings()
     head = target.get_output_embeddings()
     weights = {parameter for module in (decoder, head) for parameter in module.parameters()}

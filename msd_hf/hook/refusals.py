@@ -8,6 +8,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from ..compat import CACHE_NAME
+from ..decoders import decoder_of
 from ..draft.interface import Draft
 from ..errors import MSDUnsupportedError, shown
 from ..kv.transaction import can_commit
@@ -159,7 +160,7 @@ def check_compilable(target: PreTrainedModel, draft: Draft) -> None:
     Raises:
         MSDUnsupportedError: says why and what to do.
     """
-    reason, decoder = None, target.get_decoder()
+    reason, decoder = None, decoder_of(target)
     implementation = decoder.config._attn_implementation
     # Compiled layers are told by an argument to use another attention function.
     is_told = takes_any_argument(decoder) and target.config.model_type in KNOWN_MODEL_TYPES

@@ -62,6 +62,12 @@ class ContextSlots:
         missing = num_slots - self.prompt_mask.shape[1]
         return functional.pad(self.prompt_mask.to(device), (0, missing), value=True)
 
+    def padding(self, device: torch.device) -> torch.Tensor | None:
+        """How many padding slots each row has before its first token, `[B]`; `None` without padding."""
+        if self.prompt_mask is None:
+            return None
+        return (self.prompt_mask.to(device).cumsum(1) == 0).sum(1)
+
     def mask(self, device: torch.device) -> torch.Tensor | None:
         """Which of the S slots each row may see, `[B, S]`; `None` if every row may see every slot."""
         visible = None

@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from ..compat import CACHE_NAME
 from ..compiled.compile import CompiledFunctions
+from ..decoders import decoder_of
 from ..draft.interface import TargetReads
 from ..errors import MSDPairingError
 from ..kv.in_place import KeysAndValues
@@ -93,7 +94,7 @@ class TargetAdapter:
         compiled: CompiledFunctions | None = None,
     ):
         self.target = target
-        self.decoder: Any = uncompiled(target.get_decoder())
+        self.decoder: Any = uncompiled(decoder_of(target))
         self.text_config = target.config.get_text_config(decoder=True)
         self.reads = TargetReads(tuple(sorted(feature_layers or ())), self.text_config.hidden_size)
         num_layers = len(self.decoder.layers) if self.reads.layers else 0

@@ -35,6 +35,8 @@ class TargetObservation:
         attention (`Substitution`, *optional*): another attention function for these forwards.
         nodes (`TreeNodes`, *optional*): the trees along which recurrent layers run in these forwards.
         run (`Callable`, *optional*): runs the decoder's inputs in place of its `forward`.
+        projections (`Sequence[nn.Module]`): modules of the decoder whose outputs are multiplied by `factors`.
+        factors (`torch.Tensor` of shape `[B, T, 1]`, *optional*): needed with `projections`.
         inputs (`dict[str, Any]`): the decoder's inputs, by name.
         last_hidden_state (`torch.Tensor` of shape `[B, T, H]`): after the final norm; `None` before the first forward.
         layer_states (`dict[int, torch.Tensor]`): the outputs of the layers that are read.
@@ -48,6 +50,8 @@ class TargetObservation:
     attention: Substitution | None = None
     nodes: TreeNodes | None = None
     run: Callable[[dict[str, Any]], Any] | None = None
+    projections: Sequence[nn.Module] = ()
+    factors: torch.Tensor | None = None
     inputs: dict[str, Any] = field(default_factory=dict)
     last_hidden_state: torch.Tensor | None = None
     layer_states: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -90,6 +94,8 @@ def observed(observation: TargetObservation, compiled_parts: Sequence[CompiledPa
             stack.enter_context(standing_in(decoder, "forward", _run_forward))
         for layer in observation.reads.layers:
             stack.enter_context(standing_in(decoder.layers[layer], "_call_impl", _run_layer))
+        for projection in observation.projections:
+            stack.enter_context(standing_in(projection, "_call_impl", _run_projection))
         for part in compiled_parts:
             stack.enter_context(standing_in(part.module, part.name, _run_uncompiled))
         stack.enter_context(_set(_awaited, observation))
@@ -136,6 +142,17 @@ def _run_layer(module: nn.Module, method: Callable[..., Any], args: tuple[Any, .
             if observation.decoder.layers[layer] is module:
                 observation.layer_states[layer] = output[0] if isinstance(output, tuple) else output
     return output
+
+
+def _run_projection(
+    module: nn.Module, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    output = method(*args, **kwargs)
+    observation = _running.get()
+    if observation is None or not any(module is projection for projection in observation.projections):
+        return output
+    assert observation.factors is not None
+    return (output * observation.factors.to(output.device)).to(output.dtype)
 
 
 def _run_uncompiled(

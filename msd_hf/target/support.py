@@ -11,6 +11,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import LinearAttentionLayer
 
+from ..attention.masks import EVERYTHING, Reach
+from ..decoders import decoder_of
 from ..draft.modeling_msd import LENGTH_DEPENDENT_ROPE
 from ..errors import MSDPairingError, MSDUnsupportedError
 from ..tree.settings import TreeSettings
@@ -33,6 +35,7 @@ KNOWN_MODEL_TYPES = frozenset(
         "idefics3",
         "internvl",
         "llama",
+        "llama4_text",
         "llava",
         "llava_next",
         "llava_onevision",
@@ -49,13 +52,23 @@ KNOWN_MODEL_TYPES = frozenset(
     }
 )
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
+_FULL, _SLIDING, _CHUNKED, _INDEXED = "full_attention", "sliding_attention", "chunked_attention", "indexed_attention"
 # Kinds of layers with recurrent or convolutional states, which attention masks do not concern.
 RECURRENT = ("linear_attention", "conv")
 # Kinds of layers with attention beside a recurrence, and the kind of their attention.
 _HYBRID = {"hybrid": _FULL, "hybrid_sliding": _SLIDING}
 # Kinds of layers without any state.
 _STATELESS = ("moe", "mlp")
+# Kinds of attention that a tree can be verified in, whatever the model.
+SERVED_LAYERS = frozenset({_FULL, _SLIDING, _CHUNKED, _INDEXED})
+# Why a tree cannot be verified in others.
+_COMPRESSED = "keep several tokens in one slot of the cache, out of which a rejected branch cannot be taken again"
+_UNSERVED_LAYERS = {
+    "compressed_sparse_attention": _COMPRESSED,
+    "heavily_compressed_attention": _COMPRESSED,
+    "minimax_m3_sparse": "choose blocks of neighbouring slots of the cache, which branches of a candidate tree share",
+    "reference_sliding_attention": "have a window that spares the prompt, which no mask of a candidate tree shows yet",
+}
 
 
 def _layer_types(text_config: PreTrainedConfig) -> list[str] | None:
@@ -67,24 +80,26 @@ def has_recurrent_layers(text_config: PreTrainedConfig) -> bool:
     return not {*RECURRENT, *_HYBRID}.isdisjoint(_layer_types(text_config) or ())
 
 
-def attention_windows(text_config: PreTrainedConfig) -> dict[str, int | None]:
-    """The window of each kind of attention of a decoder, in tokens; `None`: no window."""
+def attention_reaches(text_config: PreTrainedConfig) -> dict[str, Reach]:
+    """How far back the tokens of each kind of attention of a decoder see."""
     window = getattr(text_config, "sliding_window", None)
+    chunk = getattr(text_config, "attention_chunk_size", None)
     layer_types = _layer_types(text_config)
     if layer_types is None:  # Mistral has a window on every layer and no list of layer types
-        layer_types = [_FULL if window is None else _SLIDING]
+        layer_types = [_SLIDING if window is not None else _CHUNKED if chunk is not None else _FULL]
+    limited = {_SLIDING: Reach(window=window), _CHUNKED: Reach(chunk=chunk)}
     kinds = {_HYBRID.get(kind, kind) for kind in layer_types} - {*RECURRENT, *_STATELESS}
-    return {kind: window if kind == _SLIDING else None for kind in sorted(kinds)}
+    return {kind: limited.get(kind, EVERYTHING) for kind in sorted(kinds)}
 
 
-def layer_windows(text_config: PreTrainedConfig) -> list[int | None]:
-    """The window of each layer of a decoder that has attention."""
-    windows = attention_windows(text_config)
+def layer_reaches(text_config: PreTrainedConfig) -> list[Reach]:
+    """How far back the tokens of each layer of a decoder that has attention see."""
+    reaches = attention_reaches(text_config)
     layer_types = _layer_types(text_config)
     if layer_types is None:
-        return [next(iter(windows.values()))] * text_config.num_hidden_layers
+        return [next(iter(reaches.values()))] * text_config.num_hidden_layers
     kinds = [_HYBRID.get(kind, kind) for kind in layer_types]
-    return [windows[kind] for kind in kinds if kind in windows]
+    return [reaches[kind] for kind in kinds if kind in reaches]
 
 
 def decoder_inputs(decoder: nn.Module) -> list[str]:
@@ -109,18 +124,18 @@ def check_target(target: PreTrainedModel) -> None:
     advice = "Call `generate` without `assistant_model`."
     if target.config.is_encoder_decoder:
         raise MSDUnsupportedError(f"{name} is an encoder-decoder model, of which MSD drafts know nothing. {advice}")
-    if target.get_output_embeddings() is None or target.get_decoder() is target:
+    if target.get_output_embeddings() is None or decoder_of(target) is target:
         raise MSDUnsupportedError(
             f"{name} has no decoder (`get_decoder()`) with a language-model head (`get_output_embeddings()`) behind "
             f"it, which MSD drafts read and use. {advice}"
         )
-    if "position_ids" not in decoder_inputs(target.get_decoder()):
+    if "position_ids" not in decoder_inputs(decoder_of(target)):
         raise MSDUnsupportedError(
             f"The decoder of {name} takes no `position_ids`, so that siblings in a candidate tree cannot stand at the "
             f"same position. {advice}"
         )
     text_config = target.config.get_text_config(decoder=True)
-    if "cross_attention_states" in decoder_inputs(target.get_decoder()) or getattr(
+    if "cross_attention_states" in decoder_inputs(decoder_of(target)) or getattr(
         text_config, "add_cross_attention", False
     ):
         raise MSDUnsupportedError(
@@ -134,12 +149,17 @@ def check_target(target: PreTrainedModel) -> None:
             f"The embeddings of {name} have {embedding_size} dimensions and its hidden states "
             f"{text_config.hidden_size}: an MSD draft reads both as one size. {advice}"
         )
-    others = attention_windows(text_config).keys() - {_FULL, _SLIDING}
+    others = sorted(attention_reaches(text_config).keys() - SERVED_LAYERS)
+    for kind in others:
+        if kind in _UNSERVED_LAYERS:
+            raise MSDUnsupportedError(
+                f"The decoder of {name} has layers of type {kind}, which {_UNSERVED_LAYERS[kind]}. {advice}"
+            )
     if others or (target._is_stateful and not has_recurrent_layers(text_config)):
-        kinds = f"layers of type {', '.join(sorted(others))}" if others else "a recurrent state"
+        kinds = f"layers of type {', '.join(others)}" if others else "a recurrent state"
         raise MSDUnsupportedError(
-            f"The decoder of {name} has {kinds}, which cannot keep one branch of a candidate tree; full and "
-            f"sliding-window attention can. {advice}"
+            f"The decoder of {name} has {kinds}, which cannot keep one branch of a candidate tree; attention can. "
+            f"{advice}"
         )
     if has_recurrent_layers(text_config) and not KEEPS_STATES:
         raise MSDUnsupportedError(
@@ -259,14 +279,15 @@ def check_tree_fits(target_config: PreTrainedConfig, settings: TreeSettings) -> 
 __all__ = [
     "KNOWN_MODEL_TYPES",
     "RECURRENT",
+    "SERVED_LAYERS",
     "TREE_ATTENTION",
-    "attention_windows",
+    "attention_reaches",
     "check_pair",
     "check_positions",
     "check_target",
     "check_tree_fits",
     "decoder_inputs",
     "has_recurrent_layers",
-    "layer_windows",
+    "layer_reaches",
     "takes_any_argument",
 ]

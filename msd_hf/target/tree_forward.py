@@ -16,6 +16,7 @@ from ..attention.split import LIVE_SLOTS, find_live_slots
 from ..attention.substitution import Substitution, allow_substitutes
 from ..compat import CACHE_NAME
 from ..compiled.compile import CompiledFunctions
+from ..decoders import decoder_of
 from ..errors import MSDUnsupportedError
 from ..kv.fixed import close_slots, reserve, whole_buffers
 from ..kv.in_place import KeysAndValues
@@ -27,7 +28,8 @@ from ..recurrent.nodes import TreeNodes
 from ..tree.candidate import CandidateTree
 from .compiled_parts import uncompiled
 from .observation import TargetObservation
-from .support import RECURRENT, TREE_ATTENTION, attention_windows, has_recurrent_layers, takes_any_argument
+from .query_scales import QueryScales
+from .support import RECURRENT, TREE_ATTENTION, attention_reaches, has_recurrent_layers, takes_any_argument
 
 
 logger = logging.get_logger(__name__)
@@ -66,13 +68,15 @@ class TreeForward:
 
     def __init__(self, target: PreTrainedModel, observe: Observe, compiled: CompiledFunctions):
         self.target = target
-        self.decoder: Any = uncompiled(target.get_decoder())
+        self.decoder: Any = uncompiled(decoder_of(target))
         self.dtype = target.dtype
         self._observe = observe
         self._compiled = compiled
         text_config = target.config.get_text_config(decoder=True)
-        self._windows = attention_windows(text_config)
+        self._reaches = attention_reaches(text_config)
         self._is_recurrent = has_recurrent_layers(text_config)
+        self._query_scales = QueryScales(self.decoder)
+        self._is_limited = any(reach.most is not None for reach in self._reaches.values())
         self._hands_on_arguments = takes_any_argument(self.decoder)
 
     def __call__(
@@ -98,7 +102,9 @@ class TreeForward:
         """
         if num_fixed_nodes is None or output_flags:
             masks = self._masks(tree, context)
-            return self._forward(tree, cache, masks, next_position + tree.depths, {}, output_flags)
+            factors = self._query_scales.corrections(tree, context)
+            scaled = {} if factors is None else {"projections": self._query_scales.projections, "factors": factors}
+            return self._forward(tree, cache, masks, next_position + tree.depths, {}, output_flags, **scaled)
         num_nodes, start = tree.tokens.shape[1], context.num_slots
         padded = tree.padded(max(num_fixed_nodes, num_nodes))
         buffers = reserve(cache, padded.tokens.shape[1])
@@ -140,10 +146,8 @@ class TreeForward:
         """
         num_nodes, num_slots = tree.tokens.shape[1], buffers[0][0].shape[2]
         masks = {
-            kind: buffer_attention_mask(
-                tree.ancestors, tree.depths, first_slot, context, num_slots, self.dtype, window
-            )
-            for kind, window in self._windows.items()
+            kind: buffer_attention_mask(tree.ancestors, tree.depths, first_slot, context, num_slots, self.dtype, reach)
+            for kind, reach in self._reaches.items()
         }
         places = first_slot + torch.arange(num_nodes, device=first_slot.device)
         replaced = {CACHE_NAME: whole_buffers(buffers, places)}
@@ -164,12 +168,13 @@ class TreeForward:
         replaced: dict[str, Any],
         output_flags: dict[str, bool],
         run: Callable[[dict[str, Any]], Any] | None = None,
+        **observed: Any,
     ) -> TargetVerification:
         attention, nodes = self._substitute(), self._tree_nodes(tree, cache)
         if run is not None and masks is not None and self._tree_attention == "sdpa" and self._hands_on_arguments:
             allow_substitutes(self.decoder.config._attn_implementation)
-            # Layers without a window see more slots than layers with one.
-            widest = min(masks, key=lambda kind: self._windows[kind] is not None)
+            # Layers that see everything need more slots than others.
+            widest = min(masks, key=lambda kind: self._reaches[kind].most is not None)
             replaced = {**replaced, LIVE_SLOTS: find_live_slots(masks[widest])}
         mask: Any = masks
         if masks is not None and len(masks) == 1:
@@ -177,7 +182,9 @@ class TreeForward:
         elif masks is not None and self._is_recurrent:
             mask = {**masks, **dict.fromkeys(RECURRENT)}  # padding is in the states already
         replaced = {"attention_mask": mask, "position_ids": position_ids, **replaced}
-        observation = self._observe(cache=cache, replaced_inputs=replaced, attention=attention, nodes=nodes, run=run)
+        observation = self._observe(
+            cache=cache, replaced_inputs=replaced, attention=attention, nodes=nodes, run=run, **observed
+        )
         with observation as seen, phase("target forward"):
             outputs = self.target(
                 input_ids=tree.tokens,
@@ -220,11 +227,11 @@ class TreeForward:
 
     def _masks(self, tree: CandidateTree, context: ContextSlots) -> dict[str, torch.Tensor] | None:
         """Masks by kind of layer; `None` for single nodes that see the whole context."""
-        if tree.tokens.shape[1] == 1 and not context.hides_slots and not any(self._windows.values()):
+        if tree.tokens.shape[1] == 1 and not context.hides_slots and not self._is_limited:
             return None  # as in a step of `generate`: attention is faster without a mask
         return {
-            kind: tree_attention_mask(tree.ancestors, context, self.dtype, window, tree.depths)
-            for kind, window in self._windows.items()
+            kind: tree_attention_mask(tree.ancestors, context, self.dtype, reach, tree.depths)
+            for kind, reach in self._reaches.items()
         }
 
     @property

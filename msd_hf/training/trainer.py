@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from ..decoders import decoder_of
 from ..decoding.result import mean_acceptance_length
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDDataError, MSDError
@@ -339,7 +340,7 @@ def new_draft(target: PreTrainedModel, args: MSDTrainingArguments) -> MSDDraftMo
     """
     overrides: dict[str, Any] = {
         "decouple_visual_tokens": args.decouple_visual_tokens,
-        "target_layers": args.layers_of(len(target.get_decoder().layers)),
+        "target_layers": args.layers_of(len(decoder_of(target).layers)),
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)

@@ -1,0 +1,29 @@
+"""The decoder of a target: the module that reads embeddings and returns hidden states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+
+def decoder_of(target: PreTrainedModel) -> Any:
+    """
+    The decoder that `get_decoder()` names. Llama 4 names a causal language model, whose output are logits: its decoder
+    is the one model within it that holds the embedding. A target without such a model is returned itself.
+    """
+    decoder: Any = target.get_decoder()
+    while decoder.get_output_embeddings() is not None:
+        embedding = decoder.get_input_embeddings()
+        inner = [
+            child
+            for child in decoder.children()
+            if isinstance(child, PreTrainedModel) and any(module is embedding for module in child.modules())
+        ]
+        if len(inner) != 1:
+            break
+        decoder = inner[0].get_decoder()
+    return decoder
+
+
+__all__ = ["decoder_of"]
