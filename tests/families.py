@@ -78,6 +78,7 @@ class Family:
             do: transformers 5.10 runs sdpa without the cap, 5.24 refuses it.
         eager_left_padding: whether eager attention gives finite numbers for padded rows in float64. Most families
             compute the softmax in float32, in which the mask's minimum is -inf, so padded rows become NaN.
+        float32_router: whether experts are weighted in float32, also in a float64 model.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Family:
     embedding_std: float = 1.0
     attentions: tuple[str, ...] = ("sdpa", "eager")
     eager_left_padding: bool = False
+    float32_router: bool = False
 
     @property
     def has_images(self) -> bool:
@@ -284,6 +286,33 @@ def _llama4(**fields: Any) -> PreTrainedConfig:
             "layer_types": [*["chunked_attention", "full_attention"] * 2],
             "floor_scale": 5,
             "attn_scale": 1.0,
+            **fields,
+        },
+    )
+
+
+def _deepseek(config_class: str, **fields: Any) -> PreTrainedConfig:
+    """Layers with an indexer, which chooses fewer slots than the prompt has. It has many heads, because scores of 0,
+    which are equal, would be chosen in another order in a tree."""
+    return _decoder(
+        config_class,
+        **{
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "n_group": 2,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
+            "index_n_heads": 16,
+            "index_head_dim": 16,
+            "index_topk": 6,
             **fields,
         },
     )
@@ -508,6 +537,13 @@ _REGISTRY = [
     Family("qwen3", "Qwen3ForCausalLM", _qwen3),
     Family("mistral", "MistralForCausalLM", _mistral),
     Family("llama4_text", "Llama4ForCausalLM", _llama4),
+    Family("deepseek_v32", "DeepseekV32ForCausalLM", lambda: _deepseek("DeepseekV32Config"), float32_router=True),
+    Family(
+        "glm_moe_dsa",
+        "GlmMoeDsaForCausalLM",
+        lambda: _deepseek("GlmMoeDsaConfig", indexer_types=["full", "shared", "full"]),
+        float32_router=True,
+    ),
     Family("gemma2", "Gemma2ForCausalLM", _gemma2, embedding_std=_SCALED_EMBEDDING_STD, attentions=("eager",)),
     Family("gemma3_text", "Gemma3ForCausalLM", _gemma3, embedding_std=_SCALED_EMBEDDING_STD),
     Family(
@@ -650,4 +686,10 @@ _REGISTRY = [
         eager_left_padding=True,
     ),
 ]
-FAMILIES = {family.name: family for family in _REGISTRY}
+# Older releases of transformers lack some, and have some whose indexer keeps its keys in the module.
+_HAS_INDEXED = hasattr(transformers.cache_utils, "DynamicIndexedLayer")
+FAMILIES = {
+    family.name: family
+    for family in _REGISTRY
+    if hasattr(transformers, family.model_class) and (_HAS_INDEXED or family.name not in ("glm_moe_dsa",))
+}

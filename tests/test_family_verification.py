@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, FIRST_TEXT_TOKEN_ID, NUM_TEXT_TOKENS
+from families import FAMILIES, FIRST_TEXT_TOKEN_ID, NUM_TEXT_TOKENS, Family
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from msd_hf.compat import CACHE_NAME
@@ -21,8 +21,12 @@ from msd_hf.tree.candidate import CandidateTree
 
 
 NUM_ROUNDS, NUM_NODES = 3, 9
-# Logits are about 10. Eager attention of transformers computes its softmax in float32.
-TOLERANCES = {"sdpa": 1e-9, "eager": 1e-4}
+
+
+def tolerance(family: Family, attention: str) -> float:
+    """Logits are about 10. Eager attention of transformers computes its softmax in float32, some routers their
+    weights."""
+    return 1e-4 if attention == "eager" else 1e-5 if family.float32_router else 1e-9
 
 
 class ForcedTokens(LogitsProcessor):
@@ -104,7 +108,7 @@ ATTENTIONS = [(name, attention) for name, family in FAMILIES.items() for attenti
 def test_one_prompt(name, attention):
     family = FAMILIES[name]
     inputs = family.inputs(1, 2 if family.has_images else 0, num_text=12)
-    assert largest_difference(family.build(attention=attention), inputs, seed=1) < TOLERANCES[attention]
+    assert largest_difference(family.build(attention=attention), inputs, seed=1) < tolerance(family, attention)
 
 
 @pytest.mark.parametrize(("name", "attention"), ATTENTIONS)
@@ -119,10 +123,10 @@ def test_rows_that_accept_different_numbers(name, attention):
         for seed, (count, place, length) in enumerate(zip(images, ("first", "middle", "last"), lengths, strict=True))
     ]
     inputs = family.collate(prompts)
-    assert largest_difference(family.build(attention=attention), inputs, seed=2) < TOLERANCES[attention]
+    assert largest_difference(family.build(attention=attention), inputs, seed=2) < tolerance(family, attention)
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.has_videos])
 def test_videos(name):
     family = FAMILIES[name]
-    assert largest_difference(family.build(), family.inputs(3, 1, num_videos=2), seed=3) < TOLERANCES["sdpa"]
+    assert largest_difference(family.build(), family.inputs(3, 1, num_videos=2), seed=3) < tolerance(family, "sdpa")

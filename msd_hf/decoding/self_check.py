@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
 from ..compat import CACHE_NAME
 from ..errors import MSDUnsupportedError
-from ..kv.in_place import InPlaceLayer, KeysAndValues
+from ..kv.in_place import InPlaceLayer
 from ..kv.slots import ContextSlots
 from ..kv.transaction import CacheTransaction, make_in_place
 from ..recurrent.layer import RecurrentLayer, copy_states
@@ -155,16 +156,14 @@ class _Trial:
         expected = []
         for text in self.texts:
             plain = DynamicCache(config=self.adapter.text_config)
-            for number, (keys, values) in contents.items():
-                plain.update(keys, values, number)
+            _fill(plain, contents)
             for number, layer in states.items():
                 copy_states(layer, plain.layers[number])
             logits, position = self._token_by_token(plain, text, ids, kwargs)
             expected.append(logits)
         cache = DynamicCache(config=self.adapter.text_config)
         make_in_place(cache, length + self.tree.tokens.shape[1])  # first, or layers with a window would drop slots
-        for number, (keys, values) in contents.items():
-            cache.update(keys, values, number)
+        _fill(cache, contents)
         for number, layer in states.items():
             copy_states(layer, cache.layers[number])
         slots = CacheTransaction(cache, ContextSlots([length] * len(ids)))
@@ -210,12 +209,16 @@ class _Trial:
         return torch.stack(logits, dim=1), positions[0]
 
 
-def _made_up(slots: CacheTransaction, length: int, window: int | None) -> dict[int, KeysAndValues]:
-    """Keys and values `[B, heads, length, head_dim]` for each filled layer, drawn from those of the prompt."""
+_Contents = dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
+
+
+def _made_up(slots: CacheTransaction, length: int, window: int | None) -> _Contents:
+    """Keys and values `[B, heads, length, head_dim]` for each filled layer, drawn from those of the prompt, and keys
+    `[B, length, D]` of its indexer if it has filled one."""
     generator = torch.Generator().manual_seed(0)
     mask = slots.context.prompt_mask
     first = 0 if mask is None else int((~mask).sum(1).max())  # what stands at padding need not be a number
-    made = {}
+    made: _Contents = {}
     for number, layer in enumerate(slots.cache.layers):
         # A layer without slots is recurrent, or reads the states of another layer.
         if not isinstance(layer, InPlaceLayer) or not layer.get_seq_length():
@@ -224,8 +227,20 @@ def _made_up(slots: CacheTransaction, length: int, window: int | None) -> dict[i
         keys, values = layer.keys[:, :, drawn], layer.values[:, :, drawn]
         if window is not None:
             values[:, :, : max(length - window, 0)] += _SHIFT * values.float().std().to(values.dtype)
-        made[number] = keys, values
+        index = getattr(layer, "indexer_keys", None)
+        if index is not None:
+            # A slot may be drawn twice. Equal keys would have equal scores, and either may be chosen.
+            factors = 1 + torch.rand(length, 1, generator=generator)
+            index = index[:, drawn] * factors.to(index)
+        made[number] = keys, values, index
     return made
+
+
+def _fill(cache: DynamicCache, contents: _Contents) -> None:
+    for layer, (keys, values, index) in contents.items():
+        cache.update(keys, values, layer)
+        if index is not None:
+            cache.update_indexer(index, layer)
 
 
 def _compare(adapter: TargetAdapter, trial: Callable[..., list[Differing]], *arguments: Any) -> None:

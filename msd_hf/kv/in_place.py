@@ -193,11 +193,11 @@ class InPlaceLayer(DynamicLayer):
 def in_place(layer: DynamicLayer, max_slots: int) -> InPlaceLayer:
     """Makes an `InPlaceLayer` with the content of another layer."""
     made = InPlaceLayer(max_slots)
-    take_over_slots(made, layer)
+    take_content(made, layer)
     return made
 
 
-def take_over_slots(made: InPlaceLayer, layer: DynamicLayer) -> None:
+def take_content(made: InPlaceLayer, layer: DynamicLayer) -> None:
     """Takes over the keys and values of another layer.
 
     A layer with a sliding window becomes a full one, because a rejected branch of a tree must not push slots out of
@@ -234,4 +234,4 @@ def truncate(cache: Cache, length: int) -> None:
             layer.truncate(length)
 
 
-__all__ = ["InPlaceLayer", "KeysAndValues", "in_place", "length_at_least", "take_over_slots", "truncate"]
+__all__ = ["InPlaceLayer", "KeysAndValues", "in_place", "length_at_least", "take_content", "truncate"]

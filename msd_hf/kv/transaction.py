@@ -12,23 +12,32 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+from transformers import Cache, DynamicCache, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from ..compat import holds_nothing
 from ..recurrent.layer import RecurrentLayer, copy_states
 from .hybrid import HybridLayer
-from .in_place import InPlaceLayer, in_place, take_over_slots, truncate
+from .in_place import InPlaceLayer, in_place, take_content, truncate
+from .indexed import indexed_in_place
 from .slots import ContextSlots
+
+
+# Kinds of cache layers that are served; later releases have more of them.
+_SERVED = {DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer} | {
+    getattr(cache_utils, name, None)
+    for name in (
+        "DynamicIndexedLayer",
+        "LinearAttentionAndFullAttentionLayer",
+        "LinearAttentionAndSlidingWindowAttentionLayer",
+    )
+}
 
 
 def can_commit(layer: Any) -> bool:
     """Whether `make_in_place` can serve a layer of this kind."""
-    return (
-        isinstance(layer, DynamicLayer)
-        or type(layer) in (LinearAttentionLayer, RecurrentLayer)
-        or holds_nothing(layer)
-    )
+    # A subclass may hold more than keys, values and states, so that only known ones are served.
+    return isinstance(layer, (InPlaceLayer, RecurrentLayer)) or type(layer) in _SERVED or holds_nothing(layer)
 
 
 def make_in_place(cache: DynamicCache, max_slots: int) -> None:
@@ -52,11 +61,11 @@ def _committable(layer: Any, max_slots: int) -> Any:
     if holds_nothing(layer):
         return layer
     if not isinstance(layer, LinearAttentionLayer):
-        return in_place(layer, max_slots)
+        return (indexed_in_place if hasattr(layer, "update_indexer") else in_place)(layer, max_slots)
     if not isinstance(layer, DynamicLayer):
         return _copy(layer)
     hybrid = HybridLayer(layer.number_of_states, max_slots)
-    take_over_slots(hybrid, layer)
+    take_content(hybrid, layer)
     copy_states(layer, hybrid)
     return hybrid
 

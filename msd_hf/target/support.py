@@ -29,9 +29,11 @@ KEEPS_STATES = "number_of_states" in inspect.signature(LinearAttentionLayer.__in
 KNOWN_MODEL_TYPES = frozenset(
     {
         "aya_vision",
+        "deepseek_v32",
         "gemma2",
         "gemma3",
         "gemma3_text",
+        "glm_moe_dsa",
         "idefics3",
         "internvl",
         "llama",
