@@ -109,7 +109,7 @@ def prepare_call(
     max_slots = num_slots + max(generation_config.max_length - input_ids.shape[1], 0)
     check_positions(adapter.text_config, num_slots, max_slots, batch_size, model_kwargs.get("attention_mask"))
     max_slots += settings.num_nodes + settings.suffix_nodes
-    make_in_place(cache, max_slots)
+    make_in_place(cache, max_slots, adapter.image_layers)
     num_fixed_nodes = None
     if is_compiled(draft.generation_config):
         num_fixed_nodes = settings.num_nodes + settings.suffix_nodes

@@ -73,7 +73,7 @@ def _prefill(
     call.slots.begin()
     with phase("prefill"):
         prefill = call.target.prefill(input_ids, generation_config, model_kwargs)
-    call.slots.commit_prompt(prefill.prompt_mask)
+    call.slots.commit_prompt(prefill.prompt_mask, prefill.repeated_inputs)
     call.outputs.add_prefill(prefill.outputs)
     tokens = selector.select(prefill.logits)
     running = RunningRows(call.slots, prefill.next_position, tokens)

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..compat import CACHE_NAME
 from ..errors import MSDUnsupportedError
-from ..kv.in_place import InPlaceLayer
+from ..kv.image_states import ImageStatesLayer
 from ..kv.slots import ContextSlots
 from ..kv.transaction import CacheTransaction, make_in_place
 from ..recurrent.layer import RecurrentLayer, copy_states
@@ -162,11 +162,13 @@ class _Trial:
             logits, position = self._token_by_token(plain, text, ids, kwargs)
             expected.append(logits)
         cache = DynamicCache(config=self.adapter.text_config)
-        make_in_place(cache, length + self.tree.tokens.shape[1])  # first, or layers with a window would drop slots
+        # First, or layers with a window would drop slots.
+        make_in_place(cache, length + self.tree.tokens.shape[1], self.adapter.image_layers)
         _fill(cache, contents)
         for number, layer in states.items():
             copy_states(layer, cache.layers[number])
-        slots = CacheTransaction(cache, ContextSlots([length] * len(ids)))
+        context = ContextSlots([length] * len(ids), inputs=self.running.context.inputs)
+        slots = CacheTransaction(cache, context)
         return self._pairs(slots, position, expected)
 
     def _pairs(
@@ -199,7 +201,8 @@ class _Trial:
         kwargs = {**kwargs, CACHE_NAME: cache}
         position = torch.full((len(text), 1), cache.get_seq_length(), device=text.device)
         for token in text.split(1, dim=1):
-            kwargs = target._update_model_kwargs_for_generation(CausalLMOutputWithPast(**{CACHE_NAME: cache}), kwargs)
+            outputs = CausalLMOutputWithPast(**{CACHE_NAME: cache})
+            kwargs = target._update_model_kwargs_for_generation(outputs, kwargs, is_encoder_decoder=False)
             ids = torch.cat([ids, token.to(ids.device)], dim=1)
             inputs = target.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs)
             with self.adapter.observe() as seen:
@@ -214,14 +217,17 @@ _Contents = dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
 
 def _made_up(slots: CacheTransaction, length: int, window: int | None) -> _Contents:
     """Keys and values `[B, heads, length, head_dim]` for each filled layer, drawn from those of the prompt, and keys
-    `[B, length, D]` of its indexer if it has filled one."""
+    `[B, length, D]` of its indexer if it has filled one. States of images stay as they are."""
     generator = torch.Generator().manual_seed(0)
     mask = slots.context.prompt_mask
     first = 0 if mask is None else int((~mask).sum(1).max())  # what stands at padding need not be a number
     made: _Contents = {}
     for number, layer in enumerate(slots.cache.layers):
         # A layer without slots is recurrent, or reads the states of another layer.
-        if not isinstance(layer, InPlaceLayer) or not layer.get_seq_length():
+        if not isinstance(layer, DynamicLayer) or not layer.get_seq_length():
+            continue
+        if isinstance(layer, ImageStatesLayer):
+            made[number] = layer.keys, layer.values, None
             continue
         drawn = torch.randint(first, layer.get_seq_length(), (length,), generator=generator).to(layer.keys.device)
         keys, values = layer.keys[:, :, drawn], layer.values[:, :, drawn]

@@ -11,16 +11,14 @@ from ..recurrent.layer import RecurrentLayer
 from .in_place import InPlaceLayer
 
 
-class HybridLayer(RecurrentLayer, InPlaceLayer):
+class HybridLayer(InPlaceLayer, RecurrentLayer):
     """
-    A `RecurrentLayer` and an `InPlaceLayer` in one. Each method that both have runs on both.
+    An `InPlaceLayer` and a `RecurrentLayer` in one. What concerns rows concerns slots and states.
 
     Args:
         number_of_states (`int`): as in `RecurrentLayer`.
         max_slots, min_length: as in `InPlaceLayer`.
     """
-
-    is_compileable = False
 
     def __init__(self, number_of_states: int = 1, max_slots: int | None = None, min_length: int = 0):
         InPlaceLayer.__init__(self, max_slots, min_length)
@@ -29,9 +27,6 @@ class HybridLayer(RecurrentLayer, InPlaceLayer):
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         # Slots are initialised with two positional arguments, states with named ones.
         (InPlaceLayer if args else RecurrentLayer).lazy_initialization(self, *args, **kwargs)
-
-    def get_max_length(self) -> int:
-        return InPlaceLayer.get_max_length(self)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         RecurrentLayer.crop(self, *args, **kwargs)

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from ..compat import holds_nothing
 from ..errors import MSDCacheError
 
 
@@ -86,6 +87,9 @@ class InPlaceLayer(DynamicLayer):
                 f"lost what a text of fewer than {self.min_length} tokens needs. Start again with an empty cache."
             )
 
+    def begin(self, text_length: int) -> None:
+        """Is told the number of committed slots before each block. Keys and values tell it themselves."""
+
     def keep_slots(self, start: int, slots: torch.Tensor) -> None:
         """
         Moves accepted slots to `start, start + 1, ...` and drops all slots behind them. Copies only these A slots.
@@ -98,7 +102,7 @@ class InPlaceLayer(DynamicLayer):
             return
         self._own()
         end = start + slots.shape[1]
-        slots = slots + start
+        slots = slots.to(self.device) + start
         for states in (self.keys, self.values):
             if len(slots) == 1:  # takes half the time of a gather
                 kept = states.index_select(2, slots[0])
@@ -120,6 +124,7 @@ class InPlaceLayer(DynamicLayer):
         if not self.is_initialized:
             return
         self._own()
+        slots, places = slots.to(self.device), places.to(self.device)
         for states in (self.keys, self.values):
             index = (slots + start)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
             target = places[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
@@ -227,11 +232,16 @@ def length_at_least(layer: DynamicLayer) -> int:
     return num_lost + layer.sliding_window - 1 if num_lost else 0  # type: ignore[attr-defined]
 
 
+def own_layers(cache: Cache) -> list[Any]:
+    """The layers of a cache that hold something of their own. Layers of a model that read the keys of an earlier layer
+    have a cache layer that holds nothing, which is passed over."""
+    return [layer for layer in cache.layers if not holds_nothing(layer)]
+
+
 def truncate(cache: Cache, length: int) -> None:
-    """Drops the slots from `length` on in every layer of a cache that has slots."""
-    for layer in cache.layers:
-        if isinstance(layer, InPlaceLayer):
-            layer.truncate(length)
+    """Drops the slots from `length` on in every layer of a cache."""
+    for layer in own_layers(cache):
+        layer.truncate(length)
 
 
-__all__ = ["InPlaceLayer", "KeysAndValues", "in_place", "length_at_least", "take_content", "truncate"]
+__all__ = ["InPlaceLayer", "KeysAndValues", "in_place", "length_at_least", "own_layers", "take_content", "truncate"]

@@ -1,7 +1,7 @@
 """A cache layer with the keys of an indexer, which chooses the slots that attention reads.
 
-Models with sparse attention of the DeepSeek kind keep, besides keys and values, one small key for each slot. These keys
-belong to the slots as keys and values do: they move, go and change their rows with them.
+Models with sparse attention of the DeepSeek kind keep, besides keys and values, one small key for each slot. These
+keys belong to the slots as keys and values do: they move, go and change their rows with them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class InPlaceIndexedLayer(InPlaceLayer):
         self.index.keep_slots(start, slots)
         positions = self.indexer_position_ids
         if positions is not None:
-            chosen = (slots + start).expand(*positions.shape[:-1], -1)
+            chosen = (slots.to(positions.device) + start).expand(*positions.shape[:-1], -1)
             self.indexer_position_ids = torch.cat([positions[..., :start], positions.gather(-1, chosen)], dim=-1)
         super().keep_slots(start, slots)
 
@@ -60,7 +60,9 @@ class InPlaceIndexedLayer(InPlaceLayer):
         self.index.move_slots(start, slots, places, length)
         positions = self.indexer_position_ids
         if positions is not None:
-            chosen, target = (which.expand(*positions.shape[:-1], -1) for which in (slots + start, places))
+            chosen, target = (
+                which.to(positions.device).expand(*positions.shape[:-1], -1) for which in (slots + start, places)
+            )
             self.indexer_position_ids = positions.scatter(-1, target, positions.gather(-1, chosen))
         super().move_slots(start, slots, places, length)
 

@@ -7,7 +7,7 @@ the cache unused, and padding takes slots at the front.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional
@@ -22,10 +22,13 @@ class ContextSlots:
         lengths (`list[int]`): for each row, the number of slots that it uses, counted from the first slot.
         prompt_mask (`torch.BoolTensor` of shape `[B, L]`, *optional*): false at padding among the first L slots;
             `None` without padding.
+        inputs (`dict[str, torch.Tensor]`): inputs of the decoder that each token behind the prompt gets as the last
+            one of the prompt did, by name, `[B, 1, 1, ...]`.
     """
 
     lengths: list[int]
     prompt_mask: torch.Tensor | None = None
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def num_slots(self) -> int:
@@ -49,7 +52,8 @@ class ContextSlots:
     def select(self, rows: Sequence[int]) -> ContextSlots:
         """The context of the given rows, in that order."""
         mask = None if self.prompt_mask is None else self.prompt_mask[list(rows)]
-        return ContextSlots([self.lengths[row] for row in rows], mask)
+        inputs = {name: value[list(rows)] for name, value in self.inputs.items()}
+        return ContextSlots([self.lengths[row] for row in rows], mask, inputs)
 
     def row_lengths(self, device: torch.device) -> torch.Tensor:
         """`lengths` as a tensor of shape `[B]`."""

@@ -6,7 +6,7 @@ this module calls.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +18,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 from ..compat import holds_nothing
 from ..recurrent.layer import RecurrentLayer, copy_states
 from .hybrid import HybridLayer
-from .in_place import InPlaceLayer, in_place, take_content, truncate
+from .image_states import ImageStatesLayer, image_states
+from .in_place import InPlaceLayer, in_place, own_layers, take_content, truncate
 from .indexed import indexed_in_place
 from .slots import ContextSlots
 
@@ -37,23 +38,31 @@ _SERVED = {DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer} | {
 def can_commit(layer: Any) -> bool:
     """Whether `make_in_place` can serve a layer of this kind."""
     # A subclass may hold more than keys, values and states, so that only known ones are served.
-    return isinstance(layer, (InPlaceLayer, RecurrentLayer)) or type(layer) in _SERVED or holds_nothing(layer)
+    is_ours = isinstance(layer, (InPlaceLayer, RecurrentLayer, ImageStatesLayer))
+    return is_ours or type(layer) in _SERVED or holds_nothing(layer)
 
 
-def make_in_place(cache: DynamicCache, max_slots: int) -> None:
+def make_in_place(cache: DynamicCache, max_slots: int, image_layers: Collection[int] = ()) -> None:
     """Gives a `DynamicCache` layers that can commit and abort. The cache stays the same object.
 
     Args:
         cache (`DynamicCache`): the cache, empty or filled.
         max_slots (`int`): most slots of a buffer, unless more are needed at once.
+        image_layers (`Collection[int]`): the layers that hold states of images in place of those of the text.
     """
-    cache.layers = [_committable(layer, max_slots) for layer in cache.layers]
+    layers: list[Any] = list(cache.layers)
+    # A cache that was made without a config adds its layers on first use. Those of images must stand there before.
+    layers += [DynamicLayer() for _ in range(len(layers), max(image_layers, default=-1) + 1)]
+    cache.layers = [
+        image_states(layer) if number in image_layers else _committable(layer, max_slots)
+        for number, layer in enumerate(layers)
+    ]
     # A crop that one layer refuses must be refused by the first one, or the layers would differ in length.
     slots = [layer for layer in cache.layers if isinstance(layer, InPlaceLayer)]
     min_length = max((layer.min_length for layer in slots), default=0)
     for layer in slots:
         layer.min_length = min_length
-    # A cache that was made without a config adds its layers on first use, of this class.
+    # Of this class are the layers that are added on first use.
     cache.layer_class_to_replicate = InPlaceLayer if cache.layer_class_to_replicate is not None else None
 
 
@@ -105,7 +114,7 @@ class CacheTransaction:
         self.context = context
         self.rows = list(range(len(context.lengths)))
         self._first = replace(context)  # a copy, because `commit` grows the context in place
-        self._prompt_mask = context.prompt_mask  # mask of all rows of the batch
+        self._prompt_mask, self._inputs = context.prompt_mask, context.inputs  # of all rows of the batch
         self._stored: dict[int, _StoredRow] = {}
         self._is_open = False
         self._committing: list[int] | None = None  # the lengths before a commit that is not finished
@@ -115,6 +124,8 @@ class CacheTransaction:
         """Announces a forward that appends a block of slots behind the committed ones."""
         assert not self._is_open, "The last block was neither committed nor aborted."
         self._is_open = True
+        for layer in own_layers(self.cache):
+            layer.begin(self.context.num_slots)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -127,16 +138,17 @@ class CacheTransaction:
             self.abort()
             self._put_states(states)
 
-    def commit_prompt(self, prompt_mask: torch.Tensor | None) -> None:
+    def commit_prompt(self, prompt_mask: torch.Tensor | None, inputs: dict[str, torch.Tensor] | None = None) -> None:
         """
         Keeps every slot of the block, which is the prompt.
 
         Args:
             prompt_mask (`torch.BoolTensor` of shape `[B, S]`, *optional*): mask of all slots of the cache, false at
                 padding; `None` without padding.
+            inputs (`dict[str, torch.Tensor]`, *optional*): see `ContextSlots`.
         """
-        self.context = ContextSlots([self.cache.get_seq_length()] * len(self.rows), prompt_mask)
-        self._prompt_mask = prompt_mask
+        self.context = ContextSlots([self.cache.get_seq_length()] * len(self.rows), prompt_mask, inputs or {})
+        self._prompt_mask, self._inputs = prompt_mask, self.context.inputs
         self._is_open = False
 
     def commit(self, counts: Sequence[int], paths: torch.Tensor | None = None) -> None:
@@ -157,11 +169,11 @@ class CacheTransaction:
                 layer.advance(counts, nodes)
         start = self.context.num_slots
         if not self.context.is_ragged and min(counts) == max(counts):
-            for layer in self._slot_layers:
+            for layer in own_layers(self.cache):
                 if paths is None:
                     layer.truncate(start + counts[0])
                 else:
-                    layer.keep_slots(start, paths.to(layer.device))
+                    layer.keep_slots(start, paths)
         else:
             self._commit_ragged(start, counts, paths)
         self.context.grow(counts)
@@ -171,23 +183,14 @@ class CacheTransaction:
         self._is_open = False
 
     def _commit_ragged(self, start: int, counts: Sequence[int], paths: torch.Tensor | None) -> None:
-        layers = self._slot_layers
+        layers = own_layers(self.cache)
         if paths is None:
             paths = torch.arange(max(counts), device=layers[0].device).expand(len(counts), -1)
         steps = torch.arange(paths.shape[1], device=paths.device)
         places = self.context.row_lengths(paths.device).unsqueeze(1) + steps
         length = max(held + count for held, count in zip(self.context.lengths, counts, strict=True))
         for layer in layers:
-            layer.move_slots(start, paths.to(layer.device), places.to(layer.device), length)
-
-    @property
-    def _content_layers(self) -> list[InPlaceLayer | RecurrentLayer]:
-        """The layers that have something of each row."""
-        return [layer for layer in self.cache.layers if isinstance(layer, (InPlaceLayer, RecurrentLayer))]
-
-    @property
-    def _slot_layers(self) -> list[InPlaceLayer]:
-        return [layer for layer in self.cache.layers if isinstance(layer, InPlaceLayer)]
+            layer.move_slots(start, paths, places, length)
 
     def abort(self) -> None:
         """Drops the block, that is, all slots behind the committed ones."""
@@ -198,7 +201,7 @@ class CacheTransaction:
 
     def revert(self) -> None:
         """Drops all slots that came after the transaction was made."""
-        self.context, self._prompt_mask = self._first, self._first.prompt_mask
+        self.context, self._prompt_mask, self._inputs = self._first, self._first.prompt_mask, self._first.inputs
         self.abort()
         self._put_states(self._first_states)
 
@@ -211,7 +214,7 @@ class CacheTransaction:
         slots. Not for recurrent layers, which keep no state before the last token."""
         mask = self.context.prompt_mask
         lengths = [length - 1 for length in self.context.lengths]
-        self.context = ContextSlots(lengths, None if mask is None else mask[:, :-1])
+        self.context = replace(self.context, lengths=lengths, prompt_mask=None if mask is None else mask[:, :-1])
         self.abort()
 
     @contextmanager
@@ -257,7 +260,7 @@ class CacheTransaction:
                 self._stored[self.rows[place]] = self._store(place)
         self.context = self.context.select(places)
         self.rows = [self.rows[place] for place in places]
-        for layer in self._content_layers:
+        for layer in own_layers(self.cache):
             layer.select_rows(places, self.context.num_slots)
 
     def restore_rows(self) -> None:
@@ -268,14 +271,14 @@ class CacheTransaction:
             self._stored[row] = self._store(place)
         self.rows = sorted(self._stored)
         stored = [self._stored[row] for row in self.rows]
-        for number, layer in enumerate(self._content_layers):
+        for number, layer in enumerate(own_layers(self.cache)):
             layer.put_rows([row.layers[number] for row in stored])
-        self.context = ContextSlots([row.length for row in stored], self._prompt_mask)
+        self.context = ContextSlots([row.length for row in stored], self._prompt_mask, self._inputs)
         self._stored = {}
 
     def _store(self, place: int) -> _StoredRow:
         length = self.context.lengths[place]
-        return _StoredRow([layer.take_row(place, length) for layer in self._content_layers], length)
+        return _StoredRow([layer.take_row(place, length) for layer in own_layers(self.cache)], length)
 
 
 __all__ = ["CacheTransaction", "can_commit", "make_in_place", "recurrent_layers"]

@@ -58,7 +58,21 @@ class RecurrentLayer(LinearAttentionLayer):
             self._kept[state_idx], nodes.kept = nodes.kept, None
         return recurrent_states
 
-    # What a transaction asks of a layer
+    # What a transaction asks of every layer. States have no slots.
+
+    def begin(self, text_length: int) -> None:
+        """Nothing."""
+
+    def truncate(self, length: int) -> None:
+        """Nothing: `drop` and `advance` say where the states shall be."""
+
+    def keep_slots(self, start: int, slots: torch.Tensor) -> None:
+        """Nothing, as above."""
+
+    def move_slots(self, start: int, slots: torch.Tensor, places: torch.Tensor, length: int) -> None:
+        """Nothing, as above."""
+
+    # What a transaction asks of a layer with states
 
     def expect(self, nodes: TreeNodes) -> None:
         """Prepares a forward over trees of more than one node."""

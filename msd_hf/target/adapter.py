@@ -27,7 +27,7 @@ from ..kv.slots import ContextSlots
 from ..tree.candidate import CandidateTree
 from .compiled_parts import CompiledPart, compiled_parts, uncompiled
 from .observation import TargetObservation, observed
-from .support import decoder_inputs
+from .support import IMAGE_MASKS, decoder_inputs, image_layers
 from .tree_forward import TargetVerification, TreeForward
 
 
@@ -44,6 +44,7 @@ class TargetPrefill:
         prompt_mask (`torch.BoolTensor` of shape `[B, S]`, *optional*): mask of all S slots of the cache, false at
             padding; `None` without padding.
         next_position (`torch.LongTensor` of shape `[..., B, 1]`): position of the first new token.
+        repeated_inputs (`dict[str, torch.Tensor]`): `inputs` of the `ContextSlots` behind the prompt.
         num_slots (`int`): number of slots of the cache, S.
         outputs (`ModelOutput`): all outputs of the target.
     """
@@ -54,6 +55,7 @@ class TargetPrefill:
     visual_mask: torch.Tensor
     prompt_mask: torch.Tensor | None
     next_position: torch.Tensor
+    repeated_inputs: dict[str, torch.Tensor]
     num_slots: int
     outputs: ModelOutput
 
@@ -103,6 +105,7 @@ class TargetAdapter:
                 f"`target_layers` {list(self.reads.layers)} must lie between 0 and {num_layers - 1}, the layers of "
                 "this target."
             )
+        self.image_layers = image_layers(self.text_config)
         self.embedding = target.get_input_embeddings()
         self.head_module = target.get_output_embeddings()
         self.logit_cap: float | None = getattr(self.text_config, "final_logit_softcapping", None)
@@ -135,8 +138,10 @@ class TargetAdapter:
         return logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)
 
     def visual_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Which positions of a prompt `[B, L]` are visual."""
+        """Which positions of a prompt `[B, L]` are visual: none, if image features are read by cross-attention."""
         mask = torch.zeros_like(input_ids, dtype=torch.bool)
+        if self.image_layers:
+            return mask
         for name in ("image_token_id", "video_token_id"):
             token_id = getattr(self.target.config, name, None)
             if token_id is not None:
@@ -189,6 +194,9 @@ class TargetAdapter:
             visual_mask=visual_mask,
             prompt_mask=prompt_mask,
             next_position=next_position,
+            repeated_inputs={
+                name: seen.inputs[name][:, :, -1:] for name in IMAGE_MASKS if seen.inputs.get(name) is not None
+            },
             num_slots=num_slots,
             outputs=outputs,
         )

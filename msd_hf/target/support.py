@@ -82,6 +82,15 @@ def has_recurrent_layers(text_config: PreTrainedConfig) -> bool:
     return not {*RECURRENT, *_HYBRID}.isdisjoint(_layer_types(text_config) or ())
 
 
+# Inputs of a decoder that say which states of images a token of the text reads, `[B, 1, T, ...]`.
+IMAGE_MASKS = ("cross_attention_mask", "full_text_row_masked_out_mask")
+
+
+def image_layers(text_config: PreTrainedConfig) -> frozenset[int]:
+    """The layers of a decoder that read states of images by cross-attention, and keep those in the cache."""
+    return frozenset(getattr(text_config, "cross_attention_layers", None) or ())
+
+
 def attention_reaches(text_config: PreTrainedConfig) -> dict[str, Reach]:
     """How far back the tokens of each kind of attention of a decoder see."""
     window = getattr(text_config, "sliding_window", None)
@@ -137,12 +146,12 @@ def check_target(target: PreTrainedModel) -> None:
             f"same position. {advice}"
         )
     text_config = target.config.get_text_config(decoder=True)
-    if "cross_attention_states" in decoder_inputs(decoder_of(target)) or getattr(
-        text_config, "add_cross_attention", False
-    ):
+    takes_states = "cross_attention_states" in decoder_inputs(decoder_of(target))
+    layers = image_layers(text_config)
+    if (takes_states and (not layers or 0 in layers)) or getattr(text_config, "add_cross_attention", False):
         raise MSDUnsupportedError(
-            f"The decoder of {name} has cross-attention layers, which keep the states of an image or another input "
-            f"in the cache in place of those of the text; a candidate tree needs the text's in every layer. {advice}"
+            f"The decoder of {name} has cross-attention in its first layer, by whose slots in the cache a text is "
+            f"counted, or in layers that its configuration does not list in `cross_attention_layers`. {advice}"
         )
     _check_adapters(target, name, advice)
     embedding_size = getattr(target.get_input_embeddings(), "embedding_dim", text_config.hidden_size)
@@ -279,6 +288,7 @@ def check_tree_fits(target_config: PreTrainedConfig, settings: TreeSettings) -> 
 
 
 __all__ = [
+    "IMAGE_MASKS",
     "KNOWN_MODEL_TYPES",
     "RECURRENT",
     "SERVED_LAYERS",
@@ -290,6 +300,7 @@ __all__ = [
     "check_tree_fits",
     "decoder_inputs",
     "has_recurrent_layers",
+    "image_layers",
     "layer_reaches",
     "takes_any_argument",
 ]

@@ -102,9 +102,11 @@ class TreeForward:
         """
         if num_fixed_nodes is None or output_flags:
             masks = self._masks(tree, context)
+            num_nodes = tree.tokens.shape[1]
+            replaced = {name: value.expand(-1, -1, num_nodes, -1) for name, value in context.inputs.items()}
             factors = self._query_scales.corrections(tree, context)
-            scaled = {} if factors is None else {"projections": self._query_scales.projections, "factors": factors}
-            return self._forward(tree, cache, masks, next_position + tree.depths, {}, output_flags, **scaled)
+            positions = next_position + tree.depths
+            return self._forward(tree, cache, masks, positions, replaced, output_flags, factors=factors)
         num_nodes, start = tree.tokens.shape[1], context.num_slots
         padded = tree.padded(max(num_fixed_nodes, num_nodes))
         buffers = reserve(cache, padded.tokens.shape[1])
@@ -168,7 +170,7 @@ class TreeForward:
         replaced: dict[str, Any],
         output_flags: dict[str, bool],
         run: Callable[[dict[str, Any]], Any] | None = None,
-        **observed: Any,
+        factors: torch.Tensor | None = None,
     ) -> TargetVerification:
         attention, nodes = self._substitute(), self._tree_nodes(tree, cache)
         if run is not None and masks is not None and self._tree_attention == "sdpa" and self._hands_on_arguments:
@@ -183,7 +185,13 @@ class TreeForward:
             mask = {**masks, **dict.fromkeys(RECURRENT)}  # padding is in the states already
         replaced = {"attention_mask": mask, "position_ids": position_ids, **replaced}
         observation = self._observe(
-            cache=cache, replaced_inputs=replaced, attention=attention, nodes=nodes, run=run, **observed
+            cache=cache,
+            replaced_inputs=replaced,
+            attention=attention,
+            nodes=nodes,
+            run=run,
+            projections=() if factors is None else self._query_scales.projections,
+            factors=factors,
         )
         with observation as seen, phase("target forward"):
             outputs = self.target(
