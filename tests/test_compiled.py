@@ -411,7 +411,7 @@ def test_slots_are_kept_within_the_buffers(monkeypatch):
     for number in range(6):
         nodes = torch.randn(1, 2, 4, 4)
         start = cache.get_seq_length()
-        whole = whole_buffers(reserve(cache, 4), torch.arange(start, start + 4))
+        whole = whole_buffers(cache, reserve(cache, 4), torch.arange(start, start + 4))
         slots = [whole.update(nodes, nodes, layer)[0].shape[2] for layer in range(2)]
         assert slots == 2 * [max(8, 1 << (expected.shape[2] + 3).bit_length())]
         close_slots(cache, expected.shape[2] + 3)

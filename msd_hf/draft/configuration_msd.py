@@ -10,16 +10,15 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, logging
 
-from ..errors import MSDError
 from .files import LOCATION_ARGUMENTS, errors_name_file, location_of, read_json, require_file
+from .interface import check_target_of_draft
 from .limits import check_dtype, check_limits, check_rope
+from .target_sizes import draft_fields, generating_model
 
 
 logger = logging.get_logger(__name__)
 
 
-# Rotary settings for multi-dimensional positions. The positions of a draft have one dimension.
-_MULTIMODAL_ROPE_KEYS = ("mrope_section", "mrope_interleaved")
 # Entries of a `config.json` besides the fields of the configuration: names of older releases of transformers, and the
 # settings of quantised weights.
 _OTHER_ENTRIES = (
@@ -162,58 +161,35 @@ class MSDDraftConfig(PreTrainedConfig):
             return super().from_dict(fields, **kwargs)
 
     @classmethod
-    def from_target(cls, target: PreTrainedModel | PreTrainedConfig, **overrides: Any) -> MSDDraftConfig:
+    def from_target(
+        cls, target: PreTrainedModel | PreTrainedConfig, *, check: bool = True, **overrides: Any
+    ) -> MSDDraftConfig:
         """
-        The configuration of a draft that fits a target.
+        The configuration of a draft that fits a target. The draft is a plain attention layer of the target's sizes.
+        If they differ between the target's layers, it has those that most layers have.
+
+        Without an `intermediate_size` in the target, the MLP is as wide as the target's own field for it says
+        (`ffn_dim`, `ffn_hidden_size`, `n_inner`), else as the experts that a token is given to, shared ones included,
+        else four times the hidden size. Without attention heads in the target, the draft has heads of width 64. An
+        argument takes the place of each of these.
 
         Args:
-            target (`PreTrainedModel` or `PreTrainedConfig`): the target, or its configuration.
+            target (`PreTrainedModel` or `PreTrainedConfig`): the target, or its configuration. For a model that hands
+                `generate` on to a language model inside of it, as BLIP-2 does, the draft fits that one.
+            check (`bool`, defaults to `True`): refuse a target that `generate` would refuse with a draft. A
+                configuration shows less of that than a model.
             overrides: fields of the draft's configuration that differ from the target's decoder.
 
         Raises:
-            MSDError: when the configuration of the target's decoder lacks a required field.
+            MSDError: when the configuration of the target's decoder lacks a required field, and it is not given.
+            MSDUnsupportedError: when `generate` refuses the target.
         """
+        if isinstance(target, PreTrainedModel):
+            target = generating_model(target)
+        if check:
+            check_target_of_draft(target)
         config = target.config if isinstance(target, PreTrainedModel) else target
-        text_config = config.get_text_config(decoder=True)
-        required = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
-        missing = [name for name in required if getattr(text_config, name, None) is None]
-        if missing:
-            raise MSDError(
-                f"Cannot derive a draft from a `{type(config).__name__}`: its decoder configuration "
-                f"(`{type(text_config).__name__}`) has no {', '.join(missing)}."
-            )
-        # As in the published drafts: Qwen2 layers unchanged, LLaMA layers without the first norm.
-        is_qwen2_kind = text_config.model_type.startswith("qwen2")
-        fields: dict[str, Any] = {
-            "attention_bias": is_qwen2_kind,
-            "input_layernorm": is_qwen2_kind,
-            "target_model_type": config.model_type,
-            "target_text_model_type": text_config.model_type,
-            "rope_parameters": _one_dimensional_rope(text_config),
-        }
-        copied = ("num_key_value_heads", "head_dim", "max_position_embeddings", "initializer_range", "rms_norm_eps")
-        for name in (*required, *copied, "pad_token_id", "bos_token_id", "eos_token_id"):
-            if getattr(text_config, name, None) is not None:
-                fields[name] = getattr(text_config, name)
-        # Gemma's name comes first: a configuration with both names uses this one.
-        activations = (getattr(text_config, name, None) for name in ("hidden_activation", "hidden_act"))
-        fields["hidden_act"] = next((name for name in activations if name), "silu")
-        return cls(**{**fields, **overrides})
-
-
-def _one_dimensional_rope(text_config: PreTrainedConfig) -> dict[str, Any] | None:
-    """The target's rotary settings with scaling, for a draft with one-dimensional positions and full attention."""
-    rope = getattr(text_config, "rope_parameters", None)
-    if not rope:
-        return None
-    if all(isinstance(value, dict) for value in rope.values()):  # one entry per layer type
-        rope = rope.get("full_attention") or next(iter(rope.values()))
-    rope = {key: value for key, value in rope.items() if key not in _MULTIMODAL_ROPE_KEYS}
-    # The draft's layers rotate whole heads, so a scaling that was made for a part of a head does not fit them.
-    partial = rope.pop("partial_rotary_factor", None) or getattr(text_config, "partial_rotary_factor", None)
-    if rope.get("rope_type") in (None, "mrope") or partial not in (None, 1.0):
-        return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-    return rope
+        return cls(**draft_fields(config, overrides))
 
 
 __all__ = ["MSDDraftConfig"]

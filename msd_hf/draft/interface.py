@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ..errors import MSDUnsupportedError
 from .plain_forward import PlainForward
 from .plain_modules import TensorFunction
 
@@ -118,4 +119,38 @@ def is_draft(model: Any) -> bool:
     return isinstance(model, tuple(_KINDS.values()))
 
 
-__all__ = ["Draft", "TargetReads", "draft_kinds", "is_draft", "register_draft"]
+_target_checks: list[Callable[[Any], None]] = []
+
+
+def register_target_check(check: Callable[[Any], None]) -> None:
+    """Registers what refuses targets that cannot be served. It belongs to a room above this one, and a new draft must
+    not promise what `generate` refuses."""
+    _target_checks.append(check)
+
+
+def check_target_of_draft(target: Any) -> None:
+    """
+    Refuses to make a draft for a target that `generate` would refuse.
+
+    Args:
+        target (`PreTrainedModel` or `PreTrainedConfig`): the target, or its configuration.
+
+    Raises:
+        MSDUnsupportedError: the sentence of `generate`, and what to do.
+    """
+    for check in _target_checks:
+        try:
+            check(target)
+        except MSDUnsupportedError as error:
+            raise MSDUnsupportedError(f"{error} To make a draft for it all the same, give `check=False`.") from error
+
+
+__all__ = [
+    "Draft",
+    "TargetReads",
+    "check_target_of_draft",
+    "draft_kinds",
+    "is_draft",
+    "register_draft",
+    "register_target_check",
+]

@@ -23,6 +23,7 @@ from .interface import TargetReads, register_draft
 from .loading import check_draft_vocab, check_loading_info, errors_of_quantised_weights, prepare_loading
 from .plain_forward import PlainForward, PlainLayer
 from .plain_modules import TensorFunction
+from .target_sizes import generating_model
 from .weights import IGNORED_WEIGHTS
 
 
@@ -130,28 +131,33 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
 
     @classmethod
     def from_target(
-        cls, target: PreTrainedModel, init_from_last_layer: bool = False, **overrides: Any
+        cls, target: PreTrainedModel, init_from_last_layer: bool = False, *, check: bool = True, **overrides: Any
     ) -> MSDDraftModel:
         """
         A draft with new weights that fits a target, with the same dtype and device.
 
         Args:
-            target (`PreTrainedModel`): the target.
+            target (`PreTrainedModel`): the target. For a model that hands `generate` on to a language model inside of
+                it, as BLIP-2 does, the draft fits that one.
             init_from_last_layer (`bool`, defaults to `False`): the draft's first layer starts as a copy of the
                 target's last one, and `fc` passes the embedding on.
-            overrides: fields of [`MSDDraftConfig`] that differ from the target's decoder.
+            check (`bool`, defaults to `True`): refuse a target that `generate` would refuse with a draft.
+            overrides: fields of [`MSDDraftConfig`] that differ from the target's decoder; see
+                [`MSDDraftConfig.from_target`] for sizes that the target lacks.
 
         Raises:
-            MSDError: when the target's last layer does not fit the draft's.
+            MSDError: when the target's last layer does not fit the draft's, or the target lacks a required size.
+            MSDUnsupportedError: when `generate` refuses the target.
         """
+        target = generating_model(target)
         if init_from_last_layer:
             overrides = {"input_layernorm": True, **overrides}
-        draft = cls(MSDDraftConfig.from_target(target, **overrides))
+        draft = cls(MSDDraftConfig.from_target(target, check=check, **overrides))
         if init_from_last_layer:
             draft._copy_last_layer(target)
-        head = target.get_output_embeddings().weight
-        dtype = head.dtype if head.dtype.is_floating_point else target.dtype
-        return draft.to(device=head.device, dtype=dtype)
+        weight = getattr(target.get_output_embeddings(), "weight", None)
+        dtype = target.dtype if weight is None or not weight.dtype.is_floating_point else weight.dtype
+        return draft.to(device=target.device if weight is None else weight.device, dtype=dtype)
 
     def set_draft_vocab(self, tokens: Sequence[int] | torch.Tensor | None) -> None:
         """

@@ -10,6 +10,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from ..compat import holds_nothing
 from .in_place import InPlaceLayer, KeysAndValues, length_at_least
 
 
@@ -110,20 +111,21 @@ class SpareBuffers:
     that two calls never share buffers, in whatever threads they run."""
 
     def __init__(self) -> None:
-        self._buffers: list[KeysAndValues] = []
+        self._buffers: list[KeysAndValues | None] = []
         self._lock = threading.Lock()
 
     def take(self, num_layers: int) -> Sequence[KeysAndValues | None]:
-        """Removes and returns the kept buffers, one pair per layer; `None` for each layer if their number differs."""
+        """Removes and returns the kept buffers, one pair per layer; `None` for a layer without buffers, and for each
+        layer if their number differs."""
         with self._lock:
             taken, self._buffers = self._buffers, []
         return taken if len(taken) == num_layers else [None] * num_layers
 
     def leave(self, cache: Cache) -> None:
         """Keeps the buffers of a cache that is not needed any more."""
-        layers = [layer for layer in cache.layers if isinstance(layer, FixedLayer)]
-        buffers = [layer.buffers for layer in layers if layer.buffers is not None]
-        if layers and len(buffers) == len(layers):
+        buffers = [layer.buffers if isinstance(layer, FixedLayer) else None for layer in cache.layers]
+        is_whole = all(layer.buffers is not None for layer in _filled(cache))
+        if is_whole and any(pair is not None for pair in buffers):
             with self._lock:
                 self._buffers = buffers
 
@@ -141,7 +143,8 @@ def buffers_left(wanted: bool, *caches: tuple[Cache, SpareBuffers]) -> Iterator[
 
 def make_fixed(cache: Cache, spares: SpareBuffers, num_layers: int) -> None:
     """
-    Turns the layers of a cache into `FixedLayer`s. The cache stays the same object.
+    Turns the layers of a cache into `FixedLayer`s, except those that never hold anything. The cache stays the same
+    object.
 
     Args:
         cache (`Cache`): a cache of `DynamicLayer`s, or an empty one.
@@ -149,7 +152,10 @@ def make_fixed(cache: Cache, spares: SpareBuffers, num_layers: int) -> None:
         num_layers (`int`): number of layers of the model.
     """
     old: list[DynamicLayer | None] = [*cache.layers, *[None] * (num_layers - len(cache.layers))]
-    cache.layers = [_fixed(layer, spare) for layer, spare in zip(old, spares.take(len(old)), strict=True)]
+    cache.layers = [
+        layer if holds_nothing(layer) else _fixed(layer, spare)
+        for layer, spare in zip(old, spares.take(len(old)), strict=True)
+    ]
     cache.layer_class_to_replicate = None
 
 
@@ -162,16 +168,21 @@ def _fixed(layer: DynamicLayer | None, spare: KeysAndValues | None) -> FixedLaye
     return made
 
 
+def _filled(cache: Cache) -> list[FixedLayer]:
+    """The layers that hold slots. The layer of the cache for a layer that reads another one's keys stays empty."""
+    return [layer for layer in cache.layers if isinstance(layer, FixedLayer) and layer.is_initialized]
+
+
 def reserve(cache: Cache, count: int) -> list[KeysAndValues]:
     """
-    Returns the buffers of all layers, with room for `count` more slots. New buffers share one block of memory if all
-    layers have the same shape, so that `move_slots` moves the slots of all layers in one operation.
+    Returns the buffers of all layers that hold slots, with room for `count` more. New buffers share one block of
+    memory if all layers have the same shape, so that `move_slots` moves the slots of all layers in one operation.
 
     Args:
-        cache (`Cache`): a cache of `FixedLayer`s on one device.
+        cache (`Cache`): a cache of `FixedLayer`s on one device, after the prompt.
         count (`int`): number of slots that are needed behind the filled ones.
     """
-    layers: list[FixedLayer] = cache.layers  # type: ignore[assignment]
+    layers = _filled(cache)
     first = layers[0]
     needed = first.get_seq_length() + count
     if not first.has_room(count) and not first.was_offered(first.keys, needed):
@@ -185,7 +196,7 @@ def reserve(cache: Cache, count: int) -> list[KeysAndValues]:
 
 def close_slots(cache: Cache, length: int) -> None:
     """Makes the first `length` slots of the buffers the content of a cache of `FixedLayer`s."""
-    for layer in cache.layers:
+    for layer in _filled(cache):
         layer.show(length)
 
 
@@ -223,16 +234,20 @@ class _WholeBuffers(DynamicLayer):
         return self.keys, self.values
 
 
-def whole_buffers(buffers: Sequence[KeysAndValues], places: torch.Tensor) -> Cache:
+def whole_buffers(cache: Cache, buffers: Sequence[KeysAndValues], places: torch.Tensor) -> Cache:
     """
     Makes the cache for one compiled forward, in which attention reads whole buffers. Afterwards `close_slots` makes
     the new slots part of the real cache.
 
     Args:
-        buffers (`Sequence[tuple[torch.Tensor, torch.Tensor]]`): keys and values of each layer.
+        cache (`Cache`): the real cache.
+        buffers (`Sequence[tuple[torch.Tensor, torch.Tensor]]`): its keys and values, as `reserve` returned them.
         places (`torch.LongTensor` of shape `[N]`): the slots that the N new keys and values go to.
     """
-    return Cache(layers=[_WholeBuffers(pair, places) for pair in buffers])
+    filled, pairs = set(map(id, _filled(cache))), iter(buffers)
+    # Layers that hold nothing keep their place, because attention finds its layer by number.
+    layers = [_WholeBuffers(next(pairs), places) if id(layer) in filled else DynamicLayer() for layer in cache.layers]
+    return Cache(layers=layers)
 
 
 __all__ = [

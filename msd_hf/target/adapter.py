@@ -253,6 +253,10 @@ class TargetAdapter:
 def _observed(
     decoder: Any, reads: TargetReads, input_names: Sequence[str], parts: Sequence[CompiledPart], **fields: Any
 ) -> AbstractContextManager[TargetObservation]:
+    if "logits_to_keep" in input_names:
+        # Decoders whose last layers share the keys of earlier ones would compute these layers, and the hidden states,
+        # for the positions alone whose logits are asked for. The draft reads all positions.
+        fields["replaced_inputs"] = {"logits_to_keep": 0, **fields.get("replaced_inputs", {})}
     return observed(TargetObservation(decoder, reads, input_names, **fields), parts)
 
 

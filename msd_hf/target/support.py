@@ -13,6 +13,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from ..attention.masks import EVERYTHING, Reach
 from ..decoders import decoder_of
+from ..draft.interface import register_target_check
 from ..draft.modeling_msd import LENGTH_DEPENDENT_ROPE
 from ..errors import MSDPairingError, MSDUnsupportedError
 from ..tree.settings import TreeSettings
@@ -124,17 +125,29 @@ def takes_any_argument(decoder: nn.Module) -> bool:
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
-def check_target(target: PreTrainedModel) -> None:
+def check_target(target: PreTrainedModel | PreTrainedConfig) -> None:
     """
     Refuses targets that the decoding loop cannot serve.
+
+    Args:
+        target (`PreTrainedModel` or `PreTrainedConfig`): the target. Of a configuration, only its kind and the kinds
+            of its layers are checked.
 
     Raises:
         MSDUnsupportedError: names the target's kind or its layers, and what to do.
     """
-    name = f"`{type(target).__name__}` (model_type {target.config.model_type!r})"
+    config = target if isinstance(target, PreTrainedConfig) else target.config
+    name = f"`{type(target).__name__}` (model_type {config.model_type!r})"
     advice = "Call `generate` without `assistant_model`."
-    if target.config.is_encoder_decoder:
+    if config.is_encoder_decoder:
         raise MSDUnsupportedError(f"{name} is an encoder-decoder model, of which MSD drafts know nothing. {advice}")
+    if not isinstance(target, PreTrainedConfig):
+        _check_modules(target, name, advice)
+    _check_layers(target, config.get_text_config(decoder=True), name, advice)
+
+
+def _check_modules(target: PreTrainedModel, name: str, advice: str) -> None:
+    """The part of `check_target` that needs the model."""
     if target.get_output_embeddings() is None or decoder_of(target) is target:
         raise MSDUnsupportedError(
             f"{name} has no decoder (`get_decoder()`) with a language-model head (`get_output_embeddings()`) behind "
@@ -160,13 +173,18 @@ def check_target(target: PreTrainedModel) -> None:
             f"The embeddings of {name} have {embedding_size} dimensions and its hidden states "
             f"{text_config.hidden_size}: an MSD draft reads both as one size. {advice}"
         )
+
+
+def _check_layers(
+    target: PreTrainedModel | PreTrainedConfig, text_config: PreTrainedConfig, name: str, advice: str
+) -> None:
     others = sorted(attention_reaches(text_config).keys() - SERVED_LAYERS)
     for kind in others:
         if kind in _UNSERVED_LAYERS:
             raise MSDUnsupportedError(
                 f"The decoder of {name} has layers of type {kind}, which {_UNSERVED_LAYERS[kind]}. {advice}"
             )
-    if others or (target._is_stateful and not has_recurrent_layers(text_config)):
+    if others or (getattr(target, "_is_stateful", False) and not has_recurrent_layers(text_config)):
         kinds = f"layers of type {', '.join(others)}" if others else "a recurrent state"
         raise MSDUnsupportedError(
             f"The decoder of {name} has {kinds}, which cannot keep one branch of a candidate tree; attention can. "
@@ -285,6 +303,9 @@ def check_tree_fits(target_config: PreTrainedConfig, settings: TreeSettings) -> 
             f"`draft.generation_config.tree_top_k` is {settings.top_k}, but the target's vocabulary has only "
             f"{vocab_size} tokens. Set it to at most {vocab_size}."
         )
+
+
+register_target_check(check_target)
 
 
 __all__ = [

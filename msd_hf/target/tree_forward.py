@@ -138,8 +138,8 @@ class TreeForward:
         Args:
             tree (`CandidateTree`): trees of N nodes.
             cache (`Cache`): the target's cache. Only its buffers are written to.
-            buffers (`Sequence[tuple[torch.Tensor, torch.Tensor]]`): keys and values of each layer of the cache, with
-                room for the nodes.
+            buffers (`Sequence[tuple[torch.Tensor, torch.Tensor]]`): keys and values of each layer of the cache that
+                holds slots, with room for the nodes.
             first_slot (`torch.LongTensor` of shape `[1]`): slot of the root, behind the filled slots. With a single
                 row the mask depends on this tensor alone, so the value may be known to the device only.
             context (`ContextSlots`): gives the padding, and the slots that some rows do not use.
@@ -152,7 +152,7 @@ class TreeForward:
             for kind, reach in self._reaches.items()
         }
         places = first_slot + torch.arange(num_nodes, device=first_slot.device)
-        replaced = {CACHE_NAME: whole_buffers(buffers, places)}
+        replaced = {CACHE_NAME: whole_buffers(cache, buffers, places)}
         shape = (*tree.tokens.shape, num_slots)
         decoder, compiled = self.decoder, self._compiled
 

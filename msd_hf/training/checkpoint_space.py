@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -24,7 +25,7 @@ _EXAMPLE_LIMIT = 3
 def count_parameters(target_config: PreTrainedConfig, args: MSDTrainingArguments) -> int:
     """Number of parameters of the new draft that `args` describe, without its weights."""
     num_layers = target_config.get_text_config(decoder=True).num_hidden_layers
-    overrides = {"target_layers": args.layers_of(num_layers)}
+    overrides: dict[str, Any] = {"target_layers": args.layers_of(num_layers)}
     with torch.device("meta"):
         return MSDDraftModel(MSDDraftConfig.from_target(target_config, **overrides)).num_parameters()
 

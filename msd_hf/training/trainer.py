@@ -17,7 +17,8 @@ from transformers.utils import logging
 from ..decoders import decoder_of
 from ..decoding.result import mean_acceptance_length
 from ..draft.modeling_msd import MSDDraftModel
-from ..errors import MSDDataError, MSDError
+from ..draft.target_sizes import generating_model
+from ..errors import MSDDataError, MSDError, MSDUnsupportedError
 from ..target.adapter import TargetAdapter
 from ..target.support import check_pair, check_target
 from ..writing.redaction import redact_text
@@ -75,6 +76,11 @@ class MSDTrainer(ResumableTrainer):
         if target is None or processing_class is None:
             raise MSDError("`MSDTrainer` needs the draft's `target` and its `processing_class` (the processor).")
         args = MSDTrainingArguments() if args is None else args
+        if generating_model(target) is not target:
+            raise MSDUnsupportedError(
+                f"`{type(target).__name__}` hands `generate` on to a language model inside of it, to which the draft "
+                "belongs: give that model as `target`."
+            )
         check_target(target)
         model = new_draft(target, args) if model is None else model
         check_pair(target.config, model.config)
