@@ -6,6 +6,7 @@ refuses images whose features do not match the image tokens in number.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, set_seed
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 
@@ -318,6 +320,57 @@ def _deepseek(config_class: str, **fields: Any) -> PreTrainedConfig:
     )
 
 
+def _gemma4(config_class: str = "Gemma4TextConfig", **fields: Any) -> PreTrainedConfig:
+    """The large kinds: full attention has wider heads and fewer of them, whose keys are also its values."""
+    return _decoder(
+        config_class,
+        **{
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "sliding_window": WINDOW,
+            "layer_types": list(_ALTERNATING),
+            "final_logit_softcapping": 8.0,
+            "use_bidirectional_attention": "vision",
+            **fields,
+        },
+    )
+
+
+# The last layers share the keys of earlier ones, and each layer has an input of its own.
+_EFFECTIVE: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "layer_types": _ALTERNATING * 2,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 4,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+}
+
+
+def _gemma4_effective(**fields: Any) -> PreTrainedConfig:
+    """The kinds E2B and E4B."""
+    more = {"attention_k_eq_v": False, "use_bidirectional_attention": None, "use_double_wide_mlp": True}
+    return _gemma4(**_EFFECTIVE, **more, **fields)
+
+
+def _gemma3n_text(**fields: Any) -> PreTrainedConfig:
+    return _decoder(
+        "Gemma3nTextConfig",
+        **{
+            **_EFFECTIVE,
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "laurel_rank": 4,
+            "altup_num_inputs": 2,
+            "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+            "final_logit_softcapping": 8.0,
+            **fields,
+        },
+    )
+
+
 # Vision towers
 
 
@@ -337,6 +390,30 @@ def _tower(config_class: str, patch_size: int, **fields: Any) -> PreTrainedConfi
 
 def _siglip(patch_size: int) -> PreTrainedConfig:
     return _tower("SiglipVisionConfig", patch_size, vision_use_head=False)
+
+
+class _PatchesConfig(transformers.Gemma3nVisionConfig):
+    """In place of the tower of Gemma 3n, which needs another library."""
+
+    model_type = "patches"
+
+
+class _Patches(PreTrainedModel):
+    """One state for each square of 8 pixels, `[B, hidden size, 2, 2]`."""
+
+    config_class = _PatchesConfig
+    _supports_sdpa = True
+
+    def __init__(self, config: _PatchesConfig):
+        super().__init__(config)
+        self.patch_embed = torch.nn.Conv2d(3, config.hidden_size, 8, 8)
+        self.post_init()
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(last_hidden_state=self.patch_embed(pixel_values))
+
+
+transformers.AutoModel.register(_PatchesConfig, _Patches, exist_ok=True)
 
 
 # Pictures
@@ -490,6 +567,25 @@ def _collate_grid_videos(rows: Rows) -> dict[str, Any]:
     return {"pixel_values_videos": inputs["pixel_values"], "video_grid_thw": inputs["image_grid_thw"]}
 
 
+def _positioned_image(generator: torch.Generator, number: int, num_images: int, per_token: int) -> Picture:
+    """An image of its own size, each of whose patches has a position. `per_token` patches become one token."""
+    height, width = ((4, 4), (2, 4), (4, 2))[number % 3]
+    tokens = [START_TOKEN_ID, *[IMAGE_TOKEN_ID] * (height * width // per_token), END_TOKEN_ID]
+    return Picture(tokens, _noise(generator, height * width, 3 * 4 * 4), (height, width))
+
+
+def _collate_positioned(rows: Rows) -> dict[str, Any]:
+    pictures = [picture for row in rows for picture in row]
+    most = max(len(picture.pixels) for picture in pictures)
+    pixel_values = torch.zeros(len(pictures), most, pictures[0].pixels.shape[1], dtype=torch.float64)
+    positions = torch.full((len(pictures), most, 2), -1)
+    for number, picture in enumerate(pictures):
+        pixel_values[number, : len(picture.pixels)] = picture.pixels
+        height, width = picture.size
+        positions[number, : height * width] = torch.cartesian_prod(torch.arange(height), torch.arange(width)).flip(1)
+    return {"pixel_values": pixel_values, "image_position_ids": positions}
+
+
 # Families
 
 
@@ -521,6 +617,42 @@ def _qwen_vl(kind: str, **vision_fields: Any) -> Callable[[], PreTrainedConfig]:
     return config
 
 
+def _gemma4_vl(text_config: PreTrainedConfig) -> PreTrainedConfig:
+    heads = {"num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 8, "pooling_kernel_size": 2}
+    vision_config = _tower("Gemma4VisionConfig", 4, **heads)
+    return _multimodal("Gemma4Config", text_config, vision_config, video_token_id=None, audio_token_id=None)
+
+
+def _gemma4_unified() -> PreTrainedConfig:
+    vision_config = transformers.Gemma4UnifiedVisionConfig(
+        patch_size=2, pooling_kernel_size=2, mm_embed_dim=16, mm_posemb_size=8, output_proj_dims=16
+    )
+    text_config = _gemma4("Gemma4UnifiedTextConfig")
+    return _multimodal("Gemma4UnifiedConfig", text_config, vision_config, video_token_id=None, audio_token_id=None)
+
+
+def _gemma3n() -> PreTrainedConfig:
+    # Tokens from `vocab_offset` on have embeddings of their own: the image token, and none for sounds.
+    vision_config = _PatchesConfig(hidden_size=16, vocab_size=1, vocab_offset=IMAGE_TOKEN_ID)
+    audio_config = transformers.Gemma3nAudioConfig(
+        hidden_size=16,
+        vocab_size=1,
+        vocab_offset=VOCAB_SIZE,
+        input_feat_size=8,
+        conf_num_attention_heads=2,
+        conf_num_hidden_layers=1,
+        sscp_conv_channel_size=(4, 4),
+    )
+    return _multimodal(
+        "Gemma3nConfig",
+        _gemma3n_text(vocab_size_per_layer_input=IMAGE_TOKEN_ID),
+        vision_config,
+        audio_config=audio_config,
+        vision_soft_tokens_per_image=4,
+        audio_token_id=VOCAB_SIZE,
+    )
+
+
 _GRIDS: dict[str, Any] = {
     "draw_image": _grid_image,
     "draw_video": _grid_video,
@@ -530,6 +662,12 @@ _GRIDS: dict[str, Any] = {
 }
 _PADDED_TILES: dict[str, Any] = {"draw_image": _padded_tiles_image, "collate_images": _collate_padded_tiles}
 _SCALED_EMBEDDING_STD = 2 * HIDDEN_SIZE**-0.5
+_GEMMA4: dict[str, Any] = {
+    "draw_image": functools.partial(_positioned_image, per_token=4),
+    "collate_images": _collate_positioned,
+    "token_types": ("mm_token_type_ids", True),
+    "embedding_std": _SCALED_EMBEDDING_STD,
+}
 
 _REGISTRY = [
     Family("llama", "LlamaForCausalLM", _llama),
@@ -546,6 +684,15 @@ _REGISTRY = [
     ),
     Family("gemma2", "Gemma2ForCausalLM", _gemma2, embedding_std=_SCALED_EMBEDDING_STD, attentions=("eager",)),
     Family("gemma3_text", "Gemma3ForCausalLM", _gemma3, embedding_std=_SCALED_EMBEDDING_STD),
+    Family("gemma4_text", "Gemma4ForCausalLM", _gemma4, embedding_std=_SCALED_EMBEDDING_STD),
+    Family(
+        "gemma4_moe",
+        "Gemma4ForCausalLM",
+        lambda: _gemma4(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=16),
+        embedding_std=_SCALED_EMBEDDING_STD,
+    ),
+    Family("gemma4_e_text", "Gemma4ForCausalLM", _gemma4_effective, embedding_std=_SCALED_EMBEDDING_STD),
+    Family("gemma3n_text", "Gemma3nForCausalLM", _gemma3n_text, embedding_std=_SCALED_EMBEDDING_STD),
     Family(
         "llava",
         "LlavaForConditionalGeneration",
@@ -656,6 +803,15 @@ _REGISTRY = [
         token_types=("token_type_ids", True),
         embedding_std=_SCALED_EMBEDDING_STD,
     ),
+    Family("gemma4", "Gemma4ForConditionalGeneration", lambda: _gemma4_vl(_gemma4()), **_GEMMA4),
+    Family("gemma4_e", "Gemma4ForConditionalGeneration", lambda: _gemma4_vl(_gemma4_effective()), **_GEMMA4),
+    Family(
+        "gemma4_unified",
+        "Gemma4UnifiedForConditionalGeneration",
+        _gemma4_unified,
+        **{**_GEMMA4, "draw_image": functools.partial(_positioned_image, per_token=1)},
+    ),
+    Family("gemma3n", "Gemma3nForConditionalGeneration", _gemma3n, _framed_image, embedding_std=_SCALED_EMBEDDING_STD),
     Family(
         "aya_vision",
         "AyaVisionForConditionalGeneration",

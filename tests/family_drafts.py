@@ -94,7 +94,9 @@ def _rollout(
         do_sample=True,
         temperature=0.5,
         suppress_tokens=SPECIAL_TOKEN_IDS,
-    )
+        return_dict_in_generate=True,
+        output_hidden_states=True,  # or Gemma 4 would compute its last layers for the last position alone
+    ).sequences
     handle.remove()
     # The target has not read the last token.
     all_embeds, all_states = torch.cat(embeds, dim=1).float(), torch.cat(states, dim=1).float()
