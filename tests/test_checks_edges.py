@@ -31,6 +31,7 @@ def wrong_for(target, lengths, change) -> None:
 
 TREES = (NUM_SIBLINGS + 1, NUM_SIBLINGS + 3)  # the nodes of a trial's tree: with one level, and with two
 IDS = torch.arange(3, 12).unsqueeze(0)  # another number of tokens than a tree of a trial has nodes
+TWICE = IDS.expand(2, -1)  # a batch gets no chains in place of trees
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -39,7 +40,7 @@ def test_a_target_that_gives_no_numbers_for_a_tree_is_refused(value):
     target = small_target("gpt_neox")
     wrong_for(target, TREES, lambda states: torch.full_like(states, value))
     with pytest.raises(MSDUnsupportedError, match="does not verify a candidate tree"):
-        target.generate(IDS, max_new_tokens=8, assistant_model=small_draft())
+        target.generate(TWICE, max_new_tokens=8, assistant_model=small_draft())
 
 
 def test_a_trial_that_could_not_go_deep_is_made_again():
@@ -47,10 +48,10 @@ def test_a_trial_that_could_not_go_deep_is_made_again():
     target, draft = small_target("gpt_neox"), small_draft()
     draft.generation_config.num_assistant_tokens = 3
     wrong_for(target, TREES[1:], torch.zeros_like)  # the tree of a whole trial
-    expected = target.generate(IDS, max_new_tokens=3)
-    assert torch.equal(target.generate(IDS, max_new_tokens=3, assistant_model=draft), expected)
+    expected = target.generate(TWICE, max_new_tokens=3)
+    assert torch.equal(target.generate(TWICE, max_new_tokens=3, assistant_model=draft), expected)
     with pytest.raises(MSDUnsupportedError, match="does not verify a candidate tree"):
-        target.generate(IDS, max_new_tokens=8, assistant_model=draft)
+        target.generate(TWICE, max_new_tokens=8, assistant_model=draft)
 
 
 def test_a_whole_trial_is_made_once():

@@ -273,7 +273,7 @@ def test_a_refused_call_leaves_the_memory_of_a_chat():
 def test_a_target_that_fails_its_check_leaves_the_cache_as_it_was(num_filled):
     """So that the same call can be made without the draft."""
     target = small_target("gpt_neox")
-    ids = torch.arange(3, 14).unsqueeze(0)
+    ids = torch.arange(3, 14).expand(2, -1)  # a batch gets no chains in place of trees
     cache = DynamicCache()
     if num_filled:
         target(ids[:, :num_filled], **{CACHE_NAME: cache})

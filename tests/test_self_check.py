@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,15 +13,17 @@ from test_odd_calls import small_draft, small_target
 from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
 from msd_hf import MSDDraftModel, MSDUnsupportedError
-from msd_hf.decoding import pair, self_check
+from msd_hf.decoding import pair, self_check, trial
 from msd_hf.decoding.self_check import NUM_SIBLINGS
 from msd_hf.kv.in_place import InPlaceLayer
+from msd_hf.tree.settings import DEFAULT_TREE_DEPTH
 
 
 WINDOW = 12  # longer than the made-up context that shows siblings
 TREES = (NUM_SIBLINGS + 1, NUM_SIBLINGS + 3)  # the nodes of a trial's tree: with one level, and with two
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 IDS = torch.arange(3, 14).unsqueeze(0)
+TWICE = IDS.expand(2, -1)  # a batch gets no chains in place of trees
 ALTERNATING = ["sliding_attention", "full_attention"]
 
 
@@ -148,6 +151,33 @@ def test_a_broken_target_is_refused(fault, kind, dtype, monkeypatch):
     target = build(kind, dtype)
     fault(target, monkeypatch)
     with pytest.raises(MSDUnsupportedError, match="does not verify a candidate tree"):
+        generate(target, inputs=TWICE)
+
+
+@pytest.mark.parametrize("fault", [siblings_are_seen, places_count_as_positions, slots_are_not_moved])
+def test_a_target_that_is_right_in_chains_alone_gets_chains(fault, monkeypatch):
+    target, draft = build("gpt_neox", torch.float64), small_draft()
+    expected = target.generate(IDS, max_new_tokens=12)
+    fault(target, monkeypatch)
+    lengths = []
+    target.get_decoder().register_forward_hook(lambda module, args, output: lengths.append(output[0].shape[1]))
+    draft.generation_config.num_assistant_tokens, draft.generation_config.suffix_nodes = 30, 4
+    for _ in range(2):
+        lengths.clear()
+        output = target.generate(IDS, max_new_tokens=12, assistant_model=draft)
+        assert torch.equal(output, expected)
+    assert pair.state_of(target, draft).is_chain
+    assert max(lengths[1:]) == DEFAULT_TREE_DEPTH + 2  # the root and a chain
+    for inputs in ({"inputs": TWICE}, batch_of(5, 11)):
+        with pytest.raises(MSDUnsupportedError, match="chains of one sequence without padding"):
+            target.generate(**inputs, max_new_tokens=12, assistant_model=draft)
+
+
+def test_a_target_that_is_wrong_in_chains_too_is_refused(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "TREES", (*TREES, 2, 3))
+    target = build("gpt_neox", torch.float64)
+    siblings_are_seen(target, monkeypatch)
+    with pytest.raises(MSDUnsupportedError, match="does not verify a candidate tree"):
         generate(target)
 
 
@@ -161,7 +191,7 @@ def test_each_node_of_both_branches_counts(node):
 
     target.get_decoder().register_forward_hook(after)
     with pytest.raises(MSDUnsupportedError, match="does not verify a candidate tree"):
-        generate(target)
+        generate(target, inputs=TWICE)
 
 
 def batch_of(*lengths: int) -> dict[str, torch.Tensor]:
@@ -201,7 +231,7 @@ def test_every_known_family_would_pass(name, monkeypatch):
 def test_numbers_at_padding_do_not_matter(monkeypatch):
     """Attention kernels may leave anything there."""
     target, inputs = build("gpt_neox", torch.float64), batch_of(5, 11)
-    original = self_check._made_up
+    original = trial._made_up
 
     def made_up(slots, *arguments):
         for layer in slots.cache.layers:
@@ -211,7 +241,7 @@ def test_numbers_at_padding_do_not_matter(monkeypatch):
             layer.keys[0, :, :6] = layer.values[0, :, :6] = 0
         return made
 
-    monkeypatch.setattr(self_check, "_made_up", made_up)
+    monkeypatch.setattr(trial, "_made_up", made_up)
     assert torch.equal(generate(target, **inputs), target.generate(**inputs, max_new_tokens=12))
 
 
@@ -220,7 +250,7 @@ def test_a_long_prompt_hides_nothing(monkeypatch):
     target = build("gpt_neox", torch.bfloat16)
     siblings_are_seen(target, monkeypatch)
     with pytest.raises(MSDUnsupportedError, match="does not verify a candidate tree"):
-        generate(target, inputs=torch.arange(400).unsqueeze(0) % 70 + 3)
+        generate(target, inputs=torch.arange(400).expand(2, -1) % 70 + 3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -228,10 +258,10 @@ def test_a_long_prompt_hides_nothing(monkeypatch):
 def test_a_window_is_tried_by_the_first_call_that_can_leave_it(kind, dtype, monkeypatch):
     target, draft = build(kind, dtype), small_draft().to(dtype)
     windows_are_ignored(target, monkeypatch)
-    options = {"inputs": IDS[:, :3], "assistant_model": draft}
+    options = {"inputs": TWICE[:, :3], "assistant_model": draft}
     output = target.generate(**options, max_new_tokens=WINDOW - 3)
     if dtype == torch.float64:
-        assert torch.equal(output, target.generate(IDS[:, :3], max_new_tokens=WINDOW - 3))
+        assert torch.equal(output, target.generate(TWICE[:, :3], max_new_tokens=WINDOW - 3))
     with pytest.raises(MSDUnsupportedError, match="does not verify a candidate tree"):
         target.generate(**options, max_new_tokens=40)
 
@@ -299,4 +329,4 @@ LEAST = torch.finfo(torch.float32).min
     ],
 )
 def test_the_difference_of_logits(got, expected, difference):
-    assert self_check._difference(got, expected) == pytest.approx(difference, nan_ok=True)
+    assert trial._difference(got, expected) == pytest.approx(difference, nan_ok=True)

@@ -241,7 +241,7 @@ FAULTS = {
     "checks": [
         Fault(
             "NaN passes the self-check",
-            "decoding/self_check.py",
+            "decoding/trial.py",
             '.nan_to_num(nan=float("inf"))',
             ".nan_to_num(nan=0.0)",
             CHECKS,

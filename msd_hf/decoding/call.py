@@ -89,6 +89,8 @@ def prepare_call(
     """
     pair = state_of(target, draft)
     settings = TreeSettings.from_generation_config(draft.generation_config)
+    if pair.is_chain:
+        settings = settings.as_chain()
     adapter = TargetAdapter(target, draft.reads.layers, pair.compiled)
     cache = model_kwargs[CACHE_NAME]
     keeps_cache = _outlives_the_call(cache, generation_config)

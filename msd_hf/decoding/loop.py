@@ -124,7 +124,9 @@ def _draft(call: DecodingCall, running: RunningRows) -> CandidateTree:
     roots = torch.tensor(running.tokens, device=call.draft.device)
     with phase("tree"):
         tree = call.drafter.propose(roots, limits)
-        if limits.suffix_nodes:
+        if call.pair.is_chain and limits.top_k > 1 and tree.max_depth:
+            tree = tree.best_path()  # this call has found out that the target verifies chains only
+        elif limits.suffix_nodes and not call.pair.is_chain:
             tree = call.branches.added_to(tree, limits.suffix_nodes, selector.running_tokens)
     tree = tree.to(running.next_position.device)
     if selector.padded_rows:

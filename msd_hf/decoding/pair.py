@@ -28,6 +28,7 @@ class PairState:
         experiences (`dict`): costs and acceptance of automatic trees, by the circumstances of a call and the settings.
         is_checked (`bool`): whether trees were compared with plain decoding on this target, see
             `check_tree_verification`.
+        is_chain (`bool`): whether that check found that the target verifies chains only.
         is_window_checked (`bool`): the same for a context that is longer than the target's sliding window.
     """
 
@@ -37,6 +38,7 @@ class PairState:
     recordings: RecordingMemory = field(default_factory=RecordingMemory)
     experiences: dict[Hashable, Experience] = field(default_factory=dict)
     is_checked: bool = False
+    is_chain: bool = False
     is_window_checked: bool = False
 
     def tree_policy(

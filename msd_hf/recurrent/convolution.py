@@ -38,17 +38,18 @@ def columns_after(
     The cached columns behind the accepted nodes of each row.
 
     Args:
-        columns (`torch.Tensor` of shape `[B, C, S]`): the columns before the root.
-        nodes (`torch.Tensor` of shape `[B, C, N]`): the columns of the nodes.
+        columns (`torch.Tensor` of shape `[B, ..., S]`): the columns before the root.
+        nodes (`torch.Tensor` of shape `[B, ..., N]`): the columns of the nodes.
         paths, counts: the accepted nodes, see [`KeptNodes.state_after`].
 
     Returns:
-        `torch.Tensor` of shape `[B, C, S]`: the last S columns.
+        `torch.Tensor` of shape `[B, ..., S]`: the last S columns.
     """
-    accepted = nodes.gather(2, paths.unsqueeze(1).expand(-1, nodes.shape[1], -1))
-    behind = torch.cat([columns, accepted.to(columns.dtype)], dim=2)
-    index = counts.unsqueeze(1) + torch.arange(columns.shape[2], device=columns.device)
-    return behind.gather(2, index.unsqueeze(1).expand(-1, columns.shape[1], -1))
+    inner = [1] * (columns.ndim - 2)
+    accepted = nodes.gather(-1, paths.view(len(paths), *inner, -1).expand(*nodes.shape[:-1], -1))
+    behind = torch.cat([columns, accepted.to(columns.dtype)], dim=-1)
+    index = counts.unsqueeze(1) + torch.arange(columns.shape[-1], device=columns.device)
+    return behind.gather(-1, index.view(len(index), *inner, -1).expand_as(columns))
 
 
 __all__ = ["columns_after", "tree_convolution"]

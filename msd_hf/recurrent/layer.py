@@ -90,9 +90,11 @@ class RecurrentLayer(LinearAttentionLayer):
 
     def has_kept_nodes(self) -> bool:
         """Whether the last forward over trees left what `advance` needs: every convolution and every recurrence of the
-        layer ran along the tree."""
+        layer ran along the trees."""
         nodes = self._nodes
-        if nodes is None or not nodes.is_complete or nodes.convolved is not None:
+        if nodes is None:
+            return False
+        if (not nodes.is_complete or nodes.convolved is not None) and not nodes.are_chains:
             return False
         return all(
             number in kept

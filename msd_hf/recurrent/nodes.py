@@ -49,6 +49,12 @@ class TreeNodes:
         self._windows: dict[tuple[int, int, torch.device], torch.Tensor] = {}
         self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    @property
+    def are_chains(self) -> bool:
+        """Whether all trees are chains, along which any convolution runs as over a text."""
+        before = torch.arange(self.parents.shape[1] - 1, device=self.parents.device)
+        return bool((self.parents[:, 1:] == before).all())
+
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """`parents` and `ancestors` on a device. Layers of one target may lie on several."""
         if device not in self._on_device:

@@ -126,6 +126,11 @@ class CandidateTree:
             self.scores.gather(1, order),
         )
 
+    def best_path(self) -> CandidateTree:
+        """The path to the best of the deepest nodes alone, of a single tree."""
+        assert len(self.tokens) == 1 and self.scores is not None
+        return CandidateTree.chain(self.with_best_path_first().tokens[:, : int(self.depths.max()) + 1])
+
     def with_emittable_depths(self, tokens_left: Sequence[int] | None) -> CandidateTree:
         """
         Limits `depths` to the depth of the deepest node that can still be emitted, because the target may have no

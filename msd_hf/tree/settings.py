@@ -94,6 +94,10 @@ class TreeSettings:
         """Slots of the draft's cache for one tree: one for each expanded node below the root."""
         return self.depth * self.top_k
 
+    def as_chain(self) -> TreeSettings:
+        """Returns the settings of chains that are as deep."""
+        return replace(self, top_k=1, num_nodes=min(self.num_nodes, self.depth + 2), suffix_nodes=0)
+
     def limited_to(self, tokens_left: int | None) -> TreeSettings:
         """Returns the settings without levels that are too deep to be emitted before the length limit."""
         if tokens_left is None:
