@@ -72,6 +72,7 @@ class Family:
             images in the prompt.
         draw_video: makes a video from a generator and the video's number.
         collate_images, collate_videos: make arguments of `generate` from the pictures of all rows.
+        place_images: makes further arguments from the prompts' tokens `[B, L]` and the images of all rows.
         token_types: name of the argument with token types (text 0, image 1, video 2), and whether images and videos
             are marked in it.
         embedding_std: standard deviation of the random embeddings. Gemma multiplies embeddings by the square root of
@@ -90,6 +91,7 @@ class Family:
     draw_video: Callable[[torch.Generator, int], Picture] | None = None
     collate_images: Callable[[Rows], dict[str, Any]] = _stack
     collate_videos: Callable[[Rows], dict[str, Any]] | None = None
+    place_images: Callable[[torch.Tensor, Rows], dict[str, Any]] | None = None
     token_types: tuple[str, bool] | None = None
     embedding_std: float = 1.0
     attentions: tuple[str, ...] = ("sdpa", "eager")
@@ -122,6 +124,8 @@ class Family:
                     torch.nn.init.normal_(parameter, std=2 * parameter[0].numel() ** -0.5)
                 elif parameter.ndim > 1 and any(part in name for part in ("projector", "connector", "merger")):
                     torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
+                elif "cross_attn" in name and name.endswith("gate"):
+                    torch.nn.init.ones_(parameter)  # a closed gate would hide the images
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = PAD_TOKEN_ID
         model.set_attn_implementation(attention or self.attentions[0])
@@ -178,6 +182,8 @@ class Family:
         }
         if any(prompt.images for prompt in prompts):
             inputs.update(self.collate_images([prompt.images for prompt in prompts]))
+            if self.place_images is not None:
+                inputs.update(self.place_images(ids, [prompt.images for prompt in prompts]))
         if any(prompt.videos for prompt in prompts):
             assert self.collate_videos is not None
             inputs.update(self.collate_videos([prompt.videos for prompt in prompts]))
@@ -530,6 +536,42 @@ def _collate_pixtral(rows: Rows) -> dict[str, Any]:
     return {"pixel_values": pixel_values, "image_sizes": torch.tensor([picture.size for picture in pictures])}
 
 
+_MOST_TILES = 2
+
+
+def _cross_attended_image(generator: torch.Generator, number: int, num_images: int) -> Picture:
+    """One placeholder for one or two tiles, which the tokens from there on read."""
+    num_tiles = (1, 2)[number % 2]
+    pixels = torch.zeros(1, _MOST_TILES, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.float64)
+    pixels[:, :num_tiles] = _noise(generator, 1, num_tiles, 3, IMAGE_SIZE, IMAGE_SIZE)
+    return Picture([IMAGE_TOKEN_ID], pixels, (num_tiles,))
+
+
+def _collate_cross_attended(rows: Rows) -> dict[str, Any]:
+    most = max(map(len, rows))
+    pixel_values = torch.zeros(len(rows), most, _MOST_TILES, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.float64)
+    ratios = torch.zeros(len(rows), most, dtype=torch.long)
+    tiles = torch.zeros(len(rows), most, _MOST_TILES, dtype=torch.long)
+    tiles[..., 0] = 1  # as the processor marks images that are not there
+    for row, pictures in enumerate(rows):
+        for number, picture in enumerate(pictures):
+            (num_tiles,) = picture.size
+            pixel_values[row, number] = picture.pixels[0]
+            ratios[row, number] = num_tiles  # 1: one tile; 2: two tiles beside each other
+            tiles[row, number, :num_tiles] = 1
+    return {"pixel_values": pixel_values, "aspect_ratio_ids": ratios, "aspect_ratio_mask": tiles}
+
+
+def _place_cross_attended(ids: torch.Tensor, rows: Rows) -> dict[str, Any]:
+    """A token reads the tiles of the images before it, of several only the last one."""
+    mask = torch.zeros(*ids.shape, max(map(len, rows)), _MOST_TILES, dtype=torch.long)
+    for row, pictures in enumerate(rows):
+        starts = [*(ids[row] == IMAGE_TOKEN_ID).nonzero()[:, 0].tolist(), ids.shape[1]]
+        for number, picture in enumerate(pictures):
+            mask[row, starts[number] : starts[number + 1], number, : picture.size[0]] = 1
+    return {"cross_attention_mask": mask}
+
+
 _GRID_PATCH_PIXELS = 3 * 2 * 4 * 4  # channels, frames per patch, height, width
 
 
@@ -755,6 +797,30 @@ _REGISTRY = [
         "Idefics3ForConditionalGeneration",
         lambda: _multimodal("Idefics3Config", _llama(), _tower("Idefics3VisionConfig", 4)),
         **_PADDED_TILES,
+    ),
+    Family(
+        "mllama",
+        "MllamaForConditionalGeneration",
+        lambda: transformers.MllamaConfig(
+            text_config=_decoder(
+                "MllamaTextConfig", num_hidden_layers=4, cross_attention_layers=[1, 3], bos_token_id=1
+            ),
+            vision_config=_tower(
+                "MllamaVisionConfig",
+                8,
+                num_hidden_layers=2,
+                num_global_layers=1,
+                attention_heads=2,
+                vision_output_dim=48,
+                max_num_tiles=_MOST_TILES,
+                intermediate_layers_indices=[0, 1],
+                supported_aspect_ratios=[[1, 1], [1, 2]],
+            ),
+            image_token_index=IMAGE_TOKEN_ID,
+        ),
+        _cross_attended_image,
+        collate_images=_collate_cross_attended,
+        place_images=_place_cross_attended,
     ),
     Family(
         "mistral3",

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from msd_hf import MSDDraftModel
 from msd_hf.decoders import decoder_of
+from msd_hf.target.adapter import TargetAdapter
 
 
 @dataclass
@@ -100,9 +101,7 @@ def _rollout(
     handle.remove()
     # The target has not read the last token.
     all_embeds, all_states = torch.cat(embeds, dim=1).float(), torch.cat(states, dim=1).float()
-    visual_mask = torch.zeros_like(ids[:, :-1], dtype=torch.bool)
-    for name in ("image_token_id", "video_token_id"):
-        visual_mask |= ids[:, :-1] == getattr(target.config, name, -1)
+    visual_mask = TargetAdapter(target).visual_mask(ids[:, :-1])
     # Sharper than the target's distribution, because most tests decode greedily.
     goal_probs = (2 * target.get_output_embeddings()(torch.cat(states, dim=1))[:, 1:]).softmax(-1).float()
     return all_embeds[:, 1:], all_states[:, :-1], visual_mask[:, 1:], all_states[:, 1:], goal_probs

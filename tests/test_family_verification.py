@@ -51,13 +51,13 @@ def decode_trees(target: PreTrainedModel, input_ids: torch.Tensor, *args: Any, r
     for name in ("logits_processor", "stopping_criteria"):
         model_kwargs.pop(name, None)
     adapter, cache = TargetAdapter(target), model_kwargs[CACHE_NAME]
-    make_in_place(cache, 256)
+    make_in_place(cache, 256, adapter.image_layers)
     prefill = adapter.prefill(input_ids, generation_config, model_kwargs)
     rows = range(len(input_ids))
     tokens = [[random_token(rng)] for _ in rows]
     logits: list[list[torch.Tensor]] = [[] for _ in rows]
     slots = CacheTransaction(cache, ContextSlots([0] * len(tokens)))
-    slots.commit_prompt(prefill.prompt_mask)
+    slots.commit_prompt(prefill.prompt_mask, prefill.repeated_inputs)
     running = RunningRows(slots, prefill.next_position, [row[-1] for row in tokens])
     for number in range(NUM_ROUNDS):
         num_nodes = 1 if number % 3 == 2 else NUM_NODES  # a root alone may need no mask

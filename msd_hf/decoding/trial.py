@@ -23,6 +23,7 @@ from ..kv.slots import ContextSlots
 from ..kv.transaction import CacheTransaction, make_in_place
 from ..recurrent.layer import RecurrentLayer, copy_states
 from ..target.adapter import TargetAdapter
+from ..target.support import IMAGE_MASKS
 from ..tree.candidate import CandidateTree
 from .running_rows import RunningRows
 
@@ -97,6 +98,10 @@ class Trial:
         kwargs = dict(self.model_kwargs)
         if kwargs.get("attention_mask") is not None:
             kwargs["attention_mask"] = kwargs["attention_mask"].new_ones(len(ids), length)
+        for name in IMAGE_MASKS:
+            if kwargs.get(name) is not None:
+                last = kwargs[name][:, -1:]
+                kwargs[name] = last.expand(-1, length, *last.shape[2:])
         expected = []
         for text in self.texts:
             plain = DynamicCache(config=self.adapter.text_config)

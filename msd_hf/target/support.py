@@ -49,6 +49,7 @@ KNOWN_MODEL_TYPES = frozenset(
         "llava_onevision",
         "mistral",
         "mistral3",
+        "mllama",
         "paligemma",
         "qwen2",
         "qwen2_5_vl",
