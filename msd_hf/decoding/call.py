@@ -134,7 +134,9 @@ def prepare_call(
         settings=settings,
         selector=selector,
         slots=CacheTransaction(cache, ContextSlots([cache.get_seq_length()] * batch_size)),
-        outputs=DecoderOutputs(batch_size, [reach.most for reach in layer_reaches(adapter.text_config)], flags),
+        outputs=DecoderOutputs(
+            batch_size, [reach.most for reach in layer_reaches(adapter.text_config)], flags, adapter.image_layers
+        ),
         memory=memory,
         pair=pair,
         observer=current_observer(),

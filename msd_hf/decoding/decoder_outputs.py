@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from transformers.utils import ModelOutput
@@ -16,11 +16,19 @@ class DecoderOutputs:
         batch_size (`int`): number of sequences.
         most_slots (`Sequence[int | None]`): the most slots that a token sees in each decoder layer; `None`: no limit.
             The attentions of a step are cut to them, as a cache without a draft keeps no more.
+        image_layers (`Collection[int]`): the layers that attend to images. A call without images passes them over.
         output_flags (`dict[str, bool]`): `output_hidden_states` and `output_attentions`, whether to collect each.
     """
 
-    def __init__(self, batch_size: int, most_slots: Sequence[int | None], output_flags: dict[str, bool]):
+    def __init__(
+        self,
+        batch_size: int,
+        most_slots: Sequence[int | None],
+        output_flags: dict[str, bool],
+        image_layers: Collection[int] = (),
+    ):
         self.most_slots = most_slots
+        self.image_layers = image_layers
         self._prefill: ModelOutput | None = None
         # Indexed by sequence, step and layer.
         self._hidden_states: list[list[list[torch.Tensor]]] | None = None
@@ -59,10 +67,19 @@ class DecoderOutputs:
             if self._attentions is not None:
                 for end in range(1, len(path) + 1):
                     layers = [
-                        self._of_step(attention, place, path[:end], length, most)
-                        for attention, most in zip(outputs.attentions, self.most_slots, strict=True)
+                        attention[place : place + 1, :, path[end - 1] : path[end - 1] + 1]
+                        if number in self.image_layers
+                        else self._of_step(attention, place, path[:end], length, self.most_slots[number])
+                        for number, attention in self._numbered(outputs.attentions)
                     ]
                     self._attentions[row].append(layers)
+
+    def _numbered(self, attentions: Sequence[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
+        """Attentions with the numbers of their layers."""
+        numbers = range(len(self.most_slots))
+        if len(attentions) < len(numbers):
+            numbers = [number for number in numbers if number not in self.image_layers]
+        return list(zip(numbers, attentions, strict=True))
 
     @property
     def hidden_states(self) -> tuple[tuple[torch.Tensor, ...], ...] | None:

@@ -1,0 +1,147 @@
+"""Targets with layers in chunks, with an indexer, or with cross-attention: chats, returned caches, scores and states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from family_drafts import family_pair
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, set_seed
+
+from msd_hf.compat import CACHE_NAME
+
+
+KINDS = [name for name in ("llama4_text", "deepseek_v32", "glm_moe_dsa", "mllama") if name in FAMILIES]
+FLAGS = {"return_dict_in_generate": True, "output_hidden_states": True, "output_attentions": True}
+
+
+def batch(name: str, images: tuple[int, ...], lengths: tuple[int, ...] = (9, 4, 6)) -> dict[str, Any]:
+    family = FAMILIES[name]
+    counts = images if family.has_images else (0,) * len(images)
+    return family.collate(
+        [family.prompt(seed, count, num_text=lengths[seed]) for seed, count in enumerate(counts)]
+    )
+
+
+def assert_same(got: Any, expected: Any) -> None:
+    """Tensors in nested tuples are equal up to the rounding of float32, in which some routers and softmaxes compute."""
+    if isinstance(expected, torch.Tensor):
+        assert got.shape == expected.shape
+        assert torch.allclose(got, expected, atol=1e-4)
+    else:
+        assert len(got) == len(expected)
+        for one, other in zip(got, expected, strict=True):
+            assert_same(one, other)
+
+
+@pytest.mark.parametrize("images", [(0,), (1,), (2, 0, 1)], ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_states_and_attentions_are_those_of_the_target_alone(name, images):
+    pair = family_pair(name)
+    inputs = batch(name, images)
+    pair.target.set_attn_implementation("eager")
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])  # eager attention makes NaN of padded rows
+    try:
+        expected = pair.target.generate(**inputs, **FLAGS, max_new_tokens=8)
+        got = pair.target.generate(**inputs, **FLAGS, max_new_tokens=8, assistant_model=pair.draft)
+    finally:
+        pair.target.set_attn_implementation("sdpa")
+    assert got.sequences.tolist() == expected.sequences.tolist()
+    assert_same(got.hidden_states, expected.hidden_states)
+    assert_same(got.attentions, expected.attentions)
+
+
+def next_turn(name: str, inputs: dict[str, Any], sequences: torch.Tensor, num_new: int = 4) -> dict[str, Any]:
+    """Inputs with the answer and new text behind the prompt, and with no pictures but those in the cache."""
+    more = torch.randint(3, 70, (len(sequences), num_new), generator=torch.Generator().manual_seed(1))
+    ids = torch.cat([sequences, more], dim=1)
+    mask = torch.ones_like(ids)
+    mask[:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
+    following = {"input_ids": ids, "attention_mask": mask}
+    if "cross_attention_mask" in inputs:
+        tiles = inputs["cross_attention_mask"]
+        last = tiles[:, -1:].expand(-1, ids.shape[1] - tiles.shape[1], -1, -1)
+        following["cross_attention_mask"] = torch.cat([tiles, last], dim=1)
+    return following
+
+
+@pytest.mark.parametrize("mode", ["greedy", "sampling"])
+@pytest.mark.parametrize("drafts", [(1, 1, 1), (0, 1, 0), (1, 0, 1)], ids=str)
+@pytest.mark.parametrize("images", [(1,), (2, 0, 1)], ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_turns_of_a_chat_share_a_cache(name, images, drafts, mode):
+    """Each turn with or without the draft; rows end at different steps. Compared with the same turns without it."""
+    pair = family_pair(name)
+    options: dict[str, Any] = {"max_new_tokens": 9, "return_dict_in_generate": True}
+    if mode == "sampling":
+        options |= {"do_sample": True, "temperature": 0.7}
+    first = batch(name, images)
+    set_seed(0)
+    alone = pair.target.generate(**first, **{**options, "return_dict_in_generate": False})
+    options["eos_token_id"] = int(alone[0, first["input_ids"].shape[1] + 4])
+    seen = []
+    for chosen in ((0, 0, 0), drafts):
+        cache, inputs, texts = DynamicCache(config=pair.target.config), first, []
+        for turn, with_draft in enumerate(chosen):
+            set_seed(turn)
+            given = {"assistant_model": pair.draft} if with_draft else {}
+            output = pair.target.generate(**inputs, **options, **given, **{CACHE_NAME: cache})
+            texts.append(output.sequences.tolist())
+            inputs = next_turn(name, inputs, output.sequences)
+        seen.append(texts)
+        lengths = [layer.get_seq_length() for layer in cache.layers]
+    assert seen[0] == seen[1]
+    if name == "mllama":
+        tiles = first["cross_attention_mask"].shape[2] * 2
+        assert lengths[1] == lengths[3] == tiles * (lengths[1] // tiles) and lengths[0] == lengths[2] > lengths[1] // 9
+
+
+class Failing(LogitsProcessor):
+    """Raises an error at the given step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.step -= 1
+        if self.step < 0:
+            raise RuntimeError("stop")
+        return scores
+
+
+@pytest.mark.parametrize("step", [0, 3])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_cache_is_whole_after_an_error(name, step):
+    """The same cache serves the same prompt again, with what is in it by then."""
+    pair = family_pair(name)
+    inputs = batch(name, (1,))
+    cache = DynamicCache(config=pair.target.config)
+    processors = LogitsProcessorList([Failing(step)])
+    given = {"assistant_model": pair.draft, CACHE_NAME: cache}
+    with pytest.raises(RuntimeError, match="stop"):
+        pair.target.generate(**inputs, **given, max_new_tokens=9, logits_processor=processors)
+    if step == 0 and name == "mllama":
+        assert {layer.get_seq_length() for layer in cache.layers} == {inputs["input_ids"].shape[1], 4 * 2 + 2}
+    length = cache.get_seq_length()
+    assert length >= inputs["input_ids"].shape[1]
+    cache.crop(inputs["input_ids"].shape[1] - 2 - length)
+    expected = pair.target.generate(**inputs, max_new_tokens=9)
+    again = {name: value for name, value in inputs.items() if "pixel" not in name and "aspect" not in name}
+    assert torch.equal(pair.target.generate(**again, max_new_tokens=9, **given), expected)
+
+
+def test_a_prefill_that_fails_leaves_no_images_in_the_cache():
+    pair = family_pair("mllama")
+    inputs = batch("mllama", (1,))
+    expected = pair.target.generate(**inputs, max_new_tokens=9)
+    cache = DynamicCache(config=pair.target.config)
+    layer = pair.target.model.language_model.layers[3]
+    handle = layer.mlp.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pair.target.generate(**inputs, max_new_tokens=9, assistant_model=pair.draft, **{CACHE_NAME: cache})
+    handle.remove()
+    assert {layer.get_seq_length() for layer in cache.layers} == {0}
+    got = pair.target.generate(**inputs, max_new_tokens=9, assistant_model=pair.draft, **{CACHE_NAME: cache})
+    assert torch.equal(got, expected)
