@@ -1,4 +1,4 @@
-"""Targets with layers in chunks, with an indexer, or with cross-attention: chats, returned caches, scores and states."""
+"""Targets with layers in chunks, with an indexer or with cross-attention: chats, returned caches, states, errors."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from msd_hf.compat import CACHE_NAME
 
 
 KINDS = [name for name in ("llama4_text", "deepseek_v32", "glm_moe_dsa", "mllama") if name in FAMILIES]
+STATES_OF_AN_IMAGE = 2 * (4 + 1)  # tiles, each of four patches and one more
 FLAGS = {"return_dict_in_generate": True, "output_hidden_states": True, "output_attentions": True}
 
 
 def batch(name: str, images: tuple[int, ...], lengths: tuple[int, ...] = (9, 4, 6)) -> dict[str, Any]:
     family = FAMILIES[name]
     counts = images if family.has_images else (0,) * len(images)
-    return family.collate(
-        [family.prompt(seed, count, num_text=lengths[seed]) for seed, count in enumerate(counts)]
-    )
+    return family.collate([family.prompt(seed, count, num_text=lengths[seed]) for seed, count in enumerate(counts)])
 
 
 def assert_same(got: Any, expected: Any) -> None:
-    """Tensors in nested tuples are equal up to the rounding of float32, in which some routers and softmaxes compute."""
+    """Tensors in nested tuples are equal up to the rounding of float32, in which routers and softmaxes compute."""
     if isinstance(expected, torch.Tensor):
         assert got.shape == expected.shape
         assert torch.allclose(got, expected, atol=1e-4)
@@ -94,8 +93,8 @@ def test_turns_of_a_chat_share_a_cache(name, images, drafts, mode):
         lengths = [layer.get_seq_length() for layer in cache.layers]
     assert seen[0] == seen[1]
     if name == "mllama":
-        tiles = first["cross_attention_mask"].shape[2] * 2
-        assert lengths[1] == lengths[3] == tiles * (lengths[1] // tiles) and lengths[0] == lengths[2] > lengths[1] // 9
+        assert lengths[1] == lengths[3] == STATES_OF_AN_IMAGE * max(images)
+    assert lengths[0] == lengths[2] == inputs["input_ids"].shape[1] - 5  # the last token was not read, 4 are new
 
 
 class Failing(LogitsProcessor):
@@ -123,7 +122,7 @@ def test_a_cache_is_whole_after_an_error(name, step):
     with pytest.raises(RuntimeError, match="stop"):
         pair.target.generate(**inputs, **given, max_new_tokens=9, logits_processor=processors)
     if step == 0 and name == "mllama":
-        assert {layer.get_seq_length() for layer in cache.layers} == {inputs["input_ids"].shape[1], 4 * 2 + 2}
+        assert {layer.get_seq_length() for layer in cache.layers} == {inputs["input_ids"].shape[1], STATES_OF_AN_IMAGE}
     length = cache.get_seq_length()
     assert length >= inputs["input_ids"].shape[1]
     cache.crop(inputs["input_ids"].shape[1] - 2 - length)
@@ -145,3 +144,47 @@ def test_a_prefill_that_fails_leaves_no_images_in_the_cache():
     assert {layer.get_seq_length() for layer in cache.layers} == {0}
     got = pair.target.generate(**inputs, max_new_tokens=9, assistant_model=pair.draft, **{CACHE_NAME: cache})
     assert torch.equal(got, expected)
+
+
+def with_second_image(first: dict[str, Any], sequences: torch.Tensor) -> dict[str, Any]:
+    """The next turn shows another image; only its pixels are given."""
+    family = FAMILIES["mllama"]
+    prompt = family.prompt(7, 1, place="first", num_text=5)
+    new = family.collate([prompt])
+    ids = torch.cat([sequences, new["input_ids"]], dim=1)
+    mask = torch.zeros(1, ids.shape[1], 2, 2, dtype=torch.long)
+    mask[:, : sequences.shape[1], 0] = first["cross_attention_mask"][:, -1:, 0]
+    mask[:, sequences.shape[1] :, 1] = new["cross_attention_mask"][:, :, 0]
+    pictures = {name: value for name, value in new.items() if "pixel" in name or "aspect" in name}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "cross_attention_mask": mask, **pictures}
+
+
+@pytest.mark.parametrize("fails_first", [False, True])
+def test_a_later_turn_brings_its_own_image(fails_first):
+    """A prefill that fails takes its own image along, and not that of the first turn."""
+    pair = family_pair("mllama")
+    first = batch("mllama", (1,))
+    options = {"max_new_tokens": 9, "return_dict_in_generate": True}
+    texts = []
+    for given in ({}, {"assistant_model": pair.draft}):
+        cache = DynamicCache(config=pair.target.config)
+        output = pair.target.generate(**first, **options, **given, **{CACHE_NAME: cache})
+        second = with_second_image(first, output.sequences)
+        if fails_first and given:
+            handle = pair.target.model.language_model.layers[3].mlp.register_forward_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                pair.target.generate(**second, **options, **given, **{CACHE_NAME: cache})
+            handle.remove()
+            assert [layer.get_seq_length() for layer in cache.layers][1::2] == [STATES_OF_AN_IMAGE] * 2
+        output = pair.target.generate(**second, **options, **given, **{CACHE_NAME: cache})
+        assert [layer.get_seq_length() for layer in cache.layers][1::2] == [2 * STATES_OF_AN_IMAGE] * 2
+        texts.append(output.sequences.tolist())
+    assert texts[0] == texts[1]
+
+
+def test_a_cache_without_a_config_holds_images_too():
+    pair = family_pair("mllama")
+    inputs = batch("mllama", (1,))
+    expected = pair.target.generate(**inputs, max_new_tokens=9)
+    given = {"assistant_model": pair.draft, CACHE_NAME: DynamicCache()}
+    assert torch.equal(pair.target.generate(**inputs, max_new_tokens=9, **given), expected)

@@ -16,6 +16,7 @@ import pytest
 import refusals_table
 import tiny
 import torch
+from families import FAMILIES
 from transformers import (
     AttentionInterface,
     CompileConfig,
@@ -33,6 +34,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import msd_hf
 from msd_hf import MSDDraftModel, MSDError
 from msd_hf.compat import CACHE_NAME
+from msd_hf.decoders import decoder_of
 from msd_hf.hook.refusals import REFUSED_ARGUMENTS
 from msd_hf.target.adapter import TargetAdapter
 
@@ -74,7 +76,7 @@ def without_head(target, draft):
 
 def cross_attention(target, draft):
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = {**sizes, **SIZES, "cross_attention_layers": [1], "num_key_value_heads": 2}
+    text = {**sizes, **SIZES, "cross_attention_layers": [0], "num_key_value_heads": 2}
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_global_layers": 1}
     vision |= {"attention_heads": 2, "image_size": 16, "patch_size": 8, "vision_output_dim": 64}
     vision |= {"intermediate_layers_indices": [0]}
@@ -85,6 +87,42 @@ def cross_attention(target, draft):
 def linear_attention(target, draft):
     target.config.text_config.layer_types = ["full_attention", "linear_attention"]
     return target, draft, {}
+
+
+def with_layers_of_type(kind):
+    def change(target, draft):
+        target.config.text_config.layer_types = ["full_attention", kind]
+        return target, draft, {}
+
+    return change
+
+
+def with_keys_in_modules(target, draft):
+    target.config.text_config.index_topk = 4
+    decoder_of(target).layers[0].register_buffer("_cached_keys", None, persistent=False)
+    return target, draft, {}
+
+
+def with_pools(target, draft):
+    target.config.text_config.index_kpool = 4
+    return target, draft, {}
+
+
+def compiled_with_indexers(target, draft):
+    target.config.text_config.layer_types = ["indexed_attention"] * 2
+    draft = build_draft()
+    draft.generation_config.compile = True
+    return target, draft, {}
+
+
+def compiled_with(family):
+    def change(target, draft):
+        target = FAMILIES[family].build()
+        draft = MSDDraftModel.from_target(target)
+        draft.generation_config.compile = True
+        return never_running(target), draft, {"pixel_values": None}
+
+    return change
 
 
 def recurrent(target, draft):
@@ -201,7 +239,17 @@ CASES = {
     "a cache that is not a plain `DynamicCache`": other_cache,
     "an encoder-decoder target": encoder_decoder,
     "a target without decoder or head": without_head,
-    "cross-attention layers (Llama 3.2 Vision)": cross_attention,
+    "cross-attention in the first layer": cross_attention,
+    "layers that choose blocks of slots (MiniMax M3)": with_layers_of_type("minimax_m3_sparse"),
+    "layers that compress tokens (DeepSeek V4)": with_layers_of_type("compressed_sparse_attention"),
+    "layers whose window spares the prompt (Unlimited-OCR)": with_layers_of_type("reference_sliding_attention"),
+    "indexers that keep their keys in the model (GLM-MoE-DSA in early releases of transformers)": with_keys_in_modules,
+    "indexers that choose pools of slots (GLM-5-Next)": with_pools,
+    "`draft.generation_config.compile=True`, with layers that have an indexer": compiled_with_indexers,
+    "`draft.generation_config.compile=True`, with cross-attention layers": compiled_with("mllama"),
+    "`draft.generation_config.compile=True`, with layers that scale queries by place (Llama 4)": compiled_with(
+        "llama4_text"
+    ),
     "recurrent or convolutional layers": linear_attention,
     "a recurrent target": recurrent,
     "a target with a prompt-learning adapter": with_virtual_tokens,

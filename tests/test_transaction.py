@@ -7,10 +7,13 @@ import sys
 import pytest
 import tiny
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, cache_utils
 
 from msd_hf.compat import CACHE_NAME
+from msd_hf.errors import MSDCacheError
 from msd_hf.kv import in_place
+from msd_hf.kv.image_states import ImageStatesLayer
+from msd_hf.kv.indexed import InPlaceIndexedLayer
 from msd_hf.kv.slots import ContextSlots
 from msd_hf.kv.transaction import CacheTransaction, make_in_place
 
@@ -87,6 +90,123 @@ def test_a_block_that_was_neither_committed_nor_aborted_is_noticed():
     slots.begin()
     with pytest.raises(AssertionError, match="neither committed nor aborted"):
         slots.begin()
+
+
+class IndexedStates:
+    """A cache with an indexed layer, whose keys of the indexer and positions are parts of its keys, and with a layer
+    of images. Everything that is done to the cache must keep them together."""
+
+    def __init__(self, batch_size: int = 3):
+        self.cache = DynamicCache()
+        self.cache.layers = [InPlaceIndexedLayer(64), ImageStatesLayer()]
+        self.cache.layer_class_to_replicate = None
+        self.slots = CacheTransaction(self.cache, ContextSlots([0] * batch_size))
+        self.images = torch.randn(batch_size, 1, 5, 4)
+
+    def append(self, num_slots: int) -> None:
+        keys = torch.randn(len(self.slots.rows), 2, num_slots, 4)
+        layer = self.cache.layers[0]
+        positions = [part for part in (layer.indexer_position_ids, keys[None, :, 0, :, 0]) if part is not None]
+        layer.indexer_position_ids = torch.cat(positions, dim=-1)
+        self.cache.update(keys, -keys, 0)
+        assert torch.equal(layer.update_indexer(keys[:, 0, :, :3]), layer.keys[:, 0, :, :3])
+
+    def check(self) -> None:
+        layer, images = self.cache.layers
+        assert torch.equal(layer.values, -layer.keys)
+        assert torch.equal(layer.indexer_keys, layer.keys[:, 0, :, :3])
+        assert torch.equal(layer.indexer_position_ids[0], layer.keys[:, 0, :, 0])
+        assert torch.equal(images.keys, self.images[self.slots.rows]) and torch.equal(images.values, -images.keys)
+
+
+def test_keys_of_an_indexer_move_with_their_slots_and_images_stay():
+    torch.manual_seed(0)
+    states = IndexedStates()
+    slots = states.slots
+    slots.begin()
+    states.append(5)
+    states.cache.update(states.images, -states.images, 1)
+    slots.commit_prompt(None)
+    states.check()
+    steps = [
+        lambda: slots.commit([2, 2, 2], torch.tensor([[0, 3], [1, 2], [0, 4]])),
+        lambda: slots.commit([3, 1, 2], torch.tensor([[0, 2, 4], [3, 0, 0], [1, 2, 0]])),
+        lambda: slots.commit([1, 4, 2]),
+        lambda: slots.abort(),
+        lambda: (slots.commit([2, 2, 2]), slots.keep_rows([2, 0], store_others=True)),
+        lambda: slots.commit([3, 1], torch.tensor([[0, 1, 4], [2, 0, 0]])),
+        lambda: (slots.commit([1, 1]), slots.restore_rows()),
+    ]
+    for step in steps:
+        slots.begin()
+        states.append(6)
+        step()
+        states.check()
+    assert slots.rows == [0, 1, 2]
+    length = slots.context.num_slots
+    states.cache.crop(-2)
+    states.check()
+    assert states.cache.layers[0].get_seq_length() == length - 2
+    for change in (
+        lambda: states.cache.batch_repeat_interleave(2),
+        lambda: states.cache.batch_select_indices(torch.tensor([4, 0])),
+        lambda: states.cache.reorder_cache(torch.tensor([1, 0])),
+    ):
+        change()
+        layer = states.cache.layers[0]
+        assert torch.equal(layer.indexer_keys, layer.keys[:, 0, :, :3])
+        assert torch.equal(layer.indexer_position_ids[0], layer.keys[:, 0, :, 0])
+    assert torch.equal(states.cache.layers[1].keys, states.images[[0, 2]])
+    states.cache.reset()
+    assert states.cache.layers[0].indexer_keys is None and states.cache.layers[0].indexer_position_ids is None
+
+
+def test_a_crop_that_is_refused_leaves_the_indexer_alone():
+    states = IndexedStates(1)
+    states.append(6)
+    layer = states.cache.layers[0]
+    layer.min_length = 5
+    with pytest.raises(MSDCacheError):
+        layer.crop(-3)
+    assert torch.equal(layer.indexer_keys, layer.keys[:, 0, :, :3]) and layer.get_seq_length() == 6
+
+
+@pytest.mark.parametrize("num_slots", [0, 7])
+def test_an_indexed_layer_of_transformers_keeps_its_content(num_slots):
+    indexed = getattr(cache_utils, "DynamicIndexedLayer", None)
+    if indexed is None:
+        pytest.skip("This release of transformers has no such layer.")
+    layer = indexed()
+    keys = torch.randn(2, 2, num_slots, 4)
+    if num_slots:
+        layer.update(keys, -keys)
+        layer.update_indexer(keys[:, 0])
+    cache = DynamicCache()
+    cache.layers = [layer]
+    make_in_place(cache, 64)
+    (made,) = cache.layers
+    assert isinstance(made, InPlaceIndexedLayer) and made.get_seq_length() == num_slots
+    assert num_slots == 0 or torch.equal(made.indexer_keys, keys[:, 0])
+    make_in_place(cache, 64)  # a later call
+    assert cache.layers[0].is_indexer_initialized == (num_slots > 0)
+
+
+def test_images_go_with_the_block_that_brought_them():
+    states = IndexedStates(1)
+    slots = states.slots
+    slots.begin()
+    states.append(4)
+    states.cache.update(states.images, -states.images, 1)
+    slots.commit_prompt(None)
+    slots.begin()
+    states.append(2)
+    more = torch.randn(1, 1, 3, 4)
+    states.cache.update(more, -more, 1)
+    assert states.cache.layers[1].get_seq_length() == 8
+    slots.abort()
+    states.check()
+    slots.revert()
+    assert [layer.get_seq_length() for layer in states.cache.layers] == [0, 0]
 
 
 class Interrupted(KeyboardInterrupt):

@@ -13,8 +13,17 @@ from ..draft.interface import Draft
 from ..errors import MSDUnsupportedError, shown
 from ..kv.transaction import can_commit
 from ..target.compiled_parts import compiled_parts
+from ..target.query_scales import QueryScales
 from ..target.stand_in import own_method
-from ..target.support import KNOWN_MODEL_TYPES, TREE_ATTENTION, has_recurrent_layers, takes_any_argument
+from ..target.support import (
+    INDEXED,
+    KNOWN_MODEL_TYPES,
+    TREE_ATTENTION,
+    attention_reaches,
+    has_recurrent_layers,
+    image_layers,
+    takes_any_argument,
+)
 from ..tree.settings import DRAFT_SETTINGS, TREE_SETTINGS, TreeSettings
 
 
@@ -166,10 +175,10 @@ def check_compilable(target: PreTrainedModel, draft: Draft) -> None:
     is_told = takes_any_argument(decoder) and target.config.model_type in KNOWN_MODEL_TYPES
     if TreeSettings.from_generation_config(draft.generation_config).is_auto:
         reason = '`num_assistant_tokens="auto"` gives each tree another shape: set a number of nodes'
+    elif (of_layers := _uncompiled_layers(target)) is not None:
+        reason = of_layers
     elif draft.reads.layers:
         reason = "the draft reads `target_layers` inside the target's decoder, which compiled code does not show"
-    elif has_recurrent_layers(target.config.get_text_config(decoder=True)):
-        reason = "the target has recurrent or convolutional layers, whose states have no buffers of fixed shape"
     elif any(hasattr(module, "_hf_hook") for module in (*target.modules(), *draft.modules())):
         reason = "accelerate moves weights or inputs of single modules: load target and draft whole on one device"
     elif compiled_parts(target):
@@ -185,6 +194,20 @@ def check_compilable(target: PreTrainedModel, draft: Draft) -> None:
         reason = f"the target is on {target.device}, the draft on {draft.device}: put both on one device"
     if reason is not None:
         raise MSDUnsupportedError(f"`draft.generation_config.compile=True` cannot be used here: {reason}.")
+
+
+def _uncompiled_layers(target: PreTrainedModel) -> str | None:
+    """Why the layers of a target cannot be compiled; `None` if they can."""
+    text_config = target.config.get_text_config(decoder=True)
+    if INDEXED in attention_reaches(text_config):
+        return "indexers of the target's layers keep keys for which compiled code has no buffers"
+    if has_recurrent_layers(text_config):
+        return "recurrent or convolutional layers of the target keep states for which compiled code has no buffers"
+    if image_layers(text_config):
+        return "cross-attention layers of the target keep states of images for which compiled code has no buffers"
+    if QueryScales(decoder_of(target)).projections:
+        return "layers of the target scale queries by the place of a token in the cache, which compiled code lacks"
+    return None
 
 
 __all__ = [

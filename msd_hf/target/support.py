@@ -61,7 +61,8 @@ KNOWN_MODEL_TYPES = frozenset(
     }
 )
 
-_FULL, _SLIDING, _CHUNKED, _INDEXED = "full_attention", "sliding_attention", "chunked_attention", "indexed_attention"
+_FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+INDEXED = "indexed_attention"
 # Kinds of layers with recurrent or convolutional states, which attention masks do not concern.
 RECURRENT = ("linear_attention", "conv")
 # Kinds of layers with attention beside a recurrence, and the kind of their attention.
@@ -69,7 +70,7 @@ _HYBRID = {"hybrid": _FULL, "hybrid_sliding": _SLIDING}
 # Kinds of layers without any state.
 _STATELESS = ("moe", "mlp")
 # Kinds of attention that a tree can be verified in, whatever the model.
-SERVED_LAYERS = frozenset({_FULL, _SLIDING, _CHUNKED, _INDEXED})
+SERVED_LAYERS = frozenset({_FULL, _SLIDING, _CHUNKED, INDEXED})
 # Why a tree cannot be verified in others.
 _COMPRESSED = "keep several tokens in one slot of the cache, out of which a rejected branch cannot be taken again"
 _UNSERVED_LAYERS = {
@@ -178,6 +179,12 @@ def _check_modules(target: PreTrainedModel, name: str, advice: str) -> None:
         raise MSDUnsupportedError(
             f"The embeddings of {name} have {embedding_size} dimensions and its hidden states "
             f"{text_config.hidden_size}: an MSD draft reads both as one size. {advice}"
+        )
+    is_indexed = getattr(text_config, "index_topk", None) is not None
+    if is_indexed and any("_cached_keys" in module._buffers for module in decoder_of(target).modules()):
+        raise MSDUnsupportedError(
+            f"The decoder of {name} keeps keys of its indexers in its modules, where they cannot follow a candidate "
+            f"tree; later releases of transformers keep them in the cache. {advice}"
         )
 
 
@@ -316,6 +323,7 @@ register_target_check(check_target)
 
 __all__ = [
     "IMAGE_MASKS",
+    "INDEXED",
     "KNOWN_MODEL_TYPES",
     "RECURRENT",
     "SERVED_LAYERS",
