@@ -158,7 +158,9 @@ def test_keys_of_an_indexer_move_with_their_slots_and_images_stay():
         assert torch.equal(layer.indexer_position_ids[0], layer.keys[:, 0, :, 0])
     assert torch.equal(states.cache.layers[1].keys, states.images[[0, 2]])
     states.cache.reset()
-    assert states.cache.layers[0].indexer_keys is None and states.cache.layers[0].indexer_position_ids is None
+    layer = states.cache.layers[0]
+    # Older releases of transformers keep the slots, filled with zeros.
+    assert layer.index.get_seq_length() == layer.get_seq_length() and layer.indexer_position_ids is None
 
 
 def test_a_crop_that_is_refused_leaves_the_indexer_alone():

@@ -76,7 +76,7 @@ class DecoderOutputs:
 
     def _numbered(self, attentions: Sequence[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
         """Attentions with the numbers of their layers."""
-        numbers = range(len(self.most_slots))
+        numbers = list(range(len(self.most_slots)))
         if len(attentions) < len(numbers):
             numbers = [number for number in numbers if number not in self.image_layers]
         return list(zip(numbers, attentions, strict=True))

@@ -41,7 +41,7 @@ class ImageStatesLayer(DynamicLayer):
             if before:
                 self.keys, self.values = self.keys[:, :, :before], self.values[:, :, :before]
             else:
-                self.reset()
+                self.lazy_initialization(self.keys, self.values)  # holds nothing, of no batch size
 
     def keep_slots(self, start: int, slots: torch.Tensor) -> None:
         """Nothing: see the class."""
@@ -51,6 +51,10 @@ class ImageStatesLayer(DynamicLayer):
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: a crop counts slots of text."""
+
+    def reset(self) -> None:
+        super().reset()
+        self._came = []
 
     def select_rows(self, rows: Sequence[int], length: int) -> None:
         """Keeps the given rows of the batch, in that order."""
