@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, IMAGE_TOKEN_ID
 from family_drafts import family_pair
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, set_seed
 
 from msd_hf.compat import CACHE_NAME
+from msd_hf.target.adapter import TargetAdapter
 
 
 KINDS = [name for name in ("llama4_text", "deepseek_v32", "glm_moe_dsa", "mllama") if name in FAMILIES]
@@ -188,3 +189,9 @@ def test_a_cache_without_a_config_holds_images_too():
     expected = pair.target.generate(**inputs, max_new_tokens=9)
     given = {"assistant_model": pair.draft, CACHE_NAME: DynamicCache()}
     assert torch.equal(pair.target.generate(**inputs, max_new_tokens=9, **given), expected)
+
+
+def test_no_position_is_visual_where_images_are_read_by_cross_attention():
+    """The placeholder's embedding holds nothing of the image, so that the draft reads it as text."""
+    ids = batch("mllama", (2,))["input_ids"]
+    assert (ids == IMAGE_TOKEN_ID).any() and not TargetAdapter(family_pair("mllama").target).visual_mask(ids).any()

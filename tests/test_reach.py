@@ -28,25 +28,28 @@ def random_tree(rng: random.Random, num_nodes: int, rows: int) -> CandidateTree:
     )
 
 
-def own_mask(reach: Reach, length: int, padding: list[int]) -> torch.Tensor:
+def own_mask(reach: Reach, length: int, prompt_mask: torch.Tensor) -> torch.Tensor:
     """Which of `length` tokens each of them sees by transformers' own mask, `[B, length, length]`."""
     config = FAMILIES["llama4_text"].config()
     config._attn_implementation = "eager"
     config.sliding_window, config.attention_chunk_size = reach.window, reach.chunk
-    mask = torch.arange(length) >= torch.tensor(padding).unsqueeze(1)
+    mask = torch.ones(len(prompt_mask), length, dtype=torch.bool)
+    mask[:, : prompt_mask.shape[1]] = prompt_mask
     create = OWN_MASKS["window" if reach.chunk is None else "chunk"]
-    embeds = torch.zeros(len(padding), length, 4)
+    embeds = torch.zeros(len(mask), length, 4)
     return create(config, embeds, attention_mask=mask.long(), **{CACHE_NAME: None})[:, 0] == 0
 
 
 @pytest.mark.parametrize("reach", REACHES, ids=str)
-@pytest.mark.parametrize("padding", [[0, 0], [0, 3], [5, 1]], ids=str)
+@pytest.mark.parametrize("padding", [[[], []], [[], [0, 1, 2]], [[0, 1, 2, 3, 4], [0]], [[0, 3], [2]]], ids=str)
 def test_each_branch_of_a_tree_has_the_mask_that_transformers_gives_a_text(reach, padding):
-    """Rows have other lengths and paddings. A path of a tree is compared with a text of as many tokens."""
+    """Rows have other lengths and other hidden slots. A path of a tree is compared with a text of as many tokens."""
     rng = random.Random(str(reach))
     for lengths in ([9, 9], [11, 8], [7, 12]):
         tree, num_slots = random_tree(rng, 12, 2), max(lengths)
-        prompt_mask = torch.arange(6) >= torch.tensor(padding).unsqueeze(1)
+        prompt_mask = torch.ones(2, 6, dtype=torch.bool)
+        for row, hidden in enumerate(padding):
+            prompt_mask[row, hidden] = False
         context = ContextSlots(lengths, prompt_mask if any(padding) else None)
         seen = tree_attention_mask(tree.ancestors, context, torch.float64, reach, tree.depths)[:, 0] == 0
         first_slot = torch.tensor([num_slots])
@@ -55,7 +58,7 @@ def test_each_branch_of_a_tree_has_the_mask_that_transformers_gives_a_text(reach
         for row, length in enumerate(lengths):
             for node in range(12):
                 path = tree.ancestors[row, node].nonzero()[:, 0].tolist()
-                expected = own_mask(reach, length + len(path), padding)[row, -1]
+                expected = own_mask(reach, length + len(path), prompt_mask)[row, -1]
                 columns = [*range(length), *[num_slots + place for place in path]]
                 assert torch.equal(seen[row, node, columns], expected)
                 hidden = set(range(num_slots + 12)) - set(columns)

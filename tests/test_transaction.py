@@ -183,12 +183,14 @@ def test_an_indexed_layer_of_transformers_keeps_its_content(num_slots):
     if num_slots:
         layer.update(keys, -keys)
         layer.update_indexer(keys[:, 0])
+        layer.indexer_position_ids = torch.arange(14).view(1, 2, 7)
     cache = DynamicCache()
     cache.layers = [layer]
     make_in_place(cache, 64)
     (made,) = cache.layers
     assert isinstance(made, InPlaceIndexedLayer) and made.get_seq_length() == num_slots
     assert num_slots == 0 or torch.equal(made.indexer_keys, keys[:, 0])
+    assert made.indexer_position_ids is layer.indexer_position_ids
     make_in_place(cache, 64)  # a later call
     assert cache.layers[0].is_indexer_initialized == (num_slots > 0)
 
@@ -197,7 +199,7 @@ def test_images_go_with_the_block_that_brought_them():
     states = IndexedStates(1)
     slots = states.slots
     slots.begin()
-    states.append(4)
+    states.append(1)
     states.cache.update(states.images, -states.images, 1)
     slots.commit_prompt(None)
     slots.begin()
