@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from transformers import DynamicCache, cache_utils
+from transformers.cache_utils import DynamicLayer
 
 from msd_hf.compat import CACHE_NAME
 from msd_hf.errors import MSDCacheError
@@ -15,7 +16,7 @@ from msd_hf.kv import in_place
 from msd_hf.kv.image_states import ImageStatesLayer
 from msd_hf.kv.indexed import InPlaceIndexedLayer
 from msd_hf.kv.slots import ContextSlots
-from msd_hf.kv.transaction import CacheTransaction, make_in_place
+from msd_hf.kv.transaction import CacheTransaction, can_commit, make_in_place
 
 
 def filled_cache(num_slots: int, batch_size: int = 2) -> tuple[DynamicCache, torch.Tensor]:
@@ -269,3 +270,11 @@ def test_an_interrupt_at_any_line_of_the_prefill_leaves_every_layer_alike(is_fil
 
 def end_of_prefill(module, args, output):
     raise Interrupted
+
+
+def test_layers_that_may_hold_more_than_is_known_are_not_served():
+    class Layer(DynamicLayer):
+        pass
+
+    assert not can_commit(Layer()) and not can_commit(None)
+    assert can_commit(DynamicLayer()) and can_commit(InPlaceIndexedLayer()) and can_commit(ImageStatesLayer())
