@@ -62,7 +62,7 @@ class DecoderOutputs:
         for place, (row, path, length) in enumerate(zip(rows, paths, lengths, strict=True)):
             if self._hidden_states is not None:
                 for node in path:
-                    layers = [states[place : place + 1, node : node + 1] for states in outputs.hidden_states]
+                    layers = [states[..., place : place + 1, node : node + 1, :] for states in outputs.hidden_states]
                     self._hidden_states[row].append(layers)
             if self._attentions is not None:
                 for end in range(1, len(path) + 1):
@@ -83,15 +83,16 @@ class DecoderOutputs:
 
     @property
     def hidden_states(self) -> tuple[tuple[torch.Tensor, ...], ...] | None:
-        """A tuple of layers for each step, `[B, 1, H]` each; `[B, L, H]` for the first step, which is the prompt."""
+        """A tuple of layers for each step, `[B, 1, H]` each; `[B, L, H]` for the first step, which is the prompt.
+        Layers with several streams, as those of Gemma 3n, have one more dimension in front."""
         first = None if self._prefill is None else self._prefill.get("hidden_states")
-        return _by_step(first, self._hidden_states)
+        return _by_step(first, self._hidden_states, -3)
 
     @property
     def attentions(self) -> tuple[tuple[torch.Tensor, ...], ...] | None:
         """A tuple of layers for each step, `[B, heads, 1, slots]` each; `[B, heads, L, slots]` for the first step."""
         first = None if self._prefill is None else self._prefill.get("attentions")
-        return _by_step(first, self._attentions)
+        return _by_step(first, self._attentions, 0)
 
     def _of_step(
         self, attention: torch.Tensor, place: int, path: Sequence[int], length: int, most: int | None
@@ -105,12 +106,12 @@ class DecoderOutputs:
 
 
 def _by_step(
-    first: tuple[torch.Tensor, ...] | None, sequences: list[list[list[torch.Tensor]]] | None
+    first: tuple[torch.Tensor, ...] | None, sequences: list[list[list[torch.Tensor]]] | None, row_dim: int
 ) -> tuple[tuple[torch.Tensor, ...], ...] | None:
     if sequences is None or first is None:
         return None
     steps = zip(*sequences, strict=True)
-    return (tuple(first), *(tuple(torch.cat(rows) for rows in zip(*step, strict=True)) for step in steps))
+    return (tuple(first), *(tuple(torch.cat(rows, dim=row_dim) for rows in zip(*step, strict=True)) for step in steps))
 
 
 __all__ = ["DecoderOutputs"]

@@ -140,7 +140,9 @@ def _run_layer(module: nn.Module, method: Callable[..., Any], args: tuple[Any, .
     if observation is not None:
         for layer in observation.reads.layers:
             if observation.decoder.layers[layer] is module:
-                observation.layer_states[layer] = output[0] if isinstance(output, tuple) else output
+                states = output[0] if isinstance(output, tuple) else output
+                # Layers of Gemma 3n have several streams, `[streams, B, T, H]`; the draft reads the first.
+                observation.layer_states[layer] = states[0] if states.dim() == 4 else states
     return output
 
 
