@@ -151,7 +151,9 @@ def make_fixed(cache: Cache, spares: SpareBuffers, num_layers: int) -> None:
         spares (`SpareBuffers`): buffers that earlier calls of the model have left.
         num_layers (`int`): number of layers of the model.
     """
-    old: list[DynamicLayer | None] = [*cache.layers, *[None] * (num_layers - len(cache.layers))]
+    # A cache that was made from a configuration has all its layers; others add theirs on first use.
+    num_missing = num_layers - len(cache.layers) if cache.layer_class_to_replicate is not None else 0
+    old: list[DynamicLayer | None] = [*cache.layers, *[None] * num_missing]
     cache.layers = [
         layer if holds_nothing(layer) else _fixed(layer, spare)
         for layer, spare in zip(old, spares.take(len(old)), strict=True)

@@ -233,9 +233,9 @@ def length_at_least(layer: DynamicLayer) -> int:
 
 
 def own_layers(cache: Cache) -> list[Any]:
-    """The layers of a cache that hold something of their own. Layers of a model that read the keys of an earlier layer
-    have a cache layer that holds nothing, which is passed over."""
-    return [layer for layer in cache.layers if not holds_nothing(layer)]
+    """The layers of a cache that hold something. A layer of a model that reads the keys of an earlier one has a cache
+    layer that holds nothing, or one that stays empty; both are passed over."""
+    return [layer for layer in cache.layers if not holds_nothing(layer) and layer.is_initialized]
 
 
 def truncate(cache: Cache, length: int) -> None:
