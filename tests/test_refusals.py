@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import functools
 import inspect
@@ -17,6 +18,7 @@ import refusals_table
 import tiny
 import torch
 from families import FAMILIES
+from recurrent_families import RECURRENT_FAMILIES
 from transformers import (
     AttentionInterface,
     CompileConfig,
@@ -35,7 +37,10 @@ import msd_hf
 from msd_hf import MSDDraftModel, MSDError
 from msd_hf.compat import CACHE_NAME
 from msd_hf.decoders import decoder_of
+from msd_hf.decoding.pair import state_of
 from msd_hf.hook.refusals import REFUSED_ARGUMENTS
+from msd_hf.recurrent import kernels
+from msd_hf.target import support
 from msd_hf.target.adapter import TargetAdapter
 
 
@@ -47,6 +52,7 @@ MODULES = (
     "target/adapter",
     "target/tree_forward",
     "decoding/self_check",
+    "decoding/trial",
     "tree/settings",
     "compiled/compile",
 )
@@ -84,9 +90,34 @@ def cross_attention(target, draft):
     return never_running(target), draft, {"pixel_values": None}
 
 
-def linear_attention(target, draft):
+def linear_attention_of_early_releases(target, draft):
     target.config.text_config.layer_types = ["full_attention", "linear_attention"]
-    return target, draft, {}
+    return target, draft, {"around": mock.patch.object(support, "KEEPS_STATES", False)}
+
+
+def with_unknown_kernels(target, draft):
+    """Recurrent layers whose functions do not go through what `allow_trees` replaces."""
+    kernels.restore_kernels()
+    target = RECURRENT_FAMILIES["qwen3_5_text"].build()
+    draft = MSDDraftModel.from_target(target)
+    return target, draft, {"pixel_values": None, "around": mock.patch.object(kernels, "_KERNELS", {})}
+
+
+def compiled_with_recurrent_layers(target, draft):
+    target = RECURRENT_FAMILIES["lfm2"].build()
+    draft = MSDDraftModel.from_target(target)
+    draft.generation_config.compile = True
+    return never_running(target), draft, {"pixel_values": None}
+
+
+def two_chains(target, draft):
+    """A target that was found to be right in chains alone."""
+    target = copy.deepcopy(tiny.pair(0).target)
+    target.config.model_type = "unheard_of"
+    draft = build_draft(target_model_type=None)
+    state_of(target, draft).is_chain = True
+    ids = torch.tensor([[5, 6, 7], [8, 9, 5]])
+    return target, draft, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": None}
 
 
 def with_layers_of_type(kind):
@@ -100,11 +131,6 @@ def with_layers_of_type(kind):
 def with_keys_in_modules(target, draft):
     target.config.text_config.index_topk = 4
     decoder_of(target).layers[0].register_buffer("_cached_keys", None, persistent=False)
-    return target, draft, {}
-
-
-def with_pools(target, draft):
-    target.config.text_config.index_kpool = 4
     return target, draft, {}
 
 
@@ -244,13 +270,15 @@ CASES = {
     "layers that compress tokens (DeepSeek V4)": with_layers_of_type("compressed_sparse_attention"),
     "layers whose window spares the prompt (Unlimited-OCR)": with_layers_of_type("reference_sliding_attention"),
     "indexers that keep their keys in the model (GLM-MoE-DSA in early releases of transformers)": with_keys_in_modules,
-    "indexers that choose pools of slots (GLM-5-Next)": with_pools,
     "`draft.generation_config.compile=True`, with layers that have an indexer": compiled_with_indexers,
     "`draft.generation_config.compile=True`, with cross-attention layers": compiled_with("mllama"),
     "`draft.generation_config.compile=True`, with layers that scale queries by place (Llama 4)": compiled_with(
         "llama4_text"
     ),
-    "recurrent or convolutional layers": linear_attention,
+    "recurrent or convolutional layers, with transformers before 5.17": linear_attention_of_early_releases,
+    "recurrent layers with functions that cannot follow a tree": with_unknown_kernels,
+    "`draft.generation_config.compile=True`, with recurrent or convolutional layers": compiled_with_recurrent_layers,
+    "several prompts at once, with a target that verifies chains only": two_chains,
     "a recurrent target": recurrent,
     "a target with a prompt-learning adapter": with_virtual_tokens,
     "an adapter for each row, or from some position on (`adapter_names`, aLoRA)": with_an_adapter_for_each_row,
@@ -313,14 +341,26 @@ def refusal_of(refused: str, by_name: bool = False) -> MSDError:
     options = {name: value for name, value in options.items() if value is not None}
     with (
         pytest.raises(MSDError) as caught,
+        options.pop("around", contextlib.nullcontext()),
         mock.patch.object(TargetAdapter, "verify", options.pop("verify", TargetAdapter.verify)),
     ):
         target.generate(**options, assistant_model=draft)
     return caught.value
 
 
+# Releases of transformers that are too early for recurrent layers refuse them before anything else.
+OF_LATER_RELEASES = {
+    "recurrent layers with functions that cannot follow a tree",
+    "`draft.generation_config.compile=True`, with recurrent or convolutional layers",
+}
+
+
+def rows_of_this_release() -> list[str]:
+    return [refused for refused in refusals_table.rows() if support.KEEPS_STATES or refused not in OF_LATER_RELEASES]
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("refused", refusals_table.rows())
+@pytest.mark.parametrize("refused", rows_of_this_release())
 def test_refusal_of_the_table(refused):
     """The call is refused before the target has run, except by the check at the first call."""
     sentence = refusals_table.rows()[refused]
@@ -352,13 +392,13 @@ def test_no_refusal_is_missing_from_the_table():
             if isinstance(node, ast.Raise) and node.exc is not None:
                 sites.add((module, node.lineno))
     seen = set()
-    for refused in refusals_table.rows():
+    for refused in rows_of_this_release():
         place = refusal_of(refused).__traceback__
         while place.tb_next is not None:
             place = place.tb_next
         path = Path(place.tb_frame.f_code.co_filename).relative_to(package).with_suffix("")
         seen.add((path.as_posix(), place.tb_lineno))
-    assert sites == seen
+    assert seen == sites if support.KEEPS_STATES else seen < sites
 
 
 @pytest.mark.parametrize("value", ["offloaded", "quantized", "offloaded_static", "hybrid", "sliding_window"])

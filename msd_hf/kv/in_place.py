@@ -235,7 +235,8 @@ def length_at_least(layer: DynamicLayer) -> int:
 def own_layers(cache: Cache) -> list[Any]:
     """The layers of a cache that hold something. A layer of a model that reads the keys of an earlier one has a cache
     layer that holds nothing, or one that stays empty; both are passed over."""
-    return [layer for layer in cache.layers if not holds_nothing(layer) and layer.is_initialized]
+    # Layers without slots have no such flag.
+    return [layer for layer in cache.layers if not holds_nothing(layer) and getattr(layer, "is_initialized", True)]
 
 
 def truncate(cache: Cache, length: int) -> None:

@@ -124,8 +124,9 @@ class CacheTransaction:
         """Announces a forward that appends a block of slots behind the committed ones."""
         assert not self._is_open, "The last block was neither committed nor aborted."
         self._is_open = True
-        for layer in own_layers(self.cache):
-            layer.begin(self.context.num_slots)
+        for layer in self.cache.layers:
+            if not holds_nothing(layer):
+                layer.begin(self.context.num_slots)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
