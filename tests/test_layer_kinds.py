@@ -190,6 +190,8 @@ def test_a_cache_without_a_config_holds_images_too():
     cache = DynamicCache()
     given = {"assistant_model": pair.draft, CACHE_NAME: cache}
     assert torch.equal(pair.target.generate(**inputs, max_new_tokens=9, **given), expected)
+    cache.crop(-3)
+    assert cache.layers[1].get_seq_length() == STATES_OF_AN_IMAGE
 
 
 def test_no_position_is_visual_where_images_are_read_by_cross_attention():
