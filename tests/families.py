@@ -724,6 +724,8 @@ _REGISTRY = [
         lambda: _deepseek("GlmMoeDsaConfig", indexer_types=["full", "shared", "full"]),
         float32_router=True,
     ),
+    Family("axk2", "AXK2ForCausalLM", lambda: _deepseek("AXK2Config"), float32_router=True),
+    Family("hy_v4", "HYV4ForCausalLM", lambda: _deepseek("HYV4Config"), attentions=("eager",), float32_router=True),
     Family("gemma2", "Gemma2ForCausalLM", _gemma2, embedding_std=_SCALED_EMBEDDING_STD, attentions=("eager",)),
     Family("gemma3_text", "Gemma3ForCausalLM", _gemma3, embedding_std=_SCALED_EMBEDDING_STD),
     Family("gemma4_text", "Gemma4ForCausalLM", _gemma4, embedding_std=_SCALED_EMBEDDING_STD),
@@ -828,6 +830,16 @@ _REGISTRY = [
         lambda: _multimodal("Mistral3Config", _mistral(sliding_window=None), _tower("PixtralVisionConfig", 4)),
         _pixtral_image,
         collate_images=_collate_pixtral,
+    ),
+    Family(
+        "mistral_large4",
+        "MistralLarge4ForConditionalGeneration",
+        lambda: _multimodal(
+            "MistralLarge4Config", _deepseek("MistralLarge4TextConfig"), _tower("PixtralVisionConfig", 4)
+        ),
+        _pixtral_image,
+        collate_images=_collate_pixtral,
+        float32_router=True,
     ),
     Family(
         "qwen2_vl",

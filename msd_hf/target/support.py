@@ -29,6 +29,7 @@ KEEPS_STATES = "number_of_states" in inspect.signature(LinearAttentionLayer.__in
 # Kinds of targets for which tests show that trees are verified correctly. Other kinds are checked at the first call.
 KNOWN_MODEL_TYPES = frozenset(
     {
+        "axk2",
         "aya_vision",
         "bamba",
         "deepseek_v32",
@@ -43,6 +44,7 @@ KNOWN_MODEL_TYPES = frozenset(
         "gemma4_unified",
         "glm_moe_dsa",
         "granitemoehybrid",
+        "hy_v4",
         "idefics3",
         "internvl",
         "jamba",
@@ -57,6 +59,7 @@ KNOWN_MODEL_TYPES = frozenset(
         "llava_onevision",
         "mistral",
         "mistral3",
+        "mistral_large4",
         "mllama",
         "nemotron_h",
         "olmo_hybrid",
