@@ -279,6 +279,7 @@ CASES = {
     "recurrent layers with functions that cannot follow a tree": with_unknown_kernels,
     "`draft.generation_config.compile=True`, with recurrent or convolutional layers": compiled_with_recurrent_layers,
     "several prompts at once, with a target that verifies chains only": two_chains,
+    "layers of a kind that is not known": with_layers_of_type("deepseek_sparse_attention"),
     "a recurrent target": recurrent,
     "a target with a prompt-learning adapter": with_virtual_tokens,
     "an adapter for each row, or from some position on (`adapter_names`, aLoRA)": with_an_adapter_for_each_row,

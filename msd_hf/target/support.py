@@ -89,6 +89,7 @@ _STATELESS = ("moe", "mlp")
 # Kinds of attention that a tree can be verified in, whatever the model.
 SERVED_LAYERS = frozenset({_FULL, _SLIDING, _CHUNKED, INDEXED})
 # Why a tree cannot be verified in others.
+_UNKNOWN = "are of no kind that candidate trees are known to work with"
 _COMPRESSED = "keep several tokens in one slot of the cache, out of which a rejected branch cannot be taken again"
 _UNSERVED_LAYERS = {
     "compressed_sparse_attention": _COMPRESSED,
@@ -209,16 +210,14 @@ def _check_layers(
     target: PreTrainedModel | PreTrainedConfig, text_config: PreTrainedConfig, name: str, advice: str
 ) -> None:
     others = sorted(attention_reaches(text_config).keys() - SERVED_LAYERS)
-    for kind in others:
-        if kind in _UNSERVED_LAYERS:
-            raise MSDUnsupportedError(
-                f"The decoder of {name} has layers of type {kind}, which {_UNSERVED_LAYERS[kind]}. {advice}"
-            )
-    if others or (getattr(target, "_is_stateful", False) and not has_recurrent_layers(text_config)):
-        kinds = f"layers of type {', '.join(others)}" if others else "a recurrent state"
+    if others:
+        reason = _UNSERVED_LAYERS.get(others[0], _UNKNOWN)
+        kinds = ", ".join(kind for kind in others if _UNSERVED_LAYERS.get(kind, _UNKNOWN) == reason)
+        raise MSDUnsupportedError(f"The decoder of {name} has layers of type {kinds}, which {reason}. {advice}")
+    if getattr(target, "_is_stateful", False) and not has_recurrent_layers(text_config):
         raise MSDUnsupportedError(
-            f"The decoder of {name} has {kinds}, which cannot keep one branch of a candidate tree; attention can. "
-            f"{advice}"
+            f"The decoder of {name} has a recurrent state outside of the cache, which cannot keep one branch of a "
+            f"candidate tree; attention can. {advice}"
         )
     if has_recurrent_layers(text_config) and not KEEPS_STATES:
         raise MSDUnsupportedError(
