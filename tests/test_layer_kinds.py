@@ -8,9 +8,19 @@ import pytest
 import torch
 from families import FAMILIES, IMAGE_TOKEN_ID
 from family_drafts import family_pair
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, set_seed
+from transformers import (
+    DynamicCache,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
+    LogitsProcessor,
+    LogitsProcessorList,
+    set_seed,
+)
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
+from msd_hf import MSDDraftModel
 from msd_hf.compat import CACHE_NAME
+from msd_hf.decoders import decoder_of
 from msd_hf.target.adapter import TargetAdapter
 
 
@@ -198,3 +208,48 @@ def test_no_position_is_visual_where_images_are_read_by_cross_attention():
     """The placeholder's embedding holds nothing of the image, so that the draft reads it as text."""
     ids = batch("mllama", (2,))["input_ids"]
     assert (ids == IMAGE_TOKEN_ID).any() and not TargetAdapter(family_pair("mllama").target).visual_mask(ids).any()
+
+
+def test_the_decoder_within_the_causal_model_that_llama_4_names(monkeypatch):
+    """Release 5.24 of transformers does not run this model, because an output lacks a field."""
+    monkeypatch.setattr(MoeCausalLMOutputWithPast, "image_outputs", None, raising=False)
+    config = Llama4Config(
+        text_config=FAMILIES["llama4_text"].config(),
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 128,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+            "vision_output_dim": 32,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+        },
+        image_token_index=IMAGE_TOKEN_ID,
+    )
+    torch.manual_seed(0)
+    target = Llama4ForConditionalGeneration(config).double().eval()
+    target.set_experts_implementation("eager")
+    torch.nn.init.normal_(target.get_input_embeddings().weight)
+    target.generation_config.eos_token_id, target.generation_config.pad_token_id = None, 0
+    assert target.get_decoder().get_output_embeddings() is not None
+    assert decoder_of(target) is target.language_model.model
+    ids = torch.tensor([[*range(30, 34), *[IMAGE_TOKEN_ID] * 4, *range(40, 46)]])
+    pixels = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    draft = MSDDraftModel.from_target(target)
+    for pictures in ({}, {"pixel_values": pixels}):
+        inputs = {"input_ids": ids if pictures else ids % 70, "attention_mask": torch.ones_like(ids), **pictures}
+        expected = target.generate(**inputs, max_new_tokens=16)
+        assert torch.equal(target.generate(**inputs, max_new_tokens=16, assistant_model=draft), expected)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_features_for_training_are_read_at_every_position(name):
+    pair = family_pair(name)
+    inputs = batch(name, (1,))
+    adapter = TargetAdapter(pair.target)
+    features = adapter.features(**inputs)
+    assert features.hidden_states.shape == (*inputs["input_ids"].shape, 32)
+    expected = pair.target(**inputs).logits
+    assert torch.allclose(adapter.head(features.hidden_states), expected, atol=1e-5)
