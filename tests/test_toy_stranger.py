@@ -13,7 +13,7 @@ from msd_hf.prompts import build_chat_inputs
 from msd_hf.target.support import check_target
 from msd_hf.toy import TARGET_DIR, make_prompts, make_samples
 from msd_hf.toy.stranger import IMAGE_TOKEN, build_stranger, build_stranger_processor
-from msd_hf.toy.target import encode_sample
+from msd_hf.toy.target import collate_samples, encode_sample
 from msd_hf.training.data.conversations import load_conversations
 from msd_hf.training.data.encoding import ConversationEncoder
 
@@ -86,13 +86,13 @@ def test_an_image_is_seen(target, processor):
 def test_only_answers_and_their_ends_are_learnt(processor):
     encoder = ConversationEncoder(processor)
     for sample in (*make_samples("train", 1, 0, "visual"), *make_samples("train", 1, 0, "text")):
-        features = encode_sample(encoder, sample)
-        labels = features["labels"]
+        features = collate_samples([encode_sample(encoder, sample)], 0)
+        labels = features["labels"][0]
         answers = [turn["value"] for turn in sample["conversations"] if turn["from"] == "gpt"]
         assert processor.tokenizer.decode(labels[labels >= 0]) == "".join(f"{answer}<|im_end|>" for answer in answers)
         assert ("pixel_values" in features) == ("scene" in sample)
         if "pixel_values" in features:
-            assert features["pixel_values"].shape == (3, 80, 80)
+            assert features["pixel_values"].shape == (1, 3, 80, 80)
 
 
 def test_saved_processor_is_the_one_that_was_built(processor):

@@ -27,7 +27,15 @@ from msd_hf.toy import (
 from msd_hf.toy.accuracy import score_answers, total_score
 from msd_hf.toy.optimizer import MuonAdamW, orthogonalise
 from msd_hf.toy.processor import NUM_IMAGE_TOKENS, build_processor
-from msd_hf.toy.target import build_shallow_target, collate_samples, deepen, encode_sample, save_target, stream_encoded
+from msd_hf.toy.target import (
+    build_shallow_target,
+    build_target_config,
+    collate_samples,
+    deepen,
+    encode_sample,
+    save_target,
+    stream_encoded,
+)
 from msd_hf.toy.text_questions import number_name
 from msd_hf.toy.training import Budget
 from msd_hf.toy.vision import cell_labels
@@ -207,7 +215,8 @@ def test_labels_are_the_answers_and_nothing_else(processor):
     encoder = ConversationEncoder(processor)
     for sample in (*make_samples("train", 1, 2, "visual"), *make_samples("train", 12, 4, "text")):
         features = encode_sample(encoder, sample)
-        ids, labels = features["input_ids"], features["labels"]
+        batch = collate_samples([features], 0)
+        ids, labels = batch["input_ids"][0], batch["labels"][0]
         answers = [turn["value"] for turn in sample["conversations"] if turn["from"] == "gpt"]
         assert processor.tokenizer.decode(labels[labels >= 0]) == "".join(f" {answer}</s>" for answer in answers)
         assert torch.equal(ids[labels >= 0], labels[labels >= 0])
@@ -290,14 +299,14 @@ def test_optimizer_fits_a_linear_map():
 @torch.no_grad()
 def test_deepened_target_computes_the_same(processor):
     shallow = build_shallow_target(processor)
-    deep = deepen(shallow, processor)
+    deep = deepen(shallow, build_target_config(processor))
     assert len(deep.model.language_model.layers) > len(shallow.model.language_model.layers)
     ids = torch.arange(10, 40)[None]
     assert torch.allclose(deep(input_ids=ids).logits, shallow(input_ids=ids).logits, atol=1e-4)
 
 
 def test_saved_target_loads_as_float32(processor, tmp_path):
-    model = deepen(build_shallow_target(processor), processor)
+    model = deepen(build_shallow_target(processor), build_target_config(processor))
     assert 3.5e6 < model.num_parameters() < 4.5e6
     folder = save_target(model, processor, tmp_path / "target")
     assert sum(path.stat().st_size for path in folder.iterdir()) < 9.3e6

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from rich.table import Table
 from tqdm.auto import tqdm
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import PreTrainedModel
 
 from .dataset import Prompt, make_prompts
 from .text_questions import TEXT_KINDS
@@ -40,8 +40,8 @@ def make_evaluation_prompts(prompts_per_kind: int, seed: int, split: str = "test
 
 @torch.inference_mode()
 def generate_answers(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    model: PreTrainedModel,
+    processor: Any,
     prompts: Sequence[Prompt],
     batch_size: int = 40,
     max_new_tokens: int = 140,

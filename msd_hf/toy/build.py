@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging
 
 from ..draft.folder import DRAFT_FOLDER
@@ -20,7 +19,15 @@ from .accuracy import accuracy_table, generate_answers, make_evaluation_prompts,
 from .draft import save_draft, train_draft
 from .evaluate import evaluate_pair
 from .processor import build_processor
-from .target import TARGET_FOLDER, build_shallow_target, deepen, save_target, scale_projector, train_target
+from .target import (
+    TARGET_FOLDER,
+    build_shallow_target,
+    build_target_config,
+    deepen,
+    save_target,
+    scale_projector,
+    train_target,
+)
 from .training import Budget
 from .vision import pretrain_vision_tower
 
@@ -91,8 +98,10 @@ def build_target_folder(
     probes = pretrain_vision_tower(model.model.vision_tower, processor, vision_budget, seed)
     console.print("vision tower:", {name: f"{value:.1%}" for name, value in probes.items()})
     scale_projector(model, processor, seed)
+    model.model.vision_tower.requires_grad_(False)
     train_target(model, processor, shallow_budget, seed, batch_size)
-    model = deepen(model, processor)
+    model = deepen(model, build_target_config(processor))
+    model.model.vision_tower.requires_grad_(False)
     console.print(f"{model.num_parameters():,} parameters, {torch.get_num_threads()} threads")
     train_target(model, processor, deep_budget, seed + 1, batch_size, DEEP_RATE)
     save_target(model, processor, folder, overwrite)
@@ -100,9 +109,7 @@ def build_target_folder(
     print_accuracy(load_target(folder), processor, prompts_per_kind, seed)
 
 
-def print_accuracy(
-    target: LlavaForConditionalGeneration, processor: LlavaProcessor, prompts_per_kind: int, seed: int
-) -> None:
+def print_accuracy(target: Any, processor: Any, prompts_per_kind: int, seed: int) -> None:
     """Prints the accuracy of generated answers on the test split, by kind of question."""
     prompts = make_evaluation_prompts(prompts_per_kind, seed)
     answers = generate_answers(target, processor, prompts)

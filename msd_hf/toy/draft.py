@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import PreTrainedModel
 
 from ..draft.folder import DRAFT_FOLDER
 from ..draft.modeling_msd import MSDDraftModel
@@ -33,8 +33,8 @@ TREE: dict[str, Any] = {"num_assistant_tokens": "auto", "tree_depth": 40, "tree_
 
 
 def train_draft(
-    target: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    target: PreTrainedModel,
+    processor: Any,
     work: str | Path,
     max_steps: int,
     num_samples: int,
@@ -86,8 +86,8 @@ def train_draft(
 
 
 def _make_features(
-    target: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    target: PreTrainedModel,
+    processor: Any,
     work: Path,
     kind: SampleKind,
     num_samples: int,

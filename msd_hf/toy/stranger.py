@@ -92,6 +92,7 @@ def build_stranger(
     probes = pretrain_vision_tower(model.model.vision_tower, processor, vision_budget, seed)
     console.print("vision tower:", {name: f"{value:.1%}" for name, value in probes.items()})
     scale_projector(model, processor, seed)
+    model.model.vision_tower.requires_grad_(False)
     budget = Budget(steps, None if steps else seconds)
     train_target(model, processor, budget, seed, batch_size)
     save_target(model, processor, output / "target")

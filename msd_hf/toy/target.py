@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForImageTextToText,
     CLIPVisionConfig,
     GenerationConfig,
     LlamaConfig,
@@ -17,10 +18,12 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
 )
 
 from ..training.data.conversations import Conversation
-from ..training.data.encoding import ConversationEncoder
+from ..training.data.encoding import ConversationEncoder, collate_conversations
 from ..writing.destination import FolderKind, read_config, replaced_folder
 from .dataset import IMAGE_TAG, iterate_samples, make_samples
 from .processor import IMAGE_SIDE, PATCH_SIZE
@@ -34,6 +37,16 @@ NUM_LAYERS = 20
 NUM_SEED_LAYERS = 5  # number of layers of the shallow model, which is trained first
 NUM_VISION_LAYERS = 3
 IGNORED = -100
+# The weights whose output is added to the residual stream, in the decoders and vision towers of toy targets.
+_LAYER_OUTPUTS = (
+    ".self_attn.o_proj.weight",
+    ".linear_attn.out_proj.weight",
+    ".mlp.down_proj.weight",
+    ".self_attn.out_proj.weight",
+    ".mlp.fc2.weight",
+    ".attn.proj.weight",
+    ".mlp.linear_fc2.weight",
+)
 _POOL = 24  # batches whose samples are sorted by length together
 _FILE_NAMES = frozenset(
     (
@@ -109,18 +122,16 @@ def build_shallow_target(processor: LlavaProcessor, seed: int = 0) -> LlavaForCo
     return build_untrained(build_target_config(processor, NUM_SEED_LAYERS), seed)
 
 
-def build_untrained(config: LlavaConfig, seed: int = 0) -> LlavaForConditionalGeneration:
-    """Builds a model with random weights that suit training from scratch at any depth."""
+def build_untrained(config: PreTrainedConfig, seed: int = 0) -> Any:
+    """Builds an image-text model of any family, with random weights that suit training from scratch at any depth."""
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config)
-    depths = dict.fromkeys(("o_proj", "down_proj"), config.text_config.num_hidden_layers)
-    depths |= dict.fromkeys(("out_proj", "fc2"), config.vision_config.num_hidden_layers)
+    model = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            depth = depths.get(name.split(".")[-2])
-            if depth is not None and name.endswith("weight"):
+            if name.endswith(_LAYER_OUTPUTS):
+                part = config.text_config if "language_model." in name else config.vision_config
                 # Each layer adds to the residual stream. This scale keeps the stream at the same size at any depth.
-                parameter.mul_((2 * depth) ** -0.5)
+                parameter.mul_((2 * part.num_hidden_layers) ** -0.5)
         # Embeddings are as large as the outputs of layers, because the first layers would drown smaller ones.
         model.get_input_embeddings().weight.normal_()
     return model
@@ -137,16 +148,18 @@ def scale_projector(model: LlavaForConditionalGeneration, processor: LlavaProces
     projector.linear_2.weight.div_(projector(states).pow(2).mean().sqrt())
 
 
-def deepen(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> LlavaForConditionalGeneration:
+def deepen(model: PreTrainedModel, config: PreTrainedConfig, period: int = 1) -> Any:
     """
-    Expands a shallow model to all 20 layers, for further training. The function of the model stays the same.
+    Expands a shallow model to the number of layers in `config`, for further training. The function of the model stays
+    the same.
 
-    A shallow model learns as much from a sample as a deep one, in a quarter of the time. Each layer is followed by
-    copies of itself that add nothing to the residual stream yet (block expansion, arXiv 2401.02415).
+    A shallow model learns as much from a sample as a deep one, in a fraction of the time. Each layer, or each run of
+    `period` layers if the kinds of layers alternate, is followed by copies of itself that add nothing to the residual
+    stream yet (block expansion, arXiv 2401.02415).
     """
-    deep = LlavaForConditionalGeneration(build_target_config(processor))
+    deep = type(model)(config)
     shallow = model.state_dict()
-    repeats = NUM_LAYERS // NUM_SEED_LAYERS
+    repeats = config.get_text_config().num_hidden_layers // model.config.get_text_config().num_hidden_layers
     weights = {}
     for name in deep.state_dict():
         head, marker, tail = name.partition("language_model.layers.")
@@ -154,8 +167,9 @@ def deepen(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> L
             weights[name] = shallow[name]
             continue
         number, _, part = tail.partition(".")
-        source = shallow[f"{head}{marker}{int(number) // repeats}.{part}"]
-        adds_nothing = int(number) % repeats > 0 and part in ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+        run, place = divmod(int(number), period)
+        source = shallow[f"{head}{marker}{run // repeats * period + place}.{part}"]
+        adds_nothing = run % repeats > 0 and name.endswith(_LAYER_OUTPUTS)
         weights[name] = torch.zeros_like(source) if adds_nothing else source
     deep.load_state_dict(weights)
     return deep
@@ -176,40 +190,26 @@ def to_messages(sample: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def encode_sample(encoder: ConversationEncoder, sample: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Encodes a sample as ids and labels `[length]`, and pixels `[3, side, side]` for a visual sample. Only the tokens
-    of the assistant have labels.
-
-    The labels come from the encoder that drafts are trained with, because the assistant masks of `apply_chat_template`
-    differ between releases of transformers and need generation marks in the chat template.
-    """
+    """Encodes a sample by the encoder that drafts are trained with, because the assistant masks of
+    `apply_chat_template` differ between releases of transformers and need generation marks in the chat template."""
     messages = to_messages(sample)
     images = tuple(part.pop("image") for message in messages for part in message["content"] if "image" in part)
-    encoded = encoder(Conversation(sample["id"], messages, images))
-    ids = encoded["input_ids"]
-    features = {"input_ids": ids, "labels": ids.masked_fill(~encoded["assistant_mask"], IGNORED)}
-    if "pixel_values" in encoded:
-        features["pixel_values"] = encoded["pixel_values"][0]
-    return features
+    return encoder(Conversation(sample["id"], messages, images))
 
 
-def collate_samples(features: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Makes a batch: right-padded ids and labels `[batch, length]`, pixels `[images, 3, side, side]`.
+def collate_samples(samples: list[dict[str, torch.Tensor]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Makes a right-padded batch of encoded samples, with labels `[batch, length]` at the tokens of the assistant.
 
     There is no attention mask, because in a causal model only padding sees the padding on the right, and attention
     without a mask is faster.
     """
-    pad = torch.nn.utils.rnn.pad_sequence
-    batch = {
-        "input_ids": pad([f["input_ids"] for f in features], batch_first=True, padding_value=pad_token_id),
-        "labels": pad([f["labels"] for f in features], batch_first=True, padding_value=IGNORED),
-    }
-    pixels = [f["pixel_values"] for f in features if "pixel_values" in f]
-    if pixels:
-        batch["pixel_values"] = torch.stack(pixels)
+    batch = collate_conversations(samples, pad_token_id)
+    del batch["attention_mask"]
+    batch["labels"] = batch["input_ids"].masked_fill(~batch.pop("assistant_mask"), IGNORED)
     return batch
 
 
-def stream_encoded(processor: LlavaProcessor, seed: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+def stream_encoded(processor: ProcessorMixin, seed: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
     """Yields encoded training samples without end. The `batch_size` samples of a batch have similar lengths."""
     encoder = ConversationEncoder(processor)
     samples = iterate_samples("train", seed)
@@ -224,20 +224,19 @@ def stream_encoded(processor: LlavaProcessor, seed: int, batch_size: int) -> Ite
 
 
 def train_target(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    model: Any,
+    processor: Any,
     budget: Budget,
     seed: int = 0,
     batch_size: int = 16,
     rate: float = 1.0,
 ) -> float:
     """
-    Trains projector and language model in place on new conversations; returns the mean training loss. The vision tower
-    is frozen, because an untrained language model would only make it forget.
+    Trains what is not frozen of a model in place on new conversations; returns the mean training loss.
 
-    `rate` is relative to the learning rates of `build_optimizer`.
+    The vision tower should be frozen (`requires_grad_(False)`), because an untrained language model would only make it
+    forget. `rate` is relative to the learning rates of `build_optimizer`.
     """
-    model.model.vision_tower.requires_grad_(False)
     pad_token_id = processor.tokenizer.pad_token_id
     return train(
         model,
@@ -250,9 +249,7 @@ def train_target(
     )
 
 
-def save_target(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: str | Path, overwrite: bool = False
-) -> Path:
+def save_target(model: PreTrainedModel, processor: Any, folder: str | Path, overwrite: bool = False) -> Path:
     """
     Writes the model, rounded by [`save_rounded`], and the processor to `folder`; returns `folder`.
 

@@ -6,14 +6,14 @@ model then gets useful visual features from its first step on.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import CLIPVisionModel, LlavaProcessor
 
 from .training import Budget, train
 from .world import BACKGROUNDS, COLOURS, GRID, SHAPES, SIZES, Scene, make_scene, render
@@ -32,22 +32,33 @@ def cell_labels(scene: Scene) -> torch.Tensor:
     return labels
 
 
-class CellProbe(nn.Module):
-    """A vision tower with linear classifiers on the mean feature of each cell."""
+# Computes the features `[images, patches, width]` of square images, in reading order, from a vision tower and the
+# outputs of the image processor.
+ReadFeatures = Callable[[Any, Mapping[str, torch.Tensor]], torch.Tensor]
 
-    def __init__(self, tower: CLIPVisionModel):
+
+def clip_features(tower: Any, images: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The features of the patches, without that of the whole image."""
+    return tower(pixel_values=images["pixel_values"]).last_hidden_state[:, 1:]
+
+
+class CellProbe(nn.Module):
+    """A vision tower with linear classifiers on the mean feature of each cell. The features have the width `width`."""
+
+    def __init__(self, tower: nn.Module, width: int, read: ReadFeatures = clip_features):
         super().__init__()
-        self.tower = tower
-        width = tower.config.hidden_size
+        self.tower, self.read = tower, read
         self.attributes = nn.ModuleList(nn.Linear(width, len(values) + 1) for values in _ATTRIBUTES)
         self.cell = nn.Linear(width, _NUM_CELLS)
         self.background = nn.Linear(width, len(BACKGROUNDS))
 
-    def forward(self, pixel_values: torch.Tensor, cells: torch.Tensor, background: torch.Tensor) -> dict[str, Any]:
-        """Computes the loss, and the accuracy of each attribute, from pixels `[batch, 3, height, width]`, cells
+    def forward(
+        self, images: Mapping[str, torch.Tensor], cells: torch.Tensor, background: torch.Tensor
+    ) -> dict[str, Any]:
+        """Computes the loss, and the accuracy of each attribute, from the outputs of the image processor, cells
         `[batch, 4, 3]` and backgrounds `[batch]`."""
-        patches = self.tower(pixel_values=pixel_values).last_hidden_state[:, 1:]
-        per_cell = self.tower.config.image_size // self.tower.config.patch_size // GRID
+        patches = self.read(self.tower, images)
+        per_cell = math.isqrt(patches.shape[1]) // GRID
         grid = patches.unflatten(1, (GRID, per_cell, GRID, per_cell)).mean((2, 4)).flatten(1, 2)
         loss = functional.cross_entropy(self.background(patches.mean(1)), background)
         # The features must keep the position of a cell too, because questions name places.
@@ -63,26 +74,39 @@ class CellProbe(nn.Module):
         return {"loss": loss, "accuracies": torch.stack(accuracies).detach()}
 
 
-def _collate(processor: LlavaProcessor, scenes: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def _collate(processor: Any, scenes: list[dict[str, Any]]) -> dict[str, Any]:
     pictures = [render(item["scene"]) for item in scenes]
     return {
-        "pixel_values": processor.image_processor(pictures, return_tensors="pt")["pixel_values"],
+        "images": dict(processor.image_processor(pictures, return_tensors="pt")),
         "cells": torch.stack([cell_labels(item["scene"]) for item in scenes]),
         "background": torch.tensor([list(BACKGROUNDS).index(item["scene"].background) for item in scenes]),
     }
 
 
 def pretrain_vision_tower(
-    tower: CLIPVisionModel, processor: LlavaProcessor, budget: Budget, seed: int = 0, batch_size: int = 64
+    tower: Any,
+    processor: Any,
+    budget: Budget,
+    seed: int = 0,
+    batch_size: int = 64,
+    width: int | None = None,
+    read: ReadFeatures = clip_features,
 ) -> dict[str, float]:
-    """Trains `tower` in place; returns the accuracy of each attribute on the objects of 512 validation scenes."""
+    """Trains `tower` in place; returns the accuracy of each attribute on the objects of 512 validation scenes.
+
+    Args:
+        tower, processor: a vision tower, and the processor of its model.
+        budget, seed, batch_size: the arguments of `train`.
+        width: the width of the features. Default: the tower's hidden size.
+        read: computes the features.
+    """
 
     def stream() -> Iterator[dict[str, Any]]:
         rng = random.Random(f"vision/{seed}")
         while True:
             yield {"scene": make_scene(rng, "train")}
 
-    probe = CellProbe(tower)
+    probe = CellProbe(tower, width or tower.config.hidden_size, read)
     train(probe, stream, lambda scenes: _collate(processor, scenes), budget, batch_size, seed, logging_steps=100)
     rng = random.Random(f"vision/validation/{seed}")
     batch = _collate(processor, [{"scene": make_scene(rng, "validation")} for _ in range(512)])
