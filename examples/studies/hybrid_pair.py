@@ -2,8 +2,8 @@
 The toy world on a hybrid target: a small Qwen3.5, whose decoder has three gated-delta layers for each layer of full
 attention, M-RoPE and a vision tower with a grid of patches.
 
-    python examples/studies/hybrid_pair.py build --output DIR    # trains target and draft, about 40 minutes on a CPU
-    python examples/studies/hybrid_pair.py measure DIR           # `generate`, chain and trees of several sizes, in turns
+    python examples/studies/hybrid_pair.py build --output DIR  # trains target and draft
+    python examples/studies/hybrid_pair.py measure DIR         # `generate`, chains and trees, in turns
 
 A stopped build continues after its last finished stage. Needs `pip install -e ".[examples]"`.
 """
@@ -39,7 +39,7 @@ from msd_hf.toy import make_samples, render
 from msd_hf.toy.build import DEEP_RATE, build_draft_folder, print_accuracy
 from msd_hf.toy.evaluate import toy_prompts
 from msd_hf.toy.processor import CHAT_TEMPLATE, build_processor
-from msd_hf.toy.target import TARGET_FOLDER, build_untrained, deepen, save_target, train_target
+from msd_hf.toy.target import build_untrained, deepen, save_target, train_target
 from msd_hf.toy.training import Budget
 from msd_hf.toy.vision import pretrain_vision_tower
 from msd_hf.writing.destination import check_destination
@@ -57,10 +57,9 @@ app = typer.Typer(add_completion=False, help=__doc__.split("\n\n")[0])
 console = make_console(width=110)
 
 
-def make_processor(seed: int) -> PaddleOCRVLProcessor:
-    """The toy world's tokenizer with an image processor of Qwen. The processor class of Qwen3.5 itself needs
-    torchvision, for videos; this one makes the same inputs of an image."""
-    tokenizer = build_processor(seed).tokenizer
+def make_processor(tokenizer: Any) -> PaddleOCRVLProcessor:
+    """A tokenizer of the toy world, to which it adds tokens, with an image processor of Qwen. The processor class of
+    Qwen3.5 itself needs torchvision, for videos; this one makes the same inputs of an image."""
     tokenizer.add_tokens([VIDEO, VISION_START, VISION_END], special_tokens=True)
     area = IMAGE_SIDE * IMAGE_SIDE
     image_processor = Qwen2VLImageProcessorPil(
@@ -140,7 +139,7 @@ def read_features(tower: Any, images: Mapping[str, torch.Tensor]) -> torch.Tenso
 
 @torch.no_grad()
 def scale_features(model: Qwen3_5ForConditionalGeneration, processor: Any, seed: int) -> None:
-    """Scales the last layer of the vision tower in place so that image features have the size of token embeddings, 1."""
+    """Scales the tower's last layer in place so that image features have the size of token embeddings, 1."""
     pictures = [render(sample["scene"]) for sample in make_samples("train", 32, seed, "visual")]
     features = read_features(model.model.visual, processor.image_processor(pictures, return_tensors="pt"))
     last = model.model.visual.merger.linear_fc2
@@ -180,7 +179,7 @@ def build(
     work, target_folder = output / "work", output / "target"
     check_destination(output / "draft", DRAFT_FOLDER)
     if not target_folder.exists():
-        processor = make_processor(seed)
+        processor = make_processor(build_processor(seed).tokenizer)
 
         def see() -> Any:
             model = make_untrained(processor, seed)

@@ -129,9 +129,10 @@ def build_untrained(config: PreTrainedConfig, seed: int = 0) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(_LAYER_OUTPUTS):
-                part = config.text_config if "language_model." in name else config.vision_config
+                list_name, *_ = name.rsplit(".", 4)  # of the list that holds the layer
+                depth = len(model.get_submodule(list_name))
                 # Each layer adds to the residual stream. This scale keeps the stream at the same size at any depth.
-                parameter.mul_((2 * part.num_hidden_layers) ** -0.5)
+                parameter.mul_((2 * depth) ** -0.5)
         # Embeddings are as large as the outputs of layers, because the first layers would drown smaller ones.
         model.get_input_embeddings().weight.normal_()
     return model
