@@ -1,16 +1,19 @@
-"""Drafts are trained for a hybrid target: a small random Qwen3.5 with the toy world's pictures and conversations."""
+"""Drafts are trained for a hybrid target: a small random Qwen3.5 with the toy world's pictures and conversations.
+The study that trains such a pair continues where it stopped, and measures."""
 
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
-from hybrid_pair import PERIOD, make_config, make_processor, make_untrained
+from hybrid_pair import PERIOD, make_config, make_processor, make_untrained, measure, stage
 from training_runs import log_history, make_trainer
 
 from msd_hf.prompts import build_inputs
 from msd_hf.target.adapter import TargetAdapter
+from msd_hf.toy import TARGET_DIR
 from msd_hf.toy.accuracy import make_evaluation_prompts
 from msd_hf.toy.dataset import make_sample
 from msd_hf.toy.target import collate_samples, deepen, encode_sample
@@ -94,3 +97,22 @@ def test_deepened_target_computes_the_same(target, processor, samples):
     assert kinds == 2 * ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
     batch = collate_samples(samples, pad_token_id=0)
     torch.testing.assert_close(deep(**batch).logits, target(**batch).logits, **KERNEL)
+
+
+def test_a_finished_stage_is_read_again(target, tmp_path):
+    first = stage(tmp_path / "shallow", lambda: target)
+    second = stage(tmp_path / "shallow", lambda: pytest.fail("It ran again."))
+    for name, weight in target.state_dict().items():
+        assert torch.equal(first.state_dict()[name], weight) and torch.equal(second.state_dict()[name], weight)
+
+
+def test_methods_are_measured_on_the_same_prompts(tmp_path):
+    arguments = {"num_prompts": 1, "nodes": "4,12", "depth": 3, "repeats": 1, "max_new_tokens": 24, "temperature": 0.0}
+    measure(TARGET_DIR.parent, **arguments, seed=0, output=tmp_path)
+    methods = json.loads((tmp_path / "report.json").read_text())["methods"]
+    assert list(methods) == ["vanilla", "chain-3", "chain", "tree-4", "tree-12", "tree"]
+    assert all(figures["agreement"]["identical"] == 1 for figures in methods.values())
+    longest = {name: max(map(int, figures["acceptance_histogram"])) for name, figures in methods.items()}
+    assert longest["vanilla"] == 1
+    assert longest["chain-3"] == longest["tree-4"] == longest["tree-12"] == 3 + 1
+    assert longest["chain"] > 4 and longest["tree"] > 4

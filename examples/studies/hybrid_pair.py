@@ -31,7 +31,7 @@ from msd_hf import MSDDraftModel
 from msd_hf.draft.folder import DRAFT_FOLDER
 from msd_hf.errors import errors_end_script
 from msd_hf.evaluation.make_report import report_pair
-from msd_hf.evaluation.methods import CHAIN, VANILLA, Method
+from msd_hf.evaluation.methods import CHAIN, TREE, VANILLA, Method
 from msd_hf.evaluation.report import print_report, write_report
 from msd_hf.loading import load_target, load_target_and_processor
 from msd_hf.terminal import make_console
@@ -208,8 +208,8 @@ def build(
 def measure(
     folder: Annotated[Path, typer.Argument(help="Folder with `target` and `draft`.")],
     num_prompts: Annotated[int, typer.Option(min=1, help="Held-out questions; their kinds take turns.")] = 65,
-    nodes: Annotated[str, typer.Option(help="Sizes of trees besides `auto`.")] = "8,16,32",
-    depth: Annotated[int, typer.Option(min=1, help="Depth of trees of a set size, and length of the chain.")] = 8,
+    nodes: Annotated[str, typer.Option(help="Sizes of trees besides those that size themselves.")] = "8,16,32",
+    depth: Annotated[int, typer.Option(min=1, help="Levels of these trees, and tokens of a chain of set size.")] = 9,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each method, in turns.")] = 3,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer.")] = 140,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
@@ -230,13 +230,18 @@ def measure(
 
 
 def make_methods(sizes: list[int], depth: int) -> list[Method]:
-    """`generate` alone, chains and trees. Chains and trees of a set size have the same number of levels."""
-    chain = {"num_assistant_tokens": depth + 2, "tree_depth": depth, "tree_top_k": 1}
-    methods = [VANILLA, CHAIN, Method("chain-fixed", f"a chain of {depth + 1} tokens", drafted=True, tree=chain)]
+    """`generate` alone, chains and trees. Chain and trees of a set size have up to `depth` levels below the root."""
+
+    def with_draft(name: str, description: str, **settings: int) -> Method:
+        return Method(name, description, drafted=True, tree=settings)
+
+    # The first level needs no expansion.
+    chain = {"num_assistant_tokens": depth + 1, "tree_depth": depth - 1, "tree_top_k": 1}
+    methods = [VANILLA, with_draft(f"chain-{depth}", f"chains of {depth} tokens", **chain), CHAIN]
     for size in sizes:
-        tree = {"num_assistant_tokens": size, "tree_depth": depth, "tree_top_k": 4}
-        methods.append(Method(f"tree-{size}", f"trees of {size} nodes", drafted=True, tree=tree))
-    return [*methods, Method("tree", 'the draft with its own settings: "auto", at most 64 nodes', drafted=True)]
+        tree = {"num_assistant_tokens": size, "tree_depth": depth - 1, "tree_top_k": 4}
+        methods.append(with_draft(f"tree-{size}", f"trees of {size} nodes", **tree))
+    return [*methods, TREE]
 
 
 if __name__ == "__main__":
