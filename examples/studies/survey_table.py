@@ -1,0 +1,324 @@
+"""What the rules of `survey_configs` and `survey_inputs` cannot guess about a family, by its model_type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+def _mrope(*sections: int, **fields: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections), **fields}
+
+
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_NGRAM = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8}
+_QWEN4 = {**_NGRAM, "indexer_compress_ratio": 2, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}}
+
+
+def _text(fields: dict[str, Any]) -> dict[str, Any]:
+    return {f"text_config.{name}": value for name, value in fields.items()}
+
+
+# Fields of configurations, by path.
+FIELDS: dict[str, dict[str, Any]] = {
+    "apertus1p5": {
+        "audio_config.codebook_dim": 32,
+        "audio_config.hidden_size": 32,
+        "vision_config.codebook_size": 16,
+        "image_token_offset": 104,
+        "audio_token_offset": 120,
+        "audio_config.codebook_size": 8,
+    },
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "chameleon": {
+        "vocabulary_map": {"<image>": 96, **{f"IMGIMG{letter}Z": 104 + n for n, letter in enumerate("ABCDEFGH")}},
+        "vq_config.num_embeddings": 8,
+    },
+    "emu3": {
+        "vocabulary_map": {
+            "<image>": 96,
+            "<|extra_200|>": 97,
+            **{f"<|visual token {n:06d}|>": 104 + n for n in range(8)},
+        },
+        "image_token_id": 96,
+        "vq_config.codebook_size": 8,
+    },
+    "evolla": {"use_cache": True, "resampler_depth": 1, "aligner_num_add_layers": 1},
+    "dots3_note": {"text_config.per_layer_config": {}, "vision_config.adapter_in_dim": 32}
+    | {"vision_config.adapter_out_dim": 64, "audio_config.adapter_out_dim": 64},
+    "dots3_note_text": {"per_layer_config": {}},
+    "cohere_compass": {
+        "text_config.rope_parameters": {"full_attention": _mrope(4, 2, 2), "sliding_attention": _mrope(4, 2, 2)},
+        "text_config.layer_types": ["sliding_attention", "full_attention"],
+        "vision_config.deepstack_visual_indexes": [0, 1],
+    },
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": _mrope(4, 2, 2), "sliding_attention": _mrope(4, 2, 2)},
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "blt": {"encoder_hash_byte_group_vocab": 100},
+    "bamba": {"attn_layer_indices": [1]},
+    "codegen": {"n_head": 4},
+    "deepseek_ocr2": {
+        "vision_config.sam_config.downsample_channels": [32, 32],
+        "vision_config.sam_config.output_channels": 32,
+        "vision_config.sam_config.global_attn_indexes": [1],
+        "text_config.num_experts_per_tok": 2,
+        "text_config.mlp_layer_types": ["dense", "sparse"],
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "diffusion_gemma": {
+        "text_config.num_experts": 4,
+        "text_config.top_k_experts": 2,
+        "text_config.moe_intermediate_size": 32,
+    },
+    "dory": {
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp", "sliding_attention", "mlp"],
+        "n_input_layers": 2,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 2,
+    },
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "ernie4_5_vl_moe": {"text_config.rope_parameters": _mrope(3, 3, 2)},
+    "gemma3n_text": {
+        "num_hidden_layers": 5,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 2,
+        "intermediate_size": [64] * 5,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0, 0.0],
+        "vocab_size_per_layer_input": 128,
+        "hidden_size_per_layer_input": 16,
+        "laurel_rank": 8,
+    },
+    "gemma4": {"": {"vision_config": {"model_type": "gemma4_vision"}}, "vision_config.pooling_kernel_size": 2},
+    "gemma4_unified": {
+        "": {"vision_config": {"model_type": "gemma4_unified_vision"}},
+        "vision_config.pooling_kernel_size": 2,
+    },
+    "glm4v": {"text_config.rope_parameters": _mrope(4, 2, 2)},
+    "glm46v": {"text_config.rope_parameters": _mrope(4, 2, 2)},
+    "glmga": {"text_config.rope_parameters": _mrope(4, 2, 2)},
+    "glm_ocr": {"text_config.rope_parameters": _mrope(4, 2, 2)},
+    "glm4v_moe": {"text_config.rope_parameters": _mrope(2, 1, 1, partial_rotary_factor=0.5)},
+    "glm5_next": {
+        "text_config.qk_rope_head_dim": 0,
+        "text_config.head_dim": 0,
+        "text_config.index_kpool": 4,
+    },
+    "granite4_vision": {
+        "vision_config.hidden_size": 64,
+        "qformer_config.hidden_size": 64,
+        "qformer_config.encoder_hidden_size": 64,
+        "deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2", "spatial_target_layers": [1]},
+    "hrm_text": {"num_hidden_layers": 16, "num_layers_per_stack": 2},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "hunyuan_vl": {"text_config.head_dim": 16, "text_config.rope_parameters": _mrope(2, 2, 2, 2)},
+    "hy_v4_vl": {"text_config.rope_parameters": _mrope(2, 1, 1)},
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 2},
+    "janus": {"vq_config.base_channels": 32, "vq_config.num_embeddings": 64, "vq_config.image_token_embed_dim": 64},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "longcat_flash": {"zero_expert_num": 2},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 16},
+    "ministral": {"head_dim": 16},
+    "molmo2": {"adapter_config.vision_feature_layer": [-1, -2], "vision_config.image_size": [32, 32]},
+    "muse_spark": {
+        "audio_config.num_hidden_layers": 4,
+        "audio_config.hidden_sizes": [16, 16, 16, 16],
+        "audio_config.depths": [1, 1, 1, 1],
+    },
+    "nemotron": {"num_key_value_heads": 2},
+    "paddleocr_vl": {"text_config.rope_parameters": _mrope(4, 2, 2)},
+    "mllama": {
+        "text_config.cross_attention_layers": [1],
+        "text_config.num_hidden_layers": 3,
+        "vision_config.intermediate_layers_indices": [0],
+        "vision_config.vision_output_dim": 64,
+    },
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 120, "text_config.rope_parameters": _mrope(4, 2, 2)},
+    "qwen2_5_vl": {"text_config.rope_parameters": _mrope(4, 2, 2)},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 120},
+    "qwen2_vl": {"vision_config.hidden_size": 64, "vision_config.embed_dim": 32, "text_config.rope_parameters": _mrope(4, 2, 2)},
+    "qwen4_exp": _text(_QWEN4),
+    "qwen4_exp_text": _QWEN4,
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 32], "max_position_embeddings": 512},
+    "step3p7": {"text_config.sliding_window": 8, "text_config.layer_types": ["sliding_attention", "full_attention"]},
+    "t5gemma2": {
+        **{
+            f"encoder.text_config.{name}": value
+            for name, value in {
+                "hidden_size": 64,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "intermediate_size": 64,
+            }.items()
+        },
+    },
+    "vipllava": {"vision_feature_layers": [-2, -1]},
+    "xmod": {"default_language": "en_XX"},
+    "xlstm": {"embedding_dim": 64, "num_heads": 4},
+    "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32, "num_key_value_heads": 4},
+    "zamba2": {
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "mamba_headdim": 16,
+        "num_hidden_layers": 4,
+        "hybrid_layer_ids": [1, 3],
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    },
+    "zaya": {"num_experts_per_tok": 1},
+    "rwkv": {"attention_hidden_size": 64},
+}
+
+
+# Forms of an image that are tried first. Values that are functions get the ids of the prompt.
+Noise = Callable[..., Any]
+Forms = Iterator[dict[str, Any]]
+
+
+def _two_sizes(model: Any, noise: Noise) -> Forms:
+    yield {"pixel_values": noise(1, 3, 32, 32), "high_res_pixel_values": noise(1, 3, 32, 32)}
+
+
+def _shaped_patches(model: Any, noise: Noise) -> Forms:
+    yield {
+        "pixel_values": noise(1, 16, 192),
+        "spatial_shapes": torch.tensor([[4, 4]]),
+        "pixel_attention_mask": torch.ones(1, 16).long(),
+    }
+
+
+def _merged_grid(model: Any, noise: Noise) -> Forms:
+    sizes = {"image_grid_thw": torch.tensor([[1, 4, 4]]), "image_merge_sizes": torch.tensor([2])}
+    yield {"pixel_values": noise(16, 192), **sizes}
+
+
+def _tiles_of_any_shape(model: Any, noise: Noise) -> Forms:
+    yield {"pixel_values": noise(1, 3, 3, 32, 32), "image_sizes": torch.tensor([[32, 64]])}
+
+
+def _packed(model: Any, noise: Noise) -> Forms:
+    yield {"pixel_values": noise(1, 3, 8, 64 * 8), "target_sizes": torch.tensor([[8, 8]]).int()}
+
+
+def _cross_attended(model: Any, noise: Noise) -> Forms:
+    tiles = model.config.vision_config.max_num_tiles
+    yield {
+        "pixel_values": noise(1, 1, tiles, 3, 32, 32),
+        "aspect_ratio_ids": torch.tensor([[1]]),
+        "aspect_ratio_mask": torch.tensor([[[1] + [0] * (tiles - 1)]]),
+        "cross_attention_mask": lambda ids: torch.ones(1, ids.shape[1], 1, tiles).long(),
+        "tokens": [model.config.image_token_index],
+        "place": 0,
+    }
+
+
+def _pooled_crops(model: Any, noise: Noise) -> Forms:
+    yield {
+        "pixel_values": noise(2, 16, 192),
+        "image_token_pooling": torch.arange(32).view(1, 8, 4)[0],
+        "image_grids": torch.tensor([[2, 2, 2, 2]]),
+        "image_num_crops": torch.tensor([2]),
+    }
+
+
+def _positioned_patches(model: Any, noise: Noise) -> Forms:
+    places = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1).view(1, 16, 2)
+    side = model.config.vision_config.patch_size
+    for factor in (1, getattr(model.config.vision_config, "pooling_kernel_size", 1)):
+        yield {"pixel_values": noise(1, 16, 3 * (side * factor) ** 2), "image_position_ids": places}
+
+
+def _queried(model: Any, noise: Noise) -> Forms:
+    token = 100
+    yield {
+        "pixel_values": noise(1, 3, 32, 32),
+        "image_embeds_position_mask": lambda ids: (ids == token).long(),
+        "tokens": [token] * model.config.latent_query_num,
+    }
+
+
+def _flattened(model: Any, noise: Noise) -> Forms:
+    token = 100
+    patches = noise(1, 16, 2 + 768)
+    patches[..., :2] = torch.stack([torch.arange(16) // 4, torch.arange(16) % 4], -1)
+    yield {
+        "flattened_patches": patches,
+        "width": torch.tensor([32]),
+        "height": torch.tensor([32]),
+        "image_embeds_position_mask": lambda ids: (ids == token).long(),
+        "tokens": [token] * model.config.latent_query_num,
+    }
+
+
+def _attended_images(model: Any, noise: Noise) -> Forms:
+    yield {
+        "pixel_values": noise(1, 1, 3, 32, 32),
+        "image_attention_mask": lambda ids: torch.ones(1, ids.shape[1], 1).long(),
+        "tokens": [],
+    }
+
+
+def _patches(model: Any, noise: Noise) -> Forms:
+    yield {"pixel_values": noise(1, 16, 192)}
+
+
+def _grid_of_two(model: Any, noise: Noise) -> Forms:
+    yield {"pixel_values": noise(16, 192), "image_grid_hw": torch.tensor([[4, 4]])}
+
+
+def _asked(model: Any, noise: Noise) -> Forms:
+    ids = torch.tensor([[5, 6, 7]])
+    asked = {"qformer_input_ids": ids, "qformer_attention_mask": torch.ones_like(ids)}
+    for count in (1, 4):
+        frames = noise(1, 3, 32, 32) if count == 1 else noise(1, count, 3, 32, 32)
+        yield {"pixel_values": frames, **asked, "tokens": [model.config.image_token_index or 96] * (4 * count)}
+
+
+def _protein(model: Any, noise: Noise) -> Forms:
+    ids = torch.arange(5, 15).unsqueeze(0)
+    yield {"protein_input_ids": ids, "protein_attention_mask": torch.ones_like(ids), "tokens": []}
+
+
+def _fine_tiles(model: Any, noise: Noise) -> Forms:
+    yield {
+        "pixel_values": noise(1, 1, 3, 32, 32),
+        "pixel_attention_mask": torch.ones(1, 1, 32, 32).long(),
+    }
+
+
+IMAGES: dict[str, Callable[[Any, Noise], Forms]] = {
+    "deepseek_vl_hybrid": _two_sizes,
+    "evolla": _protein,
+    "fuyu": _patches,
+    "gemma4": _positioned_patches,
+    "gemma4_unified": _positioned_patches,
+    "granite4_vision": _tiles_of_any_shape,
+    "granite_docling": _fine_tiles,
+    "idefics": _attended_images,
+    "instructblip": _asked,
+    "instructblipvideo": _asked,
+    "kosmos-2": _queried,
+    "kosmos-2.5": _flattened,
+    "lfm2_vl": _shaped_patches,
+    "llava_next": _tiles_of_any_shape,
+    "llava_next_video": _tiles_of_any_shape,
+    "llava_onevision": _tiles_of_any_shape,
+    "minicpm_ocr": _packed,
+    "minicpmv4_6": _packed,
+    "minicpmv4_7": _packed,
+    "mllama": _cross_attended,
+    "molmo2": _pooled_crops,
+    "nemotron_h_omni": _grid_of_two,
+    "video_llama_3": _merged_grid,
+}
+
+# Families whose text needs more than text.
+ALWAYS = frozenset({"evolla", "idefics"})
+
+
+__all__ = ["ALWAYS", "FIELDS", "IMAGES"]
