@@ -192,7 +192,7 @@ class _Shrinker:
             return size if isinstance(size, list) else _like(value, size)
         if _EXPERTS.fullmatch(name):
             return _like(value, 4)
-        if _SHARED_EXPERTS.fullmatch(name):
+        if _SHARED_EXPERTS.fullmatch(name) or name in ("first_k_dense_replace", "num_dense_layers"):
             return min(value, 1)
         for pattern, size in _SIZES[role].items():
             if re.fullmatch(pattern, name):

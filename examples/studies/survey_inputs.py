@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from survey_configs import FIRST_SPECIAL, IMAGE_SIZE, PATCH_SIZE, TEXT, VOCAB_SIZE
-from survey_table import ALWAYS, IMAGES
+from survey_table import IMAGES
 from transformers import PreTrainedModel
 
 
@@ -26,8 +26,6 @@ class NoInputError(Exception):
 
 def text_inputs(model: PreTrainedModel, seed: int, length: int = 12) -> Inputs:
     """A prompt of random text."""
-    if model.config.model_type in ALWAYS:
-        return image_inputs(model, seed)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(TEXT.start, TEXT.stop, (1, length), generator=generator)
     return _with_types(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
@@ -59,6 +57,8 @@ def other_image(inputs: Inputs) -> Inputs:
     for name, value in inputs.items():
         if torch.is_tensor(value) and value.is_floating_point() and value.numel() > 1:
             changed[name] = torch.randn(value.shape, generator=generator).to(value)
+        elif name == "protein_input_ids":
+            changed[name] = value.flip(-1)
     return changed
 
 
@@ -161,19 +161,31 @@ def _framed(model: PreTrainedModel, tokens: list[int]) -> list[int]:
 
 
 def _count_features(model: PreTrainedModel, pixels: Inputs) -> int:
+    """How many image tokens a picture has, as the model's features say, or its complaint about a wrong number."""
+    reason = "it has no `get_image_features`"
     for owner in (model, getattr(model, "model", None)):
         function = getattr(owner, "get_image_features", None)
         if function is None:
             continue
         known = inspect.signature(function).parameters
-        takes_all = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in known.values())
-        given = {name: value for name, value in pixels.items() if takes_all or name in known}
+        for given in ({name: value for name, value in pixels.items() if name in known}, pixels):
+            try:
+                with torch.no_grad():
+                    output = function(**given)
+                features = getattr(output, "pooler_output", None)
+                return _rows(output if features is None else features)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+    token = image_token(model)
+    ids = torch.tensor([[TEXT.start, token, TEXT.start]])
+    try:
         with torch.no_grad():
-            output = function(**given)
-        features = getattr(output, "pooler_output", None)
-        features = output if features is None else features
-        return _rows(features)
-    raise NoInputError("it has no `get_image_features`")
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels)
+    except Exception as error:
+        found = _FEATURES.search(str(error))
+        if found:
+            return int(found[1])
+    raise NoInputError(reason)
 
 
 def _rows(features: Any) -> int:
@@ -186,7 +198,7 @@ def _rows(features: Any) -> int:
 
 def _with_types(model: PreTrainedModel, inputs: Inputs) -> Inputs:
     """Adds types of tokens (text 0, image 1), where a multimodal model asks for them."""
-    names, token = _accepted(model), image_token(model)
+    names, token = inspect.signature(model.forward).parameters, image_token(model)
     if token is None:
         return inputs
     is_image = (inputs["input_ids"] == token).long()

@@ -2,252 +2,198 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import functools
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
-from survey_configs import PAD, TEXT, VOCAB_SIZE, tiny_config
-from survey_inputs import NoInputError, image_inputs, other_image, text_inputs
+from survey_configs import PAD, TEXT, tiny_config
+from survey_inputs import Inputs, NoInputError
+from survey_towers import stand_in_for_timm
 from transformers import PreTrainedModel, set_seed
 from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as TEXT_CLASSES,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_CLASSES,
 )
 
-from msd_hf import MSDDraftModel, MSDError
+from msd_hf import MSDDraftModel
 from msd_hf.evaluation.differences import first_difference
-from msd_hf.target.support import check_target
 
 
 NUM_TOKENS = 20
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 20}
-_PER_SIZE = 2.0  # of logits: how much the head follows the embeddings
+# Of logits of the same text, in units of their standard deviation. Kernels that compute in float32 also in a float64
+# model, as most recurrent ones do, differ by about 1e-6.
+ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3}
+_FOLLOWS = 2.0  # how much a head follows the embeddings
 
 
-def model_class(model_type: str, with_images: bool) -> type[PreTrainedModel]:
-    names = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if with_images else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    name = names[model_type]
-    return getattr(transformers, name if isinstance(name, str) else name[0])
+def has_images(model_type: str) -> bool:
+    """Whether transformers lists a family among those that read images."""
+    return model_type in IMAGE_CLASSES
 
 
-def build_target(model_type: str, with_images: bool, seed: int = 0) -> PreTrainedModel:
-    """A target in float64 whose head follows its embeddings: after a token t comes mostly p(t), for a permutation p of
-    the tokens of text, and what the layers add makes it another token now and then."""
-    set_seed(seed)
-    model = model_class(model_type, with_images)(tiny_config(model_type))
+def class_name(model_type: str) -> str:
+    """The name of a family's class."""
+    name = (IMAGE_CLASSES if has_images(model_type) else TEXT_CLASSES)[model_type]
+    return name if isinstance(name, str) else name[0]
+
+
+def build_target(model_type: str, seed: int = 0) -> PreTrainedModel:
+    """A tiny target in float64 with random weights. Its head follows its embeddings: after a token t comes mostly
+    p(t), for a random permutation p, and what the layers add makes it another token now and then.
+
+    Raises:
+        NoInputError: when the family does not generate text.
+    """
+    config = tiny_config(model_type)
+    stand_in_for_timm(config)
+    with torch.random.fork_rng(devices=[]):
+        set_seed(seed)
+        model = getattr(transformers, class_name(model_type))(config)
+        _enlarge(model)
+        _let_head_follow(model)
+    if getattr(model, "generation_config", None) is None:
+        raise NoInputError("it has no `generate`")
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
-    if getattr(model, "_can_set_experts_implementation", lambda: False)():
-        model.set_experts_implementation("eager")
-    _rig(model)
+    for module in model.modules():  # grouped kernels of experts know no float64
+        if isinstance(module, PreTrainedModel) and module._can_set_experts_implementation():
+            module.set_experts_implementation("eager")
     return model.double().eval()
 
 
 @torch.no_grad()
-def _rig(model: PreTrainedModel) -> None:
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    weights = [getattr(module, "weight", None) for module in (embedding, head)]
-    if any(weight is None or weight.ndim != 2 or len(weight) < TEXT.stop for weight in weights):
+def _enlarge(model: PreTrainedModel) -> None:
+    """Parameters that start at zero get values, or pictures would not count in some families."""
+    for name, parameter in model.named_parameters():
+        if not parameter.any():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15)
+            elif "gate" in name or "alpha" in name:
+                parameter.normal_(std=0.5)
+
+
+@torch.no_grad()
+def _let_head_follow(model: PreTrainedModel) -> None:
+    try:
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:
         return
-    weight, out = weights
+    weight, out = (getattr(module, "weight", None) for module in (embedding, head))
+    if weight is None or out is None or weight.shape != out.shape or len(out) < TEXT.stop:
+        return
+    text = torch.tensor(list(TEXT))
     weight.normal_()
-    ids = torch.tensor(list(TEXT))
-    scale = embedding(ids).std()
+    scale = embedding(text).std()  # Gemma multiplies embeddings
     weight /= scale if torch.isfinite(scale) and scale > 0 else 1.0
-    if out is weight or out.shape != weight.shape:
+    if out is weight:
         return
     out.normal_(std=0.02)
-    out[ids[torch.randperm(len(ids))]] += _PER_SIZE * out.shape[1] ** -0.5 * weight[ids] / weight[ids].std()
-    out[TEXT.stop :] = 0.0
+    out[text[torch.randperm(len(text))]] += _FOLLOWS * out.shape[1] ** -0.5 * weight[text] / weight[text].std()
     out[: TEXT.start] = 0.0
+    out[TEXT.stop :] = 0.0
 
 
 def build_draft(target: PreTrainedModel, seed: int = 0) -> MSDDraftModel:
     """A draft that passes embeddings on, with noise: it knows p, and not what the layers add."""
-    set_seed(seed)
-    draft = MSDDraftModel.from_target(target)
-    size = draft.config.hidden_size
-    with torch.no_grad():
-        for name, weight in draft.named_parameters():
-            if name == "fc.weight":
-                weight.normal_(std=0.05)
-                weight[:, :size] += torch.eye(size).to(weight)
-            elif "o_proj" in name or "down_proj" in name:
-                weight *= 0.3
+    with torch.random.fork_rng(devices=[]):
+        set_seed(seed)
+        draft = MSDDraftModel.from_target(target)
+        size = draft.config.hidden_size
+        with torch.no_grad():
+            for name, weight in draft.named_parameters():
+                if name == "fc.weight":
+                    weight.normal_(std=0.05)
+                    weight[:, :size] += torch.eye(size).to(weight)
+                elif "o_proj" in name or "down_proj" in name:
+                    weight *= 0.3
     settings = draft.generation_config
     settings.num_assistant_tokens, settings.tree_depth, settings.tree_top_k = 24, 4, 4
     return draft.to(target.dtype).eval()
-
-
-@dataclass
-class Call:
-    """The comparison of one call.
-
-    Args:
-        outcome: "identical", "near-tie" (the first difference is one of rounding) or "different".
-        lengths: number of tokens that each verification emitted.
-    """
-
-    outcome: str
-    lengths: list[int] = field(default_factory=list)
-
-
-@dataclass
-class Row:
-    """What is found for a family.
-
-    Args:
-        model_type, class_name: of the target.
-        status: "served", "different", "refused", "failed", "target alone fails", "no model", "no draft".
-        text, image: outcomes of calls; the reason, if there are none.
-        tau: mean number of tokens a verification.
-        dtype: of the target.
-        note: the sentence or the exception.
-        loss: of a draft, before and after some steps of training.
-        seconds: of the whole family.
-    """
-
-    model_type: str
-    class_name: str = ""
-    status: str = "untried"
-    text: str = ""
-    image: str = ""
-    tau: float | None = None
-    dtype: str = ""
-    note: str = ""
-    loss: tuple[float, float] | None = None
-    seconds: float = 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def describe(error: BaseException) -> str:
-    """One line about an exception."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, MSDError) else f"{type(error).__name__}: {text}"[:200]
 
 
 class AloneError(Exception):
     """The target fails without a draft."""
 
 
-def compare(target: PreTrainedModel, draft: MSDDraftModel, inputs: dict[str, Any], **options: Any) -> Call:
+@dataclass
+class Comparison:
     """
-    Generates with and without the draft.
+    Args:
+        outcome: "same", "near-tie" (the logits agree, but rounding chose another token), "other logits" (same tokens,
+            logits that differ by more than rounding) or "different".
+        lengths: number of tokens that each verification emitted.
+        deviation: largest difference of logits behind the same text, in standard deviations.
+    """
+
+    outcome: str
+    lengths: list[int] = field(default_factory=list)
+    deviation: float = 0.0
+
+
+def compare(target: PreTrainedModel, draft: MSDDraftModel, inputs: Inputs, **options: Any) -> Comparison:
+    """
+    Generates with and without the draft, with the same seed. A greedy call with a draft returns no logits at first,
+    because calls that return them take another path.
 
     Raises:
         AloneError: when the target fails without the draft.
     """
     options = {"max_new_tokens": NUM_TOKENS, "do_sample": False, "return_dict_in_generate": True, **options}
+    generate = functools.partial(_generate, target, inputs, options)
     try:
-        set_seed(0)
-        alone = target.generate(**inputs, **options, output_logits=True)
+        alone = generate(output_logits=True)
     except Exception as error:
         raise AloneError(describe(error)) from error
-    set_seed(0)
-    drafted = target.generate(**inputs, **options, assistant_model=draft)
+    drafted = generate(assistant_model=draft, output_logits=options["do_sample"])
+    lengths = [count for row in drafted.acceptance_lengths for count in row]
     length = alone.sequences.shape[1] - len(alone.logits)
     expected, got = (output.sequences[0, length:].tolist() for output in (alone, drafted))
-    lengths = [count for row in drafted.acceptance_lengths for count in row]
     position = first_difference(expected, got)
+    if position is not None or drafted.logits is not None:
+        logits = drafted.logits or generate(assistant_model=draft, output_logits=True).logits
+        count = len(expected) if position is None else position + 1
+        deviation = _deviation(alone.logits[:count], logits[:count])
+    else:
+        deviation = 0.0
+    agrees = deviation <= ROUNDING[target.dtype]
     if position is None:
-        return Call("identical", lengths)
-    if not options["do_sample"] and position < min(len(expected), len(got)):
-        logits = alone.logits[position][0].double()
-        gap = float(logits[expected[position]] - logits[got[position]])
-        if gap <= 1e-5 * float(logits.abs().max()):
-            return Call("near-tie", lengths)
-    return Call("different", lengths)
+        return Comparison("same" if agrees else "other logits", lengths, deviation)
+    return Comparison("near-tie" if agrees else "different", lengths, deviation)
 
 
-def survey(model_type: str, with_images: bool) -> Row:
-    """Tries one family: text and image, greedy and sampled."""
-    row = Row(model_type)
-    try:
-        row.class_name = model_class(model_type, with_images).__name__
-        target = build_target(model_type, with_images)
-    except Exception as error:
-        row.status, row.note = "no model", describe(error)
-        return row
-    target = _in_its_dtype(row, target)
-    inputs: dict[str, Any] = {}
-    for kind in ("text", "image")[: 1 + with_images]:
-        inputs[kind] = _inputs(row, target, kind)
-    try:
-        check_target(target)
-        draft = build_draft(target)
-    except MSDError as error:
-        row.status, row.note = "refused", describe(error)
-        return row
-    except Exception as error:
-        row.status, row.note = "failed", f"from_target: {describe(error)}"
-        return row
-    lengths: list[int] = []
-    for kind, given in inputs.items():
-        if given is not None:
-            setattr(row, kind, _try_kind(row, target, draft, kind, given, lengths))
-    outcomes = [row.text, row.image]
-    if row.status == "untried" and any("different" in outcome for outcome in outcomes):
-        row.status = "different"
-    if row.status == "untried" and any("identical" in outcome for outcome in outcomes):
-        row.status = "served"
-    row.tau = sum(lengths) / len(lengths) if lengths else None
-    return row
+def _generate(target: PreTrainedModel, inputs: Inputs, options: dict[str, Any], **more: Any) -> Any:
+    set_seed(0)
+    return target.generate(**inputs, **options, **more)
 
 
-def _in_its_dtype(row: Row, target: PreTrainedModel) -> PreTrainedModel:
-    """float64, or float32 where the family computes in nothing else."""
-    row.dtype = "float64"
-    try:
-        target.generate(**text_inputs(target, 1), max_new_tokens=2, do_sample=False)
-    except Exception as error:
-        if any(word in str(error) for word in ("dtype", "Float", "Double", "float")):
-            row.dtype = "float32"
-            return target.float()
-    return target
+def _deviation(expected: tuple[torch.Tensor, ...], got: tuple[torch.Tensor, ...]) -> float:
+    left, right = (torch.cat(list(logits)).double() for logits in (expected, got))
+    seen = left > left.amax(-1, keepdim=True) - 1000
+    largest = torch.where(seen, left - right, 0.0).abs().amax(-1)
+    return float((largest / left.std(-1)).max())
 
 
-def _inputs(row: Row, target: Any, kind: str) -> dict[str, Any] | None:
-    """Inputs with which the target runs alone; `None` if there are none, and the row says why."""
-    try:
-        inputs = text_inputs(target, 1) if kind == "text" else image_inputs(target, 2)
-        set_seed(0)
-        target.generate(**inputs, max_new_tokens=3, do_sample=False)
-    except NoInputError as error:
-        setattr(row, kind, f"no input: {error}")
-        return None
-    except Exception as error:
-        setattr(row, kind, f"alone: {describe(error)}")
-        return None
-    setattr(row, kind, "runs")
-    return inputs
+def describe(error: BaseException, length: int = 200) -> str:
+    """One line about an exception."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:length]
 
 
-def _try_kind(row: Row, target: Any, draft: Any, kind: str, inputs: dict[str, Any], lengths: list[int]) -> str:
-    try:
-        calls = [compare(target, draft, inputs), compare(target, draft, inputs, **SAMPLING)]
-    except AloneError as error:
-        return f"alone: {error}"
-    except MSDError as error:
-        row.status, row.note = "refused", describe(error)
-        return "refused"
-    except Exception as error:
-        row.status, row.note = "failed", f"{kind}: {describe(error)}"
-        return "failed"
-    for call in calls:
-        lengths += call.lengths
-    outcome = "/".join(dict.fromkeys(call.outcome for call in calls))
-    if kind == "image" and not _image_matters(target, inputs):
-        outcome += ", image ignored"
-    return outcome
-
-
-@torch.no_grad()
-def _image_matters(target: PreTrainedModel, inputs: dict[str, Any]) -> bool:
-    first, second = (target(**given).logits[0, -1] for given in (inputs, other_image(inputs)))
-    return not torch.allclose(first, second, atol=1e-6)
-
-
-__all__ = ["NUM_TOKENS", "SAMPLING", "VOCAB_SIZE", "Row", "build_draft", "build_target", "compare", "survey"]
+__all__ = [
+    "IMAGE_CLASSES",
+    "ROUNDING",
+    "SAMPLING",
+    "TEXT_CLASSES",
+    "AloneError",
+    "Comparison",
+    "build_draft",
+    "build_target",
+    "class_name",
+    "compare",
+    "describe",
+    "has_images",
+]

@@ -13,6 +13,15 @@ def _mrope(*sections: int, **fields: Any) -> dict[str, Any]:
 
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_GEMMA3N = {
+    "num_hidden_layers": 5,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 2,
+    "intermediate_size": [64] * 5,
+    "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0, 0.0],
+    "laurel_rank": 8,
+}
+_BLOCKS = {"index_block_size": 4, "index_topk_blocks": 2}
 _NGRAM = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8}
 _QWEN4 = {**_NGRAM, "indexer_compress_ratio": 2, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}}
 
@@ -44,10 +53,12 @@ FIELDS: dict[str, dict[str, Any]] = {
         },
         "image_token_id": 96,
         "vq_config.codebook_size": 8,
+        "vq_config.hidden_size": 128,
     },
     "evolla": {"use_cache": True, "resampler_depth": 1, "aligner_num_add_layers": 1},
     "dots3_note": {"text_config.per_layer_config": {}, "vision_config.adapter_in_dim": 32}
-    | {"vision_config.adapter_out_dim": 64, "audio_config.adapter_out_dim": 64},
+    | {"vision_config.adapter_out_dim": 64, "audio_config.adapter_out_dim": 64}
+    | {"audio_config.adapter_input_size": 32, "vision_config.per_layer_config": {}},
     "dots3_note_text": {"per_layer_config": {}},
     "cohere_compass": {
         "text_config.rope_parameters": {"full_attention": _mrope(4, 2, 2), "sliding_attention": _mrope(4, 2, 2)},
@@ -68,6 +79,8 @@ FIELDS: dict[str, dict[str, Any]] = {
         "text_config.num_experts_per_tok": 2,
         "text_config.mlp_layer_types": ["dense", "sparse"],
     },
+    "dbrx": {"attn_config.rope_theta": 10000.0},
+    "deepseek_vl_hybrid": {"high_res_vision_config.global_attn_indexes": [1]},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "diffusion_gemma": {
         "text_config.num_experts": 4,
@@ -83,16 +96,22 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "ernie4_5_vl_moe": {"text_config.rope_parameters": _mrope(3, 3, 2)},
-    "gemma3n_text": {
-        "num_hidden_layers": 5,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"],
-        "num_kv_shared_layers": 2,
-        "intermediate_size": [64] * 5,
-        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0, 0.0],
-        "vocab_size_per_layer_input": 128,
-        "hidden_size_per_layer_input": 16,
-        "laurel_rank": 8,
+    "fast_vlm": {"vision_config.hidden_size": 32, "vision_config.model_args": None},
+    "perception_lm": {"vision_config.hidden_size": 32, "vision_config.model_args": {"embed_dim": 32}},
+    "gemma3n": {
+        **_text(_GEMMA3N),
+        "vision_soft_tokens_per_image": 4,
+        "image_token_id": 113,
+        "vision_config.vocab_size": 8,
+        "vision_config.vocab_offset": 112,
+        "audio_token_id": 121,
+        "audio_config.vocab_size": 8,
+        "audio_config.vocab_offset": 120,
+        "audio_config.conf_num_attention_heads": 2,
+        "audio_config.conf_num_hidden_layers": 1,
+        "audio_config.sscp_conv_channel_size": [8, 4],
     },
+    "gemma3n_text": _GEMMA3N,
     "gemma4": {"": {"vision_config": {"model_type": "gemma4_vision"}}, "vision_config.pooling_kernel_size": 2},
     "gemma4_unified": {
         "": {"vision_config": {"model_type": "gemma4_unified_vision"}},
@@ -120,12 +139,41 @@ FIELDS: dict[str, dict[str, Any]] = {
     "hy_v4_vl": {"text_config.rope_parameters": _mrope(2, 1, 1)},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 2},
     "janus": {"vq_config.base_channels": 32, "vq_config.num_embeddings": 64, "vq_config.image_token_embed_dim": 64},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "laguna": {"layer_types": ["full_attention", "sliding_attention"]},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "lfm2_vl": _text({"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3}),
+    "flint": {"mlp_only_layers": [0]},
+    "mellum": {"layer_types": ["full_attention", "sliding_attention"]},
+    "minimax_m3_vl": _text({"layer_types": ["full_attention", "minimax_m3_sparse"], **_BLOCKS}),
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"], **_BLOCKS},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "longcat_flash": {"zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 16},
+    "inkling2": {"text_config.unpadded_vocab_size": 128},
+    "inkling2_text": {"unpadded_vocab_size": 128},
+    "inkling2_loop": {"text_config.unpadded_vocab_size": 128},
+    "inkling2_loop_text": {"unpadded_vocab_size": 128},
+    "inkling_mm_model": {"vision_config.patch_size": 40, "vision_config.n_layers": 24},
+    "instructblipvideo": {"video_token_index": 96},
+    "kimi_k25": {"projection_hidden_size": 32},
+    "muse_glimmer": {"out_hidden_size": 128},
+    "nemotron_h_omni": {
+        "vision_hidden_size": 32,
+        "projector_hidden_size": 32,
+        "vision_config.patch_dim": 192,
+        "vision_config.video_patch_dim": 384,
+        "vision_config.max_img_size": 64,
+    },
+    "unlimited_ocr": {
+        "vision_config.sam_config.downsample_channels": [32, 32],
+        "vision_config.sam_config.output_channels": 32,
+        "vision_config.sam_config.global_attn_indexes": [1],
+    },
     "ministral": {"head_dim": 16},
     "molmo2": {"adapter_config.vision_feature_layer": [-1, -2], "vision_config.image_size": [32, 32]},
     "muse_spark": {
+        "out_hidden_size": 128,
         "audio_config.num_hidden_layers": 4,
         "audio_config.hidden_sizes": [16, 16, 16, 16],
         "audio_config.depths": [1, 1, 1, 1],
@@ -271,12 +319,16 @@ def _grid_of_two(model: Any, noise: Noise) -> Forms:
     yield {"pixel_values": noise(16, 192), "image_grid_hw": torch.tensor([[4, 4]])}
 
 
+def _tiles(model: Any, noise: Noise) -> Forms:
+    yield {"pixel_values": noise(1, 2, 3, 32, 32)}
+
+
 def _asked(model: Any, noise: Noise) -> Forms:
     ids = torch.tensor([[5, 6, 7]])
     asked = {"qformer_input_ids": ids, "qformer_attention_mask": torch.ones_like(ids)}
     for count in (1, 4):
         frames = noise(1, 3, 32, 32) if count == 1 else noise(1, count, 3, 32, 32)
-        yield {"pixel_values": frames, **asked, "tokens": [model.config.image_token_index or 96] * (4 * count)}
+        yield {"pixel_values": frames, **asked, "tokens": [getattr(model.config, "image_token_index", 96)] * (4 * count)}
 
 
 def _protein(model: Any, noise: Noise) -> Forms:
@@ -284,11 +336,16 @@ def _protein(model: Any, noise: Noise) -> Forms:
     yield {"protein_input_ids": ids, "protein_attention_mask": torch.ones_like(ids), "tokens": []}
 
 
-def _fine_tiles(model: Any, noise: Noise) -> Forms:
-    yield {
-        "pixel_values": noise(1, 1, 3, 32, 32),
-        "pixel_attention_mask": torch.ones(1, 1, 32, 32).long(),
-    }
+def _masked_tiles(model: Any, noise: Noise) -> Forms:
+    yield {"pixel_values": noise(1, 2, 3, 32, 32), "pixel_attention_mask": torch.ones(1, 2).bool()}
+
+
+def _merged_squares(model: Any, noise: Noise) -> Forms:
+    yield {"pixel_values": noise(4, 16, 16, 3), "image_grid_thw": torch.tensor([[1, 2, 2]])}
+
+
+def _frames_of_patches(model: Any, noise: Noise) -> Forms:
+    yield {"pixel_values": noise(4, 2, 40, 40, 3)}
 
 
 IMAGES: dict[str, Callable[[Any, Noise], Forms]] = {
@@ -298,7 +355,10 @@ IMAGES: dict[str, Callable[[Any, Noise], Forms]] = {
     "gemma4": _positioned_patches,
     "gemma4_unified": _positioned_patches,
     "granite4_vision": _tiles_of_any_shape,
-    "granite_docling": _fine_tiles,
+    "granite_docling": _masked_tiles,
+    "inkling2": _merged_squares,
+    "inkling2_loop": _merged_squares,
+    "inkling_mm_model": _frames_of_patches,
     "idefics": _attended_images,
     "instructblip": _asked,
     "instructblipvideo": _asked,
@@ -314,11 +374,21 @@ IMAGES: dict[str, Callable[[Any, Noise], Forms]] = {
     "mllama": _cross_attended,
     "molmo2": _pooled_crops,
     "nemotron_h_omni": _grid_of_two,
+    "perception_lm": _tiles,
     "video_llama_3": _merged_grid,
 }
 
-# Families whose text needs more than text.
-ALWAYS = frozenset({"evolla", "idefics"})
+# Families that generate nothing without an image (or a protein).
+NEEDS_IMAGE = frozenset({"blip", "blip-2", "evolla", "idefics", "instructblip", "instructblipvideo", "kosmos-2"})
+
+# Families that are no targets, and why.
+NO_TARGETS = {
+    "gemma4_assistant": "it drafts for Gemma 4, and generates nothing without it",
+    "gemma4_unified_assistant": "it drafts for Gemma 4, and generates nothing without it",
+    "musicgen": "the class that transformers lists takes another configuration than that of its model_type",
+    "musicgen_melody": "the class that transformers lists takes another configuration than that of its model_type",
+    "pi0": "it controls robots: no text comes out of it, and it has no `generate`",
+}
 
 
-__all__ = ["ALWAYS", "FIELDS", "IMAGES"]
+__all__ = ["FIELDS", "IMAGES", "NEEDS_IMAGE", "NO_TARGETS"]
