@@ -28,10 +28,10 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import transformers  # noqa: E402
-from survey_page import write_page  # noqa: E402
-from survey_pairs import IMAGE_CLASSES, TEXT_CLASSES, describe  # noqa: E402
-from survey_rows import FAILED, Row, find_row  # noqa: E402
+import transformers
+from survey_page import write_page
+from survey_pairs import IMAGE_CLASSES, TEXT_CLASSES, describe
+from survey_rows import FAILED, Row, find_row
 
 
 PAGE = Path(__file__).parents[1] / "FAMILIES.md"
@@ -93,7 +93,10 @@ def show(row: Row, seconds: float) -> None:
     if row.loss is not None:
         figures.append("loss {:.3f} -> {:.3f}".format(*row.loss))
     outcomes = f"text: {row.text[:150]}, image: {row.image[:400]}"
-    print(f"{row.model_type:24} {row.status:9} {seconds:5.1f} s  {outcomes}  {' '.join(figures)}  {row.note[:300]}", flush=True)
+    print(
+        f"{row.model_type:24} {row.status:9} {seconds:5.1f} s  {outcomes}  {' '.join(figures)}  {row.note[:300]}",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -107,7 +110,9 @@ def main() -> None:
         rows.append(find_in_process(model_type, arguments.training, arguments.limit))
         show(rows[-1], time.monotonic() - start)
     counts = collections.Counter(row.status for row in rows)
-    print(f"{time.monotonic() - first:.0f} s:", ", ".join(f"{count} {status}" for status, count in counts.most_common()))
+    print(
+        f"{time.monotonic() - first:.0f} s:", ", ".join(f"{count} {status}" for status, count in counts.most_common())
+    )
     if arguments.write:
         write_page(PAGE, rows, len(IMAGE_CLASSES))
     sys.exit(bool(counts[FAILED]))

@@ -1,8 +1,8 @@
 """The configuration of a tiny model of any kind that transformers knows, made from its default configuration.
 
 The defaults of a configuration are those of a published model. Every size is replaced by a small one according to the
-name of its field, wherever it stands; layers are chosen so that each kind of layer occurs; ids of tokens are moved into
-a small vocabulary. `survey_table.FIELDS` has what these rules cannot guess.
+name of its field, wherever it stands; layers are chosen so that each kind of layer occurs; ids of tokens are moved
+into a small vocabulary. `survey_table.FIELDS` has what these rules cannot guess.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from survey_configs import FIRST_SPECIAL, IMAGE_SIZE, PATCH_SIZE, TEXT, VOCAB_SIZE
-from survey_table import IMAGES
+from survey_images import IMAGES
 from transformers import PreTrainedModel
 
 
@@ -126,10 +126,7 @@ def _prompt_with(model: PreTrainedModel, pixels: Inputs, seed: int) -> Inputs:
     tokens = pixels.pop("tokens", None)
     if tokens is None:
         token = image_token(model)
-        if token is None:
-            tokens = []
-        else:
-            tokens = _framed(model, [token] * _count_features(model, pixels))
+        tokens = [] if token is None else _framed(model, [token] * _count_features(model, pixels))
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(TEXT.start, TEXT.stop, (9,), generator=generator).tolist()
     place = pixels.pop("place", 3)

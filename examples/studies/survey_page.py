@@ -12,29 +12,38 @@ import transformers
 from survey_rows import ALONE, FAILED, REFUSED, SERVED, UNTRIED, Row
 
 
+_NAMES = ("family", "class", "status", "text", "image", "tau", "logits", "loss", "note")
 COLUMNS = "| family | class | | text | image | tau | logits | loss | |"
-_ADVICE = re.compile(r" (Call `generate` without `assistant_model`|See SUPPORT)\.?$")
+_ADVICE = re.compile(r" Call `generate` without `assistant_model`\.$")
 _PAGE = """# Families
 
-Which targets of transformers can be served. `python examples/studies/families.py --training --write` writes this page: it
-builds the smallest model of each entry of two mappings of transformers, with random weights, and compares `generate`
-with and without a draft: greedy and sampled with the same seed, text and an image.
+Which targets of transformers can be served. This page is written by a script:
+
+```bash
+python examples/studies/families.py --training --write
+```
+
+It builds the smallest model of each entry of two mappings of transformers, with random weights, and compares `generate`
+with and without a draft: text and an image, greedy and sampled with the same seed.
 
 transformers {transformers}, torch {torch}.
 
 {counts}
 
-- **served**: the same tokens in all calls. **refused**: the call ends with the sentence in the last column. **failed**: an
-  exception, or other tokens. **target alone fails**: transformers itself cannot run it. **untried**: no model or no input
-  could be built.
-- **text**, **image**: "same" are the same tokens as without a draft, greedy and sampled. "alone": the target was run without
-  a draft only. "near-tie": rounding chose another token, while the logits agree to within {rounding}.
-- **tau**: tokens a verification, with drafts that guess a part of the text. It says that candidates are accepted, and
-  nothing of trained drafts.
+- **served**: the same tokens in all calls. **refused**: the call ends with the sentence in the last column.
+  **failed**: an exception, or other tokens. **target alone fails**: transformers itself cannot run it.
+  **untried**: no model or no input could be built.
+- **text**, **image**: "same" are the same tokens as without a draft, greedy and sampled. "near-tie": rounding chose
+  another token, while the logits agree to within {rounding} standard deviations. "alone": the target was run without a
+  draft only.
+- **tau**: tokens a verification, with a draft that guesses a part of the text. It says that candidates are accepted,
+  and nothing of trained drafts.
 - **logits**: the largest difference of logits with and without the draft, in their standard deviations. Targets are
-  float64 except where the column says float32. Kernels that compute in float32 also in a float64 model show about 1e-6.
-- **loss**: of a draft before and after 8 steps of training on the features of one batch, with the image if there is one.
-- Towers of timm (FastVLM, Gemma 3n, PerceptionLM) have the sizes of published models only, so a small tower stands in.
+  float64 except where the column says float32. Some kernels compute in float32 all the same.
+- **loss**: of a draft before and after 8 steps of training on the features of one batch, with the image if there is
+  one.
+- Vision towers of timm (FastVLM, Gemma 3n, PerceptionLM) come in the sizes of published models only: a small tower
+  stands in for them.
 
 ## Image and text
 
@@ -44,6 +53,7 @@ transformers {transformers}, torch {torch}.
 
 {texts}
 """
+_STATUSES = (SERVED, REFUSED, FAILED, ALONE, UNTRIED)
 
 
 def write_page(path: Path, rows: list[Row], num_images: int) -> None:
@@ -67,15 +77,15 @@ def write_page(path: Path, rows: list[Row], num_images: int) -> None:
     )
 
 
-_STATUSES = (SERVED, REFUSED, FAILED, ALONE, UNTRIED)
-
-
 def _table(rows: list[Row]) -> str:
     return "\n".join([COLUMNS, "|---|---|---|---|---|---|---|---|---|", *map(_line, rows)])
 
 
 def _line(row: Row) -> str:
-    figures = "" if row.tau is None else f"{row.deviation:.0e}" + (", float32" if row.dtype == "float32" else "")
+    figures = ""
+    if row.tau is not None:  # logits that `generate` returns are float32
+        figures = f"{row.deviation:.0e}" if row.deviation else "< 1e-7"
+        figures += ", float32" * (row.dtype == "float32")
     cells: list[Any] = [
         f"`{row.model_type}`",
         f"`{row.class_name}`",
@@ -104,12 +114,11 @@ def read_page(path: Path) -> tuple[str, list[dict[str, str]]]:
     text = path.read_text(encoding="utf-8")
     version = re.search(r"^transformers (\S+), torch", text, re.MULTILINE)
     assert version is not None
-    names = ("family", "class", "status", "text", "image", "tau", "logits", "loss", "note")
     rows = []
     for line in text.splitlines():
-        cells = re.split(r"(?<!\\) ?\| ?", line)[1:-1]
-        if len(cells) == len(names) and cells[0].startswith("`"):
-            rows.append(dict(zip(names, (cell.strip().strip("`") if number < 2 else cell.replace("\\|", "|") for number, cell in enumerate(cells)), strict=True)))
+        cells = [cell.strip().strip("`").replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if line.startswith("| `") and len(cells) == len(_NAMES):
+            rows.append(dict(zip(_NAMES, cells, strict=True)))
     return version[1], rows
 
 

@@ -173,9 +173,9 @@ def _generate(target: PreTrainedModel, inputs: Inputs, options: dict[str, Any], 
 
 def _deviation(expected: tuple[torch.Tensor, ...], got: tuple[torch.Tensor, ...]) -> float:
     left, right = (torch.cat(list(logits)).double() for logits in (expected, got))
-    seen = left > left.amax(-1, keepdim=True) - 1000
-    largest = torch.where(seen, left - right, 0.0).abs().amax(-1)
-    return float((largest / left.std(-1)).max())
+    seen = left > left.amax(-1, keepdim=True) - 1000  # others are masked by the target, as Chameleon masks images
+    spread = torch.stack([row[known].std() for row, known in zip(left, seen, strict=True)])
+    return float((torch.where(seen, left - right, 0.0).abs().amax(-1) / spread).max())
 
 
 def describe(error: BaseException, length: int = 200) -> str:

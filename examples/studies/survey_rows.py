@@ -84,6 +84,8 @@ def find_row(model_type: str, training: bool = False) -> Row:
         row.status, row.note = ALONE, str(error)
     except Exception as error:
         row.status, row.note = FAILED, describe(error)
+        if not family.inputs:
+            _without_inputs(row)
     return row
 
 
@@ -121,8 +123,7 @@ def _run_alone(family: Family, kind: str, make: Callable[[Any, int], Inputs]) ->
 
 def _compare_all(row: Row, family: Family, draft: MSDDraftModel) -> None:
     if not family.inputs:
-        found = [outcome for outcome in (row.text, row.image) if outcome != "–"]
-        row.status, row.note = (ALONE if any(map(_is_alone, found)) else UNTRIED), "; ".join(found)
+        _without_inputs(row)
         return
     lengths: list[int] = []
     good = True
@@ -139,8 +140,10 @@ def _compare_all(row: Row, family: Family, draft: MSDDraftModel) -> None:
     row.tau = sum(lengths) / len(lengths)
 
 
-def _is_alone(outcome: str) -> bool:
-    return outcome.startswith("alone:")
+def _without_inputs(row: Row) -> None:
+    found = [outcome for outcome in (row.text, row.image) if outcome != "–"]
+    row.status = ALONE if any(outcome.startswith("alone:") for outcome in found) else UNTRIED
+    row.note = "; ".join(found)
 
 
 @torch.no_grad()
