@@ -1,7 +1,7 @@
 """Forms of an image for families that take another one than patches with a grid or squares, by model_type.
 
-Each function yields inputs of `generate` for one image of 4 x 4 patches of 8 pixels, or of what the family has in their
-place. `tokens` are the image's tokens in the prompt (default: the image token, once a feature), `place` is their place in
+Each function yields inputs of `generate` for one image of 4 x 4 patches of 8 pixels, or of what a family has instead.
+`tokens` are those of the image in the prompt (default: the image token, once a feature), `place` is their place in
 the text; values that are functions get the ids of the prompt.
 """
 

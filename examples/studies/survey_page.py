@@ -23,8 +23,8 @@ Which targets of transformers can be served. This page is written by a script:
 python examples/studies/families.py --training --write
 ```
 
-It builds the smallest model of each entry of two mappings of transformers, with random weights, and compares `generate`
-with and without a draft: text and an image, greedy and sampled with the same seed.
+It builds the smallest model of each entry of two mappings of transformers, with random weights, and compares
+`generate` with and without a draft: text and an image, greedy and sampled with the same seed.
 
 transformers {transformers}, torch {torch}.
 

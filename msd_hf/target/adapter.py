@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -177,6 +178,9 @@ class TargetAdapter:
         prompt_mask = None if attention_mask is None else attention_mask.to(inputs_embeds.device).bool()
         if prompt_mask is not None and bool(prompt_mask.all()):
             prompt_mask = None  # older releases hand on a mask that hides nothing
+        own_rows = seen.hidden_states.shape[1] - length
+        if own_rows > 0 and prompt_mask is not None:
+            prompt_mask = pad(prompt_mask, (own_rows, 0), value=True)
         num_slots = model_kwargs[CACHE_NAME].get_seq_length()
         position_ids = seen.inputs.get("position_ids")
         if position_ids is not None:
@@ -190,7 +194,7 @@ class TargetAdapter:
         return TargetPrefill(
             logits=outputs.logits[:, -1],
             inputs_embeds=inputs_embeds,
-            hidden_states=seen.hidden_states,
+            hidden_states=_states_of_tokens(seen.hidden_states, length),
             visual_mask=visual_mask,
             prompt_mask=prompt_mask,
             next_position=next_position,
@@ -215,7 +219,7 @@ class TargetAdapter:
         inputs_embeds = seen.inputs.get("inputs_embeds")
         return TargetFeatures(
             inputs_embeds=self.embed(input_ids) if inputs_embeds is None else inputs_embeds,
-            hidden_states=seen.hidden_states,
+            hidden_states=_states_of_tokens(seen.hidden_states, input_ids.shape[1]),
             visual_mask=self.visual_mask(input_ids),
         )
 
@@ -258,6 +262,12 @@ def _observed(
         # for the positions alone whose logits are asked for. The draft reads all positions.
         fields["replaced_inputs"] = {"logits_to_keep": 0, **fields.get("replaced_inputs", {})}
     return observed(TargetObservation(decoder, reads, input_names, **fields), parts)
+
+
+def _states_of_tokens(states: torch.Tensor, length: int) -> torch.Tensor:
+    """The states `[B, L, W]` of the tokens of a prompt. GIT puts rows of the image before those of the tokens, inside
+    of its decoder."""
+    return states[:, -length:]
 
 
 def _device_of(module: nn.Module) -> torch.device:
