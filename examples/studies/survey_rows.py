@@ -166,7 +166,7 @@ def train_draft(target: PreTrainedModel, draft: MSDDraftModel, inputs: Inputs) -
     draft.train()
     for _ in range(TRAINING_STEPS + 1):
         loss, _ = objective(draft, batch, draft.dtype)
-        losses.append(float(loss))
+        losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
