@@ -1,4 +1,4 @@
-"""The decoder of a target: the module that reads embeddings and returns hidden states."""
+"""The decoder of a target, the module that reads embeddings and returns hidden states, and the head behind it."""
 
 from __future__ import annotations
 
@@ -26,4 +26,12 @@ def decoder_of(target: PreTrainedModel) -> Any:
     return decoder
 
 
-__all__ = ["decoder_of"]
+def head_of(target: PreTrainedModel) -> Any:
+    """The language-model head of a target; `None` if it has none. A model that wraps a causal language model may name
+    no head of its own, as Nemotron-H Omni does not."""
+    head = target.get_output_embeddings()
+    decoder: Any = target.get_decoder()
+    return decoder.get_output_embeddings() if head is None and decoder is not target else head
+
+
+__all__ = ["decoder_of", "head_of"]

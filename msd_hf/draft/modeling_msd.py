@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from ..compat import CACHE_NAME
-from ..decoders import decoder_of
+from ..decoders import decoder_of, head_of
 from ..errors import MSDError, MSDPairingError, MSDUnsupportedError
 from ..tree.settings import DEFAULT_NUM_ASSISTANT_TOKENS, DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K
 from .configuration_msd import MSDDraftConfig
@@ -155,7 +155,7 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         draft = cls(MSDDraftConfig.from_target(target, check=check, **overrides))
         if init_from_last_layer:
             draft._copy_last_layer(target)
-        weight = getattr(target.get_output_embeddings(), "weight", None)
+        weight = getattr(head_of(target), "weight", None)
         dtype = target.dtype if weight is None or not weight.dtype.is_floating_point else weight.dtype
         return draft.to(device=target.device if weight is None else weight.device, dtype=dtype)
 

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..decoders import decoder_of
+from ..decoders import decoder_of, head_of
 from ..draft.modeling_msd import MSDDraftModel
 from ..tree.settings import TreeSettings
 from .clock import synchronize
@@ -142,7 +142,7 @@ def bytes_read_per_step(target: PreTrainedModel, context: int) -> int:
     """Bytes that a forward of one token must read: weights of decoder and head, keys and values."""
     decoder = decoder_of(target)
     embedding = target.get_input_embeddings()
-    head = target.get_output_embeddings()
+    head = head_of(target)
     weights = {parameter for module in (decoder, head) for parameter in module.parameters()}
     if head.weight is not embedding.weight:
         weights -= set(embedding.parameters())

@@ -15,6 +15,7 @@ from transformers import (
     Qwen2VLConfig,
 )
 
+from ..decoders import head_of
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
 
@@ -191,7 +192,7 @@ def _scale_head(target: PreTrainedModel, draft: MSDDraftModel) -> None:
     states = torch.randn(shape, device=draft.device).to(draft.dtype)
     for _ in range(2):
         states = draft(torch.zeros_like(states), states).last_hidden_state
-    head = target.get_output_embeddings()
+    head = head_of(target)
     head.weight.mul_(LOGIT_STD / head(states).float().std().item())
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ..decoders import head_of
 from ..draft.checkpoints import config_from_original
 from ..draft.interface import draft_kinds, is_draft
 from ..draft.modeling_msd import MSDDraftModel
@@ -115,14 +116,14 @@ def load_draft(name: str | os.PathLike[str], target: PreTrainedModel) -> Any:
     model_class = draft_class_of(name)
     if model_class is None:
         return None
-    head = target.get_output_embeddings()
+    head = head_of(target)
     dtype = target.dtype if head is None or not head.weight.dtype.is_floating_point else head.weight.dtype
     return beside_target(model_class.from_pretrained(name, dtype=dtype), target)
 
 
 def beside_target(draft: Any, target: PreTrainedModel) -> Any:
     """Moves a draft to the device of the target's head, unless accelerate has placed one of them."""
-    head = target.get_output_embeddings()
+    head = head_of(target)
     placed = any(hasattr(model, "hf_device_map") for model in (draft, target))
     if head is None or placed or head.weight.is_meta or draft.device == head.weight.device:
         return draft

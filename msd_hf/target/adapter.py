@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from ..compat import CACHE_NAME
 from ..compiled.compile import CompiledFunctions
-from ..decoders import decoder_of
+from ..decoders import decoder_of, head_of
 from ..draft.interface import TargetReads
 from ..errors import MSDPairingError
 from ..kv.in_place import KeysAndValues
@@ -108,7 +108,7 @@ class TargetAdapter:
             )
         self.image_layers = image_layers(self.text_config)
         self.embedding = target.get_input_embeddings()
-        self.head_module = target.get_output_embeddings()
+        self.head_module = head_of(target)
         self.logit_cap: float | None = getattr(self.text_config, "final_logit_softcapping", None)
         # Not bound methods: a cycle of references would keep the target alive after its last use.
         self._observe = partial(

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import LinearAttentionLayer
 
 from ..attention.masks import EVERYTHING, Reach
-from ..decoders import decoder_of
+from ..decoders import decoder_of, head_of
 from ..draft.interface import register_target_check
 from ..draft.modeling_msd import LENGTH_DEPENDENT_ROPE
 from ..errors import MSDPairingError, MSDUnsupportedError
@@ -173,7 +173,7 @@ def check_target(target: PreTrainedModel | PreTrainedConfig) -> None:
 
 def _check_modules(target: PreTrainedModel, name: str, advice: str) -> None:
     """The part of `check_target` that needs the model."""
-    if target.get_output_embeddings() is None or decoder_of(target) is target:
+    if head_of(target) is None or decoder_of(target) is target:
         raise MSDUnsupportedError(
             f"{name} has no decoder (`get_decoder()`) with a language-model head (`get_output_embeddings()`) behind "
             f"it, which MSD drafts read and use. {advice}"

@@ -10,6 +10,8 @@ import torch
 from accelerate.utils import align_module_device
 from transformers import PreTrainedModel
 
+from ...decoders import head_of
+
 
 # Fields of a config that do not change the function of a model. Quantisation changes it, but shows in the weights.
 _VOLATILE_FIELDS = frozenset(
@@ -37,7 +39,7 @@ def target_fingerprint(target: PreTrainedModel) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    return _fingerprint(target, [target.get_input_embeddings(), target.get_output_embeddings()])
+    return _fingerprint(target, [target.get_input_embeddings(), head_of(target)])
 
 
 def draft_fingerprint(draft: PreTrainedModel) -> str:
