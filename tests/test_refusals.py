@@ -134,6 +134,11 @@ def with_keys_in_modules(target, draft):
     return target, draft, {}
 
 
+def with_pools(target, draft):
+    target.config.text_config.index_kpool = 4
+    return target, draft, {}
+
+
 def compiled_with_indexers(target, draft):
     target.config.text_config.layer_types = ["indexed_attention"] * 2
     draft = build_draft()
@@ -275,6 +280,7 @@ CASES = {
     "`draft.generation_config.compile=True`, with layers that scale queries by place (Llama 4)": compiled_with(
         "llama4_text"
     ),
+    "indexers that choose pools of slots (GLM-5-Next)": with_pools,
     "recurrent or convolutional layers, with transformers before 5.17": linear_attention_of_early_releases,
     "recurrent layers with functions that cannot follow a tree": with_unknown_kernels,
     "`draft.generation_config.compile=True`, with recurrent or convolutional layers": compiled_with_recurrent_layers,

@@ -214,6 +214,11 @@ def _check_layers(
         reason = _UNSERVED_LAYERS.get(others[0], _UNKNOWN)
         kinds = ", ".join(kind for kind in others if _UNSERVED_LAYERS.get(kind, _UNKNOWN) == reason)
         raise MSDUnsupportedError(f"The decoder of {name} has layers of type {kinds}, which {reason}. {advice}")
+    if getattr(text_config, "index_kpool", None) is not None:
+        raise MSDUnsupportedError(
+            f"The decoder of {name} chooses pools of neighbouring slots of the cache (`index_kpool`), which the tokens "
+            f"of a tree or a chain would share. {advice}"
+        )
     if getattr(target, "_is_stateful", False) and not has_recurrent_layers(text_config):
         raise MSDUnsupportedError(
             f"The decoder of {name} has a recurrent state outside of the cache, which cannot keep one branch of a "
