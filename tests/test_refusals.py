@@ -90,6 +90,16 @@ def cross_attention(target, draft):
     return never_running(target), draft, {"pixel_values": None}
 
 
+def linear_attention(target, draft):
+    target.config.text_config.layer_types = ["full_attention", "linear_attention"]
+    return target, draft, {}
+
+
+def with_a_cache_of_its_own(target, draft):
+    target._supports_default_dynamic_cache = lambda: False
+    return target, draft, {}
+
+
 def linear_attention_of_early_releases(target, draft):
     target.config.text_config.layer_types = ["full_attention", "linear_attention"]
     return target, draft, {"around": mock.patch.object(support, "KEEPS_STATES", False)}
@@ -100,7 +110,8 @@ def with_unknown_kernels(target, draft):
     kernels.restore_kernels()
     target = RECURRENT_FAMILIES["qwen3_5_text"].build()
     draft = MSDDraftModel.from_target(target)
-    return target, draft, {"pixel_values": None, "around": mock.patch.object(kernels, "_KERNELS", {})}
+    known = {"causal_conv1d_fn": kernels._KERNELS["causal_conv1d_fn"]}
+    return target, draft, {"pixel_values": None, "around": mock.patch.object(kernels, "_KERNELS", known)}
 
 
 def compiled_with_recurrent_layers(target, draft):
@@ -282,6 +293,8 @@ CASES = {
     ),
     "indexers that choose pools of slots (GLM-5-Next)": with_pools,
     "recurrent or convolutional layers, with transformers before 5.17": linear_attention_of_early_releases,
+    "a target with a cache of its own kind (MiniMax)": with_a_cache_of_its_own,
+    "recurrent layers of a kind that is not known (RecurrentGemma)": linear_attention,
     "recurrent layers with functions that cannot follow a tree": with_unknown_kernels,
     "`draft.generation_config.compile=True`, with recurrent or convolutional layers": compiled_with_recurrent_layers,
     "several prompts at once, with a target that verifies chains only": two_chains,
@@ -357,6 +370,7 @@ def refusal_of(refused: str, by_name: bool = False) -> MSDError:
 
 # Releases of transformers that are too early for recurrent layers refuse them before anything else.
 OF_LATER_RELEASES = {
+    "recurrent layers of a kind that is not known (RecurrentGemma)",
     "recurrent layers with functions that cannot follow a tree",
     "`draft.generation_config.compile=True`, with recurrent or convolutional layers",
 }

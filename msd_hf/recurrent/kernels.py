@@ -45,6 +45,12 @@ def along_tree(nodes: TreeNodes | None) -> Iterator[None]:
         _current.reset(token)
 
 
+def has_known_kernels(decoder: nn.Module) -> bool:
+    """Whether a file of transformers that a decoder's modules come from has a function that can run along trees."""
+    files = {type(module).__module__ for module in decoder.modules()}
+    return any(hasattr(sys.modules.get(file), name) for file in files for name in _KERNELS)
+
+
 def allow_trees(decoder: nn.Module) -> None:
     """Lets [`along_tree`] replace the functions that recurrent layers of a decoder call. Other calls get the functions
     that stood there before."""
@@ -201,4 +207,4 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     "mamba_selective_scan": _mamba1,
 }
 
-__all__ = ["allow_trees", "along_tree", "restore_kernels"]
+__all__ = ["allow_trees", "along_tree", "has_known_kernels", "restore_kernels"]

@@ -96,7 +96,9 @@ class RecurrentLayer(LinearAttentionLayer):
             return False
         if (not nodes.is_complete or nodes.convolved is not None) and not nodes.are_chains:
             return False
-        return all(
+        has_columns = any(state is not None for state in self.conv_states.values())
+        has_state = any(state is not None for state in self.recurrent_states.values())
+        return (has_columns or has_state) and all(
             number in kept
             for states, kept in ((self.conv_states, self._columns), (self.recurrent_states, self._kept))
             for number, state in states.items()

@@ -16,6 +16,7 @@ from ..decoders import decoder_of, head_of
 from ..draft.interface import register_target_check
 from ..draft.modeling_msd import LENGTH_DEPENDENT_ROPE
 from ..errors import MSDPairingError, MSDUnsupportedError
+from ..recurrent.kernels import has_known_kernels
 from ..tree.settings import TreeSettings
 from .compiled_parts import uncompiled
 
@@ -184,6 +185,16 @@ def _check_modules(target: PreTrainedModel, name: str, advice: str) -> None:
             f"same position. {advice}"
         )
     text_config = target.config.get_text_config(decoder=True)
+    if not target._supports_default_dynamic_cache():
+        raise MSDUnsupportedError(
+            f"{name} keeps its states in a cache of its own kind; an MSD draft moves the slots of a `DynamicCache`. "
+            f"{advice}"
+        )
+    if has_recurrent_layers(text_config) and KEEPS_STATES and not has_known_kernels(decoder_of(target)):
+        raise MSDUnsupportedError(
+            f"The recurrent layers of {name} keep their states in their modules, or compute them in their own way, "
+            f"which cannot follow a candidate tree. {advice}"
+        )
     takes_states = "cross_attention_states" in decoder_inputs(decoder_of(target))
     layers = image_layers(text_config)
     if (takes_states and (not layers or 0 in layers)) or getattr(text_config, "add_cross_attention", False):
@@ -216,8 +227,8 @@ def _check_layers(
         raise MSDUnsupportedError(f"The decoder of {name} has layers of type {kinds}, which {reason}. {advice}")
     if getattr(text_config, "index_kpool", None) is not None:
         raise MSDUnsupportedError(
-            f"The decoder of {name} chooses pools of neighbouring slots of the cache (`index_kpool`), which the tokens "
-            f"of a tree or a chain would share. {advice}"
+            f"The decoder of {name} chooses pools of neighbouring slots of the cache (`index_kpool`), which the "
+            f"tokens of a tree or a chain would share. {advice}"
         )
     if getattr(target, "_is_stateful", False) and not has_recurrent_layers(text_config):
         raise MSDUnsupportedError(
