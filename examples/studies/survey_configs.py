@@ -42,7 +42,8 @@ _EVERYWHERE: dict[str, Any] = {
     "qk_head_dim": 16,
     "v_head_dim": 16,
     "index_head_dim": 16,
-    "index_n_heads": 2,
+    # With few heads many scores are exactly 0, and chance decides which of equal ones are chosen.
+    "index_n_heads": 16,
     "index_topk": 12,
     "mamba_n_heads": 8,
     "mamba_d_head": 16,
