@@ -211,6 +211,12 @@ def without_positions(target, draft):
     return target, draft, {}
 
 
+def without_cache(target, draft):
+    decoder = target.get_decoder()
+    decoder.forward = functools.partial(lambda input_ids, position_ids: None)
+    return target, draft, {}
+
+
 def with_narrow_embeddings(target, draft):
     target.get_input_embeddings().embedding_dim = 16
     return target, draft, {}
@@ -306,6 +312,7 @@ CASES = {
     "a target of unknown kind whose logits are no measure": with_equal_logits,
     "a target of unknown kind that fails at a tree": failing_at_a_tree,
     "a decoder without `position_ids`": without_positions,
+    "a decoder without a cache": without_cache,
     "embeddings of another size than hidden states": with_narrow_embeddings,
     "rotary embeddings that would change within the call (`dynamic`, `longrope`)": with_dynamic_rope,
     "a draft of another width": lambda target, draft: (

@@ -184,6 +184,10 @@ def _check_modules(target: PreTrainedModel, name: str, advice: str) -> None:
             f"The decoder of {name} takes no `position_ids`, so that siblings in a candidate tree cannot stand at the "
             f"same position. {advice}"
         )
+    if not {"cache", "past_key_values"} & set(decoder_inputs(target.get_decoder())):
+        raise MSDUnsupportedError(
+            f"The decoder of {name} takes no cache of keys and values, against which candidates are verified. {advice}"
+        )
     text_config = target.config.get_text_config(decoder=True)
     if not target._supports_default_dynamic_cache():
         raise MSDUnsupportedError(
