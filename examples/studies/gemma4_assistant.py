@@ -158,13 +158,15 @@ def main() -> None:
     (args,) = HfArgumentParser(StudyArguments).parse_args_into_dataclasses()
     torch.manual_seed(args.seed)
     target = make_target().requires_grad_(False)
-    fields = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 4}
-    config = Gemma4AssistantConfig(text_config=text_config(4, HIDDEN_SIZE // 2, **fields), backbone_hidden_size=128)
+    fields = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 2}
+    config = Gemma4AssistantConfig(text_config=text_config(2, HIDDEN_SIZE, **fields), backbone_hidden_size=HIDDEN_SIZE)
     assistant = Gemma4AssistantForCausalLM(config)
+    # An assistant has a head of its own. It starts as the target's, because so few steps teach it none.
+    assistant.lm_head.weight.data.copy_(target.lm_head.weight)
     assistant.generation_config.num_assistant_tokens = args.num_assistant_tokens
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
     draft = MSDDraftModel.from_target(target)
-    batches = [read(target) for _ in range(8)]
+    batches = [read(target) for _ in range(16)]
     fit(draft, loss_of_draft, target, batches, args.steps)
     fit(assistant, loss_of_assistant, target, batches, args.steps)
     chain = {"num_assistant_tokens": args.num_assistant_tokens + 1, "tree_top_k": 1}
