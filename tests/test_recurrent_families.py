@@ -6,6 +6,7 @@ token-by-token decoding to about 1e-6, and tokens agree unless two logits are th
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from statistics import mean
 from typing import Any
 
@@ -207,3 +208,52 @@ def fresh_pair(name: str) -> FamilyPair:
     family = RECURRENT_FAMILIES[name]
     target = family.build()
     return FamilyPair(family, target, MSDDraftModel.from_target(target))
+
+
+@pytest.mark.parametrize("name", WITH_CONVOLUTION_AND_STATE)
+def test_states_and_attentions_that_are_returned(name):
+    pair = family_pair(name)
+    inputs = pair.family.inputs(1, int(pair.family.has_images))
+    flags = {"output_hidden_states": True, "output_attentions": True, "output_logits": True}
+    options = {"max_new_tokens": 8, "return_dict_in_generate": True, **GREEDY, **flags}
+    before = pair.family.attentions[0]
+    pair.target.set_attn_implementation("eager")
+    try:
+        expected = pair.target.generate(**inputs, **options)
+        output = pair.target.generate(**inputs, **options, assistant_model=pair.draft)
+    finally:
+        pair.target.set_attn_implementation(before)
+    for field in ("hidden_states", "attentions"):
+        for got, step in zip(output[field], expected[field], strict=True):
+            for state, other in zip(got, step, strict=True):
+                assert state.shape == other.shape and torch.allclose(state, other, atol=1e-3)
+    assert all(
+        torch.allclose(got, other, atol=1e-3) for got, other in zip(output.logits, expected.logits, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", WITH_CONVOLUTION_AND_STATE)
+def test_automatic_trees_and_repetitions(name, monkeypatch):
+    settings = family_pair(name).draft.generation_config
+    monkeypatch.setattr(settings, "num_assistant_tokens", "auto")
+    monkeypatch.setattr(settings, "suffix_nodes", 4, raising=False)
+    for seed in range(2):
+        expected, tokens, _ = both(name, RECURRENT_FAMILIES[name].inputs(seed), **GREEDY, max_new_tokens=40)
+        assert tokens == expected
+
+
+def test_threads_share_a_target():
+    """Calls with the draft, with another draft and without one, at the same time: what one call's tree makes of a
+    layer's functions is seen by no other."""
+    pair = family_pair("qwen3_5")
+    other = MSDDraftModel.from_target(pair.target)
+    inputs = [pair.family.inputs(seed, seed % 2) for seed in range(4)]
+    expected = [pair.target.generate(**one, max_new_tokens=NUM_TOKENS, **GREEDY).tolist() for one in inputs]
+
+    def call(number: int) -> bool:
+        draft = (pair.draft, None, other)[number % 3]
+        output = pair.target.generate(**inputs[number % 4], max_new_tokens=NUM_TOKENS, **GREEDY, assistant_model=draft)
+        return output.tolist() == expected[number % 4]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call, range(24)))
