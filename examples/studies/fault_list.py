@@ -29,6 +29,8 @@ COMPILED, DECODING = "tests/test_compiled_edges.py", "tests/test_decoding_edges.
 CHECKS, HEAD, TREES = "tests/test_checks_edges.py", "tests/test_draft_head.py", "tests/test_tree_policy.py"
 SAMPLES, TRAINED = "tests/test_sample_edges.py", "tests/test_training_edges.py"
 THREADS = "tests/test_threads.py"
+KERNELS, STATES = "tests/test_recurrent_kernels.py", "tests/test_recurrent_layer.py"
+FAMILIES = "tests/test_recurrent_families.py"
 ROTARY, CACHE = "tests/test_drafting_step.py", "tests/test_transaction.py tests/test_cache.py"
 INTERRUPTED = f"{DECODING} {CACHE} -k interrupt"
 LATE, PAUSES = f"{COMPILED} -k late", f"{TREES} -k 'paus or trial or comes_back or learnt or paid'"
@@ -554,6 +556,81 @@ FAULTS = {
             "            self._pause = _PAUSE\n            return True",
             "            return True",
             PAUSES,
+        ),
+    ],
+    "recurrent": [
+        Fault(
+            "a branch decays another",
+            "recurrent/gated_delta.py",
+            "way = torch.where(ancestors, decays - decays.mT, -torch.inf).exp()",
+            "way = (decays - decays.mT).exp().tril()",
+            KERNELS,
+        ),
+        Fault(
+            "the root follows itself in a convolution",
+            "recurrent/nodes.py",
+            "    previous[:, num_columns] = num_columns - 1  # the root is its own parent\n",
+            "",
+            KERNELS,
+        ),
+        Fault(
+            "steps of Mamba 2 are clamped as in a prompt",
+            "recurrent/kernels.py",
+            "    dt = _step_sizes(dt, dt_bias, dt_softplus)\n    _, ancestors",
+            "    dt = _step_sizes(dt, dt_bias, dt_softplus).clamp(*kwargs['dt_limit'])\n    _, ancestors",
+            KERNELS,
+        ),
+        Fault(
+            "Mamba 1 starts from nothing",
+            "recurrent/kernels.py",
+            "        nodes.state.float(),",
+            "        torch.zeros_like(nodes.state.float()),",
+            KERNELS,
+        ),
+        Fault(
+            "a row that accepts nothing loses its state",
+            "recurrent/gated_delta.py",
+            "torch.where((counts > 0)[:, None, None, None], state, self.state)",
+            "state",
+            KERNELS,
+        ),
+        Fault(
+            "a step of plain decoding changes the state itself",
+            "recurrent/layer.py",
+            "            {number: None if state is None else state.clone() for number, state in states.items()}\n"
+            "            for states in (self.conv_states, self.recurrent_states)\n        )\n\n    def has_kept_nodes",
+            "            dict(states)\n"
+            "            for states in (self.conv_states, self.recurrent_states)\n        )\n\n    def has_kept_nodes",
+            STATES,
+        ),
+        Fault(
+            "an interrupted commit is half done",
+            "kv/transaction.py",
+            "            if is_committed:\n                layer.settle()",
+            "            if True:\n                layer.settle()",
+            STATES,
+        ),
+        Fault(
+            "ragged rows keep the states of longer texts",
+            "kv/transaction.py",
+            "if recurrent and (min(lengths) != max(lengths) or lengths == self._first.lengths):",
+            "if recurrent and lengths == self._first.lengths:",
+            STATES,
+        ),
+        Fault(
+            "an unknown convolution counts in trees",
+            "recurrent/layer.py",
+            " and not nodes.are_chains:",
+            " and False:",
+            STATES,
+        ),
+        Fault(
+            "trees of one thread are seen by all",
+            "recurrent/kernels.py",
+            '_current: ContextVar[TreeNodes | None] = ContextVar("msd_hf.tree_nodes", default=None)',
+            '_current = type("Shared", (), {"get": lambda self: getattr(self, "v", None), "set": lambda self, v: '
+            'setattr(self, "v", v), "reset": lambda self, token: setattr(self, "v", None)})()',
+            f"{FAMILIES} -k threads",
         ),
     ],
 }
