@@ -13,6 +13,7 @@ from training_runs import log_history, make_trainer
 
 from msd_hf.prompts import build_inputs
 from msd_hf.target.adapter import TargetAdapter
+from msd_hf.target.support import KEEPS_STATES
 from msd_hf.toy import TARGET_DIR
 from msd_hf.toy.accuracy import make_evaluation_prompts
 from msd_hf.toy.dataset import make_sample
@@ -41,6 +42,7 @@ def samples(processor):
     return [encode_sample(encoder, make_sample("train", index, 0, kind)) for index, kind in enumerate(kinds)]
 
 
+@pytest.mark.skipif(not KEEPS_STATES, reason="refused with a transformers whose layers keep no states for trees")
 def test_a_draft_learns_from_pictures_and_text(target, processor, training_data, tmp_path):
     trainer = make_trainer(target, processor, training_data, tmp_path, max_steps=10, curriculum="mixed")
     trainer.train()

@@ -28,8 +28,7 @@ from transformers import (
 from transformers.utils import logging
 
 from msd_hf import MSDDraftModel
-from msd_hf.draft.folder import DRAFT_FOLDER
-from msd_hf.errors import errors_end_script
+from msd_hf.errors import MSDError, errors_end_script
 from msd_hf.evaluation.make_report import report_pair
 from msd_hf.evaluation.methods import CHAIN, TREE, VANILLA, Method
 from msd_hf.evaluation.report import print_report, write_report
@@ -42,7 +41,6 @@ from msd_hf.toy.processor import CHAT_TEMPLATE, build_processor
 from msd_hf.toy.target import build_untrained, deepen, save_target, train_target
 from msd_hf.toy.training import Budget
 from msd_hf.toy.vision import pretrain_vision_tower
-from msd_hf.writing.destination import check_destination
 
 
 PERIOD = 4  # three layers with the gated delta rule, then one with full attention
@@ -177,7 +175,8 @@ def build(
     """Train and save a hybrid target and its draft."""
     logging.set_verbosity_info()
     work, target_folder = output / "work", output / "target"
-    check_destination(output / "draft", DRAFT_FOLDER)
+    if (output / "draft").exists():
+        raise MSDError(f"{str(output / 'draft')!r} exists: choose another folder for --output.")
     if not target_folder.exists():
         processor = make_processor(build_processor(seed).tokenizer)
 
