@@ -562,8 +562,8 @@ FAULTS = {
         Fault(
             "a branch decays another",
             "recurrent/gated_delta.py",
-            "way = torch.where(ancestors, decays - decays.mT, -torch.inf).exp()",
-            "way = (decays - decays.mT).exp().tril()",
+            "return torch.where(ancestors, decays - decays.mT, -torch.inf).exp()",
+            "return (decays - decays.mT).exp().tril()",
             KERNELS,
         ),
         Fault(
@@ -590,8 +590,8 @@ FAULTS = {
         Fault(
             "a row that accepts nothing loses its state",
             "recurrent/gated_delta.py",
-            "torch.where((counts > 0)[:, None, None, None], state, self.state)",
-            "state",
+            "end = torch.where(accepted[:, :, :1], decays.gather(2, last), 0)",
+            "end = decays.gather(2, last)",
             KERNELS,
         ),
         Fault(

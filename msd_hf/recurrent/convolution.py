@@ -23,8 +23,12 @@ def tree_convolution(
     batch_size, num_channels, _ = columns.shape
     num_nodes, width = windows.shape[1:]
     precise = torch.promote_types(weight.dtype, torch.float32)
-    index = windows.reshape(batch_size, 1, num_nodes * width).expand(-1, num_channels, -1)
-    read = columns.to(weight.dtype).gather(2, index).view(batch_size, num_channels, num_nodes, width)
+    columns, index = columns.to(weight.dtype), windows.reshape(batch_size, num_nodes * width)
+    if batch_size == 1:  # takes half the time of a gather
+        read = columns.index_select(2, index[0])
+    else:
+        read = columns.gather(2, index.unsqueeze(1).expand(-1, num_channels, -1))
+    read = read.view(batch_size, num_channels, num_nodes, width)
     summed = (read.to(precise) * weight.to(precise).unsqueeze(1)).sum(-1)
     if bias is not None:
         summed = summed + bias.to(precise).unsqueeze(1)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .nodes import is_accepted
+from .nodes import is_accepted, picked
 
 
 @dataclass
@@ -37,13 +37,14 @@ class GatedDeltaNodes:
 
     def state_after(self, paths: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """The state behind accepted nodes, `[B, H, K, V]`; see [`KeptNodes.state_after`]."""
-        keys, updates, decays = (_picked(part, paths) for part in (self.keys, self.updates, self.decays))
+        keys, updates, decays = (picked(part, paths) for part in (self.keys, self.updates, self.decays))
         last = (counts - 1).clamp(min=0)[:, None, None, None].expand(-1, decays.shape[1], 1, decays.shape[3])
-        end = decays.gather(2, last)  # [B, H, 1, 1 or K]
         accepted = is_accepted(paths, counts)[:, None, :, None]
+        # A row that accepts nothing has no decay, and weights of 0.
+        end = torch.where(accepted[:, :, :1], decays.gather(2, last), 0)  # [B, H, 1, 1 or K]
         weights = torch.where(accepted, end - decays, -torch.inf).exp()
-        state = end.mT.exp() * self.state + (keys * weights).mT @ updates
-        return torch.where((counts > 0)[:, None, None, None], state, self.state)
+        written = (keys * weights).mT.flatten(0, 1), updates.flatten(0, 1)
+        return torch.baddbmm((end.mT.exp() * self.state).flatten(0, 1), *written).view_as(self.state)
 
 
 def tree_gated_delta(
@@ -76,29 +77,29 @@ def tree_gated_delta(
     ancestors = ancestors.unsqueeze(1)
     decays = ancestors.to(log_decay.dtype) @ log_decay
     from_state = decays.exp()
-    system = beta * _decayed_products(key, key, decays, ancestors)
+    way = _decays_between(decays, ancestors)
+    system = beta * _decayed_products(key, key, way)
     written = beta * (value - (from_state * key) @ state)
     # `unitriangular` takes the diagonal of the system as ones, whatever stands there.
     updates = torch.linalg.solve_triangular(system, written, upper=False, unitriangular=True)
-    outputs = (from_state * query) @ state + _decayed_products(query, key, decays, ancestors) @ updates
+    outputs = (from_state * query) @ state + _decayed_products(query, key, way) @ updates
     return outputs.transpose(1, 2).contiguous(), GatedDeltaNodes(state, key, updates, decays)
 
 
-def _decayed_products(
-    left: torch.Tensor, right: torch.Tensor, decays: torch.Tensor, ancestors: torch.Tensor
-) -> torch.Tensor:
-    """Products `[B, H, N, N]` of vectors `[B, H, N, K]` of each node with those at or above it, decayed on the way."""
+def _decays_between(decays: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+    """The decay from each node to those below it, `[B, H, N, N]` or `[B, H, N, N, K]`, 0 between other nodes."""
+    # Masked before the exponential, because differences between branches may overflow.
     if decays.shape[-1] == 1:
-        way = torch.where(ancestors, decays - decays.mT, -torch.inf).exp()
+        return torch.where(ancestors, decays - decays.mT, -torch.inf).exp()
+    between = decays.unsqueeze(3) - decays.unsqueeze(2)
+    return between.masked_fill_(~ancestors.unsqueeze(-1), -torch.inf).exp_()
+
+
+def _decayed_products(left: torch.Tensor, right: torch.Tensor, way: torch.Tensor) -> torch.Tensor:
+    """Products `[B, H, N, N]` of vectors `[B, H, N, K]` of each node with those at or above it, decayed on the way."""
+    if way.ndim == 4:
         return (left @ right.mT) * way
-    way = (decays.unsqueeze(3) - decays.unsqueeze(2)).masked_fill_(~ancestors.unsqueeze(-1), -torch.inf).exp_()
     return torch.einsum("bhik,bhijk,bhjk->bhij", left, way, right)
-
-
-def _picked(nodes: torch.Tensor, paths: torch.Tensor) -> torch.Tensor:
-    """The entries `[B, H, A, D]` of the nodes on each row's path, from those of all nodes `[B, H, N, D]`."""
-    index = paths[:, None, :, None].expand(-1, nodes.shape[1], -1, nodes.shape[3])
-    return nodes.gather(2, index)
 
 
 __all__ = ["GatedDeltaNodes", "tree_gated_delta"]

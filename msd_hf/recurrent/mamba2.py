@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .nodes import is_accepted
+from .nodes import is_accepted, picked
 
 
 @dataclass
@@ -35,18 +35,15 @@ class Mamba2Nodes:
 
     def state_after(self, paths: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """The state behind accepted nodes, `[B, H, P, S]`; see [`KeptNodes.state_after`]."""
-        index = paths.unsqueeze(1)
-        decays = self.decays.gather(2, index.expand(-1, self.decays.shape[1], -1))
-        last = (counts - 1).clamp(min=0)[:, None, None].expand(-1, decays.shape[1], 1)
-        end = decays.gather(2, last)  # [B, H, 1]
-        weights = torch.where(is_accepted(paths, counts).unsqueeze(1), end - decays, -torch.inf).exp()
-        inputs, keys = (
-            part.gather(2, index.unsqueeze(3).expand(-1, part.shape[1], -1, part.shape[3]))
-            for part in (self.inputs, self.keys)
-        )
+        inputs, keys, decays = (picked(part, paths) for part in (self.inputs, self.keys, self.decays.unsqueeze(3)))
+        last = (counts - 1).clamp(min=0)[:, None, None, None].expand(-1, decays.shape[1], 1, 1)
+        accepted = is_accepted(paths, counts)[:, None, :, None]
+        # A row that accepts nothing has no decay, and weights of 0.
+        end = torch.where(accepted[:, :, :1], decays.gather(2, last), 0)  # [B, H, 1, 1]
+        weights = torch.where(accepted, end - decays, -torch.inf).exp()
         keys = keys.repeat_interleave(inputs.shape[1] // keys.shape[1], dim=1)
-        state = end.unsqueeze(3).exp() * self.state + (inputs * weights.unsqueeze(3)).mT @ keys
-        return torch.where((counts > 0)[:, None, None, None], state, self.state)
+        written = (inputs * weights).mT.flatten(0, 1), keys.flatten(0, 1)
+        return torch.baddbmm((end.exp() * self.state).flatten(0, 1), *written).view_as(self.state)
 
 
 def tree_mamba2(

@@ -97,4 +97,11 @@ def is_accepted(paths: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     return torch.arange(paths.shape[1], device=paths.device) < counts.unsqueeze(1)
 
 
-__all__ = ["KeptNodes", "TreeNodes", "convolution_windows", "is_accepted"]
+def picked(nodes: torch.Tensor, paths: torch.Tensor) -> torch.Tensor:
+    """The entries `[B, H, A, D]` of the nodes on each row's path `[B, A]`, from those of all nodes `[B, H, N, D]`."""
+    if len(paths) == 1:  # takes half the time of a gather
+        return nodes.index_select(2, paths[0])
+    return nodes.gather(2, paths[:, None, :, None].expand(-1, nodes.shape[1], -1, nodes.shape[3]))
+
+
+__all__ = ["KeptNodes", "TreeNodes", "convolution_windows", "is_accepted", "picked"]

@@ -75,6 +75,8 @@ class TreeForward:
         text_config = target.config.get_text_config(decoder=True)
         self._reaches = attention_reaches(text_config)
         self._is_recurrent = has_recurrent_layers(text_config)
+        if self._is_recurrent:
+            allow_trees(self.decoder)
         self._query_scales = QueryScales(self.decoder)
         self._is_limited = any(reach.most is not None for reach in self._reaches.values())
         self._hands_on_arguments = takes_any_argument(self.decoder)
@@ -227,7 +229,6 @@ class TreeForward:
             for layer in layers:
                 layer.hold()
             return None
-        allow_trees(self.decoder)
         nodes = TreeNodes(tree.parents, tree.ancestors)
         for layer in layers:
             layer.expect(nodes)
