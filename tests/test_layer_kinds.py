@@ -20,6 +20,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from msd_hf import MSDDraftModel
 from msd_hf.compat import CACHE_NAME
+from msd_hf.compiled import compile as compiled
 from msd_hf.decoders import decoder_of
 from msd_hf.target.adapter import TargetAdapter
 
@@ -253,3 +254,16 @@ def test_features_for_training_are_read_at_every_position(name):
     assert features.hidden_states.shape == (*inputs["input_ids"].shape, 32)
     expected = pair.target(**inputs).logits
     assert torch.allclose(adapter.head(features.hidden_states), expected, atol=1e-5)
+
+
+def test_chunks_in_buffers_of_fixed_shape(monkeypatch):
+    """What is compiled runs here without compilation."""
+    monkeypatch.setattr(compiled, "_compile", lambda function, mode: function)
+    target = FAMILIES["llama4_text"].build(attn_temperature_tuning=False)
+    draft = MSDDraftModel.from_target(target)
+    settings = draft.generation_config
+    settings.num_assistant_tokens, settings.tree_depth, settings.tree_top_k, settings.compile = 12, 3, 4, True
+    for counts in ((0,), (0, 0, 0)):
+        inputs = batch("llama4_text", counts)
+        expected = target.generate(**inputs, max_new_tokens=20)
+        assert torch.equal(target.generate(**inputs, max_new_tokens=20, assistant_model=draft), expected)
