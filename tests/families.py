@@ -82,6 +82,7 @@ class Family:
         eager_left_padding: whether eager attention gives finite numbers for padded rows in float64. Most families
             compute the softmax in float32, in which the mask's minimum is -inf, so padded rows become NaN.
         float32_router: whether experts are weighted in float32, also in a float64 model.
+        compiles: whether `compile=True` can be used.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Family:
     attentions: tuple[str, ...] = ("sdpa", "eager")
     eager_left_padding: bool = False
     float32_router: bool = False
+    compiles: bool = True
 
     @property
     def has_images(self) -> bool:
@@ -703,6 +705,7 @@ _GRIDS: dict[str, Any] = {
     "token_types": ("mm_token_type_ids", True),
 }
 _PADDED_TILES: dict[str, Any] = {"draw_image": _padded_tiles_image, "collate_images": _collate_padded_tiles}
+_INDEXED: dict[str, Any] = {"float32_router": True, "compiles": False}
 _SCALED_EMBEDDING_STD = 2 * HIDDEN_SIZE**-0.5
 _GEMMA4: dict[str, Any] = {
     "draw_image": functools.partial(_positioned_image, per_token=4),
@@ -716,16 +719,17 @@ _REGISTRY = [
     Family("qwen2", "Qwen2ForCausalLM", _qwen2),
     Family("qwen3", "Qwen3ForCausalLM", _qwen3),
     Family("mistral", "MistralForCausalLM", _mistral),
-    Family("llama4_text", "Llama4ForCausalLM", _llama4),
-    Family("deepseek_v32", "DeepseekV32ForCausalLM", lambda: _deepseek("DeepseekV32Config"), float32_router=True),
+    Family("llama4_text", "Llama4ForCausalLM", _llama4, compiles=False),
+    Family("llama4_untuned", "Llama4ForCausalLM", lambda: _llama4(attn_temperature_tuning=False)),
+    Family("deepseek_v32", "DeepseekV32ForCausalLM", lambda: _deepseek("DeepseekV32Config"), **_INDEXED),
     Family(
         "glm_moe_dsa",
         "GlmMoeDsaForCausalLM",
         lambda: _deepseek("GlmMoeDsaConfig", indexer_types=["full", "shared", "full"]),
-        float32_router=True,
+        **_INDEXED,
     ),
-    Family("axk2", "AXK2ForCausalLM", lambda: _deepseek("AXK2Config"), float32_router=True),
-    Family("hy_v4", "HYV4ForCausalLM", lambda: _deepseek("HYV4Config"), attentions=("eager",), float32_router=True),
+    Family("axk2", "AXK2ForCausalLM", lambda: _deepseek("AXK2Config"), **_INDEXED),
+    Family("hy_v4", "HYV4ForCausalLM", lambda: _deepseek("HYV4Config"), attentions=("eager",), **_INDEXED),
     Family("gemma2", "Gemma2ForCausalLM", _gemma2, embedding_std=_SCALED_EMBEDDING_STD, attentions=("eager",)),
     Family("gemma3_text", "Gemma3ForCausalLM", _gemma3, embedding_std=_SCALED_EMBEDDING_STD),
     Family("gemma4_text", "Gemma4ForCausalLM", _gemma4, embedding_std=_SCALED_EMBEDDING_STD),
@@ -823,6 +827,7 @@ _REGISTRY = [
         _cross_attended_image,
         collate_images=_collate_cross_attended,
         place_images=_place_cross_attended,
+        compiles=False,
     ),
     Family(
         "mistral3",
@@ -839,7 +844,7 @@ _REGISTRY = [
         ),
         _pixtral_image,
         collate_images=_collate_pixtral,
-        float32_router=True,
+        **_INDEXED,
     ),
     Family(
         "qwen2_vl",

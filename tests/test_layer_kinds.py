@@ -256,14 +256,16 @@ def test_features_for_training_are_read_at_every_position(name):
     assert torch.allclose(adapter.head(features.hidden_states), expected, atol=1e-5)
 
 
-def test_chunks_in_buffers_of_fixed_shape(monkeypatch):
+@pytest.mark.parametrize("counts", [(0,), (0, 0, 0)], ids=str)
+def test_chunks_in_buffers_of_fixed_shape(counts, monkeypatch):
     """What is compiled runs here without compilation."""
     monkeypatch.setattr(compiled, "_compile", lambda function, mode: function)
-    target = FAMILIES["llama4_text"].build(attn_temperature_tuning=False)
-    draft = MSDDraftModel.from_target(target)
-    settings = draft.generation_config
-    settings.num_assistant_tokens, settings.tree_depth, settings.tree_top_k, settings.compile = 12, 3, 4, True
-    for counts in ((0,), (0, 0, 0)):
-        inputs = batch("llama4_text", counts)
-        expected = target.generate(**inputs, max_new_tokens=20)
-        assert torch.equal(target.generate(**inputs, max_new_tokens=20, assistant_model=draft), expected)
+    pair = family_pair("llama4_untuned")
+    inputs = batch("llama4_untuned", counts)
+    expected = pair.target.generate(**inputs, max_new_tokens=20)
+    pair.draft.generation_config.compile = True
+    try:
+        got = pair.target.generate(**inputs, max_new_tokens=20, assistant_model=pair.draft)
+    finally:
+        pair.draft.generation_config.compile = None
+    assert torch.equal(got, expected)
