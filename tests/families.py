@@ -81,7 +81,7 @@ class Family:
             do: transformers 5.10 runs sdpa without the cap, 5.24 refuses it.
         eager_left_padding: whether eager attention gives finite numbers for padded rows in float64. Most families
             compute the softmax in float32, in which the mask's minimum is -inf, so padded rows become NaN.
-        float32_router: whether experts are weighted in float32, also in a float64 model.
+        float32_parts: whether a float64 model weights experts, or rotates queries and keys, in float32.
         compiles: whether `compile=True` can be used.
     """
 
@@ -97,7 +97,7 @@ class Family:
     embedding_std: float = 1.0
     attentions: tuple[str, ...] = ("sdpa", "eager")
     eager_left_padding: bool = False
-    float32_router: bool = False
+    float32_parts: bool = False
     compiles: bool = True
 
     @property
@@ -705,7 +705,7 @@ _GRIDS: dict[str, Any] = {
     "token_types": ("mm_token_type_ids", True),
 }
 _PADDED_TILES: dict[str, Any] = {"draw_image": _padded_tiles_image, "collate_images": _collate_padded_tiles}
-_INDEXED: dict[str, Any] = {"float32_router": True, "compiles": False}
+_INDEXED: dict[str, Any] = {"float32_parts": True, "compiles": False}
 _SCALED_EMBEDDING_STD = 2 * HIDDEN_SIZE**-0.5
 _GEMMA4: dict[str, Any] = {
     "draw_image": functools.partial(_positioned_image, per_token=4),
@@ -719,8 +719,8 @@ _REGISTRY = [
     Family("qwen2", "Qwen2ForCausalLM", _qwen2),
     Family("qwen3", "Qwen3ForCausalLM", _qwen3),
     Family("mistral", "MistralForCausalLM", _mistral),
-    Family("llama4_text", "Llama4ForCausalLM", _llama4, compiles=False),
-    Family("llama4_untuned", "Llama4ForCausalLM", lambda: _llama4(attn_temperature_tuning=False)),
+    Family("llama4_text", "Llama4ForCausalLM", _llama4, float32_parts=True, compiles=False),
+    Family("llama4_untuned", "Llama4ForCausalLM", lambda: _llama4(attn_temperature_tuning=False), float32_parts=True),
     Family("deepseek_v32", "DeepseekV32ForCausalLM", lambda: _deepseek("DeepseekV32Config"), **_INDEXED),
     Family(
         "glm_moe_dsa",
