@@ -13,7 +13,7 @@ from training_runs import log_history, make_trainer
 
 from msd_hf.prompts import build_inputs
 from msd_hf.target.adapter import TargetAdapter
-from msd_hf.target.support import KEEPS_STATES
+from msd_hf.target.layer_kinds import KEEPS_STATES
 from msd_hf.toy import TARGET_DIR
 from msd_hf.toy.accuracy import make_evaluation_prompts
 from msd_hf.toy.dataset import make_sample

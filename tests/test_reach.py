@@ -12,8 +12,8 @@ from transformers.masking_utils import create_chunked_causal_mask, create_slidin
 from msd_hf.attention.masks import Reach, buffer_attention_mask, tree_attention_mask
 from msd_hf.compat import CACHE_NAME
 from msd_hf.kv.slots import ContextSlots
+from msd_hf.target.layer_kinds import attention_reaches, layer_reaches
 from msd_hf.target.query_scales import QueryScales
-from msd_hf.target.support import attention_reaches, layer_reaches
 from msd_hf.tree.candidate import CandidateTree
 
 

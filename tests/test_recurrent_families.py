@@ -21,7 +21,7 @@ from msd_hf import MSDDraftModel, MSDUnsupportedError
 from msd_hf.compat import CACHE_NAME
 from msd_hf.recurrent import kernels
 from msd_hf.recurrent.layer import RecurrentLayer
-from msd_hf.target.support import KEEPS_STATES
+from msd_hf.target.layer_kinds import KEEPS_STATES
 
 
 pytestmark = pytest.mark.skipif(not KEEPS_STATES, reason="transformers 5.17 is the first whose layers keep states so")

@@ -13,7 +13,7 @@ from msd_hf.kv.slots import ContextSlots
 from msd_hf.kv.transaction import CacheTransaction, can_commit, make_in_place, recurrent_layers
 from msd_hf.recurrent.layer import RecurrentLayer, copy_states
 from msd_hf.recurrent.nodes import TreeNodes
-from msd_hf.target.support import KEEPS_STATES
+from msd_hf.target.layer_kinds import KEEPS_STATES
 from msd_hf.tree.candidate import CandidateTree
 
 

@@ -40,7 +40,7 @@ from msd_hf.decoders import decoder_of
 from msd_hf.decoding.pair import state_of
 from msd_hf.hook.refusals import REFUSED_ARGUMENTS
 from msd_hf.recurrent import kernels
-from msd_hf.target import support
+from msd_hf.target import layer_kinds, support
 from msd_hf.target.adapter import TargetAdapter
 
 
@@ -384,7 +384,9 @@ OF_LATER_RELEASES = {
 
 
 def rows_of_this_release() -> list[str]:
-    return [refused for refused in refusals_table.rows() if support.KEEPS_STATES or refused not in OF_LATER_RELEASES]
+    return [
+        refused for refused in refusals_table.rows() if layer_kinds.KEEPS_STATES or refused not in OF_LATER_RELEASES
+    ]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -426,7 +428,7 @@ def test_no_refusal_is_missing_from_the_table():
             place = place.tb_next
         path = Path(place.tb_frame.f_code.co_filename).relative_to(package).with_suffix("")
         seen.add((path.as_posix(), place.tb_lineno))
-    assert seen == sites if support.KEEPS_STATES else seen < sites
+    assert seen == sites if layer_kinds.KEEPS_STATES else seen < sites
 
 
 @pytest.mark.parametrize("value", ["offloaded", "quantized", "offloaded_static", "hybrid", "sliding_window"])

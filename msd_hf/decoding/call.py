@@ -21,7 +21,8 @@ from ..kv.slots import ContextSlots
 from ..kv.transaction import CacheTransaction, make_in_place
 from ..observer import Observer, current_observer
 from ..target.adapter import TargetAdapter
-from ..target.support import check_positions, layer_reaches
+from ..target.layer_kinds import layer_reaches
+from ..target.support import check_positions
 from ..tree.policy import TreePolicy
 from ..tree.settings import TreeSettings
 from ..tree.suffix import SuffixBranches

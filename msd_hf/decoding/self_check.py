@@ -13,7 +13,8 @@ from transformers.utils import logging
 
 from ..errors import MSDUnsupportedError
 from ..target.adapter import TargetAdapter
-from ..target.support import KNOWN_MODEL_TYPES, attention_reaches
+from ..target.layer_kinds import attention_reaches
+from ..target.support import KNOWN_MODEL_TYPES
 from .pair import PairState
 from .running_rows import RunningRows
 from .trial import NUM_SIBLINGS, Trial, compare, name_of

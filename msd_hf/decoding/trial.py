@@ -23,7 +23,7 @@ from ..kv.slots import ContextSlots
 from ..kv.transaction import CacheTransaction, make_in_place
 from ..recurrent.layer import RecurrentLayer, copy_states
 from ..target.adapter import TargetAdapter
-from ..target.support import IMAGE_MASKS
+from ..target.layer_kinds import IMAGE_MASKS
 from ..tree.candidate import CandidateTree
 from .running_rows import RunningRows
 

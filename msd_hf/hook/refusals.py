@@ -13,17 +13,10 @@ from ..draft.interface import Draft
 from ..errors import MSDUnsupportedError, shown
 from ..kv.transaction import can_commit
 from ..target.compiled_parts import compiled_parts
+from ..target.layer_kinds import INDEXED, attention_reaches, has_recurrent_layers, image_layers
 from ..target.query_scales import QueryScales
 from ..target.stand_in import own_method
-from ..target.support import (
-    INDEXED,
-    KNOWN_MODEL_TYPES,
-    TREE_ATTENTION,
-    attention_reaches,
-    has_recurrent_layers,
-    image_layers,
-    takes_any_argument,
-)
+from ..target.support import KNOWN_MODEL_TYPES, TREE_ATTENTION, takes_any_argument
 from ..tree.settings import DRAFT_SETTINGS, TREE_SETTINGS, TreeSettings
 
 

@@ -27,8 +27,9 @@ from ..kv.in_place import KeysAndValues
 from ..kv.slots import ContextSlots
 from ..tree.candidate import CandidateTree
 from .compiled_parts import CompiledPart, compiled_parts, uncompiled
+from .layer_kinds import IMAGE_MASKS, image_layers
 from .observation import TargetObservation, observed
-from .support import IMAGE_MASKS, decoder_inputs, image_layers
+from .support import decoder_inputs
 from .tree_forward import TargetVerification, TreeForward
 
 

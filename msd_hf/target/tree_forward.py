@@ -27,9 +27,10 @@ from ..recurrent.kernels import allow_trees
 from ..recurrent.nodes import TreeNodes
 from ..tree.candidate import CandidateTree
 from .compiled_parts import uncompiled
+from .layer_kinds import RECURRENT, attention_reaches, has_recurrent_layers
 from .observation import TargetObservation
 from .query_scales import QueryScales
-from .support import RECURRENT, TREE_ATTENTION, attention_reaches, has_recurrent_layers, takes_any_argument
+from .support import TREE_ATTENTION, takes_any_argument
 
 
 logger = logging.get_logger(__name__)

@@ -1,0 +1,93 @@
+"""The kinds of a decoder's layers: what each sees, which have states, and which cannot be served."""
+
+from __future__ import annotations
+
+import inspect
+
+from transformers import PreTrainedConfig
+from transformers.cache_utils import LinearAttentionLayer
+
+from ..attention.masks import EVERYTHING, Reach
+
+
+# Whether recurrent layers of this transformers keep their states in the cache by number, as ours do.
+KEEPS_STATES = "number_of_states" in inspect.signature(LinearAttentionLayer.__init__).parameters
+
+_FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+INDEXED = "indexed_attention"
+# Kinds of layers with recurrent or convolutional states, which attention masks do not concern.
+RECURRENT = ("linear_attention", "conv")
+# Kinds of layers with attention beside a recurrence, and the kind of their attention.
+_HYBRID = {"hybrid": _FULL, "hybrid_sliding": _SLIDING}
+# Kinds of layers without any state.
+_STATELESS = ("moe", "mlp")
+# Kinds of attention that a tree can be verified in, whatever the model.
+SERVED_LAYERS = frozenset({_FULL, _SLIDING, _CHUNKED, INDEXED})
+# Why a tree cannot be verified in others.
+_UNKNOWN = "are of no kind that candidate trees are known to work with"
+_COMPRESSED = "keep several tokens in one slot of the cache, out of which a rejected branch cannot be taken again"
+_UNSERVED_LAYERS = {
+    "compressed_sparse_attention": _COMPRESSED,
+    "heavily_compressed_attention": _COMPRESSED,
+    "minimax_m3_sparse": "choose blocks of neighbouring slots of the cache, which branches of a candidate tree share",
+    "reference_sliding_attention": "have a window that spares the prompt, which no mask of a candidate tree shows yet",
+}
+
+
+def _layer_types(text_config: PreTrainedConfig) -> list[str] | None:
+    return getattr(text_config, "layer_types", None)
+
+
+def has_recurrent_layers(text_config: PreTrainedConfig) -> bool:
+    """Whether some layers of a decoder have recurrent or convolutional states."""
+    return not {*RECURRENT, *_HYBRID}.isdisjoint(_layer_types(text_config) or ())
+
+
+# Inputs of a decoder that say which states of images a token of the text reads, `[B, 1, T, ...]`.
+IMAGE_MASKS = ("cross_attention_mask", "full_text_row_masked_out_mask")
+
+
+def image_layers(text_config: PreTrainedConfig) -> frozenset[int]:
+    """The layers of a decoder that read states of images by cross-attention, and keep those in the cache."""
+    return frozenset(getattr(text_config, "cross_attention_layers", None) or ())
+
+
+def attention_reaches(text_config: PreTrainedConfig) -> dict[str, Reach]:
+    """How far back the tokens of each kind of attention of a decoder see."""
+    window = getattr(text_config, "sliding_window", None)
+    chunk = getattr(text_config, "attention_chunk_size", None)
+    layer_types = _layer_types(text_config)
+    if layer_types is None:  # Mistral has a window on every layer and no list of layer types
+        layer_types = [_SLIDING if window is not None else _CHUNKED if chunk is not None else _FULL]
+    limited = {_SLIDING: Reach(window=window), _CHUNKED: Reach(chunk=chunk)}
+    kinds = {_HYBRID.get(kind, kind) for kind in layer_types} - {*RECURRENT, *_STATELESS}
+    return {kind: limited.get(kind, EVERYTHING) for kind in sorted(kinds)}
+
+
+def layer_reaches(text_config: PreTrainedConfig) -> list[Reach]:
+    """How far back the tokens of each layer of a decoder that has attention see."""
+    reaches = attention_reaches(text_config)
+    layer_types = _layer_types(text_config)
+    if layer_types is None:
+        return [next(iter(reaches.values()))] * text_config.num_hidden_layers
+    kinds = [_HYBRID.get(kind, kind) for kind in layer_types]
+    return [reaches[kind] for kind in kinds if kind in reaches]
+
+
+def why_unserved(kind: str) -> str:
+    """Why a tree cannot be verified in layers of a kind, as a clause behind "layers, which ..."."""
+    return _UNSERVED_LAYERS.get(kind, _UNKNOWN)
+
+
+__all__ = [
+    "IMAGE_MASKS",
+    "INDEXED",
+    "KEEPS_STATES",
+    "RECURRENT",
+    "SERVED_LAYERS",
+    "attention_reaches",
+    "has_recurrent_layers",
+    "image_layers",
+    "layer_reaches",
+    "why_unserved",
+]
