@@ -83,6 +83,8 @@ def _let_head_follow(model: PreTrainedModel) -> None:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     except NotImplementedError:
         return
+    if head is None and isinstance(model.get_decoder(), PreTrainedModel):
+        head = model.get_decoder().get_output_embeddings()
     weight, out = (getattr(module, "weight", None) for module in (embedding, head))
     if weight is None or out is None or weight.shape != out.shape or len(out) < TEXT.stop:
         return
