@@ -18,7 +18,7 @@ _GEMMA3N = {
     "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0, 0.0],
     "laurel_rank": 8,
 }
-_BLOCKS = {"index_block_size": 4, "index_topk_blocks": 2}
+_BLOCKS = {"index_block_size": 4, "index_topk_blocks": 2, "index_n_heads": 2}
 _NGRAM = {"indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8}
 _QWEN4 = {**_NGRAM, "indexer_compress_ratio": 2, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}}
 
