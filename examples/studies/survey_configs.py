@@ -118,6 +118,12 @@ _EXPERTS = re.compile(r"(num_experts|n_routed_experts|num_local_experts|moe_num_
 _SHARED_EXPERTS = re.compile(r"(n_shared_experts|num_shared_experts|moe_num_shared_experts)")
 _TOKEN = re.compile(r"(\w+?)_(token_id|token_index|token_ids|id)")
 _NOT_TOKENS = {"lang_id", "insert_layer_id"}
+_TWINS = {
+    "num_key_value_heads": "num_attention_heads",
+    "swa_num_key_value_heads": "swa_num_attention_heads",
+    "head_dim": "qk_rope_head_dim",
+}
+_LEFT_OUT = {"transformers_version", "id2label", "label2id", "architectures", "_name_or_path", "torch_dtype", "dtype"}
 _TEXT_PARTS = re.compile(r"(text_config|llm_config|language_config|decoder|thinker_config|vlm_config)")
 
 
@@ -138,7 +144,8 @@ class _Shrinker:
     """Makes fields of small configurations. Tokens of one name get one id wherever the name occurs.
 
     Args:
-        given (`Mapping`): fields of the configuration that are used as they are, by path: `text_config.head_dim`.
+        given (`Mapping`): fields of the configuration that are used as they are, by path (`text_config.head_dim`); the
+            empty path has arguments for the default configuration.
     """
 
     def __init__(self, given: Mapping[str, Any]):
@@ -146,37 +153,31 @@ class _Shrinker:
         self.tokens: dict[str, int] = {}
 
     def shrink(self, config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-        start = self.given.get("", {})
-        fields = config_class(**start).to_dict()
-        return self._part(fields, "", "text")
+        return self._part(config_class(**self.given.get("", {})).to_dict(), "", "text")
 
     def _part(self, fields: dict[str, Any], path: str, role: str) -> dict[str, Any]:
+        """The small form of a configuration, or of one within it."""
         count, lists = _layer_lists(fields)
         kept = _kept_layers(count, [fields[name] for name in lists])
         small = {}
         for name, value in fields.items():
-            where = f"{path}.{name}" if path else name
-            if where in self.given:
-                small[name] = self.given[where]
-            elif isinstance(value, dict) and "model_type" in value:
+            if isinstance(value, dict) and "model_type" in value:
                 inner = "text" if role == "text" and _TEXT_PARTS.fullmatch(name) else "tower"
-                small[name] = self._part(value, where, inner)
+                small[name] = self._part(value, f"{path}.{name}" if path else name, inner)
             elif name in lists:
                 small[name] = [value[number] for number in kept]
-            elif name == "per_layer_config" and value:
+            elif name == "per_layer_config":
                 small[name] = value
-            elif value is not None and _LAYERS.fullmatch(name) and isinstance(value, int):
+            elif type(value) is int and _LAYERS.fullmatch(name):
                 small[name] = len(kept) if value == count else min(value, 2)
             else:
-                small[name] = self._field(name, value, role)
-                twin = next((other for own, other in _TWINS if own == name and fields.get(other) == value), None)
-                if value and twin is not None:  # sizes that are equal by default stay equal
-                    small[name] = self._field(twin, value, role)
+                twin = _TWINS.get(name, name)  # sizes that are equal by default stay equal
+                small[name] = self._field(twin if value and fields.get(twin) == value else name, value, role)
+        _fit_layers(small, fields, kept)
         for where, value in self.given.items():
             parent, _, name = where.rpartition(".")
-            if parent == path and name:
+            if name and parent == path:
                 small[name] = value
-        _fit_layers(small, fields, kept)
         return {name: value for name, value in small.items() if name not in _LEFT_OUT}
 
     def _field(self, name: str, value: Any, role: str) -> Any:
@@ -209,14 +210,6 @@ class _Shrinker:
         if name not in fixed and name not in self.tokens:
             self.tokens[name] = FIRST_SPECIAL + len(self.tokens)
         return fixed.get(name, self.tokens.get(name, PAD))
-
-
-_TWINS = (
-    ("num_key_value_heads", "num_attention_heads"),
-    ("head_dim", "qk_rope_head_dim"),
-    ("swa_num_key_value_heads", "swa_num_attention_heads"),
-)
-_LEFT_OUT = {"transformers_version", "id2label", "label2id", "architectures", "_name_or_path", "torch_dtype", "dtype"}
 
 
 def _like(value: Any, size: Any) -> Any:
@@ -264,21 +257,17 @@ def _kept_layers(count: int | None, lists: list[list[Any]]) -> list[int]:
 
 
 def _fit_layers(small: dict[str, Any], fields: Mapping[str, Any], kept: list[int]) -> None:
-    """Settings of single layers follow their layers."""
-    layers = small.get("per_layer_config")
-    if not layers or small["per_layer_config"] is not fields.get("per_layer_config"):
+    """Settings of single layers follow their layers, in proportion to the size of the others."""
+    layers = fields.get("per_layer_config")
+    if not layers:
         return
-    fitted = {}
+    small["per_layer_config"] = {}
     for number, layer in enumerate(kept):
-        own = layers.get(str(layer).zfill(2), layers.get(str(layer)))
+        own = layers.get(str(layer).zfill(2), layers.get(str(layer), {}))
+        sizes = {name: value for name, value in own.items() if type(fields.get(name)) is int}
+        fitted = {name: max(1, round(small[name] * value / fields[name])) for name, value in sizes.items()}
         if own:
-            fitted[str(number)] = {
-                name: max(1, round(small[name] * value / fields[name]))
-                if isinstance(value, int) and isinstance(fields.get(name), int)
-                else value
-                for name, value in own.items()
-            }
-    small["per_layer_config"] = fitted
+            small["per_layer_config"][str(number)] = {**own, **fitted}
 
 
 __all__ = ["BOS", "EOS", "HIDDEN", "IMAGE_SIZE", "PAD", "PATCH_SIZE", "TEXT", "VOCAB_SIZE", "WINDOW", "tiny_config"]

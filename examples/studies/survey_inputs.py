@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from survey_configs import FIRST_SPECIAL, IMAGE_SIZE, PATCH_SIZE, TEXT, VOCAB_SIZE
+from survey_configs import IMAGE_SIZE, PATCH_SIZE, TEXT
 from survey_images import IMAGES
 from transformers import PreTrainedModel
 
@@ -205,6 +205,4 @@ def _with_types(model: PreTrainedModel, inputs: Inputs) -> Inputs:
     return inputs
 
 
-SPECIAL = range(FIRST_SPECIAL, VOCAB_SIZE)
-
-__all__ = ["SPECIAL", "NoInputError", "image_inputs", "image_token", "other_image", "text_inputs"]
+__all__ = ["NoInputError", "image_inputs", "image_token", "other_image", "text_inputs"]
