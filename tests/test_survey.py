@@ -103,6 +103,7 @@ def test_drafts_learn_from_features(model_type):
     assert after < 0.7 * before
 
 
+@of_this_release  # the GIT of transformers 5.10 takes no mask of a tree behind an image, and is refused
 def test_rows_that_a_decoder_adds_in_a_padded_batch():
     """GIT puts 17 rows of the image before the tokens, which no mask of the prompt knows of."""
     target = build_target("git")

@@ -3,7 +3,7 @@ Tries every family of the installed transformers as a target: for each entry of 
 causal language models the smallest model is built, and `generate` is compared with and without a draft: text and an
 image, greedy and sampled with the same seed, in float64 where the family computes in it.
 
-    python examples/studies/families.py --training --write      # all of them, about 5 minutes on one core
+    python examples/studies/families.py --training --write      # all of them, 2 to 6 minutes on one core
     python examples/studies/families.py --only llava qwen3_5
 
 With `--write` the table is `examples/FAMILIES.md`. Exit status 1 if a family fails. Each family runs in a process of
