@@ -79,7 +79,9 @@ def _prefill(
     running = RunningRows(call.slots, prefill.next_position, tokens)
     if not selector.finished:
         try:
-            check_tree_verification(call.target, call.pair, running, input_ids, model_kwargs, selector.tokens_left)
+            check_tree_verification(
+                call.target, call.pair, running, input_ids, model_kwargs, prefill.outputs, selector.tokens_left
+            )
         except MSDUnsupportedError:
             call.slots.revert()  # so that the same call can be made without the draft
             raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 from ..errors import MSDUnsupportedError
 from ..target.adapter import TargetAdapter
@@ -32,6 +32,7 @@ def check_tree_verification(
     running: RunningRows,
     input_ids: torch.Tensor,
     model_kwargs: dict[str, Any],
+    prefill_outputs: ModelOutput,
     tokens_left: int | None = None,
 ) -> None:
     """
@@ -45,6 +46,7 @@ def check_tree_verification(
         running (`RunningRows`): the rows after the prefill.
         input_ids (`torch.LongTensor` of shape `[B, L]`): the prompts.
         model_kwargs: as given to the prefill.
+        prefill_outputs (`ModelOutput`): what the prefill returned, from which a target may prepare its next step.
         tokens_left (`int`, *optional*): how many tokens may still be emitted; `None`: no limit. The trial goes no
             further, because the target may have no more positions. The first call that may go further tries the rest:
             deeper trees, and contexts beyond a sliding window.
@@ -59,7 +61,7 @@ def check_tree_verification(
         return
     if pair.is_chain:
         _check_slots_are_positions(adapter, running)
-    trial = Trial(adapter, running, input_ids, model_kwargs, depth, pair.is_chain)
+    trial = Trial(adapter, running, input_ids, model_kwargs, prefill_outputs, depth, pair.is_chain)
     if not pair.is_checked:
         try:
             _try_short_contexts(trial)
@@ -93,7 +95,8 @@ def _try_short_contexts(trial: Trial) -> None:
 
 def _passing_chain(tree: Trial) -> Trial | None:
     """The trial of a chain in place of a tree that has failed; `None` if the chain fails too or cannot be used."""
-    chain = Trial(tree.adapter, tree.running, tree.input_ids, tree.model_kwargs, tree.depth, is_chain=True)
+    given = tree.adapter, tree.running, tree.input_ids, tree.model_kwargs, tree.prefill_outputs
+    chain = Trial(*given, tree.depth, is_chain=True)
     try:
         _check_slots_are_positions(tree.adapter, tree.running)
         _try_short_contexts(chain)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from ..compat import CACHE_NAME
 from ..errors import MSDUnsupportedError
@@ -46,7 +46,7 @@ class Trial:
     Args:
         depth (`int`): how many positions behind the root may be used.
         is_chain (`bool`): try a chain in place of a tree; all of it, and all but its last node.
-        adapter, running, input_ids, model_kwargs: as in [`check_tree_verification`].
+        adapter, running, input_ids, model_kwargs, prefill_outputs: as in [`check_tree_verification`].
     """
 
     def __init__(
@@ -55,11 +55,12 @@ class Trial:
         running: RunningRows,
         input_ids: torch.Tensor,
         model_kwargs: dict[str, Any],
+        prefill_outputs: ModelOutput,
         depth: int,
         is_chain: bool = False,
     ):
         self.adapter, self.running, self.depth, self.is_chain = adapter, running, depth, is_chain
-        self.input_ids, self.model_kwargs = input_ids, model_kwargs
+        self.input_ids, self.model_kwargs, self.prefill_outputs = input_ids, model_kwargs, prefill_outputs
         roots = torch.tensor(running.tokens, device=running.next_position.device).unsqueeze(1)
         levels = min(depth, 2) + 1
         if is_chain:
@@ -146,16 +147,17 @@ class Trial:
         self, cache: Cache, text: torch.Tensor, ids: torch.Tensor, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The logits `[B, T, V]` of a text `[B, T]` behind a filled cache, and the position of its first token."""
-        target, logits, positions = self.adapter.target, [], []
+        target, logits, positions, outputs = self.adapter.target, [], [], self.prefill_outputs
         kwargs = {**kwargs, CACHE_NAME: cache}
         position = torch.full((len(text), 1), cache.get_seq_length(), device=text.device)
         for token in text.split(1, dim=1):
-            outputs = CausalLMOutputWithPast(**{CACHE_NAME: cache})
             kwargs = target._update_model_kwargs_for_generation(outputs, kwargs, is_encoder_decoder=False)
+            kwargs[CACHE_NAME] = cache
             ids = torch.cat([ids, token.to(ids.device)], dim=1)
             inputs = target.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs)
             with self.adapter.observe() as seen:
-                logits.append(target(**inputs, return_dict=True).logits[:, -1])
+                outputs = target(**inputs, return_dict=True)
+            logits.append(outputs.logits[:, -1])
             given = seen.inputs.get("position_ids")
             positions.append(position if given is None else given.expand(*given.shape[:-2], len(text), 1))
         return torch.stack(logits, dim=1), positions[0]
