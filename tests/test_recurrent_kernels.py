@@ -219,8 +219,9 @@ class TestFunctionsOfTransformers:
         query, key = draw(1, 6, 2, KEY), draw(1, 6, 2, KEY)  # two heads of keys, four of values
         value, beta, g = draw(1, 6, 4, VALUE), draw(1, 6, 4).sigmoid(), -draw(1, 6, 4).exp()
         arguments = {"initial_state": draw(1, 4, KEY, VALUE), "use_qk_l2norm_in_kernel": True}
+        repeated = (part.repeat_interleave(2, dim=2) for part in (query, key))  # earlier releases leave that to layers
         expected, state = modeling_qwen3_5.torch_recurrent_gated_delta_rule(
-            query, key, value, g=g, beta=beta, output_final_state=True, **arguments
+            *repeated, value, g=g, beta=beta, output_final_state=True, **arguments
         )
         nodes = _chain_nodes(6)
         with along_tree(nodes):
