@@ -23,6 +23,7 @@ from survey_rows import FAILED, REFUSED, SERVED, UNTRIED, Row, find_inputs, find
 from survey_table import FIELDS, NO_TARGETS
 from transformers import set_seed
 
+from msd_hf import MSDError
 from msd_hf.target.adapter import TargetAdapter
 
 
@@ -80,6 +81,36 @@ def test_whole_rows(model_type):
     row = find_row(model_type, training=True)
     assert row.status == SERVED
     assert row.loss[1] < row.loss[0]
+
+
+@of_this_release
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"do_sample": False}, SAMPLING], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("model_type", BY_STATUS[SERVED])
+def test_padded_batches(model_type, options):
+    """Rows of text with padding on the left, as far as the target alone reads such rows."""
+    target = build_target(model_type)
+    inputs = text_inputs(target, 1)
+    ids = torch.cat([text_inputs(target, seed)["input_ids"] for seed in (1, 2, 3)])
+    for row, padding in ((1, 5), (2, 2)):
+        ids[row, :padding] = PAD
+    inputs = {name: torch.zeros_like(ids) for name in inputs}
+    inputs.update(input_ids=ids, attention_mask=(ids != PAD).long())
+    try:
+        set_seed(0)
+        alone = target.generate(
+            **inputs, **options, max_new_tokens=12, return_dict_in_generate=True, output_logits=True
+        )
+    except Exception as error:
+        pytest.skip(f"the target alone fails: {error}")
+    if not all(bool(logits[:, PAD + 1].isfinite().all()) for logits in alone.logits):
+        pytest.skip("eager attention in float64 gives no numbers for padded rows")
+    try:
+        set_seed(0)
+        tokens = target.generate(**inputs, **options, assistant_model=build_draft(target))
+    except MSDError as error:
+        pytest.skip(f"refused: {error}")
+    assert tokens.equal(alone.sequences)
 
 
 @of_this_release

@@ -66,6 +66,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"full_attention": _mrope(4, 2, 2), "sliding_attention": _mrope(4, 2, 2)},
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "big_bird": {"attention_type": "original_full"},  # it becomes that at its first short text, and draws numbers then
     "blt": {"encoder_hash_byte_group_vocab": 100},
     "bamba": {"attn_layer_indices": [1]},
     "codegen": {"n_head": 4},
