@@ -96,11 +96,10 @@ def test_padded_batches(model_type, options):
         ids[row, :padding] = PAD
     inputs = {name: torch.zeros_like(ids) for name in inputs}
     inputs.update(input_ids=ids, attention_mask=(ids != PAD).long())
+    options = {"max_new_tokens": 12, **options}
     try:
         set_seed(0)
-        alone = target.generate(
-            **inputs, **options, max_new_tokens=12, return_dict_in_generate=True, output_logits=True
-        )
+        alone = target.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
     except Exception as error:
         pytest.skip(f"the target alone fails: {error}")
     if not all(bool(logits[:, PAD + 1].isfinite().all()) for logits in alone.logits):
