@@ -121,6 +121,12 @@ def compiled_with_recurrent_layers(target, draft):
     return never_running(target), draft, {"pixel_values": None}
 
 
+def compiled_chains(target, draft):
+    target, draft, _ = two_chains(target, draft)
+    draft.generation_config.compile = True
+    return target, draft, {}
+
+
 def two_chains(target, draft):
     """A target that was found to be right in chains alone."""
     target = copy.deepcopy(tiny.pair(0).target)
@@ -304,6 +310,7 @@ CASES = {
     "recurrent layers with functions that cannot follow a tree": with_unknown_kernels,
     "`draft.generation_config.compile=True`, with recurrent or convolutional layers": compiled_with_recurrent_layers,
     "several prompts at once, with a target that verifies chains only": two_chains,
+    "`draft.generation_config.compile=True`, with a target that verifies chains only": compiled_chains,
     "layers of a kind that is not known": with_layers_of_type("deepseek_sparse_attention"),
     "a recurrent target": recurrent,
     "a target with a prompt-learning adapter": with_virtual_tokens,

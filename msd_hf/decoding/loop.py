@@ -80,7 +80,14 @@ def _prefill(
     if not selector.finished:
         try:
             check_tree_verification(
-                call.target, call.pair, running, input_ids, model_kwargs, prefill.outputs, selector.tokens_left
+                call.target,
+                call.pair,
+                running,
+                input_ids,
+                model_kwargs,
+                prefill.outputs,
+                selector.tokens_left,
+                is_compiled=call.num_fixed_nodes is not None,
             )
         except MSDUnsupportedError:
             call.slots.revert()  # so that the same call can be made without the draft

@@ -34,6 +34,7 @@ def check_tree_verification(
     model_kwargs: dict[str, Any],
     prefill_outputs: ModelOutput,
     tokens_left: int | None = None,
+    is_compiled: bool = False,
 ) -> None:
     """
     Verifies trees behind the prompt, and compares two branches with what `generate` computes for them. Does nothing
@@ -50,6 +51,7 @@ def check_tree_verification(
         tokens_left (`int`, *optional*): how many tokens may still be emitted; `None`: no limit. The trial goes no
             further, because the target may have no more positions. The first call that may go further tries the rest:
             deeper trees, and contexts beyond a sliding window.
+        is_compiled (`bool`): whether rounds have fixed shapes, which chains in place of trees have not.
 
     Raises:
         MSDUnsupportedError: when the logits differ or cannot be compared, or the target cannot run a tree.
@@ -60,13 +62,13 @@ def check_tree_verification(
     if depth < 1:  # nothing is drafted
         return
     if pair.is_chain:
-        _check_slots_are_positions(adapter, running)
+        _check_chain(adapter, running, is_compiled)
     trial = Trial(adapter, running, input_ids, model_kwargs, prefill_outputs, depth, pair.is_chain)
     if not pair.is_checked:
         try:
             _try_short_contexts(trial)
         except MSDUnsupportedError:
-            chain = None if trial.is_chain else _passing_chain(trial)
+            chain = None if trial.is_chain else _passing_chain(trial, is_compiled)
             if chain is None:
                 raise
             trial, pair.is_chain = chain, True
@@ -93,19 +95,24 @@ def _try_short_contexts(trial: Trial) -> None:
     compare(trial.adapter, trial.in_made_up_context, _SHORT_CONTEXT)
 
 
-def _passing_chain(tree: Trial) -> Trial | None:
+def _passing_chain(tree: Trial, is_compiled: bool) -> Trial | None:
     """The trial of a chain in place of a tree that has failed; `None` if the chain fails too or cannot be used."""
     given = tree.adapter, tree.running, tree.input_ids, tree.model_kwargs, tree.prefill_outputs
     chain = Trial(*given, tree.depth, is_chain=True)
     try:
-        _check_slots_are_positions(tree.adapter, tree.running)
+        _check_chain(tree.adapter, tree.running, is_compiled)
         _try_short_contexts(chain)
     except MSDUnsupportedError:
         return None
     return chain
 
 
-def _check_slots_are_positions(adapter: TargetAdapter, running: RunningRows) -> None:
+def _check_chain(adapter: TargetAdapter, running: RunningRows, is_compiled: bool) -> None:
+    if is_compiled:
+        raise MSDUnsupportedError(
+            f"`draft.generation_config.compile=True` cannot be used here: {name_of(adapter)} verifies chains only, "
+            "whose rounds are not compiled."
+        )
     if len(running.tokens) > 1 or running.context.hides_slots:
         raise MSDUnsupportedError(
             f"{name_of(adapter)} takes positions from the order of slots in the cache, so it verifies chains of one "
