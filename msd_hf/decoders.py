@@ -13,6 +13,8 @@ def decoder_of(target: PreTrainedModel) -> Any:
     is the one model within it that holds the embedding. A target without such a model is returned itself.
     """
     decoder: Any = target.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):  # ModernBERT calls its head `decoder`
+        decoder = target
     while decoder.get_output_embeddings() is not None:
         embedding = decoder.get_input_embeddings()
         inner = [
@@ -30,8 +32,10 @@ def head_of(target: PreTrainedModel) -> Any:
     """The language-model head of a target; `None` if it has none. A model that wraps a causal language model may name
     no head of its own, as Nemotron-H Omni does not."""
     head = target.get_output_embeddings()
-    decoder: Any = target.get_decoder()
-    return decoder.get_output_embeddings() if head is None and decoder is not target else head
+    decoder = target.get_decoder()
+    if head is not None or decoder is target or not isinstance(decoder, PreTrainedModel):
+        return head
+    return decoder.get_output_embeddings()
 
 
 __all__ = ["decoder_of", "head_of"]

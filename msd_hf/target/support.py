@@ -127,7 +127,7 @@ def _check_modules(target: PreTrainedModel, name: str, advice: str) -> None:
             f"The decoder of {name} takes no `position_ids`, so that siblings in a candidate tree cannot stand at the "
             f"same position. {advice}"
         )
-    if not {"cache", "past_key_values"} & set(decoder_inputs(target.get_decoder())):
+    if not {"cache", "past_key_values"} & set(decoder_inputs(decoder_of(target))):
         raise MSDUnsupportedError(
             f"The decoder of {name} takes no cache of keys and values, against which candidates are verified. {advice}"
         )
