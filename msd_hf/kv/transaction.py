@@ -102,7 +102,7 @@ class CacheTransaction:
     `abort` ends it.
 
     Args:
-        cache (`Cache`): a cache of `InPlaceLayer`s.
+        cache (`Cache`): a cache whose layers `make_in_place` has made.
         context (`ContextSlots`): the slots that the cache holds, which count as committed.
 
     Attributes:
