@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -163,12 +164,22 @@ class Trial:
         return torch.stack(logits, dim=1), positions[0]
 
 
-_Contents = dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
+@dataclass
+class _Slots:
+    """The content of a cache layer: keys and values `[B, heads, length, head_dim]`, and keys `[B, length, D]` and
+    positions `[P, B, length]` of its indexer, if it keeps them."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    index: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+
+
+_Contents = dict[int, _Slots]
 
 
 def _made_up(slots: CacheTransaction, length: int, window: int | None) -> _Contents:
-    """Keys and values `[B, heads, length, head_dim]` for each filled layer, drawn from those of the prompt, and keys
-    `[B, length, D]` of its indexer if it has filled one. States of images stay as they are."""
+    """Slots for each filled layer, drawn from those of the prompt. States of images stay as they are."""
     generator = torch.Generator().manual_seed(0)
     mask = slots.context.prompt_mask
     first = 0 if mask is None else int((~mask).sum(1).max())  # what stands at padding need not be a number
@@ -178,7 +189,7 @@ def _made_up(slots: CacheTransaction, length: int, window: int | None) -> _Conte
         if not isinstance(layer, DynamicLayer) or not layer.get_seq_length():
             continue
         if isinstance(layer, ImageStatesLayer):
-            made[number] = layer.keys, layer.values, None
+            made[number] = _Slots(layer.keys, layer.values)
             continue
         drawn = torch.randint(first, layer.get_seq_length(), (length,), generator=generator).to(layer.keys.device)
         keys, values = layer.keys[:, :, drawn], layer.values[:, :, drawn]
@@ -189,15 +200,18 @@ def _made_up(slots: CacheTransaction, length: int, window: int | None) -> _Conte
             # A slot may be drawn twice. Equal keys would have equal scores, and either may be chosen.
             factors = 1 + torch.rand(length, 1, generator=generator)
             index = index[:, drawn] * factors.to(index)
-        made[number] = keys, values, index
+        positions = getattr(layer, "indexer_position_ids", None)
+        made[number] = _Slots(keys, values, index, None if positions is None else positions[..., drawn])
     return made
 
 
 def _fill(cache: DynamicCache, contents: _Contents) -> None:
-    for layer, (keys, values, index) in contents.items():
-        cache.update(keys, values, layer)
-        if index is not None:
-            cache.update_indexer(index, layer)
+    for number, slots in contents.items():
+        cache.update(slots.keys, slots.values, number)
+        if slots.index is not None:
+            cache.update_indexer(slots.index, number)
+        if slots.positions is not None:
+            cache.layers[number].indexer_position_ids = slots.positions
 
 
 def compare(adapter: TargetAdapter, trial: Callable[..., list[Differing]], *arguments: Any) -> None:
