@@ -14,7 +14,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from msd_hf.attention import split as split_attention
 from msd_hf.attention.split import find_live_slots
-from msd_hf.compat import CACHE_NAME
+from msd_hf.compat import CACHE_NAME, holds_nothing
 from msd_hf.compiled import compile as compiled
 from msd_hf.decoding import loop as generation
 from msd_hf.decoding import pair as pair_states
@@ -88,6 +88,8 @@ def test_every_family(name, attention, returns_dict, rounds, monkeypatch):
                 assert torch.equal(got.sequences, expected.sequences)
                 assert sum(got.acceptance_lengths[0]) == 29
                 for layer, alone in zip(got[CACHE_NAME].layers, expected[CACHE_NAME].layers, strict=True):
+                    if holds_nothing(alone):
+                        continue
                     window = alone.keys.shape[2]  # a sliding layer holds only its window
                     # Eager attention computes its softmax in float32.
                     torch.testing.assert_close(layer.keys[:, :, -window:], alone.keys, rtol=1e-4, atol=1e-5)

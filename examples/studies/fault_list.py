@@ -193,15 +193,15 @@ FAULTS = {
         Fault(
             "the window inside a tree is dropped",
             "attention/masks.py",
-            "    return visible & (depths.unsqueeze(2) - depths.unsqueeze(1) < window)\n",
-            "    return visible\n",
+            "        visible = visible & (places.unsqueeze(1) >= first.unsqueeze(2))\n        outside",
+            "        outside",
             WINDOW,
         ),
         Fault(
             "the window before a tree is one slot too wide",
             "attention/masks.py",
-            "+ depths - window + 1  # [B, T]",
-            "+ depths - window  # [B, T]",
+            "return places - self.window + 1",
+            "return places - self.window",
             WINDOW,
         ),
         Fault(
@@ -397,8 +397,8 @@ FAULTS = {
         Fault(
             "a nested forward is observed with the one around it",
             "target/observation.py",
-            "with _set(_running, None), substituted(None):",
-            "with substituted(None):",
+            "with _set(_running, None), substituted(None), along_tree(None):",
+            "with substituted(None), along_tree(None):",
             f"{THREADS} -k nested",
         ),
         Fault(
@@ -518,8 +518,8 @@ FAULTS = {
         Fault(
             "rows that have ended do not come back",
             "kv/transaction.py",
-            "            self.restore_rows()\n            truncate",
-            "            truncate",
+            "        self.restore_rows()\n        if recurrent and",
+            "        if recurrent and",
             INTERRUPTED,
         ),
         Fault(

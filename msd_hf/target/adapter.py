@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -46,9 +46,9 @@ class TargetPrefill:
         prompt_mask (`torch.BoolTensor` of shape `[B, S]`, *optional*): mask of all S slots of the cache, false at
             padding; `None` without padding.
         next_position (`torch.LongTensor` of shape `[..., B, 1]`): position of the first new token.
-        repeated_inputs (`dict[str, torch.Tensor]`): `inputs` of the `ContextSlots` behind the prompt.
         num_slots (`int`): number of slots of the cache, S.
         outputs (`ModelOutput`): all outputs of the target.
+        repeated_inputs (`dict[str, torch.Tensor]`): `inputs` of the `ContextSlots` behind the prompt.
     """
 
     logits: torch.Tensor
@@ -57,9 +57,9 @@ class TargetPrefill:
     visual_mask: torch.Tensor
     prompt_mask: torch.Tensor | None
     next_position: torch.Tensor
-    repeated_inputs: dict[str, torch.Tensor]
     num_slots: int
     outputs: ModelOutput
+    repeated_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
