@@ -87,17 +87,16 @@ def test_logits_of_random_trees(name, rows):
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
-@pytest.mark.parametrize("name", RECURRENT_FAMILIES)
+@pytest.mark.parametrize("name", WITH_CONVOLUTION_AND_STATE)
 def test_prompts_shorter_than_a_convolution(name, length):
     expected, tokens, _ = both(name, RECURRENT_FAMILIES[name].inputs(length, num_text=length), **GREEDY)
     assert tokens == expected
 
 
-@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("name", RECURRENT_FAMILIES)
-def test_a_returned_cache_goes_on_with_and_without_the_draft(name, rows):
+def test_a_returned_cache_goes_on_with_and_without_the_draft(name):
     """The cache that a call with the draft returns is that of the target alone: either continues from it."""
-    family, pair = RECURRENT_FAMILIES[name], family_pair(name)
+    family, pair, rows = RECURRENT_FAMILIES[name], family_pair(name), 2
     inputs = family.collate([family.prompt(seed, num_text=8 - 2 * seed) for seed in range(rows)])
     more = torch.tensor([[5, 9, 7]] * rows)
     options = {"max_new_tokens": 9, "return_dict_in_generate": True, **GREEDY}
