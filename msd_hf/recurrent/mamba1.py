@@ -73,15 +73,15 @@ def tree_mamba1(
     kept = Mamba1Nodes(state, x * dt, dt, A, B)
     batch_size, num_nodes = parents.shape
     rows = torch.arange(batch_size, device=parents.device)
-    decays = (dt.unsqueeze(3) * A).exp()  # [B, N, C, S]
-    states = kept.inputs.unsqueeze(3) * B.unsqueeze(2)
-    states[:, 0] += state * decays[:, 0]
-    for node in range(1, num_nodes):
-        states[:, node] += states[rows, parents[:, node]] * decays[:, node]
-    outputs = (states * C.unsqueeze(2)).sum(-1)
-    if D is not None:
-        outputs = outputs + D * x
-    return outputs, kept
+    states = x.new_empty(batch_size, num_nodes, *state.shape[1:])
+    outputs = []
+    for node in range(num_nodes):  # one node at a time stays in the processor's cache
+        before = states[rows, parents[:, node]] if node else state
+        written = kept.inputs[:, node].unsqueeze(2) * B[:, node].unsqueeze(1)
+        states[:, node] = torch.addcmul(written, before, (dt[:, node].unsqueeze(2) * A).exp())
+        outputs.append((states[:, node] @ C[:, node].unsqueeze(2)).squeeze(2))
+    stacked = torch.stack(outputs, dim=1)
+    return (stacked if D is None else stacked + D * x), kept
 
 
 __all__ = ["Mamba1Nodes", "tree_mamba1"]
