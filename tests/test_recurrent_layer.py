@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
+from msd_hf.errors import MSDUnsupportedError
 from msd_hf.kv.slots import ContextSlots
 from msd_hf.kv.transaction import CacheTransaction, can_commit, make_in_place, recurrent_layers
 from msd_hf.recurrent.layer import RecurrentLayer, copy_states
@@ -179,6 +180,19 @@ def test_rows_of_different_lengths_go_back_to_the_beginning():
         run_tree(slots, rows=2)
         slots.commit([1, 3], torch.tensor([[0, 0, 0], [0, 1, 2]]))
         raise Interrupted
+    assert equal(states_of(cache), before) and cache.get_seq_length() == 6
+
+
+def test_a_refusal_returns_to_the_beginning():
+    """Also where a kernel that is not known has changed states in place."""
+    cache = filled_cache()
+    slots, before = transaction(cache), states_of(cache)
+    with pytest.raises(MSDUnsupportedError), slots.undone_on_error():
+        run_tree(slots, rows=2)
+        slots.commit([1, 1])
+        run_tree(slots, rows=2)
+        recurrent_layers(cache)[0].recurrent_states[0].add_(1)
+        raise MSDUnsupportedError("refused")
     assert equal(states_of(cache), before) and cache.get_seq_length() == 6
 
 

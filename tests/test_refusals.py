@@ -151,11 +151,6 @@ def with_keys_in_modules(target, draft):
     return target, draft, {}
 
 
-def with_pools(target, draft):
-    target.config.text_config.index_kpool = 4
-    return target, draft, {}
-
-
 def compiled_with_indexers(target, draft):
     target.config.text_config.layer_types = ["indexed_attention"] * 2
     draft = build_draft()
@@ -303,7 +298,6 @@ CASES = {
     "`draft.generation_config.compile=True`, with layers that scale queries by place (Llama 4)": compiled_with(
         "llama4_text"
     ),
-    "indexers that choose pools of slots (GLM-5-Next)": with_pools,
     "recurrent or convolutional layers, with transformers before 5.17": linear_attention_of_early_releases,
     "a target with a cache of its own kind (MiniMax)": with_a_cache_of_its_own,
     "recurrent layers of a kind that is not known (RecurrentGemma)": linear_attention,

@@ -518,15 +518,15 @@ FAULTS = {
         Fault(
             "rows that have ended do not come back",
             "kv/transaction.py",
-            "        self.restore_rows()\n        if recurrent and",
-            "        if recurrent and",
+            "        self.restore_rows()\n        if returns",
+            "        if returns",
             INTERRUPTED,
         ),
         Fault(
             "a failed check leaves the prompt in the cache",
-            "decoding/loop.py",
-            "            call.slots.revert()  # so that",
-            "            pass  # so that",
+            "kv/transaction.py",
+            "returns=isinstance(error, MSDUnsupportedError)",
+            "returns=False",
             "tests/test_odd_calls.py -k fails_its_check",
         ),
         Fault(
@@ -597,10 +597,8 @@ FAULTS = {
         Fault(
             "a step of plain decoding changes the state itself",
             "recurrent/layer.py",
-            "            {number: None if state is None else state.clone() for number, state in states.items()}\n"
-            "            for states in (self.conv_states, self.recurrent_states)\n        )\n\n    def has_kept_nodes",
-            "            dict(states)\n"
-            "            for states in (self.conv_states, self.recurrent_states)\n        )\n\n    def has_kept_nodes",
+            "self.conv_states, self.recurrent_states = _copies(self.conv_states), _copies(self.recurrent_states)",
+            "self.conv_states, self.recurrent_states = dict(self.conv_states), dict(self.recurrent_states)",
             STATES,
         ),
         Fault(
@@ -613,8 +611,8 @@ FAULTS = {
         Fault(
             "ragged rows keep the states of longer texts",
             "kv/transaction.py",
-            "if recurrent and (min(lengths) != max(lengths) or lengths == self._first.lengths):",
-            "if recurrent and lengths == self._first.lengths:",
+            "(min(lengths) != max(lengths) or lengths == self._first.lengths)",
+            "lengths == self._first.lengths",
             STATES,
         ),
         Fault(

@@ -111,7 +111,7 @@ class Case:
         return [f"token {first} of row {row} differs, logits before it by {rounding:.2g}"]
 
 
-def leave_states(self: RecurrentLayer, counts: Any, paths: Any) -> None:
+def leave_states(self: RecurrentLayer, *args: Any) -> None:
     """Takes the place of `RecurrentLayer.advance` in the control."""
     self.drop()
 

@@ -52,6 +52,7 @@ class DecodingCall:
         flags (`dict[str, bool]`): `output_hidden_states`, `output_attentions`, if they are asked for.
         keeps_cache (`bool`): whether the target's cache outlives the call.
         num_fixed_nodes (`int`, *optional*): nodes of a tree in compiled verifications; `None`: nothing is compiled.
+        is_chain (`bool`): whether the target verifies chains only, as the check of unknown kinds may find.
     """
 
     target: TargetAdapter
@@ -69,6 +70,7 @@ class DecodingCall:
     flags: dict[str, bool]
     keeps_cache: bool
     num_fixed_nodes: int | None
+    is_chain: bool = False
 
 
 def prepare_call(

@@ -11,7 +11,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..compat import CACHE_NAME
 from ..draft.interface import Draft
-from ..errors import MSDUnsupportedError
 from ..kv.fixed import buffers_left
 from ..observer import phase
 from ..target.tree_forward import TargetVerification
@@ -78,20 +77,17 @@ def _prefill(
     tokens = selector.select(prefill.logits)
     running = RunningRows(call.slots, prefill.next_position, tokens)
     if not selector.finished:
-        try:
-            check_tree_verification(
-                call.target,
-                call.pair,
-                running,
-                input_ids,
-                model_kwargs,
-                prefill.outputs,
-                selector.tokens_left,
-                is_compiled=call.num_fixed_nodes is not None,
-            )
-        except MSDUnsupportedError:
-            call.slots.revert()  # so that the same call can be made without the draft
-            raise
+        check_tree_verification(
+            call.target,
+            call.pair,
+            running,
+            input_ids,
+            model_kwargs,
+            prefill.outputs,
+            selector.tokens_left,
+            is_compiled=call.num_fixed_nodes is not None,
+        )
+        call.is_chain = call.pair.is_chain
     if call.keeps_cache or not selector.finished:
         with phase("prefill"):
             call.drafter.prefill(prefill, torch.tensor(tokens), call.memory)
@@ -133,9 +129,9 @@ def _draft(call: DecodingCall, running: RunningRows) -> CandidateTree:
     roots = torch.tensor(running.tokens, device=call.draft.device)
     with phase("tree"):
         tree = call.drafter.propose(roots, limits)
-        if call.pair.is_chain and limits.top_k > 1 and tree.max_depth:
+        if call.is_chain and limits.top_k > 1 and tree.max_depth:
             tree = tree.best_path()  # this call has found out that the target verifies chains only
-        elif limits.suffix_nodes and not call.pair.is_chain:
+        elif limits.suffix_nodes and not call.is_chain:
             tree = call.branches.added_to(tree, limits.suffix_nodes, selector.running_tokens)
     tree = tree.to(running.next_position.device)
     if selector.padded_rows:

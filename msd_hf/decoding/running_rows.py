@@ -53,7 +53,7 @@ class RunningRows:
             verified, paths, counts = self._unsettled
             self._unsettled = None
             in_place = all(path[-1] == len(path) - 1 for path in verified.paths)
-            self.slots.commit(verified.counts, None if in_place else paths)
+            self.slots.commit(verified.counts, None if in_place else paths, counts)
             self.next_position = self.next_position + counts.unsqueeze(1)
 
     def select(self, places: Sequence[int], keep_others: bool) -> None:

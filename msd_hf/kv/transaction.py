@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from ..compat import holds_nothing
+from ..errors import MSDUnsupportedError
 from ..recurrent.layer import RecurrentLayer, copy_states
 from .hybrid import HybridLayer
 from .image_states import ImageStatesLayer, image_states
@@ -152,7 +153,9 @@ class CacheTransaction:
         self._prompt_mask, self._inputs = prompt_mask, self.context.inputs
         self._is_open = False
 
-    def commit(self, counts: Sequence[int], paths: torch.Tensor | None = None) -> None:
+    def commit(
+        self, counts: Sequence[int], paths: torch.Tensor | None = None, row_counts: torch.Tensor | None = None
+    ) -> None:
         """
         Keeps accepted slots of the block, moves recurrent states behind them, and drops the other slots. The context
         grows last, so that it names only untouched slots if this method is interrupted.
@@ -161,13 +164,19 @@ class CacheTransaction:
             counts (`Sequence[int]`): how many slots each row keeps.
             paths (`torch.LongTensor` of shape `[B, A]`, *optional*): which slots of the block each row keeps, in
                 order; entries behind a row's count are ignored. `None`: the first slots of the block.
+            row_counts (`torch.LongTensor` of shape `[B]`, *optional*): `counts`, if they are on the device already.
+                Making a tensor from a list waits for the device.
         """
         recurrent = recurrent_layers(self.cache)
         if recurrent:
             self._committing = self.context.lengths
-            nodes = paths if paths is not None else torch.arange(max(counts)).expand(len(counts), -1)
+            if row_counts is None:
+                row_counts = torch.tensor(counts, device=recurrent[0].device)
+            nodes = paths
+            if nodes is None:
+                nodes = torch.arange(max(counts), device=row_counts.device).expand(len(counts), -1)
             for layer in recurrent:
-                layer.advance(counts, nodes)
+                layer.advance(counts, nodes, row_counts)
         start = self.context.num_slots
         if not self.context.is_ragged and min(counts) == max(counts):
             for layer in own_layers(self.cache):
@@ -223,15 +232,16 @@ class CacheTransaction:
         """
         Makes the cache whole again if the block raises an exception: every layer has the same slots, every row of the
         batch is back, and only slots that every row has committed remain. Recurrent states cannot go back to a length
-        that they have passed: if rows differ in length, the cache returns to where the transaction began.
+        that they have passed: if rows differ in length, the cache returns to where the transaction began. So it does
+        after a refusal, and the same call can be made without the draft.
         """
         try:
             yield
-        except BaseException:
-            self._undo()
+        except BaseException as error:
+            self._undo(returns=isinstance(error, MSDUnsupportedError))
             raise
 
-    def _undo(self) -> None:
+    def _undo(self, returns: bool) -> None:
         recurrent = recurrent_layers(self.cache)
         # A commit that was interrupted counts if the context has grown.
         is_committed = self._committing is not None and self.context.lengths is not self._committing
@@ -243,7 +253,7 @@ class CacheTransaction:
                 layer.drop()
         lengths = [*self.context.lengths, *(row.length for row in self._stored.values())]
         self.restore_rows()
-        if recurrent and (min(lengths) != max(lengths) or lengths == self._first.lengths):
+        if returns or (recurrent and (min(lengths) != max(lengths) or lengths == self._first.lengths)):
             self.revert()
         else:
             truncate(self.cache, min(lengths))

@@ -47,21 +47,26 @@ def along_tree(nodes: TreeNodes | None) -> Iterator[None]:
 
 def has_known_kernels(decoder: nn.Module) -> bool:
     """Whether a file of transformers that a decoder's modules come from has a function that can run along trees."""
-    files = {type(module).__module__ for module in decoder.modules()}
-    return any(hasattr(sys.modules.get(file), name) for file in files for name in _KERNELS)
+    return any(True for _ in _functions_of(decoder))
+
+
+def _functions_of(decoder: nn.Module) -> Iterator[tuple[str, str, Callable[..., Any]]]:
+    """The functions that can run along trees in the files of a decoder's modules: file, name, function."""
+    for file in {type(module).__module__ for module in decoder.modules()}:
+        for name in _KERNELS:
+            function = getattr(sys.modules.get(file), name, None)
+            if function is not None:
+                yield file, name, function
 
 
 def allow_trees(decoder: nn.Module) -> None:
     """Lets [`along_tree`] replace the functions that recurrent layers of a decoder call. Other calls get the functions
     that stood there before."""
-    files = {type(module).__module__ for module in decoder.modules()}
     with _lock:
-        for file in files:
-            for name, along in _KERNELS.items():
-                function = getattr(sys.modules.get(file), name, None)
-                if function is not None and function is not _replaced.get((file, name)):
-                    _replaced[file, name] = _replaceable(function, along)
-                    setattr(sys.modules[file], name, _replaced[file, name])
+        for file, name, function in _functions_of(decoder):
+            if function is not _replaced.get((file, name)):
+                _replaced[file, name] = _replaceable(function, _KERNELS[name])
+                setattr(sys.modules[file], name, _replaced[file, name])
 
 
 def restore_kernels() -> None:

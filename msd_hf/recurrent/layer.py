@@ -83,10 +83,7 @@ class RecurrentLayer(LinearAttentionLayer):
         the states of now."""
         if self._before is None:
             self._before = self.conv_states, self.recurrent_states
-        self.conv_states, self.recurrent_states = (
-            {number: None if state is None else state.clone() for number, state in states.items()}
-            for states in (self.conv_states, self.recurrent_states)
-        )
+        self.conv_states, self.recurrent_states = _copies(self.conv_states), _copies(self.recurrent_states)
 
     def has_kept_nodes(self) -> bool:
         """Whether the last forward over trees left what `advance` needs: every convolution and every recurrence of the
@@ -105,7 +102,7 @@ class RecurrentLayer(LinearAttentionLayer):
             if state is not None
         )
 
-    def advance(self, counts: Sequence[int], paths: torch.Tensor) -> None:
+    def advance(self, counts: Sequence[int], paths: torch.Tensor, row_counts: torch.Tensor) -> None:
         """
         Moves the states behind the accepted nodes. Until `settle`, `drop` returns to the states before.
 
@@ -113,10 +110,11 @@ class RecurrentLayer(LinearAttentionLayer):
             counts (`Sequence[int]`): how many nodes each row accepts.
             paths (`torch.LongTensor` of shape `[B, A]`): the accepted nodes of each row, in order; entries behind a
                 row's count are ignored.
+            row_counts (`torch.LongTensor` of shape `[B]`): `counts`, made once for all layers.
         """
         if self._nodes is None:
             if self._before is not None and min(counts) == 0:  # these rows take back the step
-                stepped = torch.tensor(counts, device=paths.device) > 0
+                stepped = row_counts > 0
                 for states, before in zip((self.conv_states, self.recurrent_states), self._before, strict=True):
                     for number, state in states.items():
                         if state is not None:
@@ -125,14 +123,12 @@ class RecurrentLayer(LinearAttentionLayer):
             return
         conv_states, recurrent_states = dict(self.conv_states), dict(self.recurrent_states)
         for number, columns in self._columns.items():
-            row_counts = torch.tensor(counts, device=columns.device)
-            conv_states[number] = columns_after(
-                self.conv_states[number], columns, paths.to(columns.device), row_counts
-            )
+            accepted = paths.to(columns.device), row_counts.to(columns.device)
+            conv_states[number] = columns_after(self.conv_states[number], columns, *accepted)
         for number, kept in self._kept.items():
             state = self.recurrent_states[number]
-            row_counts = torch.tensor(counts, device=state.device)
-            recurrent_states[number] = kept.state_after(paths.to(state.device), row_counts).to(state.dtype)
+            accepted = paths.to(state.device), row_counts.to(state.device)
+            recurrent_states[number] = kept.state_after(*accepted).to(state.dtype)
         self._before = self.conv_states, self.recurrent_states
         self.conv_states, self.recurrent_states = conv_states, recurrent_states
         self._end_block()
@@ -169,11 +165,8 @@ class RecurrentLayer(LinearAttentionLayer):
 
     def take_row(self, row: int, length: int) -> tuple[States, States]:
         """Copies of the states of a row, `[1, ...]`."""
-        conv_states, recurrent_states = (
-            {number: None if state is None else state[row : row + 1].clone() for number, state in states.items()}
-            for states in (self.conv_states, self.recurrent_states)
-        )
-        return conv_states, recurrent_states
+        rows = slice(row, row + 1)
+        return _copies(self.conv_states, rows), _copies(self.recurrent_states, rows)
 
     def put_rows(self, rows: Sequence[tuple[States, States]]) -> None:
         """Replaces the content of the layer by rows that `take_row` returned."""
@@ -183,11 +176,14 @@ class RecurrentLayer(LinearAttentionLayer):
                     states[number] = torch.cat([row[kind][number] for row in rows])
 
 
+def _copies(states: States, rows: slice = slice(None)) -> States:
+    """Copies of states, of all rows of the batch or of some."""
+    return {number: None if state is None else state[rows].clone() for number, state in states.items()}
+
+
 def copy_states(source: LinearAttentionLayer, target: LinearAttentionLayer) -> None:
     """Replaces the states of all rows of a layer by copies of those of another layer."""
-    for name in ("conv_states", "recurrent_states"):
-        states = getattr(source, name)
-        setattr(target, name, {key: None if state is None else state.clone() for key, state in states.items()})
+    target.conv_states, target.recurrent_states = _copies(source.conv_states), _copies(source.recurrent_states)
     for name in (
         "is_conv_states_initialized",
         "is_recurrent_states_initialized",

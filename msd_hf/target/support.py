@@ -172,11 +172,6 @@ def _check_layers(
         reason = why_unserved(others[0])
         kinds = ", ".join(kind for kind in others if why_unserved(kind) == reason)
         raise MSDUnsupportedError(f"The decoder of {name} has layers of type {kinds}, which {reason}. {advice}")
-    if getattr(text_config, "index_kpool", None) is not None:
-        raise MSDUnsupportedError(
-            f"The decoder of {name} chooses pools of neighbouring slots of the cache (`index_kpool`), which the "
-            f"tokens of a tree or a chain would share. {advice}"
-        )
     if getattr(target, "_is_stateful", False) and not has_recurrent_layers(text_config):
         raise MSDUnsupportedError(
             f"The decoder of {name} has a recurrent state outside of the cache, which cannot keep one branch of a "
