@@ -22,7 +22,7 @@ from transformers.activations import ACT2FN
 
 from .convolution import tree_convolution
 from .gated_delta import tree_gated_delta
-from .mamba1 import tree_mamba1
+from .mamba1 import Mamba1Heads, tree_mamba1
 from .mamba2 import tree_mamba2
 from .nodes import TreeNodes
 
@@ -182,20 +182,24 @@ def _mamba1(
     dtype = hidden_states.dtype
     dt = _step_sizes(dt.mT, delta_bias, delta_softplus)
     parents, _ = nodes.on(hidden_states.device)
-    outputs, nodes.kept = tree_mamba1(
+    # Zamba scans each head by itself, `[B, heads, C, S]`, and hands over all new states at the end.
+    earlier = nodes.kept if isinstance(nodes.kept, Mamba1Heads) else Mamba1Heads()
+    state = nodes.state if nodes.state.dim() == 3 else nodes.state[:, len(earlier.heads)]
+    outputs, kept = tree_mamba1(
         hidden_states.mT.float(),
         dt.float(),
         A.float(),
         B.mT.float(),
         C.mT.float(),
         None if D is None else D.float(),
-        nodes.state.float(),
+        state.float(),
         parents,
     )
+    nodes.kept = kept if nodes.state.dim() == 3 else Mamba1Heads([*earlier.heads, kept])
     outputs = outputs.mT
     if z is not None:
         outputs = outputs * functional.silu(z)
-    return outputs.to(dtype), nodes.state
+    return outputs.to(dtype), state
 
 
 def _step_sizes(dt: torch.Tensor, bias: torch.Tensor | None, softplus: bool) -> torch.Tensor:

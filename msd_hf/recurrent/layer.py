@@ -10,6 +10,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from .convolution import columns_after
 from .nodes import KeptNodes, TreeNodes
+from .replay import MixerCall
 
 
 States = dict[int, Any]  # by number of the state; a layer may have several
@@ -21,7 +22,9 @@ class RecurrentLayer(LinearAttentionLayer):
 
     A forward over a tree (`expect`) leaves the states as they are; the layer keeps what the kernels computed, from
     which `advance` computes the states behind the accepted path. A forward over a root alone is a step of plain
-    decoding, which changes states in place: it gets copies (`hold`). Outside of these the layer behaves as its base.
+    decoding, which changes states in place: it gets copies (`hold`). So does a forward over a chain on a layer of an
+    unknown kind, whose mixer then runs again over the accepted tokens (`replay`). Outside of these the layer behaves
+    as its base.
 
     Attributes:
         number_of_states (`int`): how many convolutions and recurrences the layer has.
@@ -37,6 +40,7 @@ class RecurrentLayer(LinearAttentionLayer):
         self._columns: dict[int, torch.Tensor] = {}  # what the tree's convolutions have read, `[B, C, N]`
         self._kept: dict[int, KeptNodes] = {}  # what its recurrences have kept
         self._before: tuple[States, States] | None = None  # the states before a step, or before `advance`
+        self._call: MixerCall | None = None  # that of a chain, which has changed the states
 
     # What a target's layer calls
 
@@ -85,6 +89,10 @@ class RecurrentLayer(LinearAttentionLayer):
             self._before = self.conv_states, self.recurrent_states
         self.conv_states, self.recurrent_states = _copies(self.conv_states), _copies(self.recurrent_states)
 
+    def replay(self, call: MixerCall) -> None:
+        """Takes the call of the layer's mixer that has run a chain since `hold`."""
+        self._call = call
+
     def has_kept_nodes(self) -> bool:
         """Whether the last forward over trees left what `advance` needs: every convolution and every recurrence of the
         layer ran along the trees."""
@@ -112,6 +120,14 @@ class RecurrentLayer(LinearAttentionLayer):
                 row's count are ignored.
             row_counts (`torch.LongTensor` of shape `[B]`): `counts`, made once for all layers.
         """
+        if self._call is not None:
+            (count,) = counts
+            if count < self._call.num_tokens:
+                assert self._before is not None
+                self.conv_states, self.recurrent_states = (_copies(states) for states in self._before)
+                if count:
+                    self._call.repeat(count)
+            return
         if self._nodes is None:
             if self._before is not None and min(counts) == 0:  # these rows take back the step
                 stepped = row_counts > 0
@@ -146,7 +162,7 @@ class RecurrentLayer(LinearAttentionLayer):
         self._end_block()
 
     def _end_block(self) -> None:
-        self._nodes = None
+        self._nodes = self._call = None
         self._columns, self._kept = {}, {}
 
     def select_rows(self, rows: Sequence[int], length: int) -> None:

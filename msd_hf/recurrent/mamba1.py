@@ -6,7 +6,7 @@ The scan goes through the nodes in order: each starts from the state of its pare
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -43,6 +43,17 @@ class Mamba1Nodes:
             stepped = state * decays + inputs[:, step].unsqueeze(2) * keys[:, step].unsqueeze(1)
             state = torch.where((counts > step)[:, None, None], stepped, state)
         return state
+
+
+@dataclass
+class Mamba1Heads:
+    """What the scans of several heads keep, in order. The state has one more dimension, `[B, heads, C, S]`."""
+
+    heads: list[Mamba1Nodes] = field(default_factory=list)
+
+    def state_after(self, paths: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """The state behind accepted nodes, `[B, heads, C, S]`; see [`KeptNodes.state_after`]."""
+        return torch.stack([head.state_after(paths, counts) for head in self.heads], dim=1)
 
 
 def tree_mamba1(
@@ -84,4 +95,4 @@ def tree_mamba1(
     return (stacked if D is None else stacked + D * x), kept
 
 
-__all__ = ["Mamba1Nodes", "tree_mamba1"]
+__all__ = ["Mamba1Heads", "Mamba1Nodes", "tree_mamba1"]

@@ -18,7 +18,7 @@ INDEXED = "indexed_attention"
 # Kinds of layers with recurrent or convolutional states, which attention masks do not concern.
 RECURRENT = ("linear_attention", "conv")
 # Kinds of layers with attention beside a recurrence, and the kind of their attention.
-_HYBRID = {"hybrid": _FULL, "hybrid_sliding": _SLIDING}
+HYBRID = {"hybrid": _FULL, "hybrid_sliding": _SLIDING}
 # Kinds of layers without any state.
 _STATELESS = ("moe", "mlp")
 # Kinds of attention that a tree can be verified in, whatever the model.
@@ -40,7 +40,13 @@ def _layer_types(text_config: PreTrainedConfig) -> list[str] | None:
 
 def has_recurrent_layers(text_config: PreTrainedConfig) -> bool:
     """Whether some layers of a decoder have recurrent or convolutional states."""
-    return not {*RECURRENT, *_HYBRID}.isdisjoint(_layer_types(text_config) or ())
+    return bool(recurrent_layers(text_config))
+
+
+def recurrent_layers(text_config: PreTrainedConfig) -> list[int]:
+    """The numbers of the layers of a decoder that have recurrent or convolutional states."""
+    kinds = {*RECURRENT, *HYBRID}
+    return [number for number, kind in enumerate(_layer_types(text_config) or ()) if kind in kinds]
 
 
 # Inputs of a decoder that say which states of images a token of the text reads, `[B, 1, T, ...]`.
@@ -60,7 +66,7 @@ def attention_reaches(text_config: PreTrainedConfig) -> dict[str, Reach]:
     if layer_types is None:  # Mistral has a window on every layer and no list of layer types
         layer_types = [_SLIDING if window is not None else _CHUNKED if chunk is not None else _FULL]
     limited = {_SLIDING: Reach(window=window), _CHUNKED: Reach(chunk=chunk)}
-    kinds = {_HYBRID.get(kind, kind) for kind in layer_types} - {*RECURRENT, *_STATELESS}
+    kinds = {HYBRID.get(kind, kind) for kind in layer_types} - {*RECURRENT, *_STATELESS}
     return {kind: limited.get(kind, EVERYTHING) for kind in sorted(kinds)}
 
 
@@ -70,7 +76,7 @@ def layer_reaches(text_config: PreTrainedConfig) -> list[Reach]:
     layer_types = _layer_types(text_config)
     if layer_types is None:
         return [next(iter(reaches.values()))] * text_config.num_hidden_layers
-    kinds = [_HYBRID.get(kind, kind) for kind in layer_types]
+    kinds = [HYBRID.get(kind, kind) for kind in layer_types]
     return [reaches[kind] for kind in kinds if kind in reaches]
 
 
@@ -80,6 +86,7 @@ def why_unserved(kind: str) -> str:
 
 
 __all__ = [
+    "HYBRID",
     "IMAGE_MASKS",
     "INDEXED",
     "KEEPS_STATES",
@@ -89,5 +96,6 @@ __all__ = [
     "has_recurrent_layers",
     "image_layers",
     "layer_reaches",
+    "recurrent_layers",
     "why_unserved",
 ]

@@ -17,6 +17,7 @@ from ..compat import CACHE_NAME
 from ..draft.interface import TargetReads
 from ..recurrent.kernels import along_tree
 from ..recurrent.nodes import TreeNodes
+from ..recurrent.replay import MixerCall
 from .compiled_parts import CompiledPart, run_part
 from .stand_in import standing_in
 
@@ -37,9 +38,11 @@ class TargetObservation:
         run (`Callable`, *optional*): runs the decoder's inputs in place of its `forward`.
         projections (`Sequence[nn.Module]`): modules of the decoder whose outputs are multiplied by `factors`.
         factors (`torch.Tensor` of shape `[B, T, 1]`, *optional*): needed with `projections`.
+        mixers (`Sequence[nn.Module]`): modules of the decoder whose calls are kept in `mixer_calls`.
         inputs (`dict[str, Any]`): the decoder's inputs, by name.
         last_hidden_state (`torch.Tensor` of shape `[B, T, H]`): after the final norm; `None` before the first forward.
         layer_states (`dict[int, torch.Tensor]`): the outputs of the layers that are read.
+        mixer_calls (`list[MixerCall]`): the calls of `mixers` in the last forward.
     """
 
     decoder: Any
@@ -52,9 +55,11 @@ class TargetObservation:
     run: Callable[[dict[str, Any]], Any] | None = None
     projections: Sequence[nn.Module] = ()
     factors: torch.Tensor | None = None
+    mixers: Sequence[nn.Module] = ()
     inputs: dict[str, Any] = field(default_factory=dict)
     last_hidden_state: torch.Tensor | None = None
     layer_states: dict[int, torch.Tensor] = field(default_factory=dict)
+    mixer_calls: list[MixerCall] = field(default_factory=list)
 
     @property
     def hidden_states(self) -> torch.Tensor:
@@ -96,6 +101,8 @@ def observed(observation: TargetObservation, compiled_parts: Sequence[CompiledPa
             stack.enter_context(standing_in(decoder.layers[layer], "_call_impl", _run_layer))
         for projection in observation.projections:
             stack.enter_context(standing_in(projection, "_call_impl", _run_projection))
+        for mixer in observation.mixers:
+            stack.enter_context(standing_in(mixer, "_call_impl", _run_mixer))
         for part in compiled_parts:
             stack.enter_context(standing_in(part.module, part.name, _run_uncompiled))
         stack.enter_context(_set(_awaited, observation))
@@ -155,6 +162,14 @@ def _run_projection(
         return output
     assert observation.factors is not None
     return (output * observation.factors.to(output.device)).to(output.dtype)
+
+
+def _run_mixer(module: nn.Module, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    observation = _running.get()
+    if observation is not None and any(module is mixer for mixer in observation.mixers):
+        num_tokens = observation.replaced_inputs["position_ids"].shape[-1]
+        observation.mixer_calls.append(MixerCall(module, args, kwargs, num_tokens))
+    return method(*args, **kwargs)
 
 
 def _run_uncompiled(

@@ -15,6 +15,7 @@ from ..draft.interface import register_target_check
 from ..draft.modeling_msd import LENGTH_DEPENDENT_ROPE
 from ..errors import MSDPairingError, MSDUnsupportedError
 from ..recurrent.kernels import has_known_kernels
+from ..recurrent.replay import mixers_of
 from ..tree.settings import TreeSettings
 from .compiled_parts import uncompiled
 from .layer_kinds import (
@@ -23,6 +24,7 @@ from .layer_kinds import (
     attention_reaches,
     has_recurrent_layers,
     image_layers,
+    recurrent_layers,
     why_unserved,
 )
 
@@ -137,10 +139,12 @@ def _check_modules(target: PreTrainedModel, name: str, advice: str) -> None:
             f"{name} keeps its states in a cache of its own kind; an MSD draft moves the slots of a `DynamicCache`. "
             f"{advice}"
         )
-    if has_recurrent_layers(text_config) and KEEPS_STATES and not has_known_kernels(decoder_of(target)):
+    decoder, numbers = decoder_of(target), recurrent_layers(text_config)
+    # Layers of an unknown kind are tried in chains, see `recurrent/replay.py`.
+    if numbers and KEEPS_STATES and not has_known_kernels(decoder) and not mixers_of(decoder, numbers):
         raise MSDUnsupportedError(
-            f"The recurrent layers of {name} keep their states in their modules, or compute them in their own way, "
-            f"which cannot follow a candidate tree. {advice}"
+            f"The recurrent layers of {name} keep their states in their modules, where they cannot follow a candidate "
+            f"tree or chain. {advice}"
         )
     takes_states = "cross_attention_states" in decoder_inputs(decoder_of(target))
     layers = image_layers(text_config)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
@@ -23,11 +24,13 @@ from ..kv.in_place import KeysAndValues
 from ..kv.slots import ContextSlots
 from ..kv.transaction import recurrent_layers
 from ..observer import phase
-from ..recurrent.kernels import allow_trees
+from ..recurrent.kernels import allow_trees, has_known_kernels
 from ..recurrent.nodes import TreeNodes
+from ..recurrent.replay import mixers_of
 from ..tree.candidate import CandidateTree
 from .compiled_parts import uncompiled
-from .layer_kinds import RECURRENT, attention_reaches, has_recurrent_layers
+from .layer_kinds import HYBRID, RECURRENT, attention_reaches
+from .layer_kinds import recurrent_layers as recurrent_numbers
 from .observation import TargetObservation
 from .query_scales import QueryScales
 from .support import TREE_ATTENTION, takes_any_argument
@@ -75,9 +78,13 @@ class TreeForward:
         self._compiled = compiled
         text_config = target.config.get_text_config(decoder=True)
         self._reaches = attention_reaches(text_config)
-        self._is_recurrent = has_recurrent_layers(text_config)
-        if self._is_recurrent:
+        numbers = recurrent_numbers(text_config)
+        self._is_recurrent = bool(numbers)
+        self._mixers: Sequence[nn.Module] = ()  # of layers along whose functions no tree can run
+        if numbers and has_known_kernels(self.decoder):
             allow_trees(self.decoder)
+        elif numbers:
+            self._mixers = mixers_of(self.decoder, numbers)
         self._query_scales = QueryScales(self.decoder)
         self._is_limited = any(reach.most is not None for reach in self._reaches.values())
         self._hands_on_arguments = takes_any_argument(self.decoder)
@@ -185,7 +192,8 @@ class TreeForward:
         if masks is not None and len(masks) == 1:
             (mask,) = masks.values()
         elif masks is not None and self._is_recurrent:
-            mask = {**masks, **dict.fromkeys(RECURRENT)}  # padding is in the states already
+            hybrid = {name: masks[kind] for name, kind in HYBRID.items() if kind in masks}
+            mask = {**masks, **hybrid, **dict.fromkeys(RECURRENT)}  # padding is in the states already
         replaced = {"attention_mask": mask, "position_ids": position_ids, **replaced}
         observation = self._observe(
             cache=cache,
@@ -195,6 +203,7 @@ class TreeForward:
             run=run,
             projections=() if factors is None else self._query_scales.projections,
             factors=factors,
+            mixers=self._mixers if tree.tokens.shape[1] > 1 else (),
         )
         with observation as seen, phase("target forward"):
             outputs = self.target(
@@ -213,6 +222,8 @@ class TreeForward:
                 f"{self.decoder.config._attn_implementation!r} where transformers registers it, and it takes no tree "
                 'mask: load the target with `attn_implementation="sdpa"`.'
             )
+        for call in seen.mixer_calls:
+            cache.layers[call.mixer.layer_idx].replay(call)  # type: ignore[attr-defined]
         if nodes is not None and not all(layer.has_kept_nodes() for layer in recurrent_layers(cache)):
             raise MSDUnsupportedError(
                 f"The recurrent layers of `{type(self.target).__name__}` do not run with functions that can follow a "
@@ -222,15 +233,21 @@ class TreeForward:
 
     def _tree_nodes(self, tree: CandidateTree, cache: Cache) -> TreeNodes | None:
         """Prepares recurrent layers for a forward over the trees. Returns the nodes along which their kernels run;
-        `None` for a root alone, which is a step of plain decoding, and for targets without such layers."""
+        `None` for a root alone, which is a step of plain decoding, for chains on layers of unknown kinds, and for
+        targets without such layers."""
         if not self._is_recurrent:
             return None
         layers = recurrent_layers(cache)
-        if tree.tokens.shape[1] == 1:
+        nodes = TreeNodes(tree.parents, tree.ancestors)
+        if self._mixers and not nodes.are_chains:
+            raise MSDUnsupportedError(
+                f"The recurrent layers of `{type(self.target).__name__}` run with functions that cannot follow a "
+                "candidate tree."
+            )
+        if self._mixers or tree.tokens.shape[1] == 1:
             for layer in layers:
                 layer.hold()
             return None
-        nodes = TreeNodes(tree.parents, tree.ancestors)
         for layer in layers:
             layer.expect(nodes)
         return nodes
