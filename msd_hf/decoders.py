@@ -38,4 +38,20 @@ def head_of(target: PreTrainedModel) -> Any:
     return decoder.get_output_embeddings()
 
 
-__all__ = ["decoder_of", "head_of"]
+def padding_position(decoder: Any) -> int | None:
+    """
+    The position of padding in a decoder that counts positions by itself unless it is given some: position tables of
+    fairseq's kind, as Kosmos has them, give padding tokens the position `padding_idx`, and a text begins behind it.
+    `None` for other decoders.
+    """
+    table = getattr(decoder, "embed_positions", None)
+    return table.padding_idx if hasattr(table, "create_position_ids_from_input_ids") else None
+
+
+def position_behind(decoder: Any, num_slots: int) -> int:
+    """The position behind `num_slots` tokens, in a decoder that is given no positions."""
+    padding = padding_position(decoder)
+    return num_slots if padding is None else num_slots + padding + 1
+
+
+__all__ = ["decoder_of", "head_of", "padding_position", "position_behind"]

@@ -57,6 +57,8 @@ def other_image(inputs: Inputs) -> Inputs:
     for name, value in inputs.items():
         if torch.is_tensor(value) and value.is_floating_point() and value.numel() > 1:
             changed[name] = torch.randn(value.shape, generator=generator).to(value)
+            if name == "flattened_patches":
+                changed[name][..., :2] = value[..., :2]  # the place of each patch
         elif name == "protein_input_ids":
             changed[name] = value.flip(-1)
     return changed

@@ -31,11 +31,14 @@ class Substitution:
     Args:
         config (`PreTrainedConfig`): config of the decoder; its layers have the same object.
         name (`str`): "sdpa" or "eager".
+        mask (`torch.Tensor` of shape `[B, 1, T, S]`, *optional*): the mask that the function gets, in place of the one
+            that the layer hands over.
         num_calls (`int`): how often a layer has used it.
     """
 
     config: Any
     name: str
+    mask: torch.Tensor | None = None
     num_calls: int = 0
 
 
@@ -60,7 +63,9 @@ def substituted(substitution: Substitution | None) -> Iterator[None]:
 
 def allow_substitutes(name: str) -> None:
     """Lets [`substituted`] and the argument `LIVE_SLOTS` replace the attention function of this name. Other calls get
-    the function that was registered before."""
+    the function that was registered before. Eager attention is not registered, and cannot be replaced."""
+    if name == "eager":
+        return
     with _lock:
         function = _functions[name]
         if function is not _replaced.get(name):
@@ -80,6 +85,7 @@ def restore_attention() -> None:
 def _substitutable(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def attend(module: Any, *args: Any, **kwargs: Any) -> Any:
+        # Arguments are query, key, value and the mask, in this order.
         if kwargs.get(LIVE_SLOTS) is not None:
             return split_sdpa(module, *args, **kwargs)
         # torch.compile cannot read a context variable, and compiled forwards have no substitute but the one above.
@@ -87,6 +93,9 @@ def _substitutable(function: Callable[..., Any]) -> Callable[..., Any]:
             substitution = _current.get()
             if substitution is not None and getattr(module, "config", None) is substitution.config:
                 substitution.num_calls += 1
+                if substitution.mask is not None:
+                    kwargs.pop("attention_mask", None)
+                    args = (*args[:3], substitution.mask.to(args[0].device), *args[4:])
                 with substituted(None):  # the substitute may have been wrapped by this function too
                     return _function_of(module, substitution.name)(module, *args, **kwargs)
         return function(module, *args, **kwargs)

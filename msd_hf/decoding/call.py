@@ -95,6 +95,7 @@ def prepare_call(
     if pair.is_chain:
         settings = settings.as_chain()
     adapter = TargetAdapter(target, draft.reads.layers, pair.compiled)
+    adapter.masks_attention = pair.masks_attention
     cache = model_kwargs[CACHE_NAME]
     keeps_cache = _outlives_the_call(cache, generation_config)
     selector = BatchSelector(

@@ -29,6 +29,8 @@ class PairState:
         is_checked (`bool`): whether trees were compared with plain decoding on this target, see
             `check_tree_verification`.
         is_chain (`bool`): whether that check found that the target verifies chains only.
+        masks_attention (`bool`): whether it found that the target's attention functions must get masks themselves, see
+            [`TargetAdapter.masks_attention`].
         is_window_checked (`bool`): the same for a context that is longer than the target's sliding window.
     """
 
@@ -39,6 +41,7 @@ class PairState:
     experiences: dict[Hashable, Experience] = field(default_factory=dict)
     is_checked: bool = False
     is_chain: bool = False
+    masks_attention: bool = False
     is_window_checked: bool = False
 
     def tree_policy(

@@ -1,7 +1,8 @@
 """A target of an unknown kind is tried once: forwards over a small tree against token-by-token decoding.
 
-If trees differ, a chain is tried: some targets take positions from the order of slots in the cache, which is that of
-the text only while no sibling stands between. Such a target verifies chains, one sequence at a time.
+If trees differ, two other ways are tried. Some decoders take no mask of a tree, and their attention functions get it
+past them. Others take positions from the order of slots in the cache, which is that of the text only while no sibling
+stands between, or have recurrent layers of an unknown kind: such a target verifies chains, one sequence at a time.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def check_tree_verification(
     """
     Verifies trees behind the prompt, and compares two branches with what `generate` computes for them. Does nothing
     for known kinds of targets, and runs once for a pair with a target of another kind. The cache is left as it was.
-    Where trees differ and chains do not, the pair is marked, and all its trees are chains from now on.
+    Where trees differ and another way of verifying does not, the pair is marked, and goes that way from now on.
 
     Args:
         adapter (`TargetAdapter`): the target.
@@ -68,13 +69,7 @@ def check_tree_verification(
         _check_chain(adapter, running, is_compiled)
     trial = Trial(adapter, running, input_ids, model_kwargs, prefill_outputs, depth, pair.is_chain)
     if not pair.is_checked:
-        try:
-            _try_short_contexts(trial)
-        except MSDUnsupportedError:
-            chain = None if trial.is_chain else _passing_chain(trial, is_compiled)
-            if chain is None:
-                raise
-            trial, pair.is_chain = chain, True
+        trial = _passing_trial(trial, pair, is_compiled)
         pair.is_checked = depth == _DEPTH
         if pair.is_checked:
             logger.warning_once(
@@ -99,15 +94,35 @@ def _try_short_contexts(trial: Trial) -> None:
         compare(trial.adapter, trial.in_made_up_context, length)
 
 
-def _passing_chain(tree: Trial, is_compiled: bool) -> Trial | None:
-    """The trial of a chain in place of a tree that has failed; `None` if the chain fails too or cannot be used."""
-    given = tree.adapter, tree.running, tree.input_ids, tree.model_kwargs, tree.prefill_outputs
-    chain = Trial(*given, tree.depth, is_chain=True)
+def _passing_trial(trial: Trial, pair: PairState, is_compiled: bool) -> Trial:
+    """
+    The first trial that passes, of three: the tree; the tree with masks that attention functions get themselves; a
+    chain. The pair is marked with what passed. Raises what the first trial raised if none passes.
+    """
     try:
-        _check_chain(tree.adapter, tree.running, is_compiled)
+        _try_short_contexts(trial)
+        return trial
+    except MSDUnsupportedError as error:
+        if trial.is_chain:
+            raise
+        refusal = error
+    adapter = trial.adapter
+    if len(attention_reaches(adapter.text_config)) == 1 and not is_compiled:
+        adapter.masks_attention = True
+        try:
+            _try_short_contexts(trial)
+            pair.masks_attention = True
+            return trial
+        except MSDUnsupportedError:
+            adapter.masks_attention = False
+    given = adapter, trial.running, trial.input_ids, trial.model_kwargs, trial.prefill_outputs
+    chain = Trial(*given, trial.depth, is_chain=True)
+    try:
+        _check_chain(adapter, trial.running, is_compiled)
         _try_short_contexts(chain)
     except MSDUnsupportedError:
-        return None
+        raise refusal from None
+    pair.is_chain = True
     return chain
 
 

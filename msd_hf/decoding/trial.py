@@ -18,13 +18,14 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
 from ..compat import CACHE_NAME
+from ..decoders import position_behind
 from ..errors import MSDUnsupportedError
 from ..kv.image_states import ImageStatesLayer
 from ..kv.slots import ContextSlots
 from ..kv.transaction import CacheTransaction, make_in_place
 from ..recurrent.layer import RecurrentLayer, copy_states
 from ..target.adapter import TargetAdapter
-from ..target.layer_kinds import IMAGE_MASKS
+from ..target.layer_kinds import STEP_INPUTS
 from ..tree.candidate import CandidateTree
 from .running_rows import RunningRows
 
@@ -100,9 +101,9 @@ class Trial:
         kwargs = dict(self.model_kwargs)
         if kwargs.get("attention_mask") is not None:
             kwargs["attention_mask"] = kwargs["attention_mask"].new_ones(len(ids), length)
-        for name in IMAGE_MASKS:
-            if kwargs.get(name) is not None:
-                last = kwargs[name][:, -1:]
+        for name, dim in STEP_INPUTS.items():
+            if kwargs.get(name) is not None and dim is not None:
+                last = kwargs[name][:, -1:]  # as `generate` takes it, the text is dimension 1
                 kwargs[name] = last.expand(-1, length, *last.shape[2:])
         expected = []
         for text in self.texts:
@@ -150,7 +151,8 @@ class Trial:
         """The logits `[B, T, V]` of a text `[B, T]` behind a filled cache, and the position of its first token."""
         target, logits, positions, outputs = self.adapter.target, [], [], self.prefill_outputs
         kwargs = {**kwargs, CACHE_NAME: cache}
-        position = torch.full((len(text), 1), cache.get_seq_length(), device=text.device)
+        first = position_behind(self.adapter.decoder, cache.get_seq_length())
+        position = torch.full((len(text), 1), first, device=text.device)
         for token in text.split(1, dim=1):
             kwargs = target._update_model_kwargs_for_generation(outputs, kwargs, is_encoder_decoder=False)
             kwargs[CACHE_NAME] = cache

@@ -23,7 +23,7 @@ class ContextSlots:
         prompt_mask (`torch.BoolTensor` of shape `[B, L]`, *optional*): false at padding among the first L slots;
             `None` without padding.
         inputs (`dict[str, torch.Tensor]`): inputs of the decoder that each token behind the prompt gets as the last
-            one of the prompt did, by name, `[B, 1, 1, ...]`.
+            one of the prompt did, by name, `[B, ...]`.
     """
 
     lengths: list[int]

@@ -20,14 +20,14 @@ from transformers.utils import ModelOutput
 
 from ..compat import CACHE_NAME
 from ..compiled.compile import CompiledFunctions
-from ..decoders import decoder_of, head_of
+from ..decoders import decoder_of, head_of, position_behind
 from ..draft.interface import TargetReads
 from ..errors import MSDPairingError
 from ..kv.in_place import KeysAndValues
 from ..kv.slots import ContextSlots
 from ..tree.candidate import CandidateTree
 from .compiled_parts import CompiledPart, compiled_parts, uncompiled
-from .layer_kinds import IMAGE_MASKS, image_layers
+from .layer_kinds import STEP_INPUTS, image_layers
 from .observation import TargetObservation, observed
 from .support import decoder_inputs
 from .tree_forward import TargetVerification, TreeForward
@@ -117,6 +117,15 @@ class TargetAdapter:
         )
         self._tree_forward = TreeForward(target, self._observe, compiled or CompiledFunctions())
 
+    @property
+    def masks_attention(self) -> bool:
+        """Whether attention functions get the mask of a tree themselves, past a decoder that takes no such mask."""
+        return self._tree_forward.masks_attention
+
+    @masks_attention.setter
+    def masks_attention(self, value: bool) -> None:
+        self._tree_forward.masks_attention = value
+
     def outer_modules(self) -> Iterator[nn.Module]:
         """The modules outside the decoder that run in a forward over tokens, and the decoder itself."""
         yield from (self.embedding, self.head_module, self.target)
@@ -187,7 +196,8 @@ class TargetAdapter:
         if position_ids is not None:
             next_position = (position_ids[..., -1:] + 1).expand(*position_ids.shape[:-2], batch_size, 1)
         else:
-            next_position = torch.full((batch_size, 1), num_slots, device=inputs_embeds.device)
+            position = position_behind(self.decoder, num_slots)
+            next_position = torch.full((batch_size, 1), position, device=inputs_embeds.device)
         if input_ids.shape[1] >= length:
             visual_mask = self.visual_mask(input_ids[:, -length:])
         else:
@@ -199,12 +209,27 @@ class TargetAdapter:
             visual_mask=visual_mask,
             prompt_mask=prompt_mask,
             next_position=next_position,
-            repeated_inputs={
-                name: seen.inputs[name][:, :, -1:] for name in IMAGE_MASKS if seen.inputs.get(name) is not None
-            },
+            repeated_inputs=self._step_inputs(seen.inputs, outputs, batch_size),
             num_slots=num_slots,
             outputs=outputs,
         )
+
+    def _step_inputs(
+        self, inputs: dict[str, Any], outputs: ModelOutput, batch_size: int
+    ) -> dict[str, torch.Tensor]:
+        """What the decoder reads in every forward, from the inputs and outputs of the prefill. With the dimension of
+        the text only the entry of the last token is kept."""
+        kept = {
+            name: inputs[name] if dim is None else inputs[name][(slice(None),) * dim + (slice(-1, None),)]
+            for name, dim in STEP_INPUTS.items()
+            if inputs.get(name) is not None
+        }
+        # Idefics reads pixels once, and what its encoder made of them from then on.
+        name = "image_encoder_embeddings"
+        if inputs.get("pixel_values") is not None and name in decoder_inputs(self.decoder):
+            states = outputs.image_outputs.last_hidden_state  # of all images of the batch
+            kept[name] = states.view(batch_size, -1, *states.shape[1:])
+        return kept
 
     def _embedded_mask(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Which positions of a prompt given as embeddings `[B, L, H]` are not embeddings of tokens."""

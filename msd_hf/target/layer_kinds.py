@@ -49,8 +49,17 @@ def recurrent_layers(text_config: PreTrainedConfig) -> list[int]:
     return [number for number, kind in enumerate(_layer_types(text_config) or ()) if kind in kinds]
 
 
-# Inputs of a decoder that say which states of images a token of the text reads, `[B, 1, T, ...]`.
-IMAGE_MASKS = ("cross_attention_mask", "full_text_row_masked_out_mask")
+# Inputs that a decoder reads in every forward, `[B, ...]`, and which of their dimensions is that of the text: states of
+# images, or of another modality, and which of them a token reads.
+STEP_INPUTS: dict[str, int | None] = {
+    "cross_attention_mask": 2,
+    "full_text_row_masked_out_mask": 2,
+    "image_attention_mask": 1,
+    "image_encoder_embeddings": None,
+    "perceiver_embeddings": None,
+    "protein_input_ids": None,
+    "protein_attention_mask": None,
+}
 
 
 def image_layers(text_config: PreTrainedConfig) -> frozenset[int]:
@@ -87,11 +96,11 @@ def why_unserved(kind: str) -> str:
 
 __all__ = [
     "HYBRID",
-    "IMAGE_MASKS",
     "INDEXED",
     "KEEPS_STATES",
     "RECURRENT",
     "SERVED_LAYERS",
+    "STEP_INPUTS",
     "attention_reaches",
     "has_recurrent_layers",
     "image_layers",

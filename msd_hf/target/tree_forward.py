@@ -17,7 +17,7 @@ from ..attention.split import LIVE_SLOTS, find_live_slots
 from ..attention.substitution import Substitution, allow_substitutes
 from ..compat import CACHE_NAME
 from ..compiled.compile import CompiledFunctions
-from ..decoders import decoder_of
+from ..decoders import decoder_of, padding_position
 from ..errors import MSDUnsupportedError
 from ..kv.fixed import close_slots, reserve, whole_buffers
 from ..kv.in_place import KeysAndValues
@@ -29,7 +29,7 @@ from ..recurrent.nodes import TreeNodes
 from ..recurrent.replay import mixers_of
 from ..tree.candidate import CandidateTree
 from .compiled_parts import uncompiled
-from .layer_kinds import HYBRID, RECURRENT, attention_reaches
+from .layer_kinds import HYBRID, RECURRENT, STEP_INPUTS, attention_reaches
 from .layer_kinds import recurrent_layers as recurrent_numbers
 from .observation import TargetObservation
 from .query_scales import QueryScales
@@ -68,12 +68,16 @@ class TreeForward:
 
     Attributes:
         dtype (`torch.dtype`): dtype of the decoder's inputs, which masks must have, too.
+        masks_attention (`bool`): whether attention functions get the mask of a tree themselves, past a decoder that
+            takes no such mask. For decoders with one kind of attention.
     """
 
     def __init__(self, target: PreTrainedModel, observe: Observe, compiled: CompiledFunctions):
         self.target = target
         self.decoder: Any = uncompiled(decoder_of(target))
         self.dtype = target.dtype
+        self.masks_attention = False
+        self._padding_position = padding_position(self.decoder)
         self._observe = observe
         self._compiled = compiled
         text_config = target.config.get_text_config(decoder=True)
@@ -113,9 +117,9 @@ class TreeForward:
         if num_fixed_nodes is None or output_flags:
             masks = self._masks(tree, context)
             num_nodes = tree.tokens.shape[1]
-            replaced = {name: value.expand(-1, -1, num_nodes, -1) for name, value in context.inputs.items()}
+            replaced = {name: _for_nodes(name, value, num_nodes) for name, value in context.inputs.items()}
             factors = self._query_scales.corrections(tree, context)
-            positions = next_position + tree.depths
+            positions = self._positions(tree, next_position)
             return self._forward(tree, cache, masks, positions, replaced, output_flags, factors=factors)
         num_nodes, start = tree.tokens.shape[1], context.num_slots
         padded = tree.padded(max(num_fixed_nodes, num_nodes))
@@ -169,7 +173,7 @@ class TreeForward:
         def run(inputs: dict[str, Any]) -> Any:
             return compiled.run_decoder(decoder, inputs, shape, cuda_graphs)
 
-        return self._forward(tree, cache, masks, next_position + tree.depths, replaced, {}, run)
+        return self._forward(tree, cache, masks, self._positions(tree, next_position), replaced, {}, run)
 
     def _forward(
         self,
@@ -182,18 +186,21 @@ class TreeForward:
         run: Callable[[dict[str, Any]], Any] | None = None,
         factors: torch.Tensor | None = None,
     ) -> TargetVerification:
-        attention, nodes = self._substitute(), self._tree_nodes(tree, cache)
-        if run is not None and masks is not None and self._tree_attention == "sdpa" and self._hands_on_arguments:
-            allow_substitutes(self.decoder.config._attn_implementation)
-            # Layers that see everything need more slots than others.
-            widest = min(masks, key=lambda kind: self._reaches[kind].most is not None)
-            replaced = {**replaced, LIVE_SLOTS: find_live_slots(masks[widest])}
+        nodes = self._tree_nodes(tree, cache)
         mask: Any = masks
         if masks is not None and len(masks) == 1:
             (mask,) = masks.values()
         elif masks is not None and self._is_recurrent:
             hybrid = {name: masks[kind] for name, kind in HYBRID.items() if kind in masks}
             mask = {**masks, **hybrid, **dict.fromkeys(RECURRENT)}  # padding is in the states already
+        attention = self._substitute(mask if self.masks_attention else None)
+        if self.masks_attention:
+            mask = None
+        if run is not None and masks is not None and self._tree_attention == "sdpa" and self._hands_on_arguments:
+            allow_substitutes(self.decoder.config._attn_implementation)
+            # Layers that see everything need more slots than others.
+            widest = min(masks, key=lambda kind: self._reaches[kind].most is not None)
+            replaced = {**replaced, LIVE_SLOTS: find_live_slots(masks[widest])}
         replaced = {"attention_mask": mask, "position_ids": position_ids, **replaced}
         observation = self._observe(
             cache=cache,
@@ -230,6 +237,13 @@ class TreeForward:
                 "candidate tree. Call `generate` without `assistant_model`."
             )
         return TargetVerification(outputs.logits, seen.hidden_states, outputs)
+
+    def _positions(self, tree: CandidateTree, next_position: torch.Tensor) -> torch.Tensor:
+        """Positions `[..., B, N]` of the nodes of trees whose roots stand at `next_position` `[..., B, 1]`."""
+        positions = next_position + tree.depths
+        if self._padding_position is None:
+            return positions
+        return torch.where(tree.tokens == self._padding_position, self._padding_position, positions)
 
     def _tree_nodes(self, tree: CandidateTree, cache: Cache) -> TreeNodes | None:
         """Prepares recurrent layers for a forward over the trees. Returns the nodes along which their kernels run;
@@ -270,18 +284,32 @@ class TreeForward:
         # A decoder that caps its attention scores has no sdpa.
         return "sdpa" if self.decoder._supports_sdpa else "eager"
 
-    def _substitute(self) -> Substitution | None:
-        """The substitute for the target's attention in this forward; `None` if its own takes a tree mask."""
+    def _substitute(self, mask: torch.Tensor | None) -> Substitution | None:
+        """The substitute for the target's attention in this forward, with the mask that it gets past the decoder;
+        `None` if its own takes a tree mask, and gets it from the decoder."""
         config, name = self.decoder.config, self._tree_attention
         if name == config._attn_implementation:
-            return None
+            if mask is None:
+                return None
+            allow_substitutes(name)
+            return Substitution(config, name, mask)
         logger.warning_once(
             f"The target's attention implementation {config._attn_implementation!r} takes no tree mask: candidate "
             f"trees are verified with {name}, the prompt is read as before. The two round differently: a near-tie "
             "between two tokens may fall the other way."
         )
         allow_substitutes(config._attn_implementation)
-        return Substitution(config, name)
+        return Substitution(config, name, mask)
+
+
+def _for_nodes(name: str, value: torch.Tensor, num_nodes: int) -> torch.Tensor:
+    """An input of the last token of a prompt as input of each of N nodes."""
+    dim = STEP_INPUTS[name]
+    if dim is None:
+        return value
+    sizes = list(value.shape)
+    sizes[dim] = num_nodes
+    return value.expand(sizes)
 
 
 __all__ = ["TargetVerification", "TreeForward"]
