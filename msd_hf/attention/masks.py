@@ -22,10 +22,12 @@ class Reach:
         window (`int`, *optional*): a token sees itself and the `window - 1` tokens before it.
         chunk (`int`, *optional*): the text is cut into chunks of this many tokens, counted from the first token that
             is not padding; a token sees itself and the tokens before it in its chunk.
+        spares_prompt (`bool`): whether every token sees all of the prompt, whatever the limit.
     """
 
     window: int | None = None
     chunk: int | None = None
+    spares_prompt: bool = False
 
     @property
     def most(self) -> int | None:
@@ -67,6 +69,7 @@ def tree_attention_mask(
     dtype: torch.dtype,
     reach: Reach = EVERYTHING,
     depths: torch.Tensor | None = None,
+    spared_slots: int = 0,
 ) -> torch.Tensor:
     """
     Builds the mask with which tree nodes attend to a cached context and to each other.
@@ -78,6 +81,7 @@ def tree_attention_mask(
         reach (`Reach`): how far back a token sees.
         depths (`torch.LongTensor` of shape `[B, E]`, *optional*): position of each node behind the context, 0 for the
             root. Needed if the reach is limited, and T = E then.
+        spared_slots (`int`): slots of the prompt, if the reach spares it.
 
     Returns:
         `torch.Tensor` of shape `[B, 1, T, S + E]`.
@@ -91,7 +95,10 @@ def tree_attention_mask(
         places = context.row_lengths(device).unsqueeze(1) + depths  # [B, T]
         first = reach.first_seen(places, context.padding(device))
         visible = visible & (places.unsqueeze(1) >= first.unsqueeze(2))
-        outside = torch.arange(num_slots, device=device) < first.unsqueeze(2)  # [B, T, S]
+        slots = torch.arange(num_slots, device=device)
+        outside = slots < first.unsqueeze(2)  # [B, T, S]
+        if reach.spares_prompt:
+            outside = outside & (slots >= spared_slots)
         mask[..., :num_slots].masked_fill_(outside.unsqueeze(1), lowest)
     mask[..., num_slots:].masked_fill_(~visible.unsqueeze(1), lowest)
     seen = context.mask(device)

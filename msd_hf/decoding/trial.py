@@ -21,6 +21,7 @@ from ..compat import CACHE_NAME
 from ..decoders import position_behind
 from ..errors import MSDUnsupportedError
 from ..kv.image_states import ImageStatesLayer
+from ..kv.indexed import add_index_keys, index_keys
 from ..kv.slots import ContextSlots
 from ..kv.transaction import CacheTransaction, make_in_place
 from ..recurrent.layer import RecurrentLayer, copy_states
@@ -197,7 +198,7 @@ def _made_up(slots: CacheTransaction, length: int, window: int | None) -> _Conte
         keys, values = layer.keys[:, :, drawn], layer.values[:, :, drawn]
         if window is not None:
             values[:, :, : max(length - window, 0)] += _SHIFT * values.float().std().to(values.dtype)
-        index = getattr(layer, "indexer_keys", None)
+        index = index_keys(layer)
         if index is not None:
             # A slot may be drawn twice. Equal keys would have equal scores, and either may be chosen.
             factors = 1 + torch.rand(length, 1, generator=generator)
@@ -211,7 +212,7 @@ def _fill(cache: DynamicCache, contents: _Contents) -> None:
     for number, slots in contents.items():
         cache.update(slots.keys, slots.values, number)
         if slots.index is not None:
-            cache.update_indexer(slots.index, number)
+            add_index_keys(cache.layers[number], slots.index)
         if slots.positions is not None:
             cache.layers[number].indexer_position_ids = slots.positions
 

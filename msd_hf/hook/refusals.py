@@ -192,7 +192,10 @@ def check_compilable(target: PreTrainedModel, draft: Draft) -> None:
 def _uncompiled_layers(target: PreTrainedModel) -> str | None:
     """Why the layers of a target cannot be compiled; `None` if they can."""
     text_config = target.config.get_text_config(decoder=True)
-    if INDEXED in attention_reaches(text_config):
+    reaches = attention_reaches(text_config)
+    if any(reach.spares_prompt for reach in reaches.values()):
+        return "layers of the target have a window that spares the prompt, of which compiled code knows nothing"
+    if not INDEXED.isdisjoint(reaches):
         return "indexers of the target's layers keep keys for which compiled code has no buffers"
     if has_recurrent_layers(text_config):
         return "recurrent or convolutional layers of the target keep states for which compiled code has no buffers"

@@ -1,7 +1,8 @@
 """A cache layer with the keys of an indexer, which chooses the slots that attention reads.
 
-Models with sparse attention of the DeepSeek kind keep, besides keys and values, one small key for each slot. These
-keys belong to the slots as keys and values do: they move, go and change their rows with them.
+Models with sparse attention of the DeepSeek kind keep, besides keys and values, one small key for each slot, and so
+does MiniMax M3, whose indexer chooses blocks of slots. These keys belong to the slots as keys and values do: they
+move, go and change their rows with them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .in_place import InPlaceLayer, KeysAndValues, length_at_least, take_content
 class InPlaceIndexedLayer(InPlaceLayer):
     """
     An `InPlaceLayer` that also holds the keys of an indexer, `[B, slots, D]`, and optionally the positions of all
-    slots, `[P, B, slots]`, as `DynamicIndexedLayer` of transformers does.
+    slots, `[P, B, slots]`, as `DynamicIndexedLayer` of transformers does, and the layer of MiniMax M3 under other names.
 
     Args:
         max_slots, min_length: as for `InPlaceLayer`.
@@ -45,6 +46,15 @@ class InPlaceIndexedLayer(InPlaceLayer):
         """Appends keys of the indexer `[B, T, D]`. Returns all, `[B, slots, D]`."""
         states = indexer_key_states.unsqueeze(1)
         return self.index.update(states, states.new_empty(*states.shape[:-1], 0))[0].squeeze(1)
+
+    @property
+    def idx_keys(self) -> torch.Tensor | None:
+        """The keys of the indexer as MiniMax M3 has them, `[B, 1, slots, D]`."""
+        return self.index.keys if self.index.get_seq_length() else None
+
+    def update_index(self, idx_k: torch.Tensor) -> torch.Tensor:
+        """Appends keys of the indexer `[B, 1, T, D]`. Returns all, `[B, 1, slots, D]`."""
+        return self.update_indexer(idx_k.squeeze(1)).unsqueeze(1)
 
     # In the methods below the keys of the indexer come first, because the inherited method truncates all.
 
@@ -119,11 +129,32 @@ def indexed_in_place(layer: Any, max_slots: int) -> InPlaceIndexedLayer:
     """Makes an `InPlaceIndexedLayer` with the content of another layer with an indexer."""
     made = InPlaceIndexedLayer(max_slots, length_at_least(layer))
     take_content(made, layer)
-    keys = layer.indexer_keys
+    keys = index_keys(layer)
     if keys is not None and keys.numel():
         made.update_indexer(keys)
-    made.indexer_position_ids = layer.indexer_position_ids
+    made.indexer_position_ids = getattr(layer, "indexer_position_ids", None)
     return made
 
 
-__all__ = ["InPlaceIndexedLayer", "indexed_in_place"]
+def has_index(layer: Any) -> bool:
+    """Whether a layer of a cache holds the keys of an indexer."""
+    return hasattr(layer, "update_indexer") or hasattr(layer, "update_index")
+
+
+def index_keys(layer: Any) -> torch.Tensor | None:
+    """The keys `[B, slots, D]` of a layer's indexer; `None` if it holds none."""
+    if hasattr(layer, "indexer_keys"):
+        return layer.indexer_keys
+    keys = getattr(layer, "idx_keys", None)
+    return None if keys is None else keys.squeeze(1)
+
+
+def add_index_keys(layer: Any, keys: torch.Tensor) -> None:
+    """Appends keys `[B, T, D]` of a layer's indexer."""
+    if hasattr(layer, "update_indexer"):
+        layer.update_indexer(keys)
+    else:
+        layer.update_index(keys.unsqueeze(1))
+
+
+__all__ = ["InPlaceIndexedLayer", "add_index_keys", "has_index", "index_keys", "indexed_in_place"]

@@ -21,7 +21,8 @@ from ..recurrent.layer import RecurrentLayer, copy_states
 from .hybrid import HybridLayer
 from .image_states import ImageStatesLayer, image_states
 from .in_place import InPlaceLayer, in_place, own_layers, take_content, truncate
-from .indexed import indexed_in_place
+from .indexed import has_index, indexed_in_place
+from .reference_window import REFERENCE_WINDOW, ReferenceWindowLayer, reference_window
 from .slots import ContextSlots
 
 
@@ -36,11 +37,16 @@ _SERVED = {DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer} | {
 }
 
 
+# Kinds whose classes stand in the files of their models, as transformers names them.
+_SERVED_KINDS = {REFERENCE_WINDOW, "minimax_m3_sparse"}
+
+
 def can_commit(layer: Any) -> bool:
     """Whether `make_in_place` can serve a layer of this kind."""
     # A subclass may hold more than keys, values and states, so that only known ones are served.
     is_ours = isinstance(layer, (InPlaceLayer, RecurrentLayer, ImageStatesLayer))
-    return is_ours or type(layer) in _SERVED or holds_nothing(layer)
+    is_served = type(layer) in _SERVED or getattr(type(layer), "_layer_type", None) in _SERVED_KINDS
+    return is_ours or is_served or holds_nothing(layer)
 
 
 def make_in_place(cache: DynamicCache, max_slots: int, image_layers: Collection[int] = ()) -> None:
@@ -71,7 +77,9 @@ def _committable(layer: Any, max_slots: int) -> Any:
     if holds_nothing(layer):
         return layer
     if not isinstance(layer, LinearAttentionLayer):
-        return (indexed_in_place if hasattr(layer, "update_indexer") else in_place)(layer, max_slots)
+        if isinstance(layer, ReferenceWindowLayer) or getattr(layer, "_layer_type", None) == REFERENCE_WINDOW:
+            return reference_window(layer, max_slots)
+        return (indexed_in_place if has_index(layer) else in_place)(layer, max_slots)
     if not isinstance(layer, DynamicLayer):
         return _copy(layer)
     hybrid = HybridLayer(layer.number_of_states, max_slots)

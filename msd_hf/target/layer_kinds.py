@@ -8,13 +8,15 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import LinearAttentionLayer
 
 from ..attention.masks import EVERYTHING, Reach
+from ..kv.reference_window import REFERENCE_WINDOW
 
 
 # Whether recurrent layers of this transformers keep their states in the cache by number, as ours do.
 KEEPS_STATES = "number_of_states" in inspect.signature(LinearAttentionLayer.__init__).parameters
 
 _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
-INDEXED = "indexed_attention"
+# Kinds with an indexer, which chooses slots or blocks of slots.
+INDEXED = frozenset({"indexed_attention", "minimax_m3_sparse"})
 # Kinds of layers with recurrent or convolutional states, which attention masks do not concern.
 RECURRENT = ("linear_attention", "conv")
 # Kinds of layers with attention beside a recurrence, and the kind of their attention.
@@ -22,15 +24,13 @@ HYBRID = {"hybrid": _FULL, "hybrid_sliding": _SLIDING}
 # Kinds of layers without any state.
 _STATELESS = ("moe", "mlp")
 # Kinds of attention that a tree can be verified in, whatever the model.
-SERVED_LAYERS = frozenset({_FULL, _SLIDING, _CHUNKED, INDEXED})
+SERVED_LAYERS = frozenset({_FULL, _SLIDING, _CHUNKED, REFERENCE_WINDOW}) | INDEXED
 # Why a tree cannot be verified in others.
 _UNKNOWN = "are of no kind that candidate trees are known to work with"
 _COMPRESSED = "keep several tokens in one slot of the cache, out of which a rejected branch cannot be taken again"
 _UNSERVED_LAYERS = {
     "compressed_sparse_attention": _COMPRESSED,
     "heavily_compressed_attention": _COMPRESSED,
-    "minimax_m3_sparse": "choose blocks of neighbouring slots of the cache, which branches of a candidate tree share",
-    "reference_sliding_attention": "have a window that spares the prompt, which no mask of a candidate tree shows yet",
 }
 
 
@@ -74,7 +74,11 @@ def attention_reaches(text_config: PreTrainedConfig) -> dict[str, Reach]:
     layer_types = _layer_types(text_config)
     if layer_types is None:  # Mistral has a window on every layer and no list of layer types
         layer_types = [_SLIDING if window is not None else _CHUNKED if chunk is not None else _FULL]
-    limited = {_SLIDING: Reach(window=window), _CHUNKED: Reach(chunk=chunk)}
+    limited = {
+        _SLIDING: Reach(window=window),
+        _CHUNKED: Reach(chunk=chunk),
+        REFERENCE_WINDOW: Reach(window=window, spares_prompt=True),
+    }
     kinds = {HYBRID.get(kind, kind) for kind in layer_types} - {*RECURRENT, *_STATELESS}
     return {kind: limited.get(kind, EVERYTHING) for kind in sorted(kinds)}
 

@@ -21,6 +21,7 @@ from ..decoders import decoder_of, padding_position
 from ..errors import MSDUnsupportedError
 from ..kv.fixed import close_slots, reserve, whole_buffers
 from ..kv.in_place import KeysAndValues
+from ..kv.reference_window import spared_slots
 from ..kv.slots import ContextSlots
 from ..kv.transaction import recurrent_layers
 from ..observer import phase
@@ -115,7 +116,7 @@ class TreeForward:
             output_flags: `output_hidden_states`, `output_attentions`; with one of them nothing is compiled.
         """
         if num_fixed_nodes is None or output_flags:
-            masks = self._masks(tree, context)
+            masks = self._masks(tree, context, spared_slots(cache.layers))
             num_nodes = tree.tokens.shape[1]
             replaced = {name: _for_nodes(name, value, num_nodes) for name, value in context.inputs.items()}
             factors = self._query_scales.corrections(tree, context)
@@ -266,12 +267,12 @@ class TreeForward:
             layer.expect(nodes)
         return nodes
 
-    def _masks(self, tree: CandidateTree, context: ContextSlots) -> dict[str, torch.Tensor] | None:
+    def _masks(self, tree: CandidateTree, context: ContextSlots, spared: int) -> dict[str, torch.Tensor] | None:
         """Masks by kind of layer; `None` for single nodes that see the whole context."""
         if tree.tokens.shape[1] == 1 and not context.hides_slots and not self._is_limited:
             return None  # as in a step of `generate`: attention is faster without a mask
         return {
-            kind: tree_attention_mask(tree.ancestors, context, self.dtype, reach, tree.depths)
+            kind: tree_attention_mask(tree.ancestors, context, self.dtype, reach, tree.depths, spared)
             for kind, reach in self._reaches.items()
         }
 
