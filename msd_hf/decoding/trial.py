@@ -102,6 +102,9 @@ class Trial:
         kwargs = dict(self.model_kwargs)
         if kwargs.get("attention_mask") is not None:
             kwargs["attention_mask"] = kwargs["attention_mask"].new_ones(len(ids), length)
+        positions = kwargs.get("position_ids")
+        if positions is not None:
+            kwargs["position_ids"] = torch.arange(length, device=positions.device).expand(*positions.shape[:-1], length)
         for name, dim in STEP_INPUTS.items():
             if kwargs.get(name) is not None and dim is not None:
                 last = kwargs[name][:, -1:]  # as `generate` takes it, the text is dimension 1
