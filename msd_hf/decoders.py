@@ -44,7 +44,7 @@ def padding_position(decoder: Any) -> int | None:
     fairseq's kind, as Kosmos has them, give padding tokens the position `padding_idx`, and a text begins behind it.
     `None` for other decoders.
     """
-    table = getattr(decoder, "embed_positions", None)
+    table: Any = getattr(decoder, "embed_positions", None)
     return table.padding_idx if hasattr(table, "create_position_ids_from_input_ids") else None
 
 

@@ -92,6 +92,9 @@ def cross_attention(target, draft):
 
 def linear_attention(target, draft):
     target.config.text_config.layer_types = ["full_attention", "linear_attention"]
+    for module in decoder_of(target).modules():
+        if hasattr(module, "layer_idx"):  # by which a module finds its states in the cache
+            del module.layer_idx
     return target, draft, {}
 
 
@@ -289,9 +292,7 @@ CASES = {
     "an encoder-decoder target": encoder_decoder,
     "a target without decoder or head": without_head,
     "cross-attention in the first layer": cross_attention,
-    "layers that choose blocks of slots (MiniMax M3)": with_layers_of_type("minimax_m3_sparse"),
     "layers that compress tokens (DeepSeek V4)": with_layers_of_type("compressed_sparse_attention"),
-    "layers whose window spares the prompt (Unlimited-OCR)": with_layers_of_type("reference_sliding_attention"),
     "indexers that keep their keys in the model (GLM-MoE-DSA in early releases of transformers)": with_keys_in_modules,
     "`draft.generation_config.compile=True`, with layers that have an indexer": compiled_with_indexers,
     "`draft.generation_config.compile=True`, with cross-attention layers": compiled_with("mllama"),
@@ -300,7 +301,7 @@ CASES = {
     ),
     "recurrent or convolutional layers, with transformers before 5.17": linear_attention_of_early_releases,
     "a target with a cache of its own kind (MiniMax)": with_a_cache_of_its_own,
-    "recurrent layers of a kind that is not known (RecurrentGemma)": linear_attention,
+    "recurrent layers that keep their states in their modules (RecurrentGemma)": linear_attention,
     "recurrent layers with functions that cannot follow a tree": with_unknown_kernels,
     "`draft.generation_config.compile=True`, with recurrent or convolutional layers": compiled_with_recurrent_layers,
     "several prompts at once, with a target that verifies chains only": two_chains,
@@ -378,7 +379,7 @@ def refusal_of(refused: str, by_name: bool = False) -> MSDError:
 
 # Releases of transformers that are too early for recurrent layers refuse them before anything else.
 OF_LATER_RELEASES = {
-    "recurrent layers of a kind that is not known (RecurrentGemma)",
+    "recurrent layers that keep their states in their modules (RecurrentGemma)",
     "recurrent layers with functions that cannot follow a tree",
     "`draft.generation_config.compile=True`, with recurrent or convolutional layers",
 }

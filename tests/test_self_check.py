@@ -13,10 +13,12 @@ from test_odd_calls import small_draft, small_target
 from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
 from msd_hf import MSDDraftModel, MSDUnsupportedError
+from msd_hf.attention.masks import tree_attention_mask
 from msd_hf.decoders import decoder_of
 from msd_hf.decoding import pair, self_check, trial
 from msd_hf.decoding.self_check import NUM_SIBLINGS
 from msd_hf.kv.in_place import InPlaceLayer
+from msd_hf.target import tree_forward
 from msd_hf.tree.settings import DEFAULT_TREE_DEPTH
 
 
@@ -90,26 +92,24 @@ def generate(target: Any, max_new_tokens: int = 12, **inputs: Any) -> torch.Tens
 # Mistakes. Each is made in forwards over the trees of a trial alone.
 
 
-def mask_becomes(target: Any, change: Callable[[torch.Tensor, int], None]) -> None:
-    """Changes the mask that each layer gets for a tree."""
+def mask_becomes(monkeypatch: Any, change: Callable[[torch.Tensor, int], None]) -> None:
+    """Changes the mask of a tree, whichever way it goes to attention."""
 
-    def before(module, args, kwargs):
-        mask, length = kwargs.get("attention_mask"), args[0].shape[1] if args else kwargs["hidden_states"].shape[1]
-        if length in TREES and mask is not None:
-            kwargs["attention_mask"] = mask.clone()
-            change(kwargs["attention_mask"], length)
-        return args, kwargs
+    def build_mask(visible, *args, **kwargs):
+        mask = tree_attention_mask(visible, *args, **kwargs)
+        if visible.shape[1] in TREES:
+            change(mask, visible.shape[1])
+        return mask
 
-    for layer in decoder_of(target).layers:
-        layer.register_forward_pre_hook(before, with_kwargs=True)
+    monkeypatch.setattr(tree_forward, "tree_attention_mask", build_mask)
 
 
 def siblings_are_seen(target: Any, monkeypatch: Any) -> None:
-    mask_becomes(target, lambda mask, length: mask[..., -length:].zero_())
+    mask_becomes(monkeypatch, lambda mask, length: mask[..., -length:].zero_())
 
 
 def windows_are_ignored(target: Any, monkeypatch: Any) -> None:
-    mask_becomes(target, lambda mask, length: mask[..., :-length].zero_())
+    mask_becomes(monkeypatch, lambda mask, length: mask[..., :-length].zero_())
 
 
 def places_count_as_positions(target: Any, monkeypatch: Any) -> None:
@@ -178,8 +178,31 @@ def test_a_target_that_is_right_in_chains_alone_gets_chains(fault, monkeypatch):
     assert pair.state_of(target, draft).is_chain
     assert max(lengths[1:]) == DEFAULT_TREE_DEPTH + 2  # the root and a chain
     for inputs in ({"inputs": TWICE}, batch_of(5, 11)):
-        with pytest.raises(MSDUnsupportedError, match="chains of one sequence without padding"):
+        with pytest.raises(MSDUnsupportedError, match="chains only, of one sequence without padding"):
             target.generate(**inputs, max_new_tokens=12, assistant_model=draft)
+
+
+@pytest.mark.parametrize("does", ["rejects", "misreads"])
+def test_a_decoder_that_takes_no_mask_of_a_tree(does):
+    """Its attention functions get the mask, also in a batch with padding, and plain forwards are as before."""
+    target, draft = build("gpt_neox", torch.float64), small_draft()
+    inputs = batch_of(5, 11, 8)
+    expected = target.generate(**inputs, max_new_tokens=12)
+
+    def before(module, args, kwargs):
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 4:
+            if does == "rejects":
+                raise ValueError("too many values to unpack (expected 2)")
+            kwargs["attention_mask"] = torch.zeros_like(mask)
+        return args, kwargs
+
+    target.get_decoder().register_forward_pre_hook(before, with_kwargs=True)
+    for _ in range(2):
+        assert torch.equal(target.generate(**inputs, max_new_tokens=12, assistant_model=draft), expected)
+    state = pair.state_of(target, draft)
+    assert state.masks_attention and not state.is_chain
+    assert torch.equal(target.generate(**inputs, max_new_tokens=12), expected)
 
 
 def test_a_target_that_is_wrong_in_chains_too_is_refused(monkeypatch):

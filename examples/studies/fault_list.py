@@ -30,7 +30,7 @@ CHECKS, HEAD, TREES = "tests/test_checks_edges.py", "tests/test_draft_head.py", 
 SAMPLES, TRAINED = "tests/test_sample_edges.py", "tests/test_training_edges.py"
 THREADS = "tests/test_threads.py"
 KERNELS, STATES = "tests/test_recurrent_kernels.py", "tests/test_recurrent_layer.py"
-FAMILIES = "tests/test_recurrent_families.py"
+FAMILIES, UNUSUAL = "tests/test_recurrent_families.py", "tests/test_unusual_targets.py"
 ROTARY, CACHE = "tests/test_drafting_step.py", "tests/test_transaction.py tests/test_cache.py"
 INTERRUPTED = f"{DECODING} {CACHE} -k interrupt"
 LATE, PAUSES = f"{COMPILED} -k late", f"{TREES} -k 'paus or trial or comes_back or learnt or paid'"
@@ -193,8 +193,8 @@ FAULTS = {
         Fault(
             "the window inside a tree is dropped",
             "attention/masks.py",
-            "        visible = visible & (places.unsqueeze(1) >= first.unsqueeze(2))\n        outside",
-            "        outside",
+            "        visible = visible & (places.unsqueeze(1) >= first.unsqueeze(2))\n        slots",
+            "        slots",
             WINDOW,
         ),
         Fault(
@@ -629,6 +629,36 @@ FAULTS = {
             '_current = type("Shared", (), {"get": lambda self: getattr(self, "v", None), "set": lambda self, v: '
             'setattr(self, "v", v), "reset": lambda self, token: setattr(self, "v", None)})()',
             f"{FAMILIES} -k threads",
+        ),
+    ],
+    "unusual": [
+        Fault(
+            "mixers do not run again over the accepted tokens",
+            "recurrent/layer.py",
+            "                if count:\n                    self._call.repeat(count)",
+            "",
+            UNUSUAL,
+        ),
+        Fault(
+            "mixers run again from the states behind the chain",
+            "recurrent/layer.py",
+            "(_copies(states) for states in self._before)",
+            "(_copies(states) for states in (self.conv_states, self.recurrent_states))",
+            UNUSUAL,
+        ),
+        Fault(
+            "a window that spares the prompt spares nothing",
+            "attention/masks.py",
+            "        if reach.spares_prompt:",
+            "        if False:",
+            UNUSUAL,
+        ),
+        Fault(
+            "inputs of every forward stay when rows end",
+            "kv/slots.py",
+            "inputs = {name: value[list(rows)] for name, value in self.inputs.items()}",
+            "inputs = self.inputs",
+            UNUSUAL,
         ),
     ],
 }

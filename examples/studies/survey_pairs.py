@@ -73,7 +73,7 @@ def _enlarge(model: PreTrainedModel) -> None:
         if not parameter.any():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.15)
-            elif "gate" in name or "alpha" in name:
+            elif any(part in name for part in ("gate", "alpha", ".temp")):
                 parameter.normal_(std=0.5)
 
 

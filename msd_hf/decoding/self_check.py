@@ -25,8 +25,8 @@ logger = logging.get_logger(__name__)
 
 _DEPTH = 3  # the root, two levels of the tree, and a token behind the accepted path
 _SHORT_CONTEXT = 8
-# Contexts of a chain. A target that reads the order of slots may group them: here a group of any of the usual sizes
-# ends within the chain.
+# Contexts of a target that has failed with a tree. It may read the order of slots and group them: here a group of any
+# of the usual sizes ends within the trial.
 _BLOCK_ENDS = (7, 15, 31, 63, 127)
 
 
@@ -90,7 +90,8 @@ def check_tree_verification(
 
 def _try_short_contexts(trial: Trial) -> None:
     compare(trial.adapter, trial.in_context)
-    for length in _BLOCK_ENDS if trial.is_chain else (_SHORT_CONTEXT,):
+    is_second_way = trial.is_chain or trial.adapter.masks_attention
+    for length in _BLOCK_ENDS if is_second_way else (_SHORT_CONTEXT,):
         compare(trial.adapter, trial.in_made_up_context, length)
 
 
@@ -134,8 +135,8 @@ def _check_chain(adapter: TargetAdapter, running: RunningRows, is_compiled: bool
         )
     if len(running.tokens) > 1 or running.context.hides_slots:
         raise MSDUnsupportedError(
-            f"{name_of(adapter)} reads the order of slots in the cache, so it verifies chains of one "
-            "sequence without padding. Give it one prompt at a time, or call `generate` without `assistant_model`."
+            f"{name_of(adapter)} verifies chains only, of one sequence without padding. Give it one prompt at "
+            "a time, or call `generate` without `assistant_model`."
         )
 
 

@@ -104,7 +104,9 @@ class Trial:
             kwargs["attention_mask"] = kwargs["attention_mask"].new_ones(len(ids), length)
         positions = kwargs.get("position_ids")
         if positions is not None:
-            kwargs["position_ids"] = torch.arange(length, device=positions.device).expand(*positions.shape[:-1], length)
+            kwargs["position_ids"] = torch.arange(length, device=positions.device).expand(
+                *positions.shape[:-1], length
+            )
         for name, dim in STEP_INPUTS.items():
             if kwargs.get(name) is not None and dim is not None:
                 last = kwargs[name][:, -1:]  # as `generate` takes it, the text is dimension 1

@@ -19,7 +19,7 @@ from .in_place import InPlaceLayer, KeysAndValues, length_at_least, take_content
 class InPlaceIndexedLayer(InPlaceLayer):
     """
     An `InPlaceLayer` that also holds the keys of an indexer, `[B, slots, D]`, and optionally the positions of all
-    slots, `[P, B, slots]`, as `DynamicIndexedLayer` of transformers does, and the layer of MiniMax M3 under other names.
+    slots, `[P, B, slots]`, as `DynamicIndexedLayer` of transformers does. It has the names of MiniMax M3's layer too.
 
     Args:
         max_slots, min_length: as for `InPlaceLayer`.

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer
 
-from .in_place import InPlaceLayer, KeysAndValues
+from .in_place import InPlaceLayer, KeysAndValues, take_content
 
 
 # The kind of layer, as transformers names it.
@@ -16,8 +15,8 @@ REFERENCE_WINDOW = "reference_sliding_attention"
 
 class ReferenceWindowLayer(InPlaceLayer):
     """
-    An `InPlaceLayer` that knows how many slots the prompt took. Every later token sees these, and a window of the slots
-    behind them. The layer holds all slots; masks apply the window.
+    An `InPlaceLayer` that knows how many slots the prompt took. Every later token sees these, and a window of the
+    slots behind them. The layer holds all slots; masks apply the window.
 
     Attributes:
         prefill_length (`int`, *optional*): slots of the prompt, `None` before the first update. The model reads it.
@@ -44,32 +43,25 @@ class ReferenceWindowLayer(InPlaceLayer):
 
 
 def reference_window(layer: Any, max_slots: int) -> ReferenceWindowLayer:
-    """Makes a `ReferenceWindowLayer` with the content of another layer. Slots that have left the window are filled with
-    zeros, which masks hide."""
-    lost = layer.get_seq_length() - sum(_held(layer)) if not isinstance(layer, ReferenceWindowLayer) else 0
+    """Makes a `ReferenceWindowLayer` with the content of another layer. Slots that have left the window become zeros,
+    which masks hide, and the layer cannot be cropped back to where they would be seen."""
     made = ReferenceWindowLayer(max_slots)
-    made.prefill_length = layer.prefill_length
     if isinstance(layer, ReferenceWindowLayer):
-        made.min_length = layer.min_length
-        parts = [(layer.keys, layer.values)] if layer.get_seq_length() else []
-    else:
-        # A window that has lost slots cannot show them again.
-        made.min_length = layer.get_seq_length() if lost else 0
-        parts = [(layer.prefill_keys, layer.prefill_values)] if layer.prefill_cumulative_length else []
-        if layer.cumulative_length:
-            zeros = (states.new_zeros(*states.shape[:-2], lost, states.shape[-1]) for states in (layer.keys, layer.values))
-            parts += [tuple(zeros), (layer.keys, layer.values)]  # type: ignore[list-item]
-    if parts:
-        keys, values = (torch.cat(states, dim=-2) for states in zip(*parts, strict=True))
+        take_content(made, layer)
+    elif layer.get_seq_length():
+        prompt, window = (layer.prefill_keys, layer.prefill_values), (layer.keys, layer.values)
+        if not layer.cumulative_length:  # what stands there has no shape yet
+            window = tuple(states[:, :, :0] for states in prompt)
+        num_lost = layer.cumulative_length - window[0].shape[2]
+        keys, values = (
+            torch.cat([first, first.new_zeros(*first.shape[:2], num_lost, first.shape[3]), last], dim=2)
+            for first, last in zip(prompt, window, strict=True)
+        )
         made.lazy_initialization(keys, values)
         made.keys, made.values = keys, values
+        made.min_length = layer.get_seq_length() if num_lost else 0
+    made.prefill_length = layer.prefill_length
     return made
-
-
-def _held(layer: DynamicLayer) -> tuple[int, int]:
-    """How many slots of the prompt and of the text behind it a layer of transformers holds."""
-    prompt = layer.prefill_cumulative_length  # type: ignore[attr-defined]
-    return prompt, layer.keys.shape[-2] if layer.cumulative_length else 0  # type: ignore[attr-defined]
 
 
 def spared_slots(layers: list[Any]) -> int:

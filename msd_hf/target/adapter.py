@@ -214,9 +214,7 @@ class TargetAdapter:
             outputs=outputs,
         )
 
-    def _step_inputs(
-        self, inputs: dict[str, Any], outputs: ModelOutput, batch_size: int
-    ) -> dict[str, torch.Tensor]:
+    def _step_inputs(self, inputs: dict[str, Any], outputs: ModelOutput, batch_size: int) -> dict[str, torch.Tensor]:
         """What the decoder reads in every forward, from the inputs and outputs of the prefill. With the dimension of
         the text only the entry of the last token is kept."""
         kept = {

@@ -49,8 +49,8 @@ def recurrent_layers(text_config: PreTrainedConfig) -> list[int]:
     return [number for number, kind in enumerate(_layer_types(text_config) or ()) if kind in kinds]
 
 
-# Inputs that a decoder reads in every forward, `[B, ...]`, and which of their dimensions is that of the text: states of
-# images, or of another modality, and which of them a token reads.
+# Inputs that a decoder reads in every forward, `[B, ...]`: states of images or of another modality, and masks that say
+# which of them a token reads. The value is the dimension of the text, if there is one.
 STEP_INPUTS: dict[str, int | None] = {
     "cross_attention_mask": 2,
     "full_text_row_masked_out_mask": 2,
