@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from types import ModuleType
 from typing import Any
 
@@ -114,7 +115,7 @@ def waiting(monkeypatch):
     monkeypatch.setattr(first_use, "_done", False)
     monkeypatch.setattr(first_use, "_put_back", [])
     monkeypatch.setattr(first_use, "_ENTRIES", {"entries": (("Entries", "generate"), ("Entries", "from_pretrained"))})
-    monkeypatch.setattr("msd_hf.hook.register.register", lambda: registered.append(1))
+    monkeypatch.setattr("msd_hf.hook.register.register", lambda: registered.append(time.sleep(0.02) or 1))
     originals = dict(vars(Entries))
     first_use._wrap_entries(module)
     return Entries, originals, registered
