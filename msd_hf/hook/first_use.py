@@ -48,11 +48,12 @@ def register_now() -> None:
     with _lock:
         if _done:
             return
+        register()
+        # Only now, so that other threads wait for the lock rather than go on without drafts.
         if _finder in sys.meta_path:
             sys.meta_path.remove(_finder)
         for put_back in _put_back:
             put_back()
-        register()
         _done = True
 
 
