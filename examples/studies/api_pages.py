@@ -8,6 +8,9 @@ Open `api/index.html` then. Needs `pip install -e ".[docs]"`.
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -25,14 +28,22 @@ def write_pages(output: Path) -> list[str]:
     # Only the modules above are public, not all modules inside of them.
     chosen = [part for module in MODULES for part in (module, rf"!{module}\..+")]
     pdoc.pdoc(*chosen, output_directory=output)
+    for page in output.rglob("*.html"):
+        page.write_text(without_links_to_inherited(page.read_text(encoding="utf-8")), encoding="utf-8")
     return [*undocumented(), *broken_html_links(output)]
+
+
+def without_links_to_inherited(text: str) -> str:
+    """A page without the links that pdoc makes of a name in a docstring if a member of the class has the same name,
+    although it gives members that are inherited from transformers no entry."""
+    ids = set(re.findall(r'id="([^"]+)"', text))
+    return re.sub(
+        r'<a href="#([^"]+)">(.*?)</a>', lambda match: match[0] if match[1] in ids else match[2], text, flags=re.DOTALL
+    )
 
 
 def undocumented() -> list[str]:
     """The public classes and functions, and their public members, that have no docstring of ours, as sentences."""
-    import importlib
-    import inspect
-
     found = []
     for name in MODULES:
         module = importlib.import_module(name)
