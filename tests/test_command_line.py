@@ -182,6 +182,7 @@ class TestDoctor:
         def missing(name):
             raise importlib.metadata.PackageNotFoundError(name)
 
+        monkeypatch.setattr("msd_hf.cli.doctor._pair", lambda: iter(()))
         monkeypatch.setattr(installed.metadata, "requires", missing)
         monkeypatch.setattr(installed.metadata, "metadata", missing)
         code, out, err = run("doctor")

@@ -45,38 +45,36 @@ print(json.dumps([name for name in ("torch", "transformers", "numpy", "accelerat
 
 
 def test_import_alone_is_enough():
-    """Names of msd_hf are never touched: the Auto classes and `generate` register drafts at their first call."""
+    """Names of msd_hf are never touched: the first call of an entry registers drafts. One process, because importing
+    transformers takes long."""
     code = """
-import json, sys
+import json, os, sys
 import msd_hf
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationMixin
-from transformers.models.auto.configuration_auto import AutoConfig
-
-before = "msd_hf.decoding.loop" in sys.modules
-target = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
-draft = AutoModelForCausalLM.from_pretrained(sys.argv[2])
-ids = AutoTokenizer.from_pretrained(sys.argv[1])("Count from 5 to 12.", return_tensors="pt").input_ids
-out = target.generate(ids, assistant_model=draft, max_new_tokens=8, return_dict_in_generate=True)
-same = out.sequences.tolist() == target.generate(ids, max_new_tokens=8).tolist()
-left = [hasattr(function, "__wrapped__") and function.__wrapped__.__module__.startswith("msd_hf")
-        for function in (GenerationMixin.generate, AutoConfig.from_pretrained)]
-print(json.dumps([before, type(draft).__module__, bool(out.acceptance_lengths), same, left]))
-"""
-    assert run_python(code, TARGET_DIR, DRAFT_DIR) == [False, "msd_hf.draft.modeling_msd", True, True, [False, False]]
-
-
-def test_pipelines_register_too_and_unregister_takes_back_what_waits():
-    code = """
-import json, sys
-import msd_hf
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import GenerationMixin, pipeline
 from transformers.pipelines import base
-from transformers import AutoConfig, GenerationMixin, pipeline
+from msd_hf.hook import first_use
 
-waits = hasattr(base.Pipeline.__init__, "__wrapped__")
-pipe = pipeline("image-text-to-text", sys.argv[1], assistant_model=sys.argv[2])
-kind = type(pipe.assistant_model).__name__
+def waits():
+    entries = (GenerationMixin.generate, AutoConfig.from_pretrained, AutoConfig.for_model, base.Pipeline.__init__)
+    return [entry.__code__.co_filename == first_use.__file__ for entry in entries]
+
+def outcome():
+    target = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
+    draft = AutoModelForCausalLM.from_pretrained(sys.argv[2])
+    ids = AutoTokenizer.from_pretrained(sys.argv[1])("Count from 5 to 12.", return_tensors="pt").input_ids
+    out = target.generate(ids, assistant_model=draft, max_new_tokens=8, return_dict_in_generate=True)
+    same = out.sequences.tolist() == target.generate(ids, max_new_tokens=8).tolist()
+    return type(draft).__name__, bool(out.acceptance_lengths), same
+
+before = waits(), "msd_hf.decoding.loop" in sys.modules
+child = os.fork()
+if child == 0:
+    pipe = pipeline("image-text-to-text", sys.argv[1], assistant_model=sys.argv[2])
+    os._exit(0 if type(pipe.assistant_model).__name__ == "MSDDraftModel" else 1)
+status = os.waitpid(child, 0)[1]
+used = outcome(), waits(), type(sys.meta_path[0]).__module__
 msd_hf.unregister()
-finders = [type(finder).__module__ for finder in sys.meta_path]
 names = [name for name in ("_assisted_decoding", "_validate_generation_mode")
          if hasattr(vars(GenerationMixin)[name], "__wrapped__")]
 msd_hf.MSDDraftModel, msd_hf.MSDDraftConfig  # the first use of these names registers nothing again
@@ -85,9 +83,12 @@ try:
     known = True
 except ValueError:
     known = False
-print(json.dumps([waits, kind, "msd_hf.hook.first_use" in finders, names, known]))
+print(json.dumps([before, status, used, names, known]))
 """
-    assert run_python(code, TARGET_DIR, DRAFT_DIR) == [True, "MSDDraftModel", False, [], False]
+    before, status, used, names, known = run_python(code, TARGET_DIR, DRAFT_DIR)
+    assert before == [[True] * 4, False] and status == 0
+    assert used[:2] == [["MSDDraftModel", True, True], [False] * 4] and used[2] != first_use.__name__
+    assert names == [] and known is False
 
 
 def test_names_are_found_and_listed():
