@@ -173,6 +173,16 @@ class TestDoctor:
         assert "the check of devices failed: RuntimeError: the driver is too old" in line
         assert "another library has replaced the hook" in line and "the check of the bundled pair failed" in line
 
+    def test_a_missing_package_is_one_problem(self, run, monkeypatch):
+        def missing():
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+        Distribution(monkeypatch, REQUIRES, {})
+        monkeypatch.setattr(torch.cuda, "device_count", missing)
+        monkeypatch.setattr("msd_hf.cli.doctor._pair", lambda: iter(()))
+        code, _, err = run("doctor")
+        assert code == 1 and err == 'Error: 1 problem found: torch is missing: pip install "torch>=2.7"\n'
+
     def test_other_tokens_are_a_problem(self, run, monkeypatch):
         monkeypatch.setattr(torch, "equal", lambda *args: False)
         code, _, err = run("doctor")

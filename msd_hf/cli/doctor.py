@@ -23,9 +23,9 @@ def doctor() -> None:
         try:
             problems += step()
         except Exception as error:  # the command is there to say what is broken, whatever it is
-            name = step.__name__.strip("_")
-            problems.append(f"the check of {_CHECKED[step]} failed: {describe_error(error)}")
-            _print(name, "failed")
+            _print(_CHECKED[step], "failed")
+            if not (problems and isinstance(error, ImportError)):  # else the missing package is named already
+                problems.append(f"the check of {_CHECKED[step]} failed: {describe_error(error)}")
     if problems:
         raise MSDError(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} found: {'; '.join(problems)}")
     _print("result", "everything works")
