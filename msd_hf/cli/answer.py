@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
-from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
-from ..evaluation import Comparison, compare, mean_acceptance_length
-from ..images import read_image
-from ..loading import load_config, load_processor, load_target, parse_device, parse_dtype
-from ..prompts import build_inputs
-from ..target.support import check_pair
+from .next_step import print_next
 from .options import Device, Dtype, MaxNewTokens, Repeats, Seed, Target, Temperature, console
-from .streaming import AcceptanceStreamer
 
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..evaluation import Comparison
 
 DEMO_PROMPT = "Describe the picture."
 
@@ -34,12 +30,15 @@ def demo(
     repeats: Repeats = 5,
 ) -> None:
     """Answer a question about a bundled picture with the bundled pair, with and without the draft."""
+    from transformers.utils import logging
+
     from ..toy import DEMO_IMAGE, DRAFT_DIR, TARGET_DIR
 
     logging.disable_progress_bar()
     path = image or DEMO_IMAGE
     console.print(f"picture  {path.name}\nprompt   {prompt}\n")
     _run(str(TARGET_DIR), str(DRAFT_DIR), prompt, path, max_new_tokens, temperature, seed, "auto", "cpu", repeats)
+    print_next("generate", "--target", "TARGET", "--draft", "DRAFT", "--image", "PICTURE", "--prompt", "QUESTION")
 
 
 def generate(
@@ -59,6 +58,7 @@ def generate(
     if (image is None) != text_only:
         raise MSDError("Give a picture with --image, or ask without one with --text-only (one of the two).")
     _run(target, draft, prompt, image, max_new_tokens, temperature, seed, dtype, device, repeats)
+    print_next("bench", "--target", target, "--draft", draft, "--data", "CONVERSATIONS.json")
 
 
 def _run(
@@ -73,6 +73,16 @@ def _run(
     device: str,
     repeats: int,
 ) -> None:
+    import torch
+
+    from ..draft.modeling_msd import MSDDraftModel
+    from ..evaluation import compare
+    from ..images import read_image
+    from ..loading import load_config, load_processor, load_target, parse_device, parse_dtype
+    from ..prompts import build_inputs
+    from ..target.support import check_pair
+    from .streaming import AcceptanceStreamer
+
     # All inputs are checked before the target's weights are loaded, which takes long.
     image = None if image_path is None else read_image(image_path)
     parse_dtype(dtype)
@@ -99,6 +109,8 @@ def _run(
 
 
 def _print_comparison(comparison: Comparison, target: PreTrainedModel) -> None:
+    from ..evaluation import mean_acceptance_length
+
     table = Table(title=None, show_edge=False, pad_edge=False)
     for name in ("", "tokens", "seconds", "tokens/s"):
         table.add_column(name, justify="right" if name else "left")

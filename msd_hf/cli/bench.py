@@ -6,18 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import torch
 import typer
-from transformers.utils import logging
 
-from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
-from ..evaluation import METHODS
-from ..loading import load_config, load_processor, load_target, parse_device, parse_dtype
-from ..target.support import check_pair
+from .next_step import print_next
 from .options import Device, Dtype, ImageFolder, MaxNewTokens, Seed, Temperature, console
 
 
+# The keys of `METHODS` in `evaluation/methods.py`, whose import takes seconds.
+BASELINES = (
+    "vanilla",
+    "prompt-lookup",
+    "assisted-chain",
+    "chain",
+    "tree",
+    "auto",
+    "compiled",
+    "useless-draft",
+)
 _Number = TypeVar("_Number", int, float)
 
 
@@ -35,7 +41,7 @@ def bench(
     min_answer_tokens: Annotated[int, typer.Option(min=1, help="Leave out questions with shorter answers.")] = 1,
     baseline: Annotated[
         list[str] | None,
-        typer.Option(help=f"A method besides vanilla and tree: {', '.join(METHODS)}; repeat for more than one."),
+        typer.Option(help=f"A method besides vanilla and tree: {', '.join(BASELINES)}; repeat for more than one."),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each method, in turns.")] = 3,
     max_new_tokens: MaxNewTokens = 128,
@@ -64,6 +70,8 @@ def bench(
     device: Device = "auto",
 ) -> None:
     """Compare decoding with a draft to other methods on prompts, or time its rounds at the size of a large model."""
+    from transformers.utils import logging
+
     from ..evaluation.plots import check_matplotlib
     from ..evaluation.report import print_report, write_report
 
@@ -79,9 +87,12 @@ def bench(
     if shape is not None:
         report = _bench_shape(shape, context, assume_tau, nodes, repeats, compile, draft_vocab_size, dtype, device)
     else:
+        from ..draft.modeling_msd import MSDDraftModel
         from ..evaluation.bench_prompts import first_questions
         from ..evaluation.make_report import report_pair
         from ..evaluation.methods import DEFAULT_BASELINES, choose_methods
+        from ..loading import load_config, load_processor, load_target
+        from ..target.support import check_pair
         from ..toy import DRAFT_DIR, TARGET_DIR
         from ..toy.evaluate import toy_prompts
         from ..training.data.conversations import load_conversations
@@ -116,6 +127,12 @@ def bench(
     if output is not None:
         for path in write_report(report, output, plots):
             console.print(f"Wrote {path}", soft_wrap=True)
+    if data is None:
+        print_next("bench", "--target", "TARGET", "--draft", "DRAFT", "--data", "CONVERSATIONS.json")
+    elif output is None:
+        print_next("bench", "--target", target, "--draft", draft, "--data", data, "--output", "REPORT")
+    else:
+        print_next("train", "--target", target, "--draft", draft, "--text-data", data, "--output-dir", "DRAFT")
 
 
 def _bench_shape(
@@ -129,8 +146,11 @@ def _bench_shape(
     dtype: str,
     device: str,
 ) -> dict[str, Any]:
+    import torch
+
     from ..evaluation.make_report import report_shape
     from ..evaluation.shapes import build_pair, shape_config
+    from ..loading import parse_device, parse_dtype
     from ..training.draft_vocab import check_size
 
     sizes = _numbers(int, nodes)

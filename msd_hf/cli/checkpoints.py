@@ -6,14 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from transformers.utils import logging
 
-from ..draft.folder import DRAFT_FOLDER
-from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
-from ..loading import load_config, load_processor
-from ..target.support import check_pair
-from ..writing.destination import check_destination, replaced_folder
+from .next_step import print_next
 from .options import ImageFolder, Overwrite, Strict, Target, console, print_skipped
 
 
@@ -23,11 +18,16 @@ def convert(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a draft of the original repository in this package's format."""
+    from ..draft.folder import DRAFT_FOLDER
+    from ..draft.modeling_msd import MSDDraftModel
+    from ..writing.destination import check_destination, replaced_folder
+
     check_destination(destination, DRAFT_FOLDER, overwrite)
     model = MSDDraftModel.from_pretrained(source)
     with replaced_folder(destination, DRAFT_FOLDER, overwrite) as temporary:
         model.save_pretrained(temporary)
     console.print(f"Wrote {destination} ({model.num_parameters():,} parameters, {model.dtype}).")
+    print_next("generate", "--target", "TARGET", "--draft", destination, "--image", "PICTURE", "--prompt", "QUESTION")
 
 
 def draft_vocab(
@@ -43,8 +43,15 @@ def draft_vocab(
     overwrite: Overwrite = False,
 ) -> None:
     """Restrict the candidates of a draft to the tokens that are frequent in answers, so that drafting costs less."""
+    from transformers.utils import logging
+
+    from ..draft.folder import DRAFT_FOLDER
+    from ..draft.modeling_msd import MSDDraftModel
+    from ..loading import load_config, load_processor
+    from ..target.support import check_pair
     from ..training.data.conversations import load_conversations
     from ..training.draft_vocab import LARGEST_PAYING_SHARE, check_size, count_answer_tokens, coverage, frequent_tokens
+    from ..writing.destination import check_destination, replaced_folder
 
     if size != "auto" and not size.lstrip("-").isdecimal():
         raise MSDError(f"--size {size!r} is neither a number nor auto.")
@@ -82,3 +89,4 @@ def draft_vocab(
     with replaced_folder(output, DRAFT_FOLDER, overwrite) as temporary:
         model.save_pretrained(temporary)
     console.print(f"Wrote {output}", soft_wrap=True)
+    print_next("bench", "--target", target, "--draft", output, "--data", data[0])

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..loading import DTYPE_NAMES, LARGEST_SEED
+from ..limits import DTYPE_NAMES, LARGEST_SEED
 from ..terminal import make_console
 
 

@@ -76,9 +76,27 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
     A draft for multimodal speculative decoding, passed to the target's `generate` as `assistant_model`.
 
     It owns `fc`, `layers` and, with `target_layers`, `feature_proj`. The token embedding and the language-model head
-    are the target's, and are not saved with the draft. `generation_config` holds the settings of the candidate tree:
-    `num_assistant_tokens` (nodes of the tree with the root, 59), `tree_depth` (5), `tree_top_k` (10), `suffix_nodes`
-    (nodes that are added when the text repeats itself, 0).
+    are the target's, and are not saved with the draft.
+
+    Settings are attributes of `draft.generation_config`, and are saved with the draft. None of them changes tokens:
+
+    - `num_assistant_tokens` (`int` or `"auto"`, defaults to 59): the budget of a tree, its nodes with the root, from 1
+      (no drafting) to 1024. With `"auto"`, each tree has as many nodes, levels and siblings as pay on this machine
+      with this draft, at most 64 nodes, and there is none while drafting does not pay. What trees cost is learnt in
+      the first rounds.
+    - `tree_depth` (`int`, defaults to 5; with `"auto"` to 40): expansions of a tree after the first, so it has up to
+      `tree_depth + 1` levels below the root. With `"auto"`, an upper bound.
+    - `tree_top_k` (`int`, defaults to 10): candidates of each node, and nodes that are expanded in each level. 1
+      drafts a chain. With `"auto"`, an upper bound.
+    - `suffix_nodes` (`int`, defaults to 0): nodes that are added when the last 3 tokens have come before; they repeat
+      the tokens that came next there.
+    - `compile` (`bool`, defaults to `False`): run verification and drafting with fixed shapes under `torch.compile`,
+      on a GPU as CUDA graphs. It needs a number as `num_assistant_tokens`. The first call compiles, which takes one
+      to two minutes for a large target.
+
+    Args:
+        config (`MSDDraftConfig`): sizes of the draft. [`~MSDDraftModel.from_target`] makes a draft that fits a target,
+            [`~MSDDraftModel.from_pretrained`] loads one.
 
     Example:
 
@@ -127,6 +145,7 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         return None
 
     def get_output_embeddings(self):
+        """`None`: the head is the target's."""
         return None
 
     @classmethod

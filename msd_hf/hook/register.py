@@ -34,8 +34,12 @@ _AUTO_CLASSES = {AutoModel: MODEL_MAPPING, AutoModelForCausalLM: MODEL_FOR_CAUSA
 
 
 def register() -> None:
-    """Makes `generate`, pipelines and the Auto classes know drafts. `import msd_hf` does it; a second call changes
-    nothing."""
+    """
+    Makes `generate`, pipelines and the Auto classes know drafts.
+
+    `import msd_hf` does it, if transformers is loaded, or else the first use of one of them. A second call changes
+    nothing. After [`unregister`], this function registers drafts again.
+    """
     for config_class, model_class in draft_kinds().items():
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         for auto_class in _AUTO_CLASSES:
@@ -49,8 +53,12 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Puts `GenerationMixin`, pipelines, the Auto classes and what attention and recurrent layers call back as they
-    were before `import msd_hf`."""
+    """
+    Puts `GenerationMixin`, pipelines, the Auto classes and what attention and recurrent layers call back as they were
+    before `import msd_hf`.
+
+    A method that another library has wrapped since then stays as it is, with a warning.
+    """
     restore_attention()
     restore_kernels()
     for config_class in draft_kinds():

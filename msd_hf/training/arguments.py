@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..errors import MSDError
-from ..loading import LARGEST_SEED, MOST_WORKERS
+from ..limits import LARGEST_SEED, MOST_WORKERS
 from ..writing.redaction import redact, secret_values
 from .curriculum import CURRICULA, Curriculum, SampleKind
 from .losses import WEIGHT_NAMES

@@ -15,6 +15,7 @@ from transformers import (
     GenerationConfig,
     HfArgumentParser,
     PreTrainedModel,
+    TrainingArguments,
     set_seed,
 )
 from transformers.integrations import get_available_reporting_integrations
@@ -34,6 +35,7 @@ from .regeneration.journal import is_written
 from .regeneration.regenerate import regenerate
 from .resume_point import find_resume_point
 from .run_fingerprint import argument_values
+from .script_help import HelpAll, format_help
 from .trainer import MSDTrainer, new_draft
 
 
@@ -72,6 +74,11 @@ class ScriptArguments:
 
 
 class _Parser(HfArgumentParser):
+    def format_help(self, with_inherited: bool = False) -> str:
+        ours = {*vars(ScriptArguments)["__annotations__"], *vars(MSDTrainingArguments)["__annotations__"]}
+        inherited = {f.name for f in dataclasses.fields(TrainingArguments)} - ours
+        return format_help(self._actions, inherited, with_inherited)
+
     def error(self, message: str) -> NoReturn:
         raise MSDUsageError(f"{message[:1].upper()}{message[1:]}. `msd-hf train --help` lists the arguments.")
 
@@ -88,6 +95,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ScriptArguments, MSDTrainingAr
     """
     parser = _Parser((ScriptArguments, MSDTrainingArguments), prog="msd-hf train", allow_abbrev=False)
     parser.add_argument("--config", type=str, default=None, help="YAML file of arguments.")
+    parser.add_argument("--help-all", action=HelpAll, help="List all arguments.")
     known, _ = _config_parser().parse_known_args(list(argv))
     if known.config is not None:
         parser.set_defaults(**_read_config(known.config))
