@@ -7,7 +7,7 @@ from io import TextIOWrapper
 
 import typer
 
-from . import answer, bench, checkpoints, train, training_data
+from . import answer, bench, checkpoints, publishing, train, training_data
 from .failures import exit_status
 
 
@@ -28,6 +28,9 @@ app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options"
 app.command()(training_data.extract)
 app.command(name="regenerate")(training_data.regenerate_answers)
 app.command()(checkpoints.draft_vocab)
+app.command()(publishing.drafts)
+app.command()(publishing.card)
+app.command()(publishing.publish)
 
 data_app = typer.Typer(help="Look at training data.", no_args_is_help=True)
 data_app.command()(training_data.check)

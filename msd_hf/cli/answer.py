@@ -14,11 +14,12 @@ from transformers.utils import logging
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
 from ..evaluation import Comparison, compare, mean_acceptance_length
+from ..hub.names import target_or_named
 from ..images import read_image
 from ..loading import load_config, load_processor, load_target, parse_device, parse_dtype
 from ..prompts import build_inputs
 from ..target.support import check_pair
-from .options import Device, Dtype, MaxNewTokens, Repeats, Seed, Target, Temperature, console
+from .options import Device, Dtype, MaxNewTokens, OptionalTarget, Repeats, Seed, Temperature, console
 from .streaming import AcceptanceStreamer
 
 
@@ -43,9 +44,9 @@ def demo(
 
 
 def generate(
-    target: Target,
     draft: Annotated[str, typer.Option(help="Folder or Hub id of its draft, ours or of the original repository.")],
     prompt: Annotated[str, typer.Option(help="The question.")],
+    target: OptionalTarget = None,
     image: Annotated[Path | None, typer.Option(help="The picture that the question is about.")] = None,
     text_only: Annotated[bool, typer.Option("--text-only", help="Ask without a picture.")] = False,
     max_new_tokens: MaxNewTokens = 128,
@@ -62,7 +63,7 @@ def generate(
 
 
 def _run(
-    target_name: str,
+    target_name: str | None,
     draft_name: str,
     prompt: str,
     image_path: Path | None,
@@ -77,9 +78,13 @@ def _run(
     image = None if image_path is None else read_image(image_path)
     parse_dtype(dtype)
     parse_device(device)
-    target_config = load_config(target_name)
+    if target_name is not None:
+        load_config(target_name)
     draft = MSDDraftModel.from_pretrained(draft_name)
-    check_pair(target_config, draft.config)
+    if target_name is None:
+        target_name = target_or_named(None, draft.config)
+        console.print(f"target   {target_name}, which the draft names", soft_wrap=True)
+    check_pair(load_config(target_name), draft.config)
     processor = load_processor(target_name)
     inputs = build_inputs(processor, prompt, image)
     target = load_target(target_name, dtype, device)

@@ -30,6 +30,7 @@ class PairState:
             `check_tree_verification`.
         is_chain (`bool`): whether that check found that the target verifies chains only.
         is_window_checked (`bool`): the same for a context that is longer than the target's sliding window.
+        is_compared (`bool`): whether the target was compared with the one that the draft was made for.
     """
 
     compiled: CompiledFunctions = field(default_factory=CompiledFunctions)
@@ -40,6 +41,7 @@ class PairState:
     is_checked: bool = False
     is_chain: bool = False
     is_window_checked: bool = False
+    is_compared: bool = False
 
     def tree_policy(
         self, settings: TreeSettings, circumstances: Hashable, eos_token_ids: Collection[int] = ()
