@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import close_session, constants
 
 
 class HubHandler(http.server.BaseHTTPRequestHandler):
@@ -178,7 +179,7 @@ def running_server(root: Path) -> Iterator[tuple[str, type[HubHandler]]]:
     """As [`serve_hub`]; yields the endpoint and the handler, which records what is sent to it."""
     handler = type("Handler", (HubHandler,), {"root": root, "requests": [], "bodies": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}", handler
@@ -205,3 +206,23 @@ def run_with_hub(code: str, endpoint: str, home: Path) -> subprocess.CompletedPr
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")]),
     }
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+
+
+@contextlib.contextmanager
+def hub_in_process(root: Path, monkeypatch: Any, token: str | None = None) -> Iterator[type[HubHandler]]:
+    """Makes the server the Hub of this process, whose client has read its settings already."""
+    with running_server(root) as (endpoint, handler):
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(root / "cache"))
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.setenv(name, "127.0.0.1")
+        if token is not None:
+            monkeypatch.setenv("HF_TOKEN", token)
+        close_session()
+        yield handler
+    close_session()

@@ -46,10 +46,8 @@ def drafts(
         return
     first = result.drafts[0]
     given = "" if target is None or first.is_exact else f" --target {shlex.quote(target)}"
-    console.print(
-        f"\nTry one: msd-hf generate --draft {shlex.quote(first.name)}{given} --image photo.jpg --prompt 'What is there?'",
-        soft_wrap=True,
-    )
+    command = f"msd-hf generate --draft {shlex.quote(first.name)}{given}"
+    console.print(f"\nTry one: {command} --image photo.jpg --prompt 'What is there?'", soft_wrap=True)
 
 
 def card(

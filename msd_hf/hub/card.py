@@ -59,7 +59,7 @@ def make_card(
         MSDError: when there is no draft in the folder, or its card cannot be read.
     """
     folder = Path(folder)
-    config = read_draft_config(folder)
+    config = redact(read_draft_config(folder))
     before = _metadata(load_card(folder))
     kept_tags = before.get("tags") or []
     all_tags = dict.fromkeys([*_TAGS, *([kept_tags] if isinstance(kept_tags, str) else kept_tags), *tags])

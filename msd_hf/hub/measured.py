@@ -46,9 +46,11 @@ def results_of_bench(report: Mapping[str, Any], data_name: str, task: str = VISI
     results = []
     for group, num_prompts, methods in groups:
         figures = methods["tree"]
-        values = {"tau": figures["tau"], "speedup": figures["speedup"]["median"]}
-        if "agreement" in figures:
-            values["identical"] = figures["agreement"]["share"]
+        values = {
+            "tau": figures["tau"],
+            "speedup": figures["speedup"]["median"],
+            "identical": figures["identical_share"],
+        }
         results += [
             EvalResult(
                 task_type=task,

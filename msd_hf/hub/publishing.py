@@ -120,8 +120,8 @@ def publish_folder(
     commit = api.create_commit(
         repo_id,
         operations,
-        commit_message=commit_message or "Upload an MSD draft",
-        commit_description=commit_description,
+        commit_message=redact_text(commit_message or "Upload an MSD draft"),
+        commit_description=None if commit_description is None else redact_text(commit_description),
         token=token,
         revision=revision,
         create_pr=create_pr,
@@ -160,15 +160,15 @@ def _header(path: Path) -> str:
 def _check_text(path: Path, text: str, folder: Path) -> str:
     """Refuses a text with a secret or with a path of this machine: it is the user's, and is not changed."""
     advice = "Remove it, and publish again."
+    # A short path such as `/tmp` says nothing about a machine.
+    places = [str(place) for place in (folder.resolve().parent, Path.cwd()) if len(place.parts) > 2]
+    paths = re.compile("|".join(rf"(?<![\w./-]){re.escape(place)}(?![\w.-])" for place in [*places, str(Path.home())]))
     for number, line in enumerate(text.splitlines(), start=1):
         if redact_text(line).count(REDACTED) > line.count(REDACTED):
             raise MSDError(f"Line {number} of {path.name!r} holds what looks like a secret. {advice}")
-        places = {str(Path.home()), str(folder.resolve().parent), str(Path.cwd())} - {"/"}
-        found = next(
-            (place for place in places if re.search(rf"(?<![\w./-]){re.escape(place)}(?![\w.-])", line)), None
-        )
+        found = paths.search(line)
         if found is not None:
-            raise MSDError(f"Line {number} of {path.name!r} holds a path of this machine, {found!r}. {advice}")
+            raise MSDError(f"Line {number} of {path.name!r} holds a path of this machine, {found[0]!r}. {advice}")
     return text
 
 
