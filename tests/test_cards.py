@@ -6,7 +6,7 @@ import re
 import shutil
 
 import pytest
-from hub_server import hub_in_process
+from hub_server import hub_in_process, metadata_errors
 from huggingface_hub import EvalResult, ModelCard
 from training_runs import make_trainer
 
@@ -145,7 +145,10 @@ def test_figures_of_a_benchmark_go_into_the_card(folder, run, tmp_path, monkeypa
         r.metric_value for r in card.data.eval_results
     ]
     with hub_in_process(tmp_path, monkeypatch):
-        ModelCard.load(folder / "README.md").validate()
+        card = ModelCard.load(folder / "README.md")
+        assert metadata_errors(card) == []
+        card.data.base_model_relation = "draft"
+        assert metadata_errors(card) == ["base_model_relation is not allowed"]
 
 
 def test_figures_go_into_an_edited_card_and_all_words_stay(folder):
