@@ -132,7 +132,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 
     def validate(self, card: str) -> None:
         """The Hub's check of the metadata, as far as its documentation describes it."""
-        data = yaml.safe_load(card.split("---")[1])
+        data = yaml.safe_load(card.split("---")[1]) if card.startswith("---") else {}
         errors = [
             f"{name} is not allowed"
             for name, allowed in {
@@ -145,7 +145,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             if not (result["task"]["type"] and result["dataset"]["type"] and result["dataset"]["name"]):
                 errors.append("model-index is not allowed")
             errors += ["metric is not allowed" for metric in result["metrics"] if "value" not in metric]
-        self.send({"errors": errors, "warnings": []}, 400 if errors else 200)
+        self.send({"errors": [{"message": error} for error in errors], "warnings": []}, 400 if errors else 200)
 
     def send(self, content: object, status: int = 200) -> None:
         body = json.dumps(content).encode()
@@ -231,4 +231,5 @@ def hub_in_process(root: Path, monkeypatch: Any, token: str | None = None) -> It
 def metadata_errors(card: ModelCard) -> list[str]:
     """What the server says of a card's metadata. Old releases of the client ask one host only when they validate."""
     body = {"repoType": "model", "content": str(card)}
-    return get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=body).json()["errors"]
+    answer = get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=body).json()
+    return [error["message"] for error in answer["errors"]]

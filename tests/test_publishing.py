@@ -187,6 +187,31 @@ def test_a_hub_that_refuses_or_is_away_gives_one_line(folder, hub, run, monkeypa
     assert code == 1 and "offline" in err.splitlines()[-1].lower()
 
 
+def test_a_repository_without_an_owner_is_the_users(hub, tmp_path):
+    draft = MSDDraftModel.from_pretrained(DRAFT_DIR)
+    draft.save_pretrained(tmp_path / "draft", push_to_hub=True, private=True, license="mit")
+    card = ModelCard(uploaded(hub)["README.md"].decode())
+    assert "CREATE me/draft private" in hub.requests and card.data.license == "mit"
+    assert '"me/draft"' in card.text and card.data.library_name == "msd_hf"
+
+
+def test_a_card_that_cannot_be_read_is_not_replaced(folder, hub, monkeypatch):
+    (folder / "README.md").write_text("My own words.\n")
+    MSDDraftModel.from_pretrained(folder).push_to_hub("me/draft")
+    (folder / "README.md").unlink()
+    monkeypatch.setattr(HubHandler, "do_HEAD", lambda self: self.send({}, 403))
+    with pytest.raises(OSError):
+        MSDDraftModel.from_pretrained(folder).push_to_hub("me/draft")
+    assert uploaded(hub)["README.md"] == b"My own words.\n"
+
+
+def test_a_card_that_the_hub_refuses_is_named(folder, hub, run):
+    (folder / "README.md").write_text("---\nbase_model_relation: draft\n---\nWords.\n")
+    code, _, err = run("publish", folder, "me/draft")
+    line = err.splitlines()[-1]
+    assert code == 1 and line.startswith("Error: The Hub refuses the card") and "base_model_relation" in line
+
+
 def test_sharded_weights_are_published_with_their_index(folder):
     draft = MSDDraftModel.from_pretrained(folder)
     draft.save_pretrained(folder, max_shard_size="200KB")

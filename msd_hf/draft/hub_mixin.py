@@ -20,6 +20,21 @@ from ..hub.publishing import check_repo_id, publish_folder
 logger = logging.get_logger(__name__)
 
 
+# Arguments of `save_pretrained` that are about the upload.
+_UPLOAD_ARGUMENTS = (
+    "repo_id",
+    "commit_message",
+    "commit_description",
+    "private",
+    "token",
+    "revision",
+    "create_pr",
+    "tags",
+    "license",
+    "language",
+)
+
+
 class DraftHubMixin:
     """Methods of a draft that deal with the Hub. The class is also a `PreTrainedModel`."""
 
@@ -49,6 +64,27 @@ class DraftHubMixin:
         for note in result.notes:
             logger.warning(note)
         return result.drafts
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """
+        Saves the draft, as `PreTrainedModel.save_pretrained` does.
+
+        Args:
+            save_directory: the folder.
+            push_to_hub (`bool`, defaults to `False`): also upload the draft with its card, to `repo_id` or to a
+                repository with the name of the folder.
+            args, kwargs: further arguments, those of `push_to_hub` among them.
+        """
+        model: Any = super()
+        if not push_to_hub:
+            model.save_pretrained(save_directory, *args, **kwargs)
+            return
+        upload = {name: kwargs.pop(name) for name in _UPLOAD_ARGUMENTS if name in kwargs}
+        repo_id = upload.pop("repo_id", None) or Path(save_directory).name
+        model.save_pretrained(save_directory, *args, **kwargs)
+        self.push_to_hub(repo_id, **upload)
 
     def push_to_hub(
         self,

@@ -25,14 +25,16 @@ CARD_NAME = "README.md"
 PROVENANCE_NAME = "training_provenance.json"
 # A card with this sentence is ours to replace.
 MARK = "msd_hf wrote this card: remove this line if you edit it, and it is never replaced."
+# `Trainer` of transformers writes this into a card, and asks that a user who edits the card removes it.
+_MARK_OF_TRAINER = "generated automatically according to the information the Trainer had access to"
 _TAGS = ("speculative-decoding", "msd", LIBRARY)
 _RELATION = "adapter"  # of the Hub's four relations the one for weights that are loaded beside those of the base model
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
 def is_generated(text: str) -> bool:
-    """Whether a card was written by this package and not edited since."""
-    return MARK in text
+    """Whether a card was written by this package, or by `Trainer`, and not edited since."""
+    return MARK in text or _MARK_OF_TRAINER in text
 
 
 def make_card(

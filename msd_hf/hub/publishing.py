@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import MSDError
@@ -113,29 +113,32 @@ def publish_folder(
     files = collect_files(folder, repo_id, license=license, language=language, tags=tags)
     api = HfApi(library_name="msd_hf")
     url = api.create_repo(repo_id, private=private, token=token, exist_ok=True)
-    repo_id = url.repo_id  # with the user's name, if none was given
+    if url.repo_id != repo_id:  # the user's name was left out
+        repo_id = url.repo_id
+        files = collect_files(folder, repo_id, license=license, language=language, tags=tags)
     if is_generated(_decoded(files[CARD_NAME])) and _has_own_card(api, repo_id, token, revision):
         del files[CARD_NAME]
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-    commit = api.create_commit(
-        repo_id,
-        operations,
-        commit_message=redact_text(commit_message or "Upload an MSD draft"),
-        commit_description=None if commit_description is None else redact_text(commit_description),
-        token=token,
-        revision=revision,
-        create_pr=create_pr,
-    )
+    try:
+        commit = api.create_commit(
+            repo_id,
+            operations,
+            commit_message=redact_text(commit_message or "Upload an MSD draft"),
+            commit_description=None if commit_description is None else redact_text(commit_description),
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    except ValueError as error:  # the Hub checks the metadata of a card
+        raise MSDError(f"The Hub refuses the card: {one_line(str(error))}") from error
     return str(commit.pr_url or url), list(files)
 
 
 def _has_own_card(api: HfApi, repo_id: str, token: Any, revision: str | None) -> bool:
-    try:
-        path = api.hf_hub_download(repo_id, CARD_NAME, token=token, revision=revision)
-    except EntryNotFoundError:
+    """Whether the repository has a card that somebody has written."""
+    if not api.file_exists(repo_id, CARD_NAME, token=token, revision=revision):
         return False
-    except OSError:  # a new branch, or a repository that was made a moment ago
-        return False
+    path = api.hf_hub_download(repo_id, CARD_NAME, token=token, revision=revision)
     return not is_generated(Path(path).read_text(encoding="utf-8", errors="replace"))
 
 
