@@ -136,7 +136,7 @@ def test_figures_of_a_benchmark_go_into_the_card(folder, run, tmp_path, monkeypa
     assert results["tau"].metric_value >= 1 and results["tau"].dataset_name.startswith("visual, ")
     how = results["tau"].dataset_args
     assert how["num_prompts"] == 1 and how["command"].startswith("msd-hf bench --update-card")
-    assert "torch" in how["versions"] and "threads" in how["hardware"]
+    assert "torch" in how["versions"] and "thread" in how["hardware"]
     assert how["command"] in card.text and "not measured. `msd-hf bench" not in card.text
     assert str(tmp_path) not in (folder / "README.md").read_text()
     assert card.data.license == "mit"

@@ -36,7 +36,7 @@ def results_of_bench(report: Mapping[str, Any], data_name: str, task: str = VISI
     environment = report["environment"]
     how = {
         "command": environment["command"],
-        "hardware": f"{environment['device']}, {environment['threads']} threads",
+        "hardware": f"{environment['device']}, {environment['threads']} thread{'s' * (environment['threads'] != 1)}",
         "dtype": environment["dtype"],
         "versions": ", ".join(f"{name} {version}" for name, version in environment["versions"].items()),
     }
