@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from . import answer, bench, checkpoints, doctor, train, training_data
+from . import answer, bench, checkpoints, doctor, publishing, train, training_data
 from .failures import exit_status
 
 
@@ -50,6 +50,9 @@ app.command()(training_data.extract)
 app.command(name="regenerate")(training_data.regenerate_answers)
 app.command()(checkpoints.draft_vocab)
 app.command()(doctor.doctor)
+app.command()(publishing.drafts)
+app.command()(publishing.card)
+app.command()(publishing.publish)
 
 data_app = typer.Typer(help="Look at training data.", no_args_is_help=True)
 data_app.command()(training_data.check)

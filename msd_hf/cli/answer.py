@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ..errors import MSDError
 from .next_step import print_next
-from .options import Device, Dtype, MaxNewTokens, Repeats, Seed, Target, Temperature, console
+from .options import Device, Dtype, MaxNewTokens, OptionalTarget, Repeats, Seed, Temperature, console
 
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ def demo(
 
 
 def generate(
-    target: Target,
     draft: Annotated[str, typer.Option(help="Folder or Hub id of its draft, ours or of the original repository.")],
     prompt: Annotated[str, typer.Option(help="The question.")],
+    target: OptionalTarget = None,
     image: Annotated[Path | None, typer.Option(help="The picture that the question is about.")] = None,
     text_only: Annotated[bool, typer.Option("--text-only", help="Ask without a picture.")] = False,
     max_new_tokens: MaxNewTokens = 128,
@@ -57,12 +57,12 @@ def generate(
     """Answer a question with your own target and draft, with and without the draft."""
     if (image is None) != text_only:
         raise MSDError("Give a picture with --image, or ask without one with --text-only (one of the two).")
-    _run(target, draft, prompt, image, max_new_tokens, temperature, seed, dtype, device, repeats)
+    target = _run(target, draft, prompt, image, max_new_tokens, temperature, seed, dtype, device, repeats)
     print_next("bench", "--target", target, "--draft", draft, "--data", "CONVERSATIONS.json")
 
 
 def _run(
-    target_name: str,
+    target_name: str | None,
     draft_name: str,
     prompt: str,
     image_path: Path | None,
@@ -72,11 +72,13 @@ def _run(
     dtype: str,
     device: str,
     repeats: int,
-) -> None:
+) -> str:
+    """Prints an answer and a comparison. Returns the name of the target, which the draft may have given."""
     import torch
 
     from ..draft.modeling_msd import MSDDraftModel
     from ..evaluation import compare
+    from ..hub.names import target_or_named
     from ..images import read_image
     from ..loading import load_config, load_processor, load_target, parse_device, parse_dtype
     from ..prompts import build_inputs
@@ -87,9 +89,13 @@ def _run(
     image = None if image_path is None else read_image(image_path)
     parse_dtype(dtype)
     parse_device(device)
-    target_config = load_config(target_name)
+    if target_name is not None:
+        load_config(target_name)
     draft = MSDDraftModel.from_pretrained(draft_name)
-    check_pair(target_config, draft.config)
+    if target_name is None:
+        target_name = target_or_named(None, draft.config)
+        console.print(f"target   {target_name}, which the draft names", soft_wrap=True)
+    check_pair(load_config(target_name), draft.config)
     processor = load_processor(target_name)
     inputs = build_inputs(processor, prompt, image)
     target = load_target(target_name, dtype, device)
@@ -106,6 +112,7 @@ def _run(
     torch.manual_seed(seed)
     target.generate(**inputs, **{**arguments, "max_new_tokens": min(max_new_tokens, 4)})
     _print_comparison(compare(target, draft, inputs, repeats, seed, **arguments), target)
+    return target_name
 
 
 def _print_comparison(comparison: Comparison, target: PreTrainedModel) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import MSDError
 from .next_step import print_next
-from .options import Device, Dtype, ImageFolder, MaxNewTokens, Seed, Temperature, console
+from .options import Device, Dtype, ImageFolder, MaxNewTokens, OptionalTarget, Seed, Temperature, console
 
 
 # The keys of `METHODS` in `evaluation/methods.py`, whose import takes seconds.
@@ -28,7 +28,7 @@ _Number = TypeVar("_Number", int, float)
 
 
 def bench(
-    target: Annotated[str | None, typer.Option(help="Folder or Hub id of the target.")] = None,
+    target: OptionalTarget = None,
     draft: Annotated[str | None, typer.Option(help="Folder or Hub id of its draft.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="Conversations, .json or .jsonl, whose first questions are asked.")
@@ -66,6 +66,9 @@ def bench(
     plots: Annotated[
         bool, typer.Option("--plots", help="Also write plots to the folder of --output. Needs matplotlib.")
     ] = False,
+    update_card: Annotated[
+        Path | None, typer.Option(help="Folder of the draft into whose card the figures are written.")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -83,6 +86,13 @@ def bench(
         check_matplotlib()
     if compile and shape is None:
         raise MSDError("--compile is for --shape. On prompts, add --baseline compiled.")
+    if update_card is not None:
+        from ..hub.card import check_card
+
+        if shape is not None:
+            raise MSDError("--update-card is for measured figures, and --shape has random weights: leave one out.")
+        check_card(update_card)
+        draft = draft or str(update_card)
     logging.disable_progress_bar()
     if shape is not None:
         report = _bench_shape(shape, context, assume_tau, nodes, repeats, compile, draft_vocab_size, dtype, device)
@@ -91,6 +101,7 @@ def bench(
         from ..evaluation.bench_prompts import first_questions
         from ..evaluation.make_report import report_pair
         from ..evaluation.methods import DEFAULT_BASELINES, choose_methods
+        from ..hub.names import target_or_named
         from ..loading import load_config, load_processor, load_target
         from ..target.support import check_pair
         from ..toy import DRAFT_DIR, TARGET_DIR
@@ -100,9 +111,10 @@ def bench(
         methods = choose_methods(DEFAULT_BASELINES if baseline is None else baseline)
         target = target or (str(TARGET_DIR) if toy else None)
         draft = draft or (str(DRAFT_DIR) if toy else None)
-        if target is None or draft is None:
-            raise MSDError("--data needs a --target and its --draft.")
+        if draft is None:
+            raise MSDError("--data needs a --draft, and its --target if the draft does not name it.")
         draft_model = MSDDraftModel.from_pretrained(draft)
+        target = target_or_named(target, draft_model.config)
         check_pair(load_config(target), draft_model.config)
         processor = load_processor(target)
         if data is None:
@@ -124,6 +136,13 @@ def bench(
             ignore_eos,
         )
     print_report(report, console)
+    if update_card is not None:
+        from ..hub.card import update_results
+        from ..hub.measured import results_of_bench
+
+        data_name = "toy world" if data is None else data.stem
+        path = update_results(update_card, results_of_bench(report, data_name))
+        console.print(f"Wrote {path}", soft_wrap=True)
     if output is not None:
         for path in write_report(report, output, plots):
             console.print(f"Wrote {path}", soft_wrap=True)

@@ -32,6 +32,7 @@ class PairState:
         masks_attention (`bool`): whether it found that the target's attention functions must get masks themselves, see
             [`TargetAdapter.masks_attention`].
         is_window_checked (`bool`): the same for a context that is longer than the target's sliding window.
+        is_compared (`bool`): whether the target was compared with the one that the draft was made for.
     """
 
     compiled: CompiledFunctions = field(default_factory=CompiledFunctions)
@@ -43,6 +44,7 @@ class PairState:
     is_chain: bool = False
     masks_attention: bool = False
     is_window_checked: bool = False
+    is_compared: bool = False
 
     def tree_policy(
         self, settings: TreeSettings, circumstances: Hashable, eos_token_ids: Collection[int] = ()

@@ -19,6 +19,7 @@ from ..decoders import decoder_of, head_of
 from ..errors import MSDError, MSDPairingError, MSDUnsupportedError
 from ..tree.settings import DEFAULT_NUM_ASSISTANT_TOKENS, DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K
 from .configuration_msd import MSDDraftConfig
+from .hub_mixin import DraftHubMixin
 from .interface import TargetReads, register_draft
 from .loading import check_draft_vocab, check_loading_info, errors_of_quantised_weights, prepare_loading
 from .plain_forward import PlainForward, PlainLayer
@@ -71,7 +72,7 @@ class MSDDraftPreTrainedModel(PreTrainedModel):
             self.generation_config = GenerationConfig.from_dict(generation_config.to_dict())
 
 
-class MSDDraftModel(MSDDraftPreTrainedModel):
+class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
     """
     A draft for multimodal speculative decoding, passed to the target's `generate` as `assistant_model`.
 
@@ -168,10 +169,10 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
             MSDError: when the target's last layer does not fit the draft's, or the target lacks a required size.
             MSDUnsupportedError: when `generate` refuses the target.
         """
-        target = generating_model(target)
         if init_from_last_layer:
             overrides = {"input_layernorm": True, **overrides}
         draft = cls(MSDDraftConfig.from_target(target, check=check, **overrides))
+        target = generating_model(target)
         if init_from_last_layer:
             draft._copy_last_layer(target)
         weight = getattr(head_of(target), "weight", None)

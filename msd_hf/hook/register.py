@@ -21,6 +21,7 @@ from ..draft.interface import draft_kinds, is_draft
 from ..recurrent.kernels import restore_kernels
 from ..target.support import check_pair, check_target, check_tree_fits
 from ..tree.settings import TreeSettings
+from .acquaintance import compare_once
 from .assistant import find_draft
 from .pipelines import wrap_pipelines
 from .refusals import check_call, check_compilable, check_draft_settings, check_generation_mode, check_inputs
@@ -94,6 +95,7 @@ def _wrap_validate_generation_mode(original):
         check_tree_fits(self.config, TreeSettings.from_generation_config(draft.generation_config))
         if is_compiled(draft.generation_config):
             check_compilable(self, draft)
+        compare_once(self, draft)
         # The original compares vocabularies and asks for tokenizers, but embedding and head are the target's here. It
         # also refuses several sequences a prompt in assisted generation, which our loop serves.
         others = {key: value for key, value in generation_mode_kwargs.items() if key != "assistant_model"}

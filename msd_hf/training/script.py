@@ -22,6 +22,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError, MSDUsageError, describe_error
+from ..hub.names import target_or_named
 from ..loading import load_config, load_processor, load_target, parse_dtype
 from ..tree.settings import TREE_SETTINGS, TreeSettings
 from .arguments import MSDTrainingArguments
@@ -43,7 +44,9 @@ from .trainer import MSDTrainer, new_draft
 class ScriptArguments:
     """The arguments of `msd-hf train` besides [`MSDTrainingArguments`]."""
 
-    target: str | None = field(default=None, metadata={"help": "Folder or Hub id of the target."})
+    target: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the target; may be left out if --draft names it."}
+    )
     draft: str | None = field(default=None, metadata={"help": "A draft to continue from, instead of a new one."})
     text_data: str | None = field(default=None, metadata={"help": "Conversations without images, .json or .jsonl."})
     visual_data: str | None = field(default=None, metadata={"help": "Conversations with images, .json or .jsonl."})
@@ -122,8 +125,8 @@ def run_training(argv: Sequence[str]) -> MSDTrainer:
     # A checkpoint of another run is refused before the target is loaded, if its arguments differ.
     point = find_resume_point(resume, args.force, str(args.output_dir), {"arguments": _given_values(args)})
     data = _open_data(script_args)
-    assert script_args.target is not None  # `parse_arguments` has checked it
     draft = None if script_args.draft is None else _load_draft(script_args.draft)
+    script_args.target = target_or_named(script_args.target, None if draft is None else draft.config)
     if not point.finished:
         _check_disk(script_args, args, draft, data)
     processor = load_processor(script_args.target)
@@ -168,7 +171,7 @@ def _check_disk(
 ) -> None:
     check_writable(str(args.output_dir))
     if draft is None:
-        assert script_args.target is not None  # `parse_arguments` has checked it
+        assert script_args.target is not None  # `run_training` has set it
         num_parameters = count_parameters(load_config(script_args.target), args)
     else:
         num_parameters = draft.num_parameters()
@@ -206,7 +209,7 @@ def _read_config(path: str) -> dict[str, Any]:
 
 
 def _check(script_args: ScriptArguments, args: MSDTrainingArguments) -> None:
-    if script_args.target is None:
+    if script_args.target is None and script_args.draft is None:
         raise MSDError("--target is missing: the folder or Hub id of the model that the draft is for.")
     cached = [script_args.text_features, script_args.visual_features]
     plain = [script_args.text_data, script_args.visual_data]

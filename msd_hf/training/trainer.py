@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,8 @@ from ..decoding.result import mean_acceptance_length
 from ..draft.modeling_msd import MSDDraftModel
 from ..draft.target_sizes import generating_model
 from ..errors import MSDDataError, MSDError, MSDUnsupportedError
+from ..hub.card import is_generated, load_card, write_card
+from ..hub.fingerprint import identify_target
 from ..target.adapter import TargetAdapter
 from ..target.support import check_pair, check_target
 from ..writing.redaction import redact_text
@@ -86,6 +87,8 @@ class MSDTrainer(ResumableTrainer):
         check_pair(target.config, model.config)
         if redact_text(model.config._name_or_path) != model.config._name_or_path:
             model.config._name_or_path = ""  # a local path; trackers get the whole config
+        for name, value in identify_target(target).items():
+            setattr(model.config, name, value)
         if args.learning_rate is None:
             args.learning_rate = args.make_recipe().learning_rate(model.config.hidden_size)
             logger.info("The learning rate is %g.", args.learning_rate)
@@ -289,11 +292,45 @@ class MSDTrainer(ResumableTrainer):
         self.state: TrainerState = SavedState.of(self.state)
         super()._save_checkpoint(*args, **kwargs)
 
+    def create_model_card(
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Writes the card of the draft into the output folder, which must hold the draft already (`save_model`). A card
+        that somebody has written or edited stays.
+
+        Args:
+            language, license, tags (*optional*): of the metadata.
+            model_name (*optional*): what a reader of the card loads the draft by; default: `hub_model_id`, else the
+                name of the output folder.
+            kwargs: further arguments of `Trainer.create_model_card`, which mean nothing for a draft.
+
+        Raises:
+            MSDError: when the output folder holds no draft.
+        """
+        if not self.is_world_process_zero():
+            return
+        card = load_card(str(self.args.output_dir))
+        if card is not None and not is_generated(card.content):
+            return
+        write_card(
+            str(self.args.output_dir),
+            self.args.hub_model_id or model_name,
+            language=language,
+            license=license,
+            tags=[tags] if isinstance(tags, str) else tags or (),
+        )
+
     def provenance(self) -> dict[str, Any]:
         return {
             **describe_run(self.args),
             "recipe": self.args.recipe,
-            "target": _public_name(self.target),
+            "target": self.model.config.target_name_or_path or type(self.target).__name__,
             "step": self.state.global_step if self._best_step is None else self._best_step,
             "max_steps": self.state.max_steps,
             "finished": self.has_ended,
@@ -325,12 +362,6 @@ class _HeldOut(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._mixture[Draw(index, "text", index)]
-
-
-def _public_name(target: PreTrainedModel) -> str:
-    """The id of a model on the Hub; for a model from a local folder, the name of the folder without its path."""
-    name = str(getattr(target.config, "_name_or_path", "") or type(target).__name__)
-    return Path(name).resolve().name if Path(name).is_dir() else redact_text(name)
 
 
 def new_draft(target: PreTrainedModel, args: MSDTrainingArguments) -> MSDDraftModel:
