@@ -5,6 +5,7 @@
 
 from .decoding.pair import release
 from .decoding.result import MSDGenerateOutput
+from .decoding.run_stats import MSDRunStats, last_run
 from .draft.configuration_msd import MSDDraftConfig
 from .draft.modeling_msd import MSDDraftModel
 from .errors import MSDCacheError, MSDCheckpointError, MSDError, MSDPairingError, MSDUnsupportedError
@@ -22,8 +23,10 @@ __all__ = [
     "MSDError",
     "MSDGenerateOutput",
     "MSDPairingError",
+    "MSDRunStats",
     "MSDUnsupportedError",
     "__version__",
+    "last_run",
     "register",
     "release",
     "unregister",

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from ..compat import CACHE_NAME
 from ..decoders import decoder_of, head_of
 from ..errors import MSDError, MSDPairingError, MSDUnsupportedError
-from ..tree.settings import DEFAULT_NUM_ASSISTANT_TOKENS, DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K
+from ..tree.settings import TREE_SETTINGS
 from .configuration_msd import MSDDraftConfig
 from .interface import TargetReads, register_draft
 from .loading import check_draft_vocab, check_loading_info, errors_of_quantised_weights, prepare_loading
@@ -77,8 +77,8 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
 
     It owns `fc`, `layers` and, with `target_layers`, `feature_proj`. The token embedding and the language-model head
     are the target's, and are not saved with the draft. `generation_config` holds the settings of the candidate tree:
-    `num_assistant_tokens` (nodes of the tree with the root, 59), `tree_depth` (5), `tree_top_k` (10), `suffix_nodes`
-    (nodes that are added when the text repeats itself, 0).
+    `num_assistant_tokens` (nodes of the tree with the root; unset or `"auto"`: as many as pay on this machine),
+    `tree_depth`, `tree_top_k`, `suffix_nodes` (nodes that are added when the text repeats itself) and `compile`.
 
     Example:
 
@@ -105,7 +105,7 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         # A reference to a head's weight, its version, and the rows taken from the head.
         self._head_rows: tuple[Any, int, tuple[torch.Tensor, torch.Tensor | None]] | None = None
         self.gradient_checkpointing = False
-        self.generation_config = _default_settings()
+        self.generation_config = _unset_settings()
         self.post_init()
         if self.feature_proj is not None:
             nn.init.zeros_(self.feature_proj.weight)  # a new draft starts with the last hidden state alone
@@ -402,12 +402,9 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=states, **{CACHE_NAME: past_key_values})
 
 
-def _default_settings() -> GenerationConfig:
-    return GenerationConfig(
-        num_assistant_tokens=DEFAULT_NUM_ASSISTANT_TOKENS,
-        tree_depth=DEFAULT_TREE_DEPTH,
-        tree_top_k=DEFAULT_TREE_TOP_K,
-    )
+def _unset_settings() -> GenerationConfig:
+    """Settings that leave everything to the defaults, with all names there to be set."""
+    return GenerationConfig(**dict.fromkeys(TREE_SETTINGS))
 
 
 register_draft(MSDDraftConfig, MSDDraftModel)
