@@ -1,4 +1,4 @@
-"""Training data as people have it: raw data sets of `datasets` in several forms, streams, names, several with weights."""
+"""Training data as people have it: raw data sets of `datasets` in several forms, streams, names, several files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from training_runs import make_trainer
+from transformers import AutoModelForImageTextToText
 
 from msd_hf import MSDDraftModel
 from msd_hf.errors import MSDDataError, MSDError
@@ -116,8 +117,7 @@ def trained(target, processor, output_dir, **given):
 
 
 def test_raw_data_sets_train_like_opened_ones(small_target, toy_processor, picture, tmp_path):
-    """Whole and streamed data with the same order give the same weights only if both are raw; a run that is given raw
-    data equals one that is given the result of `load_conversations`."""
+    """And `train` leaves the draft in the output folder."""
     data = {"text": datasets.Dataset.from_list(text_rows()), "visual": stored("LLaVA", str(picture))}
     opened = {kind: load_conversations(part) for kind, part in data.items()}
     runs = [
@@ -129,7 +129,6 @@ def test_raw_data_sets_train_like_opened_ones(small_target, toy_processor, pictu
     for name, weight in runs[0].model.state_dict().items():
         assert torch.equal(weight, runs[1].model.state_dict()[name]), name
     assert runs[0].evaluate()["eval_loss"] > 0
-    # `train` has left the draft in the output folder, with its provenance.
     draft = MSDDraftModel.from_pretrained(tmp_path / "raw")
     assert torch.equal(draft.fc.weight, runs[0].model.fc.weight)
     provenance = json.loads((tmp_path / "raw" / "training_provenance.json").read_text())
@@ -330,7 +329,7 @@ def test_training_on_several_files_by_command(run, files, tmp_path, monkeypatch)
 
 def test_saved_data_sets_by_name(run, picture, tmp_path):
     data = stored("LLaVA", str(picture))
-    data.save_to_disk(tmp_path / "one")
+    data.save_to_disk(tmp_path / "one")  # with the bytes of its images
     datasets.DatasetDict(train=data, test=data.select([0])).save_to_disk(tmp_path / "two")
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "train.jsonl").write_text("\n".join(json.dumps(row) for row in text_rows()))
@@ -352,14 +351,30 @@ def test_saved_data_sets_by_name(run, picture, tmp_path):
     assert code == 0 and ANSWER in out, err
 
 
-def test_pictures_of_a_data_set_are_regenerated_with(small_target, toy_processor, picture, tmp_path):
+def test_a_data_set_by_name_reads_no_other_files(picture, tmp_path):
+    """Who made it could name any file of this machine as an image."""
+    inside = tmp_path / "data" / "red.png"
+    inside.parent.mkdir()
+    RED.save(inside)
+    for name, path in (("inside", inside), ("outside", picture)):
+        stored("LLaVA", {"bytes": None, "path": str(path)}).to_parquet(tmp_path / f"{name}.parquet")
+        (tmp_path / f"{name}.parquet").rename(tmp_path / "data" / "train.parquet")
+        conversations = load_conversations(tmp_path / "data")
+        if name == "inside":
+            assert conversations[0].open_images()[0].size == RED.size
+            continue
+        with pytest.raises(MSDDataError, match="is no file of this data set") as error:
+            conversations[0]
+        assert error.value.reason == "image outside folder"
+
+
+def test_pictures_of_a_data_set_are_regenerated_with(toy_processor, picture, tmp_path):
     """Their files lie anywhere, so the answers are given copies."""
     report = regenerate(
-        small_target,
+        AutoModelForImageTextToText.from_pretrained(TARGET_DIR),
         toy_processor,
         load_conversations(stored("LLaVA", str(picture), count=1)),
         tmp_path / "answers.jsonl",
-        max_new_tokens=2,
-        suppress_tokens=toy_processor.tokenizer.all_special_ids,
+        max_new_tokens=8,
     )
     assert load_conversations(report.output)[0].open_images()[0].getpixel((3, 3)) == (255, 0, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Subset
@@ -12,7 +13,13 @@ from ..errors import MSDDataError, MSDError
 from ..loading import load_processor
 from .arguments import MSDTrainingArguments
 from .curriculum import SAMPLE_KINDS, SampleKind
-from .data.conversations import Conversations, JoinedConversations, StreamedConversations, load_conversations
+from .data.conversations import (
+    Conversation,
+    Conversations,
+    JoinedConversations,
+    StreamedConversations,
+    load_conversations,
+)
 from .features.cache import FeatureCache
 
 
@@ -82,9 +89,11 @@ def _opened(data: Any) -> Any:
     """Conversations for raw data; any other data set as it is, because its samples may be [`Conversation`]s."""
     if data is None or isinstance(data, (FeatureCache, Conversations, JoinedConversations, StreamedConversations)):
         return data
-    if isinstance(data, (str, Mapping, list, tuple)) or hasattr(data, "with_format") or not _has_samples(data):
+    if isinstance(data, (str, Path, Mapping)) or hasattr(data, "with_format") or not _has_samples(data):
         return load_conversations(data)
-    return load_conversations(data) if isinstance(_first_sample(data), Mapping) else data
+    first = _first_sample(data)
+    is_raw = isinstance(first, Mapping) or (isinstance(data, (list, tuple)) and not isinstance(first, Conversation))
+    return load_conversations(data) if is_raw else data
 
 
 def _has_samples(data: Any) -> bool:

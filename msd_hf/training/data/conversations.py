@@ -15,7 +15,7 @@ from .conversation import REASONS, Conversation, count_images
 from .files import read_samples
 from .joined import JoinedConversations
 from .reading import SampleReader
-from .saved import open_by_name
+from .saved import folders_of, open_by_name
 from .streamed import StreamedConversations
 from .turns import TURN_COLUMNS, has_turns
 
@@ -29,7 +29,7 @@ class Conversations:
         name: name of the data in messages.
         image_folder (*optional*): the folder that holds all images and that image paths are relative to.
         fingerprint (*optional*): identifies the content of the data. By default it is computed at its first use.
-        opens_paths: whether images that are stored by their path may be read from anywhere, see [`SampleReader`].
+        stored_in: folders from which images may be read that are stored by their path, see [`SampleReader`].
     """
 
     def __init__(
@@ -38,12 +38,12 @@ class Conversations:
         name: str,
         image_folder: Path | None = None,
         fingerprint: str | None = None,
-        opens_paths: bool = False,
+        stored_in: tuple[Path, ...] | None = (),
     ):
         self.name = name
         self._samples = samples
         self.image_folder = None if image_folder is None else image_folder.resolve()
-        self._read = SampleReader(self.image_folder, opens_paths)
+        self._read = SampleReader(self.image_folder, stored_in)
         if fingerprint is not None:
             self.__dict__["fingerprint"] = fingerprint
 
@@ -116,7 +116,7 @@ def load_conversations(
     Raises:
         MSDError: when the data as a whole cannot be read.
     """
-    folder = None if image_folder is None else Path(image_folder)
+    folder = None if image_folder is None else Path(image_folder).resolve()
     if folder is not None and not folder.is_dir():
         raise MSDError(f"There is no image folder {str(folder)!r}.")
     if is_opened(data):
@@ -132,7 +132,7 @@ def load_conversations(
             path = Path(data)
             samples, fingerprint = read_samples(path)
             return Conversations(samples, printable(path.name), folder or path.parent, fingerprint)
-        data = opened
+        return _open_data_set(opened, folder, folders_of(data))
     elif split is not None or subset is not None:
         raise MSDError("`split` and `subset` are for a data set that is given by its name.")
     if isinstance(data, Mapping):
@@ -164,18 +164,20 @@ def _is_data_set(data: Any) -> bool:
     return hasattr(data, "with_format") and hasattr(data, "features")
 
 
-def _open_data_set(data: Any, folder: Path | None) -> Any:
+def _open_data_set(data: Any, folder: Path | None, images: tuple[Path, ...] | None = None) -> Any:
+    """Opens a data set of `datasets`. Images that are stored by their path may lie in the folders `images`."""
     name = getattr(data.info, "dataset_name", None) or "dataset"
     features = data.features or {}
-    opens_paths = any(_holds_images(feature) for feature in features.values())
+    has_images = any(_holds_images(feature) for feature in features.values())
+    stored_in = images if has_images else ()
     if not hasattr(data, "__len__"):
         _check_columns(name, data.column_names)
-        stream = data.decode(False) if opens_paths else data  # an image that cannot be decoded would end the stream
-        return StreamedConversations(stream, name, SampleReader(folder, opens_paths), _identify)
+        stream = data.decode(False) if has_images else data  # an image that cannot be decoded would end the stream
+        return StreamedConversations(stream, name, SampleReader(folder, stored_in), _identify)
     if data.format["type"] == "custom":  # a transform of the user makes the samples
-        return Conversations(data, name, folder, data._fingerprint, opens_paths)
+        return Conversations(data, name, folder, data._fingerprint, stored_in)
     _check_columns(name, data.column_names)
-    return Conversations(_Undecoded(data), name, folder, data._fingerprint, opens_paths)
+    return Conversations(_Undecoded(data), name, folder, data._fingerprint, stored_in)
 
 
 def _check_columns(name: str, columns: Sequence[str] | None) -> None:

@@ -24,12 +24,12 @@ class SampleReader:
 
     Args:
         image_folder (*optional*): the folder that holds all images and that image paths are relative to.
-        opens_paths: whether a stored image (`{"bytes", "path"}`) without bytes may be read from its path, as
-            `datasets` does for its `Image` columns: from a file anywhere, from an archive or from the network.
+        stored_in: the folders from which a stored image (`{"bytes", "path"}`) without bytes may be read by its path;
+            `None`: from anywhere, as `datasets` does for its `Image` columns: files, archives and addresses.
     """
 
     image_folder: Path | None = None
-    opens_paths: bool = False
+    stored_in: tuple[Path, ...] | None = ()
 
     def __call__(self, sample: Any, index: int) -> Conversation:
         """
@@ -55,8 +55,8 @@ class SampleReader:
         if isinstance(reference, Mapping):  # `datasets` stores images like this
             if reference.get("bytes"):
                 return decode_image(reference["bytes"], str(reference.get("path") or "an image in the data"))
-            if self.opens_paths and self.image_folder is None and reference.get("path"):
-                return _stored_image(reference)
+            if self.stored_in != () and self.image_folder is None and reference.get("path"):
+                return _stored_image(reference, self.stored_in)
             reference = reference.get("path")
         if hasattr(reference, "convert"):  # a PIL image
             return reference
@@ -76,11 +76,18 @@ class SampleReader:
         return path
 
 
-def _stored_image(reference: Mapping[str, Any]) -> Path | Image:
-    """The image of an `Image` column that is stored by its path."""
+def _stored_image(reference: Mapping[str, Any], folders: tuple[Path, ...] | None) -> Path | Image:
+    """The image of an `Image` column that is stored by its path, in one of the folders."""
     path = str(reference["path"])
     if os.path.isfile(path):
-        return Path(path)
+        found = Path(path).resolve()
+        if folders is None or any(found.is_relative_to(folder) for folder in folders):
+            return found
+    if folders is not None:
+        raise MSDDataError(
+            "image outside folder" if os.path.isfile(path) else "missing image",
+            f"{shown(path, most=300)} is no file of this data set.",
+        )
     import datasets
 
     try:  # an address in an archive or on the network

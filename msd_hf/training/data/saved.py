@@ -50,6 +50,15 @@ def open_by_name(name: str | Path, split: str | None = None, subset: str | None 
         raise MSDError(f"The data {str(name)!r} {what}: {describe_error(error)}") from error
 
 
+def folders_of(name: str | Path) -> tuple[Path, ...]:
+    """The folders in which the images of a data set lie that was opened by its name: its own, and the caches of the
+    Hub. Who made the data set could name any other file in it."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return tuple(Path(folder).resolve() for folder in (name, HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE))
+
+
 def _choose_split(found: Any, split: str | None, name: str | Path) -> Any:
     if not isinstance(found, Mapping):
         if split is not None:
@@ -71,4 +80,4 @@ def _datasets(name: str | Path) -> Any:
     return datasets
 
 
-__all__ = ["open_by_name"]
+__all__ = ["folders_of", "open_by_name"]
