@@ -68,9 +68,7 @@ def test_the_training_of_the_readme(tmp_path, monkeypatch, capsys):
     assert len(capsys.readouterr().out.strip().splitlines()[-1]) > 20
     arguments = shlex.split(command, comments=True)[1:]
     arguments[arguments.index("llava-hf/llava-1.5-7b-hf")] = str(TARGET_DIR)
-    monkeypatch.setattr(
-        sys, "argv", ["msd-hf", *arguments, *["--num-prompts", "1", "--repeats", "1", "--max-new-tokens", "8"]]
-    )
+    monkeypatch.setattr(sys, "argv", ["msd-hf", *arguments, "--num-prompts", "1", "--repeats", "1"])
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert not end.value.code
