@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import datasets
@@ -219,6 +220,23 @@ def test_streams_that_cannot_be_used():
     mixture = Mixture({"text": load_conversations(Unanswered())}, lambda conversation: conversation)
     with pytest.raises(MSDError, match="Not one of the 1000 text samples can be used: no assistant turn"):
         mixture[CurriculumSampler(None, None, Curriculum("text"), 4, 4).draw(0)]
+
+
+def test_a_stream_keeps_no_sample_that_was_trained_on():
+    class Row(dict):
+        """A `dict` that can be referred to weakly."""
+
+    class Stream:
+        def __iter__(self):
+            for row in map(Row, text_rows(20)):
+                refs.append(weakref.ref(row))
+                yield row
+
+    refs = []
+    mixture = Mixture({"text": load_conversations(Stream())}, lambda conversation: {"id": conversation.id})
+    for draw in CurriculumSampler(None, None, Curriculum("text"), 20, 20):
+        mixture[draw]
+    assert sum(ref() is not None for ref in refs) <= 2 < len(refs)
 
 
 class Unanswered:

@@ -12,11 +12,14 @@ import weakref
 import pytest
 import tiny
 import torch
+from training_runs import build_small_target
 
 import msd_hf
 from msd_hf.compiled import compile as compiled
 from msd_hf.decoding.notice import NUM_ROUNDS, AcceptanceNotice
 from msd_hf.observer import observing
+from msd_hf.training import acceptance_lengths
+from msd_hf.tree.policy import AdaptiveTreePolicy
 
 
 OPTIONS = {"max_new_tokens": 24, "do_sample": False, "return_dict_in_generate": True}
@@ -180,6 +183,19 @@ def test_a_useful_draft_is_not_warned_about(pair, caplog):
     for seed in range(8):
         out = target.generate(**tiny.make_prompt(seed, 8), assistant_model=draft, **{**OPTIONS, "max_new_tokens": 60})
     assert out.tau > 1.2 and not warnings_of(caplog)
+
+
+def test_tau_of_a_training_does_not_depend_on_the_machine(toy_processor, training_data, caplog, monkeypatch):
+    """It is measured with trees of a set size, and without a warning: at first every draft is of no use."""
+    target = build_small_target(toy_processor)
+    draft = msd_hf.MSDDraftModel.from_target(target)
+    draft.generation_config.tree_depth = 40
+    monkeypatch.setattr(AdaptiveTreePolicy, "begin_round", lambda *_: pytest.fail("an automatic tree"))
+    data = [training_data["text"][0]] * 4
+    lengths = acceptance_lengths(target, draft, toy_processor, data, max_new_tokens=20)
+    assert len(lengths["text"]) == 4 and not warnings_of(caplog)
+    settings = draft.generation_config
+    assert (settings.num_assistant_tokens, settings.tree_depth) == (None, 40)
 
 
 def test_answers_of_one_token_say_nothing_about_the_draft(pair, caplog):

@@ -42,8 +42,8 @@ FAULTS = {
         Fault(
             "a broken last sample ends training",
             "training/mixture.py",
-            "index = (draw.place + offset) % len(dataset)",
-            "index = draw.place + offset",
+            "((place + offset) % len(dataset) for",
+            "(place + offset for",
             SAMPLES,
         ),
         Fault(

@@ -81,8 +81,6 @@ class StreamedConversations:
 
     def begin_at(self, place: int) -> None:
         """Reads on up to a place, and forgets the samples before it."""
-        if place < self._num_read - len(self._ahead):
-            self._restart()
         while self._num_read < place:
             self._next()
             self._num_read += 1
