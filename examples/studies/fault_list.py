@@ -48,7 +48,7 @@ FAULTS = {
         ),
         Fault(
             "a null in `complete` counts as cut",
-            "training/data/conversations.py",
+            "training/data/reading.py",
             'complete=sample.get("complete") is not False',
             'complete=bool(sample.get("complete", True))',
             SAMPLES,
