@@ -32,7 +32,7 @@ def open_by_name(name: str | Path, split: str | None = None, subset: str | None 
         MSDError: when it cannot be loaded, or has no such split.
     """
     path = Path(name)
-    if path.suffix in _FILES or (path.exists() and not path.is_dir()):
+    if not str(name).strip() or path.suffix in _FILES or (path.exists() and not path.is_dir()):
         return None
     if not path.exists() and not _REPOSITORY.fullmatch(str(name)):
         return None
