@@ -188,6 +188,7 @@ def test_a_useful_draft_is_not_warned_about(pair, caplog):
 def test_tau_of_a_training_does_not_depend_on_the_machine(toy_processor, training_data, caplog, monkeypatch):
     """It is measured with trees of a set size, and without a warning: at first every draft is of no use."""
     target = build_small_target(toy_processor)
+    target.generation_config.eos_token_id = None
     draft = msd_hf.MSDDraftModel.from_target(target)
     draft.generation_config.tree_depth = 40
     monkeypatch.setattr(AdaptiveTreePolicy, "begin_round", lambda *_: pytest.fail("an automatic tree"))
