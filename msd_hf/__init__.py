@@ -18,6 +18,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .decoding.pair import release
     from .decoding.result import MSDGenerateOutput
+    from .decoding.run_stats import MSDRunStats, last_run
     from .draft.configuration_msd import MSDDraftConfig
     from .draft.modeling_msd import MSDDraftModel
     from .hook.register import register, unregister
@@ -27,6 +28,8 @@ else:
         "MSDDraftConfig": ".draft.configuration_msd",
         "MSDDraftModel": ".draft.modeling_msd",
         "MSDGenerateOutput": ".decoding.result",
+        "MSDRunStats": ".decoding.run_stats",
+        "last_run": ".decoding.run_stats",
         "register": ".hook.register",
         "release": ".decoding.pair",
         "unregister": ".hook.register",
@@ -57,8 +60,10 @@ __all__ = [
     "MSDError",
     "MSDGenerateOutput",
     "MSDPairingError",
+    "MSDRunStats",
     "MSDUnsupportedError",
     "__version__",
+    "last_run",
     "register",
     "release",
     "unregister",

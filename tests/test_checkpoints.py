@@ -15,6 +15,7 @@ from hub_server import HubHandler, run_with_hub, serve_hub
 from safetensors.torch import load_file, save_file
 
 from msd_hf import MSDCheckpointError, MSDDraftModel
+from msd_hf.tree.settings import TreeSettings
 
 
 KINDS = {"llava": "draft_weights_llava", "qwen2_vl": "draft_weights_qwen2vl"}
@@ -67,8 +68,7 @@ def test_original_checkpoint(kind, use_bin, tmp_path):
     assert config.target_model_type == kind
     assert (config.attention_bias, config.input_layernorm) == ((kind == "qwen2_vl"),) * 2
     assert config.target_text_model_type == {"llava": "llama", "qwen2_vl": "qwen2_vl_text"}[kind]
-    settings = draft.generation_config
-    assert (settings.num_assistant_tokens, settings.tree_depth, settings.tree_top_k) == (59, 5, 10)
+    assert TreeSettings.from_generation_config(draft.generation_config).is_auto  # the checkpoint has no settings
     assert not draft.training
 
 
@@ -112,7 +112,7 @@ def test_generation_config_of_the_target_is_ignored(tmp_path):
     folder = golden_sets.write_original_checkpoint(KINDS["llava"], tmp_path, "llava")
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.1}))
     settings = MSDDraftModel.from_pretrained(folder).generation_config
-    assert settings.num_assistant_tokens == 59 and settings.do_sample is None and settings.temperature is None
+    assert settings.num_assistant_tokens is None and settings.do_sample is None and settings.temperature is None
 
 
 def test_fields_of_the_configuration_can_be_overridden(tmp_path):
@@ -315,7 +315,7 @@ def test_drafts_from_the_hub(hub, tmp_path):
     results = json.loads(result.stdout.splitlines()[-1])
     local = MSDDraftModel.from_pretrained(root / "someone" / "MSD-tiny")
     total = sum(value.double().sum().item() for value in local.state_dict().values())
-    assert results["someone/MSD-tiny"] == ["MSDDraftModel", "llava", 59, pytest.approx(total)]
+    assert results["someone/MSD-tiny"] == ["MSDDraftModel", "llava", None, pytest.approx(total)]
     assert results["someone/MSD-ours"] == ["MSDDraftModel", "llava", 24, pytest.approx(total)]
     downloaded = {request.replace(HubHandler.commit, "main") for request in requests}
     assert "GET /someone/MSD-tiny/resolve/main/pytorch_model.bin" in downloaded

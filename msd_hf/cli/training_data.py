@@ -137,8 +137,10 @@ def regenerate_answers(
 
 
 def check(
-    data: Annotated[Path, typer.Option(help="Conversations, .json or .jsonl.")],
+    data: Annotated[str, typer.Option(help="Conversations: .json, .jsonl, a saved data set, or a Hub id.")],
     target: Annotated[str, typer.Option(help="Folder or Hub id of the target, for its processor.")],
+    split: Annotated[str | None, typer.Option(help="Split of a data set that is no file. Default: train.")] = None,
+    subset: Annotated[str | None, typer.Option(help="Subset (configuration) of a data set of the Hub.")] = None,
     image_folder: ImageFolder = None,
     max_length: MaxLength = 2048,
     show: Annotated[int, typer.Option(min=0, help="Number of samples to show, with coloured trained tokens.")] = 3,
@@ -149,7 +151,7 @@ def check(
     from ..training.data.check import check_conversations, render_report
     from ..training.data.conversations import load_conversations
 
-    conversations = load_conversations(data, image_folder)
+    conversations = load_conversations(data, image_folder, split=split, subset=subset)
     processor = load_processor(target)
     report = check_conversations(conversations, processor, max_length, show, strict)
     render_report(report, console)

@@ -14,6 +14,7 @@ from ..kv.fixed import SpareBuffers
 from ..tree.experience import Experience
 from ..tree.policy import AdaptiveTreePolicy, TreePolicy
 from ..tree.settings import TreeSettings
+from .notice import AcceptanceNotice
 
 
 @dataclass
@@ -26,6 +27,7 @@ class PairState:
         target_buffers, draft_buffers (`SpareBuffers`): cache buffers that the last compiled call left.
         recordings (`RecordingMemory`): memory for CUDA graphs.
         experiences (`dict`): costs and acceptance of automatic trees, by the circumstances of a call and the settings.
+        notice (`AcceptanceNotice`): warns once if the draft is of no use to the target.
         is_checked (`bool`): whether trees were compared with plain decoding on this target, see
             `check_tree_verification`.
         is_chain (`bool`): whether that check found that the target verifies chains only.
@@ -40,6 +42,7 @@ class PairState:
     draft_buffers: SpareBuffers = field(default_factory=SpareBuffers)
     recordings: RecordingMemory = field(default_factory=RecordingMemory)
     experiences: dict[Hashable, Experience] = field(default_factory=dict)
+    notice: AcceptanceNotice = field(default_factory=AcceptanceNotice)
     is_checked: bool = False
     is_chain: bool = False
     masks_attention: bool = False

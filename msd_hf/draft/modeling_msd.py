@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from ..compat import CACHE_NAME
 from ..decoders import decoder_of, head_of
 from ..errors import MSDError, MSDPairingError, MSDUnsupportedError
-from ..tree.settings import DEFAULT_NUM_ASSISTANT_TOKENS, DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K
+from ..tree.settings import TREE_SETTINGS
 from .configuration_msd import MSDDraftConfig
 from .hub_mixin import DraftHubMixin
 from .interface import TargetReads, register_draft
@@ -81,19 +81,19 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
 
     Settings are attributes of `draft.generation_config`, and are saved with the draft. None of them changes tokens:
 
-    - `num_assistant_tokens` (`int` or `"auto"`, defaults to 59): the budget of a tree, its nodes with the root, from 1
-      (no drafting) to 1024. With `"auto"`, each tree has as many nodes, levels and siblings as pay on this machine
-      with this draft, at most 64 nodes, and there is none while drafting does not pay. What trees cost is learnt in
-      the first rounds.
-    - `tree_depth` (`int`, defaults to 5; with `"auto"` to 40): expansions of a tree after the first, so it has up to
-      `tree_depth + 1` levels below the root. With `"auto"`, an upper bound.
+    - `num_assistant_tokens` (`int` or `"auto"`, defaults to `"auto"`, with `compile` to 59): the budget of a tree, its
+      nodes with the root, from 1 (no drafting) to 1024. With `"auto"`, each tree has as many nodes, levels and
+      siblings as pay on this machine with this draft, at most 64 nodes, and there is none while drafting does not
+      pay. What trees cost is learnt in the first rounds.
+    - `tree_depth` (`int`, defaults to 40; with a number of nodes to 5): expansions of a tree after the first, so it
+      has up to `tree_depth + 1` levels below the root. With `"auto"`, an upper bound.
     - `tree_top_k` (`int`, defaults to 10): candidates of each node, and nodes that are expanded in each level. 1
       drafts a chain. With `"auto"`, an upper bound.
     - `suffix_nodes` (`int`, defaults to 0): nodes that are added when the last 3 tokens have come before; they repeat
       the tokens that came next there.
     - `compile` (`bool`, defaults to `False`): run verification and drafting with fixed shapes under `torch.compile`,
-      on a GPU as CUDA graphs. It needs a number as `num_assistant_tokens`. The first call compiles, which takes one
-      to two minutes for a large target.
+      on a GPU as CUDA graphs. Trees have a set size then. The first call compiles, which takes one to two minutes for
+      a large target.
 
     Args:
         config (`MSDDraftConfig`): sizes of the draft. [`~MSDDraftModel.from_target`] makes a draft that fits a target,
@@ -124,7 +124,7 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
         # A reference to a head's weight, its version, and the rows taken from the head.
         self._head_rows: tuple[Any, int, tuple[torch.Tensor, torch.Tensor | None]] | None = None
         self.gradient_checkpointing = False
-        self.generation_config = _default_settings()
+        self.generation_config = _unset_settings()
         self.post_init()
         if self.feature_proj is not None:
             nn.init.zeros_(self.feature_proj.weight)  # a new draft starts with the last hidden state alone
@@ -422,12 +422,9 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=states, **{CACHE_NAME: past_key_values})
 
 
-def _default_settings() -> GenerationConfig:
-    return GenerationConfig(
-        num_assistant_tokens=DEFAULT_NUM_ASSISTANT_TOKENS,
-        tree_depth=DEFAULT_TREE_DEPTH,
-        tree_top_k=DEFAULT_TREE_TOP_K,
-    )
+def _unset_settings() -> GenerationConfig:
+    """Settings that leave everything to the defaults, with all names there to be set."""
+    return GenerationConfig(**dict.fromkeys(TREE_SETTINGS))
 
 
 register_draft(MSDDraftConfig, MSDDraftModel)

@@ -28,7 +28,7 @@ from ..tree.settings import TREE_SETTINGS, TreeSettings
 from .arguments import MSDTrainingArguments
 from .checkpoint_space import check_checkpoint_space, count_parameters
 from .curriculum import SAMPLE_KINDS, other_kind
-from .data.conversations import Conversations, load_conversations
+from .data.conversations import JoinedConversations, load_conversations
 from .disk import check_writable
 from .features.cache import FeatureCache
 from .features.fingerprint import target_fingerprint
@@ -48,8 +48,16 @@ class ScriptArguments:
         default=None, metadata={"help": "Folder or Hub id of the target; may be left out if --draft names it."}
     )
     draft: str | None = field(default=None, metadata={"help": "A draft to continue from, instead of a new one."})
-    text_data: str | None = field(default=None, metadata={"help": "Conversations without images, .json or .jsonl."})
-    visual_data: str | None = field(default=None, metadata={"help": "Conversations with images, .json or .jsonl."})
+    text_data: list[str] | None = field(
+        default=None, metadata={"help": "Conversations without images: one or more files, saved data sets or Hub ids."}
+    )
+    visual_data: list[str] | None = field(default=None, metadata={"help": "Conversations with images, likewise."})
+    text_data_weights: list[float] | None = field(
+        default=None, metadata={"help": "The share of each of several --text-data. Default: each sample once a pass."}
+    )
+    visual_data_weights: list[float] | None = field(
+        default=None, metadata={"help": "The share of each of several --visual-data."}
+    )
     image_folder: str | None = field(default=None, metadata={"help": "Folder that the image paths are relative to."})
     text_features: str | None = field(
         default=None, metadata={"help": "Output of `msd-hf extract` for the text data, instead of --text-data."}
@@ -158,6 +166,7 @@ def run_training(argv: Sequence[str]) -> MSDTrainer:
         eval_dataset=held_out,
         callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
     )
+    trainer.saves_at_end = False  # it is saved below, with the metrics of its evaluation
     trainer.train(resume_from_checkpoint=resume)
     if trainer.has_ended and not trainer.was_finished:
         if held_out is not None:
@@ -222,6 +231,18 @@ def _check(script_args: ScriptArguments, args: MSDTrainingArguments) -> None:
             "--target-written-answers cannot be combined with cached features: run `msd-hf regenerate`, then `msd-hf "
             "extract` on its output, and add --target-written-answers false."
         )
+    for kind in SAMPLE_KINDS:
+        names, weights = getattr(script_args, f"{kind}_data") or (), getattr(script_args, f"{kind}_data_weights")
+        if weights is not None and (len(weights) != len(_as_list(names)) or min(weights, default=0) <= 0):
+            raise MSDError(
+                f"--{kind}-data-weights must be one number above 0 for each --{kind}-data, of which there are "
+                f"{len(_as_list(names))}; got {weights}."
+            )
+    if (script_args.text_data_weights or script_args.visual_data_weights) and script_args.eval_samples:
+        raise MSDError(
+            "--eval-samples cannot be combined with weights of data sets, with which a sample may come several times: "
+            "give --eval-data."
+        )
     if any(cached) and script_args.eval_samples:
         raise MSDError("--eval-samples cannot be combined with cached features: give --eval-data.")
     for name in ("answer_batch_size", "answer_max_new_tokens", "early_stopping_patience"):
@@ -266,22 +287,35 @@ def _tree_settings(script_args: ScriptArguments) -> dict[str, Any]:
 def _open_data(script_args: ScriptArguments) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for kind in SAMPLE_KINDS:
-        path, features = getattr(script_args, f"{kind}_data"), getattr(script_args, f"{kind}_features")
-        if path is not None:
-            data[kind] = load_conversations(path, script_args.image_folder if kind == "visual" else None)
+        names, features = getattr(script_args, f"{kind}_data"), getattr(script_args, f"{kind}_features")
+        if names is not None:
+            folder = script_args.image_folder if kind == "visual" else None
+            data[kind] = load_conversations(
+                _as_list(names), folder, weights=getattr(script_args, f"{kind}_data_weights")
+            )
         elif features is not None:
             data[kind] = FeatureCache(features)
     return data
 
 
+def _as_list(names: str | Sequence[str]) -> list[str]:
+    """One or more names. A YAML file may hold one without a list."""
+    return [names] if isinstance(names, str) else list(names)
+
+
 def _with_target_answers(
-    conversations: Conversations,
+    conversations: Any,
     kind: str,
     target: PreTrainedModel,
     processor: Any,
     script_args: ScriptArguments,
     args: MSDTrainingArguments,
-) -> Conversations:
+) -> Any:
+    if isinstance(conversations, JoinedConversations):
+        parts = [
+            _with_target_answers(part, kind, target, processor, script_args, args) for part in conversations.parts
+        ]
+        return JoinedConversations(parts, conversations.weights)
     fingerprint = f"{target_fingerprint(target)[:8]}{conversations.fingerprint[:8]}"
     # `--push-to-hub` uploads the output folder without names that begin with `_`. The data is the user's own.
     output = Path(str(args.output_dir)) / "_answers" / f"{kind}-{fingerprint}.jsonl"

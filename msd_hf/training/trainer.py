@@ -30,6 +30,7 @@ from .curriculum import SAMPLE_KINDS, CurriculumSampler, Draw
 from .data.encoding import ConversationEncoder
 from .features.cache import FeatureCache
 from .features.fingerprint import draft_fingerprint
+from .given_data import open_held_out, open_training_data, processor_of
 from .losses import weighted_loss
 from .meters import LossMeter
 from .mixture import Mixture, MixtureCollator
@@ -52,9 +53,13 @@ class MSDTrainer(ResumableTrainer):
     Args:
         model (*optional*): the draft; by default a new draft for the target, as `args` describe it.
         target: the target, on any device and in any dtype.
-        processing_class (`ProcessorMixin` or tokenizer): the target's processor, with its chat template.
+        processing_class (`ProcessorMixin` or tokenizer, *optional*): the target's processor, with its chat template;
+            by default the one in the folder or repository that the target was loaded from.
         args: the arguments of the run.
-        text_dataset, visual_dataset: [`Conversations`] of [`load_conversations`], or [`FeatureCache`]s.
+        text_dataset, visual_dataset: data in any form that [`load_conversations`] takes (a `datasets.Dataset` or
+            `IterableDataset`, a list of dicts, a name), or a [`FeatureCache`].
+        train_dataset (*optional*): instead of the two, samples with and without images in one data set, or a
+            dictionary with the keys `"text"` and `"visual"`.
         eval_dataset (*optional*): held-out conversations, with and without images, or a dictionary of such data sets.
             Losses, agreement and tau are measured on them.
         kwargs: further arguments of `Trainer` (`callbacks`, `optimizers`, ...).
@@ -69,13 +74,14 @@ class MSDTrainer(ResumableTrainer):
         target: PreTrainedModel | None = None,
         processing_class: Any = None,
         args: MSDTrainingArguments | None = None,
-        text_dataset: Dataset | None = None,
-        visual_dataset: Dataset | None = None,
+        text_dataset: Any = None,
+        visual_dataset: Any = None,
         eval_dataset: Any = None,
+        train_dataset: Any = None,
         **kwargs: Any,
     ):
-        if target is None or processing_class is None:
-            raise MSDError("`MSDTrainer` needs the draft's `target` and its `processing_class` (the processor).")
+        if target is None:
+            raise MSDError("`MSDTrainer` needs the draft's `target`; `model` is the draft, and may be left out.")
         args = MSDTrainingArguments() if args is None else args
         if generating_model(target) is not target:
             raise MSDUnsupportedError(
@@ -83,6 +89,9 @@ class MSDTrainer(ResumableTrainer):
                 "belongs: give that model as `target`."
             )
         check_target(target)
+        processing_class = processor_of(target) if processing_class is None else processing_class
+        data = open_training_data(text_dataset, visual_dataset, train_dataset, args)
+        eval_dataset = open_held_out(eval_dataset)
         model = new_draft(target, args) if model is None else model
         check_pair(target.config, model.config)
         if redact_text(model.config._name_or_path) != model.config._name_or_path:
@@ -96,7 +105,7 @@ class MSDTrainer(ResumableTrainer):
         self.processor = processing_class
         self.encoder = ConversationEncoder(processing_class, args.max_length)
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        mixture = Mixture({"text": text_dataset, "visual": visual_dataset}, self.encoder, args.strict)
+        mixture = Mixture(data, self.encoder, args.strict)
         for dataset in mixture.datasets.values():
             if isinstance(dataset, FeatureCache):
                 dataset.check(
@@ -146,7 +155,7 @@ class MSDTrainer(ResumableTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> CurriculumSampler:
         args, mixture = self.args, self.train_dataset
-        sizes = {kind: len(dataset) for kind, dataset in mixture.datasets.items()}
+        sizes = mixture.sizes
         batch_size = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
         steps_per_epoch, num_steps = args.run_length(sizes, self._train_batch_size)
         return CurriculumSampler(
@@ -164,7 +173,7 @@ class MSDTrainer(ResumableTrainer):
             dataset = self.eval_dataset[dataset]
         self.data_collator = self._collate_eval
         try:
-            return super().get_eval_dataloader(_HeldOut(dataset, self.encoder, self.args.strict))
+            return super().get_eval_dataloader(_HeldOut(open_held_out(dataset), self.encoder, self.args.strict))
         finally:
             self.data_collator = self._collate_train
 
@@ -336,7 +345,7 @@ class MSDTrainer(ResumableTrainer):
             "finished": self.has_ended,
             "fingerprint": self.fingerprint,
             "data": {
-                **{kind: len(dataset) for kind, dataset in self.train_dataset.datasets.items()},
+                **self.train_dataset.sizes,
                 "cached_features": self.train_dataset.is_cached,
                 "skipped": dict(self._count_skipped(gather=False)),
             },
