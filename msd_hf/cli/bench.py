@@ -20,6 +20,7 @@ BASELINES = (
     "assisted-chain",
     "chain",
     "tree",
+    "default-size",
     "auto",
     "compiled",
     "useless-draft",
