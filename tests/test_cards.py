@@ -81,7 +81,7 @@ def test_a_text_target_gets_the_lines_for_text(tmp_path):
 
 def test_an_edited_card_is_never_replaced_unasked(folder, run):
     code, out, err = run("card", folder, "--license", "mit")
-    assert code == 0 and "Add measured figures" in out, err
+    assert code == 0 and "next: msd-hf bench --update-card" in err, out
     path = folder / "README.md"
     assert run("card", folder)[0] == 0  # not edited
     assert ModelCard.load(path).data.license == "mit"  # what was given before stays
@@ -163,7 +163,7 @@ def test_figures_go_into_an_edited_card_and_all_words_stay(folder):
 
 @pytest.mark.parametrize("case", ["no draft", "broken card", "shape"])
 def test_a_card_is_checked_before_the_measurement(case, folder, run, monkeypatch):
-    monkeypatch.setattr("msd_hf.cli.bench.load_target", lambda *args, **kwargs: pytest.fail("the target was loaded"))
+    monkeypatch.setattr("msd_hf.loading.load_target", lambda *args, **kwargs: pytest.fail("the target was loaded"))
     if case == "broken card":
         (folder / "README.md").write_text("---\nlicense: [\n---\n")
     arguments = ("--shape", "llava-1.5-7b") if case == "shape" else ("--toy",)

@@ -2,7 +2,7 @@
 The code in README and the pages runs as it is written, with the bundled pair in place of published models, small data
 in place of large files, and few steps.
 
-A command that takes minutes or needs a GPU is read only: its options must exist. `-m slow` runs those of a minute.
+`SHARING.md` runs from top to bottom in `test_sharing_page.py`, against a server. A command that takes minutes or needs a GPU is read only: its options must exist. `-m slow` runs those of a minute.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ def given(toy_processor):
         "target": target,
         "llava": target,
         "inputs": inputs,
+        "msd_hf": msd_hf,
         "draft": msd_hf.MSDDraftModel.from_pretrained(DRAFT_DIR),
     }
 
@@ -96,6 +97,7 @@ def python_snippets():
     return [
         pytest.param(code, id=f"{path.name}-{number}")
         for path in PAGES
+        if path.name != "SHARING.md"
         for number, code in enumerate(blocks(path, "python"))
     ]
 
@@ -121,6 +123,7 @@ def test_examples_of_docstrings(owner, given):
         exec(source, dict(given, MSDDraftModel=msd_hf.MSDDraftModel, MSDDraftConfig=msd_hf.MSDDraftConfig))
 
 
+SHARED = {command for path in PAGES if path.name == "SHARING.md" for command in commands(path)}
 ALL_COMMANDS = sorted({command for path in PAGES for command in commands(path)})
 
 
@@ -132,7 +135,7 @@ def kind_of(command):
 
 def quick_commands():
     for command in ALL_COMMANDS:
-        if not any(part in command for part in LONG):
+        if not any(part in command for part in LONG) and command not in SHARED:
             yield pytest.param(command, marks=pytest.mark.slow if any(part in command for part in SLOW) else ())
 
 

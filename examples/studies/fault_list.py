@@ -583,8 +583,8 @@ FAULTS = {
         Fault(
             "Mamba 1 starts from nothing",
             "recurrent/kernels.py",
-            "        nodes.state.float(),",
-            "        torch.zeros_like(nodes.state.float()),",
+            "        state.float(),\n        parents,",
+            "        torch.zeros_like(state.float()),\n        parents,",
             KERNELS,
         ),
         Fault(

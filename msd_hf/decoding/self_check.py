@@ -7,6 +7,7 @@ stands between, or have recurrent layers of an unknown kind: such a target verif
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -103,28 +104,31 @@ def _passing_trial(trial: Trial, pair: PairState, is_compiled: bool) -> Trial:
     try:
         _try_short_contexts(trial)
         return trial
-    except MSDUnsupportedError as error:
-        if trial.is_chain:
+    except MSDUnsupportedError:
+        other = None if trial.is_chain else _other_way(trial, pair, is_compiled)
+        if other is None:
             raise
-        refusal = error
-    adapter = trial.adapter
+        return other
+
+
+def _other_way(tree: Trial, pair: PairState, is_compiled: bool) -> Trial | None:
+    """A trial that passes where the tree has failed; `None` if there is none."""
+    adapter = tree.adapter
     if len(attention_reaches(adapter.text_config)) == 1 and not is_compiled:
         adapter.masks_attention = True
-        try:
-            _try_short_contexts(trial)
+        with suppress(MSDUnsupportedError):
+            _try_short_contexts(tree)
             pair.masks_attention = True
-            return trial
-        except MSDUnsupportedError:
-            adapter.masks_attention = False
-    given = adapter, trial.running, trial.input_ids, trial.model_kwargs, trial.prefill_outputs
-    chain = Trial(*given, trial.depth, is_chain=True)
-    try:
-        _check_chain(adapter, trial.running, is_compiled)
+            return tree
+        adapter.masks_attention = False
+    given = adapter, tree.running, tree.input_ids, tree.model_kwargs, tree.prefill_outputs
+    chain = Trial(*given, tree.depth, is_chain=True)
+    with suppress(MSDUnsupportedError):
+        _check_chain(adapter, tree.running, is_compiled)
         _try_short_contexts(chain)
-    except MSDUnsupportedError:
-        raise refusal from None
-    pair.is_chain = True
-    return chain
+        pair.is_chain = True
+        return chain
+    return None
 
 
 def _check_chain(adapter: TargetAdapter, running: RunningRows, is_compiled: bool) -> None:
