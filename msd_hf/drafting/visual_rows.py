@@ -1,7 +1,7 @@
 """Which visual rows of a prompt the draft reads: at most a number of them, evenly spaced over the whole chat.
 
-A draft loses acceptance where it sees many more visual rows than it was trained with, and how many rows it sees matters
-more than which ones. The target sees all of them, so no output depends on this choice.
+A draft loses acceptance where it sees many more visual rows than it was trained with, and how many rows it sees
+matters more than which ones. The target sees all of them, so no output depends on this choice.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class KeptRows:
     The rows of a prompt that are left, in order, `[B, K]`.
 
     Args:
-        index (`torch.LongTensor` of shape `[B, K]`): the rows, counted in the prompt. Rows of the batch that keep fewer
-            are filled up at the front.
+        index (`torch.LongTensor` of shape `[B, K]`): the rows, counted in the prompt. Rows of the batch that keep
+            fewer are filled up at the front.
         mask (`torch.BoolTensor` of shape `[B, K]`, *optional*): false at padding; `None` without padding.
     """
 
@@ -80,8 +80,8 @@ def keep_visual_rows(
         visual_mask (`torch.BoolTensor` of shape `[B, L]`): which rows of the prompt are visual.
         prompt_mask (`torch.BoolTensor` of shape `[B, L]`, *optional*): false at padding.
         most (`int`): the most visual rows.
-        held (`Sequence[bool]`): which rows that the draft holds already, of earlier turns, are visual. Only for a single
-            row of the batch.
+        held (`Sequence[bool]`): which rows that the draft holds already, of earlier turns, are visual. Only for a
+            single row of the batch.
 
     Returns:
         The rows of the prompt that are left, and which of the held rows are, counted in `held`; `None` if nothing has
