@@ -53,7 +53,6 @@ if __name__ == "__main__":
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
 
-    # Save, and push to the Hub
-    trainer.save_model(training_args.output_dir)
+    # The draft is in the output folder. Push it to the Hub
     if training_args.push_to_hub:
         trainer.push_to_hub()

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 
 # Errors of the operating system that say nothing about the file that was being read.
 _ERRORS_OF_THE_MACHINE = {
@@ -16,7 +14,9 @@ _ERRORS_OF_THE_MACHINE = {
     for name in ("EDQUOT", "EIO", "EMFILE", "ENFILE", "ENOMEM", "ENOSPC", "EPIPE", "EROFS", "ESTALE")
     if hasattr(errno, name)
 }
-# torch raises plain `RuntimeError`s for memory on a CPU and, before 2.8, for a broken GPU.
+# torch's errors for memory and for a broken GPU, by name, so that this module need not import torch.
+_KINDS_OF_THE_MACHINE = ("OutOfMemoryError", "AcceleratorError")
+# It raises plain `RuntimeError`s for memory on a CPU and, before 2.8, for a broken GPU.
 _TEXTS_OF_THE_MACHINE = ("DefaultCPUAllocator", "allocate memory", "not enough memory", "CUDA error")
 # Packages that are imported by another name than they are installed by.
 _PACKAGES = {"PIL": "pillow", "cv2": "opencv-python", "skimage": "scikit-image", "sklearn": "scikit-learn"}
@@ -109,10 +109,10 @@ def is_about_input(error: BaseException) -> bool:
     disk, too many open files, a missing package or an interrupt cannot."""
     if isinstance(error, OSError):
         return error.errno not in _ERRORS_OF_THE_MACHINE
-    if isinstance(error, (MemoryError, ImportError, torch.OutOfMemoryError)) or not isinstance(error, Exception):
+    if isinstance(error, (MemoryError, ImportError)) or not isinstance(error, Exception):
         return False
     is_plain = isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS_OF_THE_MACHINE)
-    return not (is_plain or type(error).__name__ == "AcceleratorError")
+    return not is_plain and not any(kind.__name__ in _KINDS_OF_THE_MACHINE for kind in type(error).__mro__)
 
 
 @contextmanager

@@ -11,11 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
 
 from .errors import MSDError, describe_error, is_about_input
+from .limits import DTYPE_NAMES
 
 
-LARGEST_SEED = 2**32 - 1  # of numpy, which `set_seed` of transformers seeds too
-MOST_WORKERS = 256  # more processes that prepare samples take a machine's memory, not its cores
-DTYPE_NAMES = "auto, float32, bfloat16, float16 or float64"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights that can compute
 
 
@@ -136,9 +134,6 @@ def _errors_name(part: str, name: str | Path) -> Iterator[None]:
 
 
 __all__ = [
-    "DTYPE_NAMES",
-    "LARGEST_SEED",
-    "MOST_WORKERS",
     "load_config",
     "load_processor",
     "load_target",

@@ -25,11 +25,13 @@ class Observer:
             and may change them in place.
         on_verify (`Callable`, *optional*): called as `on_verify(verify, tree, cache)` in place of each verification.
             `verify(tree)` is the verification; its result is what the loop gets.
+        notices (`bool`): whether a draft that is of no use is warned about.
     """
 
     phase: Callable[[str], AbstractContextManager[None]] | None = None
     on_logits: Callable[[Any, Any], None] | None = None
     on_verify: Callable[[Callable[[Any], Any], Any, Any], Any] | None = None
+    notices: bool = True
 
 
 _NOBODY = Observer()

@@ -1,3 +1,3 @@
 """The version, alone in its file so that building the package need not import torch."""
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"

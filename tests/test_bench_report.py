@@ -180,7 +180,7 @@ def test_the_command_compares_on_conversations(tmp_path, run):
     [
         ((), "one of --data, --toy and --shape"),
         (("--toy", "--shape", "small"), "one of --data, --toy and --shape"),
-        (("--data", "x.json"), "--data needs a --target and its --draft"),
+        (("--data", "x.json"), "--data needs a --draft, and its --target if the draft does not name it"),
         (("--toy", "--plots"), "--plots needs a folder"),
         (("--toy", "--baseline", "beam"), "Unknown baseline 'beam'"),
         (("--toy", "--compile"), "--compile is for --shape. On prompts, add --baseline compiled."),

@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import http.server
 import json
-import os
 import pickle
-import subprocess
-import sys
-import threading
-import urllib.parse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +11,11 @@ import golden_sets
 import pytest
 import tiny
 import torch
+from hub_server import HubHandler, run_with_hub, serve_hub
 from safetensors.torch import load_file, save_file
 
 from msd_hf import MSDCheckpointError, MSDDraftModel
+from msd_hf.tree.settings import TreeSettings
 
 
 KINDS = {"llava": "draft_weights_llava", "qwen2_vl": "draft_weights_qwen2vl"}
@@ -75,8 +68,7 @@ def test_original_checkpoint(kind, use_bin, tmp_path):
     assert config.target_model_type == kind
     assert (config.attention_bias, config.input_layernorm) == ((kind == "qwen2_vl"),) * 2
     assert config.target_text_model_type == {"llava": "llama", "qwen2_vl": "qwen2_vl_text"}[kind]
-    settings = draft.generation_config
-    assert (settings.num_assistant_tokens, settings.tree_depth, settings.tree_top_k) == (59, 5, 10)
+    assert TreeSettings.from_generation_config(draft.generation_config).is_auto  # the checkpoint has no settings
     assert not draft.training
 
 
@@ -120,7 +112,7 @@ def test_generation_config_of_the_target_is_ignored(tmp_path):
     folder = golden_sets.write_original_checkpoint(KINDS["llava"], tmp_path, "llava")
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.1}))
     settings = MSDDraftModel.from_pretrained(folder).generation_config
-    assert settings.num_assistant_tokens == 59 and settings.do_sample is None and settings.temperature is None
+    assert settings.num_assistant_tokens is None and settings.do_sample is None and settings.temperature is None
 
 
 def test_fields_of_the_configuration_can_be_overridden(tmp_path):
@@ -270,92 +262,6 @@ def test_code_in_a_pickle_is_not_run(format_, tmp_path):
 # The Hub.
 
 
-class HubHandler(http.server.BaseHTTPRequestHandler):
-    """Answers like the Hub: files of a repository with the Hub's headers, and the Hub's 404 responses."""
-
-    protocol_version = "HTTP/1.1"
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    root: Path
-    requests: list[str]
-
-    def do_HEAD(self) -> None:
-        self.answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self.answer(with_body=True)
-
-    def answer(self, with_body: bool) -> None:
-        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
-        self.requests.append(f"{self.command} {path}")
-        owner, _, rest = path.strip("/").partition("/")
-        name, _, rest = rest.partition("/")
-        repository = self.root / owner / name
-        marker, _, rest = rest.partition("/")
-        revision, _, file_name = rest.partition("/")
-        if marker != "resolve" or not repository.is_dir():
-            self.refuse("RepoNotFound", "Repository not found")
-        elif revision not in ("main", self.commit):
-            self.refuse("RevisionNotFound", f"Invalid rev id: {revision}")
-        elif not (repository / file_name).is_file():
-            self.refuse("EntryNotFound", "Entry not found")
-        else:
-            content = (repository / file_name).read_bytes()
-            self.send_response(200)
-            self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
-            self.send_header("X-Repo-Commit", self.commit)
-            self.send_header("Accept-Ranges", "bytes")
-            self.send_header("Content-Type", "application/octet-stream")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            if with_body:
-                self.wfile.write(content)
-
-    def refuse(self, code: str, message: str) -> None:
-        self.send_response(404)
-        self.send_header("X-Error-Code", code)
-        self.send_header("X-Error-Message", message)
-        self.send_header("X-Repo-Commit", self.commit)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def serve_hub(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Serves `root/owner/name/` as repositories; yields the endpoint and the requests as they come."""
-    handler = type("Handler", (HubHandler,), {"root": root, "requests": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", handler.requests
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-def run_with_hub(code: str, endpoint: str, home: Path) -> subprocess.CompletedProcess:
-    """Runs code with the server as the Hub, in a fresh interpreter because the endpoint is read at import."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
-    environment |= {
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
-        "DISABLE_SAFETENSORS_CONVERSION": "1",  # a conversion would ask a service outside the Hub
-        "NO_PROXY": "127.0.0.1",
-        "no_proxy": "127.0.0.1",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")]),
-    }
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
-
-
 LOAD_ALL = """
 import json, sys
 from msd_hf import MSDDraftModel
@@ -409,7 +315,7 @@ def test_drafts_from_the_hub(hub, tmp_path):
     results = json.loads(result.stdout.splitlines()[-1])
     local = MSDDraftModel.from_pretrained(root / "someone" / "MSD-tiny")
     total = sum(value.double().sum().item() for value in local.state_dict().values())
-    assert results["someone/MSD-tiny"] == ["MSDDraftModel", "llava", 59, pytest.approx(total)]
+    assert results["someone/MSD-tiny"] == ["MSDDraftModel", "llava", None, pytest.approx(total)]
     assert results["someone/MSD-ours"] == ["MSDDraftModel", "llava", 24, pytest.approx(total)]
     downloaded = {request.replace(HubHandler.commit, "main") for request in requests}
     assert "GET /someone/MSD-tiny/resolve/main/pytorch_model.bin" in downloaded

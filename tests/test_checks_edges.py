@@ -6,6 +6,7 @@ import json
 
 import golden_sets
 import pytest
+import tiny
 import torch
 from families import FAMILIES
 from test_odd_calls import ROPES, small_draft, small_target
@@ -75,7 +76,7 @@ def test_longrope_counts_tokens_and_not_padding(num_padded):
     config.max_position_embeddings = 96
     torch.manual_seed(0)
     target = AutoModelForCausalLM.from_config(config).double().eval()
-    draft = MSDDraftModel.from_target(target).eval()
+    draft = tiny.sized(MSDDraftModel.from_target(target).eval())
     inputs = FAMILIES["llama"].inputs(0, num_text=30)
     inputs["input_ids"][:, :num_padded] = 0
     inputs["attention_mask"][:, :num_padded] = 0

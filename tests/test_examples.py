@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import runpy
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +16,11 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from msd_hf import cli
 from msd_hf.images import read_image
 from msd_hf.prompts import build_inputs
 from msd_hf.toy import DEMO_IMAGE, TARGET_DIR
+from msd_hf.toy.training_data import write_training_data
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -45,6 +50,29 @@ def answers(toy_processor):
         return toy_processor.decode(ids, skip_special_tokens=True).strip()
 
     return {PICTURE: answer(PICTURE, read_image(DEMO_IMAGE)), COUNT: answer(COUNT, None)}
+
+
+def test_the_training_of_the_readme(tmp_path, monkeypatch, capsys):
+    """As it stands, with the bundled target and a few samples of the toy world: train, use, measure."""
+    text = (EXAMPLES.parent / "README.md").read_text()
+    snippet = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "MSDTrainer(" in block)
+    command = next(line for line in text.splitlines() if line.startswith("msd-hf bench --target"))
+    monkeypatch.chdir(tmp_path)
+    write_training_data(tmp_path / "images", samples=12)
+    for kind, name in (("text", "sharegpt"), ("visual", "llava_mix")):
+        (tmp_path / "images" / f"{kind}.json").rename(f"{name}.json")
+    shutil.copy(DEMO_IMAGE, "photo.jpg")
+    snippet = snippet.replace("llava-hf/llava-1.5-7b-hf", str(TARGET_DIR))
+    fast = 'recipe="recommended", max_steps=1, per_device_train_batch_size=1, use_cpu=True, report_to="none"'
+    exec(compile(snippet.replace('recipe="recommended"', fast), "README.md", "exec"), {"__name__": "readme"})
+    assert len(capsys.readouterr().out.strip().splitlines()[-1]) > 20
+    arguments = shlex.split(command, comments=True)[1:]
+    arguments[arguments.index("llava-hf/llava-1.5-7b-hf")] = str(TARGET_DIR)
+    monkeypatch.setattr(sys, "argv", ["msd-hf", *arguments, "--num-prompts", "1", "--repeats", "1"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    assert "tau" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["batch.py", "chat.py", "generate_image.py"])

@@ -157,7 +157,7 @@ def test_a_target_that_hands_generate_on():
     inputs["pixel_values"] = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     expected = target.generate(**inputs)
     for made_for in (target, target.language_model):
-        draft = MSDDraftModel.from_target(made_for)
+        draft = tiny.sized(MSDDraftModel.from_target(made_for))
         assert draft.config.target_model_type == "llama"
         assert target.generate(**inputs, assistant_model=draft).tolist() == expected.tolist()
     with pytest.raises(MSDUnsupportedError, match="hands `generate` on to a language model inside of it"):

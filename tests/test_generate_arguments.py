@@ -481,7 +481,7 @@ def test_text_target_with_windows(layer_types, size):
         torch.manual_seed(0)
         target = Qwen2ForCausalLM(config).double().eval()
         torch.nn.init.normal_(target.get_input_embeddings().weight)
-        draft = MSDDraftModel.from_target(target)
+        draft = tiny.sized(MSDDraftModel.from_target(target))
     inputs = tiny.left_padded([tiny.make_prompt(seed, 3 + 3 * seed) for seed in range(size)])
     options = {"max_new_tokens": 20, "repetition_penalty": 1.3}
     expected = target.generate(**inputs, **options)

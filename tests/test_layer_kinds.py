@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from families import FAMILIES, IMAGE_TOKEN_ID
 from family_drafts import family_pair
@@ -238,7 +239,7 @@ def test_the_decoder_within_the_causal_model_that_llama_4_names(monkeypatch):
     assert decoder_of(target) is target.language_model.model
     ids = torch.tensor([[*range(30, 34), *[IMAGE_TOKEN_ID] * 4, *range(40, 46)]])
     pixels = torch.randn(1, 3, 32, 32, dtype=torch.float64)
-    draft = MSDDraftModel.from_target(target)
+    draft = tiny.sized(MSDDraftModel.from_target(target))
     for pictures in ({}, {"pixel_values": pixels}):
         inputs = {"input_ids": ids if pictures else ids % 70, "attention_mask": torch.ones_like(ids), **pictures}
         expected = target.generate(**inputs, max_new_tokens=16)

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModel, DynamicCache
 
 from msd_hf import MSDDraftConfig, MSDDraftModel
+from msd_hf.tree.settings import TreeSettings
 
 
 FORWARDS = {
@@ -105,9 +106,19 @@ def test_save_and_load_round_trip(tmp_path, dtype):
     assert isinstance(AutoConfig.from_pretrained(tmp_path), MSDDraftConfig)
 
 
-def test_defaults_of_the_tree():
-    settings = MSDDraftModel(small_config()).generation_config
-    assert (settings.num_assistant_tokens, settings.tree_depth, settings.tree_top_k) == (59, 5, 10)
+def test_defaults_of_the_tree(tmp_path):
+    """A draft without settings of its own has automatic trees, also after it was saved and loaded. Compiled rounds,
+    whose shape is fixed, have trees of a set size."""
+    draft = MSDDraftModel(small_config())
+    draft.save_pretrained(tmp_path)
+    for one in (draft, MSDDraftModel.from_pretrained(tmp_path)):
+        settings = one.generation_config
+        assert (settings.num_assistant_tokens, settings.tree_depth, settings.tree_top_k) == (None, None, None)
+        assert TreeSettings.from_generation_config(settings) == TreeSettings(64, 40, 10, is_auto=True)
+        settings.compile = True
+        assert TreeSettings.from_generation_config(settings) == TreeSettings(59, 5, 10)
+        settings.update(num_assistant_tokens=12, compile=False)
+        assert TreeSettings.from_generation_config(settings) == TreeSettings(12, 5, 10)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+import tiny
 import torch
 from families import FAMILIES
 from family_drafts import family_pair
@@ -48,7 +49,7 @@ def small_target(kind, **fields):
 
 def small_draft():
     config = MSDDraftConfig(vocab_size=80, hidden_size=32, intermediate_size=64, num_attention_heads=4)
-    return MSDDraftModel(config).double().eval()
+    return tiny.sized(MSDDraftModel(config).double().eval())
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
@@ -115,7 +116,7 @@ def test_the_cache_of_an_interrupted_batch_has_all_rows(monkeypatch):
 
 def test_a_draft_may_be_cast_between_turns():
     pair = family_pair("llama")
-    draft = MSDDraftModel.from_target(pair.target)
+    draft = tiny.sized(MSDDraftModel.from_target(pair.target))
     cache, ids = DynamicCache(), pair.family.inputs(3)["input_ids"]
     for dtype in (torch.float64, torch.float32):
         draft.to(dtype)
@@ -127,7 +128,7 @@ def test_a_draft_may_be_cast_between_turns():
 
 def test_a_draft_in_training_mode_draws_no_random_numbers():
     pair = family_pair("llama")
-    draft = MSDDraftModel.from_target(pair.target, attention_dropout=0.5)
+    draft = tiny.sized(MSDDraftModel.from_target(pair.target, attention_dropout=0.5))
     assert draft.training
     outputs = []
     for assistant in (None, draft):
@@ -141,7 +142,7 @@ def test_a_draft_in_training_mode_draws_no_random_numbers():
 
 def test_a_draft_vocabulary_beyond_the_head_is_refused_before_the_target_runs():
     pair = family_pair("llama")
-    draft = MSDDraftModel.from_target(pair.target)
+    draft = tiny.sized(MSDDraftModel.from_target(pair.target))
     draft.set_draft_vocab([1, 500])
     forwards = []
     handle = pair.target.register_forward_pre_hook(lambda module, args: forwards.append(1))
@@ -236,7 +237,7 @@ def test_rotary_embeddings_that_change_with_the_length(rope_type):
     config.max_position_embeddings = 96 if rope_type == "longrope" else 24
     torch.manual_seed(0)
     target = AutoModelForCausalLM.from_config(config).double().eval()
-    draft = MSDDraftModel.from_target(target).eval()
+    draft = tiny.sized(MSDDraftModel.from_target(target).eval())
     inputs = family.inputs(0, num_text=12)
     with pytest.raises(MSDUnsupportedError, match=f"{rope_type}.*longer than 24 tokens"):
         target.generate(**inputs, max_new_tokens=13, assistant_model=draft)
@@ -256,7 +257,7 @@ def test_a_refused_call_leaves_the_memory_of_a_chat():
     config.max_position_embeddings = 40
     torch.manual_seed(0)
     target = AutoModelForCausalLM.from_config(config).double().eval()
-    draft = MSDDraftModel.from_target(target).eval()
+    draft = tiny.sized(MSDDraftModel.from_target(target).eval())
     options = {"assistant_model": draft, CACHE_NAME: DynamicCache(), "return_dict_in_generate": True}
     first = target.generate(**family.inputs(0, num_text=8), max_new_tokens=6, **options)
     memory = first[CACHE_NAME]._msd_draft_memory

@@ -11,6 +11,7 @@ from statistics import mean
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from family_drafts import FamilyPair, family_pair
 from recurrent_families import RECURRENT_FAMILIES
@@ -208,7 +209,7 @@ def test_an_unknown_kernel_is_refused(monkeypatch):
 def fresh_pair(name: str) -> FamilyPair:
     family = RECURRENT_FAMILIES[name]
     target = family.build()
-    return FamilyPair(family, target, MSDDraftModel.from_target(target))
+    return FamilyPair(family, target, tiny.sized(MSDDraftModel.from_target(target)))
 
 
 @pytest.mark.parametrize("name", WITH_CONVOLUTION_AND_STATE)
@@ -247,7 +248,7 @@ def test_threads_share_a_target():
     """Calls with the draft, with another draft and without one, at the same time: what one call's tree makes of a
     layer's functions is seen by no other."""
     pair = family_pair("qwen3_5")
-    other = MSDDraftModel.from_target(pair.target)
+    other = tiny.sized(MSDDraftModel.from_target(pair.target))
     inputs = [pair.family.inputs(seed, seed % 2) for seed in range(4)]
     expected = [pair.target.generate(**one, max_new_tokens=NUM_TOKENS, **GREEDY).tolist() for one in inputs]
 

@@ -112,14 +112,14 @@ def with_unknown_kernels(target, draft):
     """Recurrent layers whose functions do not go through what `allow_trees` replaces."""
     kernels.restore_kernels()
     target = RECURRENT_FAMILIES["qwen3_5_text"].build()
-    draft = MSDDraftModel.from_target(target)
+    draft = tiny.sized(MSDDraftModel.from_target(target))
     known = {"causal_conv1d_fn": kernels._KERNELS["causal_conv1d_fn"]}
     return target, draft, {"pixel_values": None, "around": mock.patch.object(kernels, "_KERNELS", known)}
 
 
 def compiled_with_recurrent_layers(target, draft):
     target = RECURRENT_FAMILIES["lfm2"].build()
-    draft = MSDDraftModel.from_target(target)
+    draft = tiny.sized(MSDDraftModel.from_target(target))
     draft.generation_config.compile = True
     return never_running(target), draft, {"pixel_values": None}
 
@@ -164,7 +164,7 @@ def compiled_with_indexers(target, draft):
 def compiled_with(family):
     def change(target, draft):
         target = FAMILIES[family].build()
-        draft = MSDDraftModel.from_target(target)
+        draft = tiny.sized(MSDDraftModel.from_target(target))
         draft.generation_config.compile = True
         return never_running(target), draft, {"pixel_values": None}
 

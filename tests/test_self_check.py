@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from families import FAMILIES
 from test_odd_calls import small_draft, small_target
@@ -255,7 +256,7 @@ def test_every_known_family_would_pass(name, monkeypatch):
         prompts = prompts[1:]  # eager attention gives no numbers for padded rows in float64
     inputs = family.collate(prompts)
     expected = target.generate(**inputs, max_new_tokens=8)
-    draft = MSDDraftModel.from_target(target).eval()
+    draft = tiny.sized(MSDDraftModel.from_target(target).eval())
     assert torch.equal(target.generate(**inputs, max_new_tokens=8, assistant_model=draft), expected)
     assert pair.state_of(target, draft).is_checked
 

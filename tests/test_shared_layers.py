@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from families import FAMILIES
 from family_drafts import family_pair
@@ -170,7 +171,7 @@ def test_states_are_those_of_the_target_alone(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_drafts_that_read_layers(name):
     target = family_pair(name).target
-    draft = MSDDraftModel.from_target(target, target_layers=[0, 3])
+    draft = tiny.sized(MSDDraftModel.from_target(target, target_layers=[0, 3]))
     torch.nn.init.normal_(draft.feature_proj.weight, std=0.1)
     expected, output = both(name, draft, prompts(name))
     assert output.sequences.tolist() == expected.tolist()

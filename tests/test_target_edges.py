@@ -33,7 +33,7 @@ def test_a_decoder_may_find_its_positions_itself(batch_size):
         eos_token_id=None,
     )
     target = WithoutPositions(config).double().eval()
-    draft = MSDDraftModel.from_target(target).eval()
+    draft = tiny.sized(MSDDraftModel.from_target(target).eval())
     inputs = {"input_ids": torch.arange(3, 3 + 7 * batch_size).view(batch_size, 7)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     expected = target.generate(**inputs, max_new_tokens=12)
@@ -46,7 +46,7 @@ def test_attentions_of_a_window_are_those_of_its_slots(window):
     family = FAMILIES["mistral"]
     target = family.build(sliding_window=window)
     target.set_attn_implementation("eager")
-    draft = MSDDraftModel.from_target(target).eval()
+    draft = tiny.sized(MSDDraftModel.from_target(target).eval())
     inputs = family.inputs(1, num_text=9)
     options = {"max_new_tokens": 8, "output_attentions": True, "return_dict_in_generate": True}
     expected = target.generate(**inputs, **options)

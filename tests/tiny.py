@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from msd_hf import MSDDraftModel
+from msd_hf.tree.settings import default_size
 
 
 VOCAB_SIZE = 60
@@ -143,8 +144,15 @@ def build_draft(
     """A draft with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        draft = MSDDraftModel.from_target(target, **overrides).eval()
+        draft = sized(MSDDraftModel.from_target(target, **overrides).eval())
     return draft if dtype is None else draft.to(dtype)
+
+
+def sized(draft: MSDDraftModel) -> MSDDraftModel:
+    """Gives a draft trees of the default size. Automatic trees depend on the machine, and pause a draft of no use, so
+    that tests would verify hardly any tree."""
+    draft.generation_config.update(**default_size(draft.generation_config))
+    return draft
 
 
 def fit_draft(

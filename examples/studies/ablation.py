@@ -6,7 +6,7 @@ The effect of each part of the training, on the toy world: a table, a JSON file 
 
 Every draft is trained for the same number of steps on cached features of the same conversations, with the same
 optimizer, and measured on held-out prompts: tau, and speedup from runs in turns. The output folder keeps finished
-parts, so that a stopped run resumes. Needs `pip install -e ".[examples]"`.
+parts, so that a stopped run resumes. Needs `pip install -e ".[bench]"`.
 """
 
 import json

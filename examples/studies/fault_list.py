@@ -42,13 +42,13 @@ FAULTS = {
         Fault(
             "a broken last sample ends training",
             "training/mixture.py",
-            "index = (draw.place + offset) % len(dataset)",
-            "index = draw.place + offset",
+            "((place + offset) % len(dataset) for",
+            "(place + offset for",
             SAMPLES,
         ),
         Fault(
             "a null in `complete` counts as cut",
-            "training/data/conversations.py",
+            "training/data/reading.py",
             'complete=sample.get("complete") is not False',
             'complete=bool(sample.get("complete", True))',
             SAMPLES,

@@ -5,7 +5,7 @@ attention, M-RoPE and a vision tower with a grid of patches.
     python examples/studies/hybrid_pair.py build --output DIR  # trains target and draft
     python examples/studies/hybrid_pair.py measure DIR         # `generate`, chains and trees, in turns
 
-A stopped build continues after its last finished stage. Needs `pip install -e ".[examples]"`.
+A stopped build continues after its last finished stage. Needs `pip install -e ".[bench]"`.
 """
 
 from __future__ import annotations

@@ -1,13 +1,19 @@
-"""The `msd-hf` command and its subcommands, which only parse options, call the library and print."""
+"""The `msd-hf` command and its subcommands, which only parse options, call the library and print.
+
+The modules of commands import torch, transformers and the other rooms inside their functions, so that help, version
+and shell completion take no time.
+"""
 
 from __future__ import annotations
 
 import sys
 from io import TextIOWrapper
+from typing import Annotated
 
 import typer
 
-from . import answer, bench, checkpoints, train, training_data
+from ..version import __version__
+from . import answer, bench, checkpoints, doctor, publishing, train, training_data
 from .failures import exit_status
 
 
@@ -15,9 +21,24 @@ app = typer.Typer(
     name="msd-hf",
     help="Multimodal speculative decoding (MSD) for Hugging Face transformers.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"msd-hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
+
 app.command()(answer.demo)
 app.command()(answer.generate)
 app.command()(bench.bench)
@@ -28,6 +49,10 @@ app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options"
 app.command()(training_data.extract)
 app.command(name="regenerate")(training_data.regenerate_answers)
 app.command()(checkpoints.draft_vocab)
+app.command()(doctor.doctor)
+app.command()(publishing.drafts)
+app.command()(publishing.card)
+app.command()(publishing.publish)
 
 data_app = typer.Typer(help="Look at training data.", no_args_is_help=True)
 data_app.command()(training_data.check)

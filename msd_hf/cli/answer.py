@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
-from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
-from ..evaluation import Comparison, compare, mean_acceptance_length
-from ..images import read_image
-from ..loading import load_config, load_processor, load_target, parse_device, parse_dtype
-from ..prompts import build_inputs
-from ..target.support import check_pair
-from .options import Device, Dtype, MaxNewTokens, Repeats, Seed, Target, Temperature, console
-from .streaming import AcceptanceStreamer
+from .next_step import print_next
+from .options import Device, Dtype, MaxNewTokens, OptionalTarget, Repeats, Seed, Temperature, console
 
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..evaluation import Comparison
 
 DEMO_PROMPT = "Describe the picture."
 
@@ -34,18 +30,21 @@ def demo(
     repeats: Repeats = 5,
 ) -> None:
     """Answer a question about a bundled picture with the bundled pair, with and without the draft."""
+    from transformers.utils import logging
+
     from ..toy import DEMO_IMAGE, DRAFT_DIR, TARGET_DIR
 
     logging.disable_progress_bar()
     path = image or DEMO_IMAGE
     console.print(f"picture  {path.name}\nprompt   {prompt}\n")
     _run(str(TARGET_DIR), str(DRAFT_DIR), prompt, path, max_new_tokens, temperature, seed, "auto", "cpu", repeats)
+    print_next("generate", "--target", "TARGET", "--draft", "DRAFT", "--image", "PICTURE", "--prompt", "QUESTION")
 
 
 def generate(
-    target: Target,
     draft: Annotated[str, typer.Option(help="Folder or Hub id of its draft, ours or of the original repository.")],
     prompt: Annotated[str, typer.Option(help="The question.")],
+    target: OptionalTarget = None,
     image: Annotated[Path | None, typer.Option(help="The picture that the question is about.")] = None,
     text_only: Annotated[bool, typer.Option("--text-only", help="Ask without a picture.")] = False,
     max_new_tokens: MaxNewTokens = 128,
@@ -58,11 +57,12 @@ def generate(
     """Answer a question with your own target and draft, with and without the draft."""
     if (image is None) != text_only:
         raise MSDError("Give a picture with --image, or ask without one with --text-only (one of the two).")
-    _run(target, draft, prompt, image, max_new_tokens, temperature, seed, dtype, device, repeats)
+    target = _run(target, draft, prompt, image, max_new_tokens, temperature, seed, dtype, device, repeats)
+    print_next("bench", "--target", target, "--draft", draft, "--data", "CONVERSATIONS.json")
 
 
 def _run(
-    target_name: str,
+    target_name: str | None,
     draft_name: str,
     prompt: str,
     image_path: Path | None,
@@ -72,14 +72,30 @@ def _run(
     dtype: str,
     device: str,
     repeats: int,
-) -> None:
+) -> str:
+    """Prints an answer and a comparison. Returns the name of the target, which the draft may have given."""
+    import torch
+
+    from ..draft.modeling_msd import MSDDraftModel
+    from ..evaluation import compare
+    from ..hub.names import target_or_named
+    from ..images import read_image
+    from ..loading import load_config, load_processor, load_target, parse_device, parse_dtype
+    from ..prompts import build_inputs
+    from ..target.support import check_pair
+    from .streaming import AcceptanceStreamer
+
     # All inputs are checked before the target's weights are loaded, which takes long.
     image = None if image_path is None else read_image(image_path)
     parse_dtype(dtype)
     parse_device(device)
-    target_config = load_config(target_name)
+    if target_name is not None:
+        load_config(target_name)
     draft = MSDDraftModel.from_pretrained(draft_name)
-    check_pair(target_config, draft.config)
+    if target_name is None:
+        target_name = target_or_named(None, draft.config)
+        console.print(f"target   {target_name}, which the draft names", soft_wrap=True)
+    check_pair(load_config(target_name), draft.config)
     processor = load_processor(target_name)
     inputs = build_inputs(processor, prompt, image)
     target = load_target(target_name, dtype, device)
@@ -96,9 +112,12 @@ def _run(
     torch.manual_seed(seed)
     target.generate(**inputs, **{**arguments, "max_new_tokens": min(max_new_tokens, 4)})
     _print_comparison(compare(target, draft, inputs, repeats, seed, **arguments), target)
+    return target_name
 
 
 def _print_comparison(comparison: Comparison, target: PreTrainedModel) -> None:
+    from ..evaluation import mean_acceptance_length
+
     table = Table(title=None, show_edge=False, pad_edge=False)
     for name in ("", "tokens", "seconds", "tokens/s"):
         table.add_column(name, justify="right" if name else "left")

@@ -6,23 +6,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import torch
 import typer
-from transformers.utils import logging
 
-from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
-from ..evaluation import METHODS
-from ..loading import load_config, load_processor, load_target, parse_device, parse_dtype
-from ..target.support import check_pair
-from .options import Device, Dtype, ImageFolder, MaxNewTokens, Seed, Temperature, console
+from .next_step import print_next
+from .options import Device, Dtype, ImageFolder, MaxNewTokens, OptionalTarget, Seed, Temperature, console
 
 
+# The keys of `METHODS` in `evaluation/methods.py`, whose import takes seconds.
+BASELINES = (
+    "vanilla",
+    "prompt-lookup",
+    "assisted-chain",
+    "chain",
+    "tree",
+    "default-size",
+    "auto",
+    "compiled",
+    "useless-draft",
+)
 _Number = TypeVar("_Number", int, float)
 
 
 def bench(
-    target: Annotated[str | None, typer.Option(help="Folder or Hub id of the target.")] = None,
+    target: OptionalTarget = None,
     draft: Annotated[str | None, typer.Option(help="Folder or Hub id of its draft.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="Conversations, .json or .jsonl, whose first questions are asked.")
@@ -35,7 +42,7 @@ def bench(
     min_answer_tokens: Annotated[int, typer.Option(min=1, help="Leave out questions with shorter answers.")] = 1,
     baseline: Annotated[
         list[str] | None,
-        typer.Option(help=f"A method besides vanilla and tree: {', '.join(METHODS)}; repeat for more than one."),
+        typer.Option(help=f"A method besides vanilla and tree: {', '.join(BASELINES)}; repeat for more than one."),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each method, in turns.")] = 3,
     max_new_tokens: MaxNewTokens = 128,
@@ -60,10 +67,15 @@ def bench(
     plots: Annotated[
         bool, typer.Option("--plots", help="Also write plots to the folder of --output. Needs matplotlib.")
     ] = False,
+    update_card: Annotated[
+        Path | None, typer.Option(help="Folder of the draft into whose card the figures are written.")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
     """Compare decoding with a draft to other methods on prompts, or time its rounds at the size of a large model."""
+    from transformers.utils import logging
+
     from ..evaluation.plots import check_matplotlib
     from ..evaluation.report import print_report, write_report
 
@@ -75,13 +87,24 @@ def bench(
         check_matplotlib()
     if compile and shape is None:
         raise MSDError("--compile is for --shape. On prompts, add --baseline compiled.")
+    if update_card is not None:
+        from ..hub.card import check_card
+
+        if shape is not None:
+            raise MSDError("--update-card is for measured figures, and --shape has random weights: leave one out.")
+        check_card(update_card)
+        draft = draft or str(update_card)
     logging.disable_progress_bar()
     if shape is not None:
         report = _bench_shape(shape, context, assume_tau, nodes, repeats, compile, draft_vocab_size, dtype, device)
     else:
+        from ..draft.modeling_msd import MSDDraftModel
         from ..evaluation.bench_prompts import first_questions
         from ..evaluation.make_report import report_pair
         from ..evaluation.methods import DEFAULT_BASELINES, choose_methods
+        from ..hub.names import target_or_named
+        from ..loading import load_config, load_processor, load_target
+        from ..target.support import check_pair
         from ..toy import DRAFT_DIR, TARGET_DIR
         from ..toy.evaluate import toy_prompts
         from ..training.data.conversations import load_conversations
@@ -89,9 +112,10 @@ def bench(
         methods = choose_methods(DEFAULT_BASELINES if baseline is None else baseline)
         target = target or (str(TARGET_DIR) if toy else None)
         draft = draft or (str(DRAFT_DIR) if toy else None)
-        if target is None or draft is None:
-            raise MSDError("--data needs a --target and its --draft.")
+        if draft is None:
+            raise MSDError("--data needs a --draft, and its --target if the draft does not name it.")
         draft_model = MSDDraftModel.from_pretrained(draft)
+        target = target_or_named(target, draft_model.config)
         check_pair(load_config(target), draft_model.config)
         processor = load_processor(target)
         if data is None:
@@ -113,9 +137,22 @@ def bench(
             ignore_eos,
         )
     print_report(report, console)
+    if update_card is not None:
+        from ..hub.card import update_results
+        from ..hub.measured import results_of_bench
+
+        data_name = "toy world" if data is None else data.stem
+        path = update_results(update_card, results_of_bench(report, data_name))
+        console.print(f"Wrote {path}", soft_wrap=True)
     if output is not None:
         for path in write_report(report, output, plots):
             console.print(f"Wrote {path}", soft_wrap=True)
+    if data is None:
+        print_next("bench", "--target", "TARGET", "--draft", "DRAFT", "--data", "CONVERSATIONS.json")
+    elif output is None:
+        print_next("bench", "--target", target, "--draft", draft, "--data", data, "--output", "REPORT")
+    else:
+        print_next("train", "--target", target, "--draft", draft, "--text-data", data, "--output-dir", "DRAFT")
 
 
 def _bench_shape(
@@ -129,8 +166,11 @@ def _bench_shape(
     dtype: str,
     device: str,
 ) -> dict[str, Any]:
+    import torch
+
     from ..evaluation.make_report import report_shape
     from ..evaluation.shapes import build_pair, shape_config
+    from ..loading import parse_device, parse_dtype
     from ..training.draft_vocab import check_size
 
     sizes = _numbers(int, nodes)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from transformers.utils import logging
 
-from ..draft.folder import DRAFT_FOLDER
-from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
-from ..loading import load_config, load_processor
-from ..target.support import check_pair
-from ..writing.destination import check_destination, replaced_folder
-from .options import ImageFolder, Overwrite, Strict, Target, console, print_skipped
+from .next_step import print_next
+from .options import ImageFolder, OptionalTarget, Overwrite, Strict, console, print_skipped
 
 
 def convert(
@@ -23,18 +20,38 @@ def convert(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a draft of the original repository in this package's format."""
+    from ..draft.folder import DRAFT_FOLDER
+    from ..draft.modeling_msd import MSDDraftModel
+    from ..writing.destination import check_destination, replaced_folder
+
     check_destination(destination, DRAFT_FOLDER, overwrite)
     model = MSDDraftModel.from_pretrained(source)
     with replaced_folder(destination, DRAFT_FOLDER, overwrite) as temporary:
         model.save_pretrained(temporary)
+        _keep_documents(source, temporary)
     console.print(f"Wrote {destination} ({model.num_parameters():,} parameters, {model.dtype}).")
+    print_next("generate", "--target", "TARGET", "--draft", destination, "--image", "PICTURE", "--prompt", "QUESTION")
+
+
+def _keep_documents(source: str, folder: Path, changed: str | None = None) -> None:
+    """Copies the card and the record of the training from one draft to a draft that was made from it."""
+    from ..draft.files import find_file
+    from ..hub.card import CARD_NAME, PROVENANCE_NAME, copy_card
+
+    for name in (PROVENANCE_NAME, CARD_NAME):
+        with suppress(OSError):  # the Hub may be out of reach, with the weights in its cache
+            path = find_file(source, name, {})
+            if path is not None and name == CARD_NAME:
+                copy_card(path, folder, changed)
+            elif path is not None:
+                shutil.copy(path, folder)
 
 
 def draft_vocab(
-    target: Target,
     draft: Annotated[str, typer.Option(help="Folder or Hub id of its draft.")],
     data: Annotated[list[Path], typer.Option(help="Conversations, .json or .jsonl; repeat for more than one file.")],
     output: Annotated[Path, typer.Option(help="Folder to write the draft with the vocabulary to.")],
+    target: OptionalTarget = None,
     image_folder: ImageFolder = None,
     size: Annotated[
         str, typer.Option(help="Number of tokens; auto: as few as cover 99.5% of the data, at most a quarter of all.")
@@ -43,20 +60,29 @@ def draft_vocab(
     overwrite: Overwrite = False,
 ) -> None:
     """Restrict the candidates of a draft to the tokens that are frequent in answers, so that drafting costs less."""
+    from transformers.utils import logging
+
+    from ..draft.folder import DRAFT_FOLDER
+    from ..draft.modeling_msd import MSDDraftModel
+    from ..hub.names import target_or_named
+    from ..loading import load_config, load_processor
+    from ..target.support import check_pair
     from ..training.data.conversations import load_conversations
     from ..training.draft_vocab import LARGEST_PAYING_SHARE, check_size, count_answer_tokens, coverage, frequent_tokens
+    from ..writing.destination import check_destination, replaced_folder
 
     if size != "auto" and not size.lstrip("-").isdecimal():
         raise MSDError(f"--size {size!r} is neither a number nor auto.")
     num_tokens = None if size == "auto" else int(size)
     check_destination(output, DRAFT_FOLDER, overwrite)
+    logging.disable_progress_bar()
+    model = MSDDraftModel.from_pretrained(draft)
+    target = target_or_named(target, model.config)
     target_config = load_config(target)
     vocab_size = target_config.get_text_config(decoder=True).vocab_size
     if num_tokens is not None:
         check_size(num_tokens, vocab_size)
     conversations = [load_conversations(path, image_folder) for path in data]
-    logging.disable_progress_bar()
-    model = MSDDraftModel.from_pretrained(draft)
     check_pair(target_config, model.config)
 
     counts = count_answer_tokens(conversations, load_processor(target), vocab_size, strict)
@@ -81,4 +107,7 @@ def draft_vocab(
     model.set_draft_vocab(tokens)
     with replaced_folder(output, DRAFT_FOLDER, overwrite) as temporary:
         model.save_pretrained(temporary)
+        changed = f"This draft chooses candidates from {len(tokens):,} tokens only. Figures above are without that."
+        _keep_documents(draft, temporary, changed)
     console.print(f"Wrote {output}", soft_wrap=True)
+    print_next("bench", "--target", target, "--draft", output, "--data", data[0])

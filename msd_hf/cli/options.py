@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..loading import DTYPE_NAMES, LARGEST_SEED
+from ..limits import DTYPE_NAMES, LARGEST_SEED
 from ..terminal import make_console
 
 
@@ -23,6 +23,9 @@ def _check_finite(value: float) -> float:
 
 
 Target = Annotated[str, typer.Option(help="Folder or Hub id of the target.")]
+OptionalTarget = Annotated[
+    str | None, typer.Option(help="Folder or Hub id of the target; default: the one that the draft names.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder, if it holds only a draft.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length limit of the answer, in tokens.")]
 Temperature = Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .next_step import print_next
 from .options import console
 
 
@@ -18,3 +19,5 @@ def train(context: typer.Context) -> None:
             if name in metrics:
                 console.print(f"{name.removeprefix('eval_'):12}{metrics[name]:.2f}")
         console.print(f"The draft is in {trainer.args.output_dir}.", soft_wrap=True)
+        target = trainer.target.config.name_or_path
+        print_next("bench", "--target", target, "--draft", trainer.args.output_dir, "--data", "CONVERSATIONS.json")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
-from ..decoders import decoder_of
-from ..loading import MOST_WORKERS, load_processor, load_target_and_processor, outline_target
+from ..errors import MSDDataError
+from ..limits import MOST_WORKERS
+from .next_step import print_next
 from .options import (
     BatchSize,
     Device,
@@ -24,6 +25,10 @@ from .options import (
     console,
     print_skipped,
 )
+
+
+if TYPE_CHECKING:
+    from ..training import Conversations
 
 
 def extract(
@@ -49,6 +54,10 @@ def extract(
     device: Device = "auto",
 ) -> None:
     """Run the target over conversations once and write its features to disk for `msd-hf train`."""
+    import torch
+
+    from ..decoders import decoder_of
+    from ..loading import load_processor, load_target_and_processor, outline_target
     from ..training import MSDTrainingArguments, extract_features, load_conversations
     from ..training.disk import check_writable
     from ..training.features.disk_estimate import check_disk, estimate_disk
@@ -84,6 +93,7 @@ def extract(
         f"{report.num_samples:,} samples, {report.num_tokens:,} tokens, {report.num_bytes / 1e6:,.1f} MB in {output}."
     )
     print_skipped(report.skipped)
+    print_next("train", "--target", target, f"--{_kind(conversations)}-features", output, "--output-dir", "DRAFT")
 
 
 def regenerate_answers(
@@ -100,6 +110,7 @@ def regenerate_answers(
     device: Device = "auto",
 ) -> None:
     """Let the target answer the prompts of a data set, so that a draft learns what the target really says."""
+    from ..loading import load_target_and_processor
     from ..training import load_conversations, regenerate
     from ..training.regeneration.regenerate import check_answer_space, check_output
 
@@ -122,20 +133,35 @@ def regenerate_answers(
         f"{report.num_samples:,} conversations in {output}, {report.num_cut:,} cut at the limit.", soft_wrap=True
     )
     print_skipped(report.skipped)
+    print_next("train", "--target", target, f"--{_kind(conversations)}-data", output, "--output-dir", "DRAFT")
 
 
 def check(
-    data: Annotated[Path, typer.Option(help="Conversations, .json or .jsonl.")],
+    data: Annotated[str, typer.Option(help="Conversations: .json, .jsonl, a saved data set, or a Hub id.")],
     target: Annotated[str, typer.Option(help="Folder or Hub id of the target, for its processor.")],
+    split: Annotated[str | None, typer.Option(help="Split of a data set that is no file. Default: train.")] = None,
+    subset: Annotated[str | None, typer.Option(help="Subset (configuration) of a data set of the Hub.")] = None,
     image_folder: ImageFolder = None,
     max_length: MaxLength = 2048,
     show: Annotated[int, typer.Option(min=0, help="Number of samples to show, with coloured trained tokens.")] = 3,
     strict: Strict = False,
 ) -> None:
     """Encode every sample as training would, count broken samples by reason, and show a few samples."""
+    from ..loading import load_processor
     from ..training.data.check import check_conversations, render_report
     from ..training.data.conversations import load_conversations
 
-    conversations = load_conversations(data, image_folder)
+    conversations = load_conversations(data, image_folder, split=split, subset=subset)
     processor = load_processor(target)
-    render_report(check_conversations(conversations, processor, max_length, show, strict), console)
+    report = check_conversations(conversations, processor, max_length, show, strict)
+    render_report(report, console)
+    kind = "visual" if report.num_images else "text"
+    print_next("train", "--target", target, f"--{kind}-data", data, "--output-dir", "DRAFT")
+
+
+def _kind(conversations: Conversations) -> str:
+    """Which kind of training data conversations are, by the first one that can be read."""
+    for index in range(len(conversations)):
+        with suppress(MSDDataError):
+            return "visual" if conversations[index].images else "text"
+    return "text"

@@ -217,6 +217,17 @@ class BatchSelector:
         return self._groups[0].tokens[row] if self.in_step else self._groups[row].tokens[0]
 
     @property
+    def num_tokens(self) -> int:
+        """How many tokens all rows have emitted, without padding."""
+        return sum(self._num_tokens_of(self.row_tokens(row)) for row in range(self.batch_size))
+
+    def _num_tokens_of(self, tokens: list[int]) -> int:
+        if not self.in_step or self.batch_size == 1:  # no row is padded
+            return len(tokens)
+        end = next((place for place, token in enumerate(tokens) if token in self.eos_token_ids), len(tokens) - 1)
+        return end + 1
+
+    @property
     def running_tokens(self) -> dict[int, list[int]]:
         """The emitted tokens of each running row: row of the batch -> tokens."""
         return {row: self.row_tokens(row) for row in self.running}

@@ -30,6 +30,7 @@ from ..tree.suffix import SuffixBranches
 from .batch_selection import BatchSelector
 from .decoder_outputs import DecoderOutputs
 from .pair import PairState, state_of
+from .run_stats import RunTally
 
 
 @dataclass
@@ -50,6 +51,7 @@ class DecodingCall:
         memory (`ChatMemory`, *optional*): what the draft knows from earlier turns, for a single sequence.
         pair (`PairState`): what is kept between calls.
         observer (`Observer`): functions of a measurement that encloses the call.
+        tally (`RunTally`): counts the rounds.
         flags (`dict[str, bool]`): `output_hidden_states`, `output_attentions`, if they are asked for.
         keeps_cache (`bool`): whether the target's cache outlives the call.
         num_fixed_nodes (`int`, *optional*): nodes of a tree in compiled verifications; `None`: nothing is compiled.
@@ -68,6 +70,7 @@ class DecodingCall:
     memory: ChatMemory | None
     pair: PairState
     observer: Observer
+    tally: RunTally
     flags: dict[str, bool]
     keeps_cache: bool
     num_fixed_nodes: int | None
@@ -148,6 +151,8 @@ def prepare_call(
         memory=memory,
         pair=pair,
         observer=current_observer(),
+        # Automatic trees read the scores of each level, so the host goes on when the tree is there.
+        tally=RunTally(is_timed=settings.is_auto or draft.device.type == "cpu"),
         flags=flags,
         keeps_cache=keeps_cache,
         num_fixed_nodes=num_fixed_nodes,

@@ -7,6 +7,7 @@ at the tokens of this one.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -44,6 +45,7 @@ class DeviceRounds:
         self.running = running
         self.keeps_cache = call.keeps_cache
         self._on_logits = call.observer.on_logits
+        self._tally = call.tally
         self._memory = call.pair.recordings
         start = self.drafter.state
         self._draft_context = start.context
@@ -160,8 +162,10 @@ class DeviceRounds:
         return max(self.drafter.settings.num_nodes, self._block_length)
 
     def _draft(self) -> None:
+        started = time.perf_counter()
         with phase("draft forward"):
             self._draft_step()
+        self._tally.add_drafting(started)
 
     def _note_fed(self) -> None:
         """Counts the tokens that the last drafting has fed."""
@@ -176,6 +180,7 @@ class DeviceRounds:
         num_emitted = group.extend(tokens, logits[0], range(self._count))
         # Before the context grows: if a streamer raises here, the context holds what was handed on before.
         self.selector.end_round([num_emitted], [min(self._count - 1, num_emitted)])
+        self._tally.drafted.append(True)
         self.running.context.grow([num_emitted])
         return num_emitted
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..tree.candidate import CandidateTree
 from .call import DecodingCall, prepare_call
 from .device_rounds import DeviceRounds
 from .result import MSDGenerateOutput
+from .run_stats import note_run
 from .running_rows import RunningRows
 from .self_check import check_tree_verification
 from .verification import verify
@@ -55,6 +57,7 @@ def msd_decoding(
     with call.slots.undone_on_error(), buffers_left(leaves_buffers, *spares):
         running = _prefill(call, input_ids, generation_config, model_kwargs)
         _run_rounds(call, running)
+        _note_run(call)  # before the streamer ends, because its reader may ask for it
         if streamer is not None:
             streamer.end()
         if call.keeps_cache:
@@ -97,20 +100,25 @@ def _prefill(
 def _run_rounds(call: DecodingCall, running: RunningRows) -> None:
     """Decodes until every row has ended."""
     with phase("decode"):
+        call.tally.begin()
         if DeviceRounds.can_serve(call):
             DeviceRounds(call, running).run()
         while not call.selector.finished:
             _run_round(call, running)
+        call.tally.end()
 
 
 def _run_round(call: DecodingCall, running: RunningRows) -> None:
     _drop_ended(call, running)
-    tree = _draft(call, running)
+    started = time.perf_counter()
+    tree, is_drafted = _draft(call, running)
+    call.tally.add_drafting(started)
     with phase("cache"):
         running.settle()
     call.policy.begin_verification()
     verification = _verify(call, running, tree)
     _accept(call, running, tree, verification)
+    call.tally.drafted.append(is_drafted)
 
 
 def _drop_ended(call: DecodingCall, running: RunningRows) -> None:
@@ -122,8 +130,8 @@ def _drop_ended(call: DecodingCall, running: RunningRows) -> None:
         call.drafter.keep_rows(places)
 
 
-def _draft(call: DecodingCall, running: RunningRows) -> CandidateTree:
-    """Drafts a candidate tree for each running row."""
+def _draft(call: DecodingCall, running: RunningRows) -> tuple[CandidateTree, bool]:
+    """Drafts a candidate tree for each running row. Returns the trees, and whether they hold anything to verify."""
     selector = call.selector
     limits = call.policy.begin_round(selector.tokens_left, running.context.num_slots)
     roots = torch.tensor(running.tokens, device=call.draft.device)
@@ -133,10 +141,11 @@ def _draft(call: DecodingCall, running: RunningRows) -> CandidateTree:
             tree = tree.best_path()  # this call has found out that the target verifies chains only
         elif limits.suffix_nodes and not call.is_chain:
             tree = call.branches.added_to(tree, limits.suffix_nodes, selector.running_tokens)
+    is_drafted = tree.tokens.shape[1] > 1
     tree = tree.to(running.next_position.device)
     if selector.padded_rows:
         tree = tree.with_chain(selector.padded_rows, selector.pad_token_id)
-    return tree.with_emittable_depths(selector.tokens_left_by_row)
+    return tree.with_emittable_depths(selector.tokens_left_by_row), is_drafted
 
 
 def _verify(call: DecodingCall, running: RunningRows, tree: CandidateTree) -> TargetVerification:
@@ -190,6 +199,17 @@ def _complete_cache(call: DecodingCall, running: RunningRows) -> None:
         call.drafter.feed_pending()
         emitted = call.selector.row_tokens(0)
         call.memory.remember(call.slots.cache, call.drafter.cache, emitted, call.drafter.last_hidden_state)
+
+
+def _note_run(call: DecodingCall) -> None:
+    """Keeps and logs what the call has done, and adds it to what is known of the pair."""
+    selector, tally, observer = call.selector, call.tally, call.observer
+    lengths = selector.acceptance_lengths
+    note_run(call.target.target, tally.stats(selector.num_tokens, lengths))
+    # Rows in step advance at the pace of the slowest, and a measurement may simulate acceptance.
+    is_own_pace = selector.batch_size == 1 or not selector.in_step
+    if is_own_pace and observer.notices and observer.on_logits is None and observer.on_verify is None:
+        call.pair.notice.add(len(tally.drafted), tally.drafted_lengths(lengths))
 
 
 def _output(call: DecodingCall) -> MSDGenerateOutput:

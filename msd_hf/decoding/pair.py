@@ -14,6 +14,7 @@ from ..kv.fixed import SpareBuffers
 from ..tree.experience import Experience
 from ..tree.policy import AdaptiveTreePolicy, TreePolicy
 from ..tree.settings import TreeSettings
+from .notice import AcceptanceNotice
 
 
 @dataclass
@@ -26,12 +27,14 @@ class PairState:
         target_buffers, draft_buffers (`SpareBuffers`): cache buffers that the last compiled call left.
         recordings (`RecordingMemory`): memory for CUDA graphs.
         experiences (`dict`): costs and acceptance of automatic trees, by the circumstances of a call and the settings.
+        notice (`AcceptanceNotice`): warns once if the draft is of no use to the target.
         is_checked (`bool`): whether trees were compared with plain decoding on this target, see
             `check_tree_verification`.
         is_chain (`bool`): whether that check found that the target verifies chains only.
         masks_attention (`bool`): whether it found that the target's attention functions must get masks themselves, see
             [`TargetAdapter.masks_attention`].
         is_window_checked (`bool`): the same for a context that is longer than the target's sliding window.
+        is_compared (`bool`): whether the target was compared with the one that the draft was made for.
     """
 
     compiled: CompiledFunctions = field(default_factory=CompiledFunctions)
@@ -39,10 +42,12 @@ class PairState:
     draft_buffers: SpareBuffers = field(default_factory=SpareBuffers)
     recordings: RecordingMemory = field(default_factory=RecordingMemory)
     experiences: dict[Hashable, Experience] = field(default_factory=dict)
+    notice: AcceptanceNotice = field(default_factory=AcceptanceNotice)
     is_checked: bool = False
     is_chain: bool = False
     masks_attention: bool = False
     is_window_checked: bool = False
+    is_compared: bool = False
 
     def tree_policy(
         self, settings: TreeSettings, circumstances: Hashable, eos_token_ids: Collection[int] = ()

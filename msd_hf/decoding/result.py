@@ -11,16 +11,20 @@ from transformers.generation import GenerateDecoderOnlyOutput
 @dataclass
 class MSDGenerateOutput(GenerateDecoderOnlyOutput):
     """
-    Output of `generate(assistant_model=draft, return_dict_in_generate=True)`. It has one field more than the output of
-    `generate` without a draft.
+    Output of `generate(assistant_model=draft, return_dict_in_generate=True)`. It has one field and one property more
+    than the output of `generate` without a draft.
 
     Args:
         acceptance_lengths (`list[list[int]]`):
-            For each sequence, the number of tokens that each verification emitted, the bonus token included. The mean
-            of these numbers is tau.
+            For each sequence, the number of tokens that each verification emitted, the bonus token included.
     """
 
     acceptance_lengths: list[list[int]] | None = None
+
+    @property
+    def tau(self) -> float:
+        """The mean of all `acceptance_lengths`, see [`mean_acceptance_length`]."""
+        return mean_acceptance_length(self.acceptance_lengths or [])
 
 
 def mean_acceptance_length(acceptance_lengths: Iterable[Sequence[int]]) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 from transformers.utils import CONFIG_NAME
 
 from ..errors import MSDCheckpointError, shown
+from ..hub.known_drafts import target_of_original
 from .configuration_msd import MSDDraftConfig
 from .files import errors_name_file, location_of, read_json, require_file
 
@@ -76,6 +77,7 @@ def read_config(
             f"{sorted(_ORIGINAL_KINDS)}."
         )
     config = config_from_original(fields, source=str(path))
+    config.target_name_or_path = target_of_original(str(name_or_path), fields)
     with errors_name_file(path, "the configuration of a draft"):
         # As in any `from_pretrained`, a field of the configuration may be overridden by name.
         return type(config)(**{**config.to_dict(), **overrides}), True

@@ -10,6 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, logging
 
+from ..hub.fingerprint import identify_target
 from .files import LOCATION_ARGUMENTS, errors_name_file, location_of, read_json, require_file
 from .interface import check_target_of_draft
 from .limits import check_dtype, check_limits, check_rope
@@ -18,6 +19,11 @@ from .target_sizes import draft_fields, generating_model
 
 logger = logging.get_logger(__name__)
 
+
+# What a configuration says about the one target that the draft is for.
+TARGET_FIELDS = ("target_name_or_path", "target_revision", "target_fingerprint")
+# Written into every `config.json`, for those who meet the file without this package.
+HINT = {"_how_to_load": "pip install msd-hf, then `import msd_hf` before AutoModel or MSDDraftModel"}
 
 # Entries of a `config.json` besides the fields of the configuration: names of older releases of transformers, and the
 # settings of quantised weights.
@@ -77,6 +83,13 @@ class MSDDraftConfig(PreTrainedConfig):
             `model_type` of the target that the draft belongs to. `None`: unknown and not checked.
         target_text_model_type (`str`, *optional*):
             `model_type` of the target's decoder.
+        target_name_or_path (`str`, *optional*):
+            The target's id on the Hub, or the last part of its folder's name. Never a path.
+        target_revision (`str`, *optional*):
+            The target's commit on the Hub.
+        target_fingerprint (`dict`, *optional*):
+            Architecture, sizes and signs of the target's head, see [`~msd_hf.hub.fingerprint`]. `generate` warns once
+            of a target that has other weights.
 
     Example:
 
@@ -116,6 +129,9 @@ class MSDDraftConfig(PreTrainedConfig):
     trained_visual_rows: int | None = None
     target_model_type: str | None = None
     target_text_model_type: str | None = None
+    target_name_or_path: str | None = None
+    target_revision: str | None = None
+    target_fingerprint: dict | None = None
 
     def __post_init__(self, **kwargs):
         check_limits(self)
@@ -155,6 +171,7 @@ class MSDDraftConfig(PreTrainedConfig):
         Raises:
             MSDCheckpointError: names the field that has a wrong type or lies outside its limits.
         """
+        config_dict = {name: value for name, value in config_dict.items() if name not in HINT}
         known = {field.name for field in dataclasses.fields(cls)} | set(_OTHER_ENTRIES)
         unknown = sorted(set(config_dict) - known)
         if unknown:
@@ -163,6 +180,15 @@ class MSDDraftConfig(PreTrainedConfig):
         source = Path(kwargs.get("name_or_path", ""))
         with errors_name_file(source if source.is_file() else source / CONFIG_NAME, "the configuration of a draft"):
             return super().from_dict(fields, **kwargs)
+
+    def to_diff_dict(self):
+        """
+        The fields that are saved. What is not known of the target is left out, and a hint says how to load the draft,
+        because the Auto classes know drafts only after `import msd_hf`.
+        """
+        fields = super().to_diff_dict()
+        unknown = {name for name in TARGET_FIELDS if fields.get(name) is None}
+        return {**{name: value for name, value in fields.items() if name not in unknown}, **HINT}
 
     @classmethod
     def from_target(
@@ -188,12 +214,17 @@ class MSDDraftConfig(PreTrainedConfig):
             MSDError: when the configuration of the target's decoder lacks a required field, and it is not given.
             MSDUnsupportedError: when `generate` refuses the target.
         """
+        given = target
         if isinstance(target, PreTrainedModel):
             target = generating_model(target)
         if check:
             check_target_of_draft(target)
         config = target.config if isinstance(target, PreTrainedModel) else target
-        return cls(**draft_fields(config, overrides))
+        identity = identify_target(target)
+        if target is not given:  # the model inside has no name of its own
+            outer = identify_target(given)
+            identity |= {name: outer[name] for name in ("target_name_or_path", "target_revision")}
+        return cls(**draft_fields(config, {**identity, **overrides}))
 
 
-__all__ = ["MSDDraftConfig"]
+__all__ = ["HINT", "TARGET_FIELDS", "MSDDraftConfig"]

@@ -5,22 +5,20 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ..hub.card import PROVENANCE_NAME, is_generated
 from ..writing.destination import FolderKind, read_config
 from .configuration_msd import MSDDraftConfig
 
 
-PROVENANCE_NAME = "training_provenance.json"
 _FILE_NAMES = re.compile(
     r"config\.json|generation_config\.json|model\.safetensors|model-\d{5}-of-\d{5}\.safetensors"
     rf"|model\.safetensors\.index\.json|training_args\.bin|{re.escape(PROVENANCE_NAME)}"
 )
-# `Trainer` writes this into a model card, and asks that a user who edits the card removes it.
-_GENERATED_CARD = "generated automatically according to the information the Trainer had access to"
 
 
 def _owns(path: Path) -> bool:
     if path.name == "README.md":
-        return _GENERATED_CARD in path.read_text(encoding="utf-8", errors="replace")
+        return is_generated(path.read_text(encoding="utf-8", errors="replace"))
     return _FILE_NAMES.fullmatch(path.name) is not None
 
 

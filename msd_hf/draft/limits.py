@@ -45,6 +45,8 @@ BOOLEANS = (
 MAX_TARGET_LAYERS = 64  # layers of the target that a draft may read
 MAX_LAYER_NUMBER = 1023
 MAX_NAME_LENGTH = 200  # characters
+MAX_FINGERPRINT_ENTRIES = 16
+MAX_FINGERPRINT_LENGTH = 1024  # characters
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -89,7 +91,7 @@ def check_limits(config: Any) -> None:
     for name in BOOLEANS:
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"`{name}` must be true or false, got {shown(getattr(config, name))}.")
-    for name in ("target_model_type", "target_text_model_type"):
+    for name in ("target_model_type", "target_text_model_type", "target_name_or_path", "target_revision"):
         value = getattr(config, name)
         if value is not None and not (isinstance(value, str) and len(value) <= MAX_NAME_LENGTH):
             raise ValueError(f"`{name}` must be a text of at most {MAX_NAME_LENGTH} characters, got {shown(value)}.")
@@ -104,6 +106,7 @@ def check_limits(config: Any) -> None:
     if config.is_encoder_decoder:
         raise ValueError("`is_encoder_decoder` must be false: a draft is a decoder.")
     _check_target_layers(config.target_layers)
+    _check_fingerprint(config.target_fingerprint)
     check_dtype(config.dtype)
     _check_heads(config)
     check_rope(config.rope_parameters, config.head_dim)
@@ -147,6 +150,20 @@ def _check_target_layers(layers: Any) -> None:
         _check_integer("target_layers", layer, 0, MAX_LAYER_NUMBER)
     if len(set(layers)) < len(layers):
         raise ValueError(f"`target_layers` must name each layer once, got {shown(layers)}.")
+
+
+def _check_fingerprint(fingerprint: Any) -> None:
+    if fingerprint is None:
+        return
+    if not isinstance(fingerprint, dict) or len(fingerprint) > MAX_FINGERPRINT_ENTRIES:
+        raise ValueError(
+            f"`target_fingerprint` must be an object of at most {MAX_FINGERPRINT_ENTRIES} entries, got "
+            f"{shown(fingerprint)}."
+        )
+    for name, value in fingerprint.items():
+        is_number = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+        if not is_number and not (isinstance(value, str) and len(value) <= MAX_FINGERPRINT_LENGTH):
+            raise ValueError(f"`target_fingerprint.{name}` must be an integer or a short text, got {shown(value)}.")
 
 
 def check_rope(rope: Any, head_dim: int | None) -> None:

@@ -17,8 +17,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from ..compat import CACHE_NAME
 from ..decoders import decoder_of, head_of
 from ..errors import MSDError, MSDPairingError, MSDUnsupportedError
-from ..tree.settings import DEFAULT_NUM_ASSISTANT_TOKENS, DEFAULT_TREE_DEPTH, DEFAULT_TREE_TOP_K
+from ..tree.settings import TREE_SETTINGS
 from .configuration_msd import MSDDraftConfig
+from .hub_mixin import DraftHubMixin
 from .interface import TargetReads, register_draft
 from .loading import check_draft_vocab, check_loading_info, errors_of_quantised_weights, prepare_loading
 from .plain_forward import PlainForward, PlainLayer
@@ -71,14 +72,32 @@ class MSDDraftPreTrainedModel(PreTrainedModel):
             self.generation_config = GenerationConfig.from_dict(generation_config.to_dict())
 
 
-class MSDDraftModel(MSDDraftPreTrainedModel):
+class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
     """
     A draft for multimodal speculative decoding, passed to the target's `generate` as `assistant_model`.
 
     It owns `fc`, `layers` and, with `target_layers`, `feature_proj`. The token embedding and the language-model head
-    are the target's, and are not saved with the draft. `generation_config` holds the settings of the candidate tree:
-    `num_assistant_tokens` (nodes of the tree with the root, 59), `tree_depth` (5), `tree_top_k` (10), `suffix_nodes`
-    (nodes that are added when the text repeats itself, 0).
+    are the target's, and are not saved with the draft.
+
+    Settings are attributes of `draft.generation_config`, and are saved with the draft. None of them changes tokens:
+
+    - `num_assistant_tokens` (`int` or `"auto"`, defaults to `"auto"`, with `compile` to 59): the budget of a tree, its
+      nodes with the root, from 1 (no drafting) to 1024. With `"auto"`, each tree has as many nodes, levels and
+      siblings as pay on this machine with this draft, at most 64 nodes, and there is none while drafting does not
+      pay. What trees cost is learnt in the first rounds.
+    - `tree_depth` (`int`, defaults to 40; with a number of nodes to 5): expansions of a tree after the first, so it
+      has up to `tree_depth + 1` levels below the root. With `"auto"`, an upper bound.
+    - `tree_top_k` (`int`, defaults to 10): candidates of each node, and nodes that are expanded in each level. 1
+      drafts a chain. With `"auto"`, an upper bound.
+    - `suffix_nodes` (`int`, defaults to 0): nodes that are added when the last 3 tokens have come before; they repeat
+      the tokens that came next there.
+    - `compile` (`bool`, defaults to `False`): run verification and drafting with fixed shapes under `torch.compile`,
+      on a GPU as CUDA graphs. Trees have a set size then. The first call compiles, which takes one to two minutes for
+      a large target.
+
+    Args:
+        config (`MSDDraftConfig`): sizes of the draft. [`~MSDDraftModel.from_target`] makes a draft that fits a target,
+            [`~MSDDraftModel.from_pretrained`] loads one.
 
     Example:
 
@@ -105,7 +124,7 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         # A reference to a head's weight, its version, and the rows taken from the head.
         self._head_rows: tuple[Any, int, tuple[torch.Tensor, torch.Tensor | None]] | None = None
         self.gradient_checkpointing = False
-        self.generation_config = _default_settings()
+        self.generation_config = _unset_settings()
         self.post_init()
         if self.feature_proj is not None:
             nn.init.zeros_(self.feature_proj.weight)  # a new draft starts with the last hidden state alone
@@ -127,6 +146,7 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         return None
 
     def get_output_embeddings(self):
+        """`None`: the head is the target's."""
         return None
 
     @classmethod
@@ -149,10 +169,10 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
             MSDError: when the target's last layer does not fit the draft's, or the target lacks a required size.
             MSDUnsupportedError: when `generate` refuses the target.
         """
-        target = generating_model(target)
         if init_from_last_layer:
             overrides = {"input_layernorm": True, **overrides}
         draft = cls(MSDDraftConfig.from_target(target, check=check, **overrides))
+        target = generating_model(target)
         if init_from_last_layer:
             draft._copy_last_layer(target)
         weight = getattr(head_of(target), "weight", None)
@@ -402,12 +422,9 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=states, **{CACHE_NAME: past_key_values})
 
 
-def _default_settings() -> GenerationConfig:
-    return GenerationConfig(
-        num_assistant_tokens=DEFAULT_NUM_ASSISTANT_TOKENS,
-        tree_depth=DEFAULT_TREE_DEPTH,
-        tree_top_k=DEFAULT_TREE_TOP_K,
-    )
+def _unset_settings() -> GenerationConfig:
+    """Settings that leave everything to the defaults, with all names there to be set."""
+    return GenerationConfig(**dict.fromkeys(TREE_SETTINGS))
 
 
 register_draft(MSDDraftConfig, MSDDraftModel)

@@ -27,6 +27,7 @@ class Comparison:
 
     @property
     def vanilla(self) -> Sequence[TimedRun]:
+        """The runs of `generate` alone."""
         return self.runs[VANILLA.name]
 
     def identical(self, method: str = TREE.name) -> bool:

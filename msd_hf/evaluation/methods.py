@@ -16,6 +16,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..decoding.pair import companion_of
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
+from ..observer import current_observer, observing
+from ..tree.settings import (
+    DEFAULT_NUM_ASSISTANT_TOKENS,
+    DEFAULT_TREE_DEPTH,
+    DEFAULT_TREE_TOP_K,
+    TreeSettings,
+)
 from .assisted_chain import assisted_chain
 
 
@@ -76,10 +83,14 @@ class Method:
         try:
             for name, value in self.tree.items():
                 setattr(draft.generation_config, name, value)
-            if self.tree.get("compile") and own.num_assistant_tokens == "auto":
+            if self.tree.get("compile") and TreeSettings.from_generation_config(own).is_auto:
                 # A compiled tree has a fixed shape, so the default size replaces "auto".
                 draft.generation_config.num_assistant_tokens = draft.generation_config.tree_depth = None
-            with assisted_chain(target, draft) if self.assisted else nullcontext(draft) as assistant:
+            is_users = self.make_draft is None
+            with (
+                assisted_chain(target, draft) if self.assisted else nullcontext(draft) as assistant,
+                observing(notices=is_users and current_observer().notices),
+            ):
                 yield {**self.arguments, "assistant_model": assistant}
         finally:
             draft.generation_config = own
@@ -108,6 +119,16 @@ CHAIN = Method(
     tree={"tree_top_k": 1},
 )
 TREE = Method("tree", "the draft with its own settings", drafted=True)
+DEFAULT_SIZE = Method(
+    "default-size",
+    f"the draft with trees of {DEFAULT_NUM_ASSISTANT_TOKENS} nodes, as compiled rounds draft by default",
+    drafted=True,
+    tree={
+        "num_assistant_tokens": DEFAULT_NUM_ASSISTANT_TOKENS,
+        "tree_depth": DEFAULT_TREE_DEPTH,
+        "tree_top_k": DEFAULT_TREE_TOP_K,
+    },
+)
 AUTO = Method(
     "auto",
     'the draft with `num_assistant_tokens="auto"`: the tree fits the machine',
@@ -143,7 +164,7 @@ USELESS_DRAFT = Method(
 
 METHODS = {
     method.name: method
-    for method in (VANILLA, PROMPT_LOOKUP, ASSISTED_CHAIN, CHAIN, TREE, AUTO, COMPILED, USELESS_DRAFT)
+    for method in (VANILLA, PROMPT_LOOKUP, ASSISTED_CHAIN, CHAIN, TREE, DEFAULT_SIZE, AUTO, COMPILED, USELESS_DRAFT)
 }
 DEFAULT_BASELINES = ("prompt-lookup", "chain")
 
@@ -194,6 +215,7 @@ __all__ = [
     "CHAIN",
     "COMPILED",
     "DEFAULT_BASELINES",
+    "DEFAULT_SIZE",
     "METHODS",
     "PROMPT_LOOKUP",
     "TREE",

@@ -18,6 +18,7 @@ from transformers import (
 from ..decoders import head_of
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
+from ..tree.settings import default_size
 
 
 # Standard deviation of the logits. The largest of 32,000 such logits has a probability of about 0.6.
@@ -173,6 +174,8 @@ def build_pair(
     with device:
         target = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
         draft = MSDDraftModel.from_target(target).eval()
+    # Acceptance is simulated, so there is nothing that automatic trees could learn.
+    draft.generation_config.update(**default_size(draft.generation_config))
     if device.type != "meta":
         _scale_head(target, draft)
     if draft_vocab_size is not None:

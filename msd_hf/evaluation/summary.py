@@ -85,6 +85,7 @@ def _main_figures(method: Method, prompts: Sequence[PromptResult]) -> dict[str, 
         "speedup": asdict(spread(prompt.comparison.speedup(method.name) for prompt in prompts)),
         "decode_speedup": asdict(spread(prompt.comparison.decode_speedup(method.name) for prompt in prompts)),
         "tau": mean_acceptance_length(_lengths(method, prompts)),
+        "identical_share": _summarize_agreement(method, prompts)["share"],
     }
 
 

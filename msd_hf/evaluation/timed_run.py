@@ -33,6 +33,7 @@ class TimedRun:
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens of the answer over seconds of the whole call, prefill included."""
         return len(self.tokens) / self.seconds
 
     @property

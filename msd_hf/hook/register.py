@@ -21,6 +21,7 @@ from ..draft.interface import draft_kinds, is_draft
 from ..recurrent.kernels import restore_kernels
 from ..target.support import check_pair, check_target, check_tree_fits
 from ..tree.settings import TreeSettings
+from .acquaintance import compare_once
 from .assistant import find_draft
 from .pipelines import wrap_pipelines
 from .refusals import check_call, check_compilable, check_draft_settings, check_generation_mode, check_inputs
@@ -34,8 +35,12 @@ _AUTO_CLASSES = {AutoModel: MODEL_MAPPING, AutoModelForCausalLM: MODEL_FOR_CAUSA
 
 
 def register() -> None:
-    """Makes `generate`, pipelines and the Auto classes know drafts. `import msd_hf` does it; a second call changes
-    nothing."""
+    """
+    Makes `generate`, pipelines and the Auto classes know drafts.
+
+    `import msd_hf` does it, if transformers is loaded, or else the first use of one of them. A second call changes
+    nothing. After [`unregister`], this function registers drafts again.
+    """
     for config_class, model_class in draft_kinds().items():
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         for auto_class in _AUTO_CLASSES:
@@ -49,8 +54,12 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Puts `GenerationMixin`, pipelines, the Auto classes and what attention and recurrent layers call back as they
-    were before `import msd_hf`."""
+    """
+    Puts `GenerationMixin`, pipelines, the Auto classes and what attention and recurrent layers call back as they were
+    before `import msd_hf`.
+
+    A method that another library has wrapped since then stays as it is, with a warning.
+    """
     restore_attention()
     restore_kernels()
     for config_class in draft_kinds():
@@ -86,6 +95,7 @@ def _wrap_validate_generation_mode(original):
         check_tree_fits(self.config, TreeSettings.from_generation_config(draft.generation_config))
         if is_compiled(draft.generation_config):
             check_compilable(self, draft)
+        compare_once(self, draft)
         # The original compares vocabularies and asks for tokenizers, but embedding and head are the target's here. It
         # also refuses several sequences a prompt in assisted generation, which our loop serves.
         others = {key: value for key, value in generation_mode_kwargs.items() if key != "assistant_model"}

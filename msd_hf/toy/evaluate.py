@@ -20,6 +20,7 @@ from ..evaluation import Comparison, compare, mean_acceptance_length
 from ..evaluation.bench_prompts import BenchPrompt
 from ..loading import load_target_and_processor
 from ..prompts import build_inputs
+from ..tree.settings import TreeSettings
 from . import DRAFT_DIR, TARGET_DIR
 from .accuracy import make_evaluation_prompts
 
@@ -45,11 +46,11 @@ def evaluate_pair(
         comparison = compare(target, draft, inputs, repeats, max_new_tokens=max_new_tokens, do_sample=False)
         for name in (f"{prompt.sample_kind}: {prompt.kind}", f"all {prompt.sample_kind}", "all"):
             groups[name].append(comparison)
-    settings = draft.generation_config
+    tree = TreeSettings.from_generation_config(draft.generation_config)
     console = Console(width=100)
     console.print(
-        f"{target.dtype}, {torch.get_num_threads()} threads, tree of {settings.num_assistant_tokens} nodes, depth "
-        f"{settings.tree_depth}, top-k {settings.tree_top_k}"
+        f"{target.dtype}, {torch.get_num_threads()} threads, trees of {'at most ' * tree.is_auto}{tree.num_nodes} "
+        f"nodes, depth {tree.depth}, top-k {tree.top_k}"
     )
     console.print(comparison_table(groups))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +12,9 @@ from transformers import PreTrainedModel
 
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDDataError, errors_name_sample
+from ..observer import observing
 from ..prompts import build_chat_inputs
+from ..tree.settings import default_size
 from .curriculum import SampleKind
 from .data.conversations import Conversation
 
@@ -27,6 +30,8 @@ def acceptance_lengths(
 ) -> dict[SampleKind, list[list[int]]]:
     """
     Measures acceptance lengths: the target answers the first question of each conversation greedily with the draft.
+    Automatic trees would depend on the machine and its load, so a draft that has them is measured with trees of the
+    default size.
 
     Args:
         target, draft: the pair.
@@ -40,8 +45,10 @@ def acceptance_lengths(
         emitted. The mean of these numbers is tau, see [`~msd_hf.evaluation.mean_acceptance_length`].
     """
     lengths: dict[SampleKind, list[list[int]]] = {"text": [], "visual": []}
-    was_training = draft.training
+    was_training, own = draft.training, draft.generation_config
     draft.eval()
+    draft.generation_config = copy.deepcopy(own)
+    draft.generation_config.update(**default_size(own))
     try:
         for conversation in tqdm(conversations, desc="tau", disable=not show_progress, leave=False):
             try:
@@ -50,16 +57,18 @@ def acceptance_lengths(
                     inputs = build_chat_inputs(processor, messages, images).to(target.device, dtype=target.dtype)
             except MSDDataError:
                 continue
-            output = target.generate(
-                **inputs,
-                assistant_model=draft,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                return_dict_in_generate=True,
-                output_scores=False,
-            )
+            with observing(notices=False):  # at first a draft is of no use
+                output = target.generate(
+                    **inputs,
+                    assistant_model=draft,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    return_dict_in_generate=True,
+                    output_scores=False,
+                )
             lengths["visual" if images else "text"] += output.acceptance_lengths
     finally:
+        draft.generation_config = own
         draft.train(was_training)
     return lengths
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any
@@ -14,7 +15,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..errors import MSDError
-from ..loading import LARGEST_SEED, MOST_WORKERS
+from ..limits import LARGEST_SEED, MOST_WORKERS
 from ..writing.redaction import redact, secret_values
 from .curriculum import CURRICULA, Curriculum, SampleKind
 from .losses import WEIGHT_NAMES
@@ -203,16 +204,25 @@ class MSDTrainingArguments(TrainingArguments):
         """The recipe, with the arguments that were given in place of its own values."""
         return replace(RECIPES[self.recipe], **{name: getattr(self, name) for name in _RECIPE_FIELDS})
 
-    def run_length(self, sizes: dict[SampleKind, int], batch_size: int) -> tuple[int, int]:
+    def run_length(self, sizes: Mapping[SampleKind, int | None], batch_size: int) -> tuple[int, int]:
         """
         The number of steps in an epoch and in the run.
 
         Args:
-            sizes: number of samples of each kind.
+            sizes: number of samples of each kind; `None` for a stream, with which the run is one epoch.
             batch_size: samples of a forward of one process.
+
+        Raises:
+            MSDError: with a stream and without `max_steps`.
         """
         curriculum, batch = self.make_curriculum(), batch_size * self.gradient_accumulation_steps * self.world_size
-        used = [size for kind, size in sizes.items() if curriculum.needs(kind)]
+        used = [size for kind, size in sizes.items() if size is not None and curriculum.needs(kind)]
+        if any(size is None and curriculum.needs(kind) for kind, size in sizes.items()):
+            if self.max_steps < 1:
+                raise MSDError(
+                    "A streamed data set has no length, over which epochs could be counted: set `max_steps`."
+                )
+            return self.max_steps, self.max_steps
         # An epoch has whole batches only, so that the samples of a step do not depend on the number of processes.
         steps_per_epoch = max(1, min(used, default=0) // batch)
         num_steps = self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * steps_per_epoch)

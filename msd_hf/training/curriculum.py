@@ -88,7 +88,8 @@ class CurriculumSampler(Sampler[Draw]):
     Each pass over a data set has its own random order.
 
     Args:
-        num_text, num_visual: sizes of the data sets.
+        num_text, num_visual: sizes of the data sets; `None` for a stream. Its samples are drawn in their order, and
+            `place` counts them over all passes.
         curriculum: gives the share of visual samples.
         epoch_length: number of samples in an epoch.
         num_samples: number of samples in the whole run, over which the stages are spread.
@@ -100,14 +101,14 @@ class CurriculumSampler(Sampler[Draw]):
 
     def __init__(
         self,
-        num_text: int,
-        num_visual: int,
+        num_text: int | None,
+        num_visual: int | None,
         curriculum: Curriculum,
         epoch_length: int,
         num_samples: int,
         seed: int = 0,
     ):
-        self.sizes: dict[SampleKind, int] = {"text": num_text, "visual": num_visual}
+        self.sizes: dict[SampleKind, int | None] = {"text": num_text, "visual": num_visual}
         for kind, size in self.sizes.items():
             if size == 0 and curriculum.needs(kind):
                 raise MSDError(
@@ -120,6 +121,7 @@ class CurriculumSampler(Sampler[Draw]):
         self.seed = seed
         self.epoch = 0
         self._orders: dict[SampleKind, tuple[int, list[int]]] = {}
+        self._counted, self._counts = 0, dict.fromkeys(SAMPLE_KINDS, 0)  # draws of each kind before number `_counted`
 
     def set_epoch(self, epoch: int) -> None:
         """Selects the epoch, counted from 0, of the next iteration."""
@@ -140,15 +142,29 @@ class CurriculumSampler(Sampler[Draw]):
 
     def draw(self, number: int) -> Draw:
         """Chooses sample `number` of the run."""
-        share = self.curriculum.share(self.stage(number))
-        is_visual = random.Random(f"{self.seed}/{number}").random() < share
-        kind: SampleKind = "visual" if is_visual else "text"
-        turn, position = divmod(number, self.sizes[kind])
+        kind = self._kind(number)
+        size = self.sizes[kind]
+        if size is None:
+            return Draw(number, kind, self._num_before(number, kind))
+        turn, position = divmod(number, size)
         if self._orders.get(kind, (None,))[0] != turn:
-            order = list(range(self.sizes[kind]))
+            order = list(range(size))
             random.Random(f"{self.seed}/{kind}/{turn}").shuffle(order)
             self._orders[kind] = (turn, order)
         return Draw(number, kind, self._orders[kind][1][position])
+
+    def _kind(self, number: int) -> SampleKind:
+        share = self.curriculum.share(self.stage(number))
+        return "visual" if random.Random(f"{self.seed}/{number}").random() < share else "text"
+
+    def _num_before(self, number: int, kind: SampleKind) -> int:
+        """How many samples of a kind come before sample `number` of the run."""
+        if number < self._counted:
+            self._counted, self._counts = 0, dict.fromkeys(SAMPLE_KINDS, 0)
+        for earlier in range(self._counted, number):
+            self._counts[self._kind(earlier)] += 1
+        self._counted = number
+        return self._counts[kind]
 
 
 __all__ = ["CURRICULA", "SAMPLE_KINDS", "Curriculum", "CurriculumSampler", "Draw", "SampleKind", "other_kind"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,8 +12,12 @@ from ..errors import MSDDataError, MSDError
 from .curriculum import Draw, SampleKind
 from .data.encoding import collate_conversations
 from .data.skipped import SkippedSamples
+from .data.streamed import StreamedConversations
 from .features.cache import FeatureCache, collate_features
 from .rows import trained_rows
+
+
+MOST_BROKEN = 1000  # samples of a stream, one after the other, after which it is given up
 
 
 class Mixture(Dataset):
@@ -40,14 +44,21 @@ class Mixture(Dataset):
             raise MSDError("One data set holds cached features and the other one conversations: give two of a kind.")
         self.is_cached = cached == {True}
 
+    @property
+    def sizes(self) -> dict[SampleKind, int | None]:
+        """The number of samples of each data set; `None` for a stream."""
+        return {kind: None if _is_stream(dataset) else len(dataset) for kind, dataset in self.datasets.items()}
+
     def __len__(self) -> int:
-        return sum(len(dataset) for dataset in self.datasets.values())
+        sizes = [size for size in self.sizes.values() if size is not None]
+        if len(sizes) < len(self.datasets):
+            raise TypeError("A mixture with a stream has no length.")  # `Trainer` catches it
+        return sum(sizes)
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         dataset = self.datasets[draw.kind]
         skipped = []
-        for offset in range(len(dataset)):
-            index = (draw.place + offset) % len(dataset)
+        for index in _places(dataset, draw.place):
             try:
                 sample = dataset[index]
                 features = sample if self.is_cached else self.encode(sample)
@@ -59,9 +70,21 @@ class Mixture(Dataset):
                 continue
             return {**features, "draw": draw, "skipped": skipped}
         raise MSDError(
-            f"Not one of the {len(dataset)} {draw.kind} samples can be used: "
+            f"Not one of the {len(skipped)} {draw.kind} samples can be used: "
             f"{', '.join(sorted({reason for _, _, reason in skipped}))}. `msd-hf data check` shows what is wrong."
         )
+
+
+def _is_stream(dataset: Any) -> bool:
+    return isinstance(dataset, StreamedConversations)
+
+
+def _places(dataset: Any, place: int) -> Iterable[int]:
+    """The places at which a usable sample is looked for, beginning at `place`."""
+    if _is_stream(dataset):
+        dataset.begin_at(place)
+        return range(place, place + MOST_BROKEN)
+    return ((place + offset) % len(dataset) for offset in range(len(dataset)))
 
 
 class MixtureCollator:

@@ -10,6 +10,12 @@ class Recipe:
     """
     Values for those arguments of [`MSDTrainingArguments`] that the user left open. The defaults are the paper's
     (section 3.3).
+
+    Args:
+        feature_loss_weight, token_loss_weight, noise, trained_rows, unroll_passes, init_from_last_layer,
+            target_layers, target_written_answers, warmup_steps: see [`MSDTrainingArguments`].
+        base_learning_rate (`float`): the peak learning rate at a hidden size of 4,096.
+        scale_learning_rate (`bool`): whether a narrower draft has a higher rate, in proportion.
     """
 
     feature_loss_weight: float = 1.0

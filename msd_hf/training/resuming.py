@@ -27,9 +27,11 @@ class ResumableTrainer(Trainer):
 
     Attributes:
         was_finished: whether the run was finished before `train` was called.
+        saves_at_end: whether `train` leaves the draft in `output_dir`.
     """
 
     was_finished = False
+    saves_at_end = True
     _is_resumed = False
     _first_step = -1  # step of the checkpoint that the run was resumed from
 
@@ -48,7 +50,7 @@ class ResumableTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
-        Like `Trainer.train`, with these differences when a run is resumed:
+        Like `Trainer.train`, and leaves the draft in `output_dir` at its end (`saves_at_end`). When a run is resumed:
 
         - `resume_from_checkpoint=True` takes the last complete checkpoint, because a run may have been killed while it
           wrote a later one, and starts from the beginning if there is none.
@@ -101,6 +103,8 @@ class ResumableTrainer(Trainer):
                 self.state.max_steps,
                 self.args.output_dir,
             )
+        elif self.saves_at_end:
+            self.save_model(_internal_call=True)  # and does not push it to the Hub
         if held.signal is not None:
             held.deliver()
         return output

@@ -15,18 +15,20 @@ from transformers import (
     GenerationConfig,
     HfArgumentParser,
     PreTrainedModel,
+    TrainingArguments,
     set_seed,
 )
 from transformers.integrations import get_available_reporting_integrations
 
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError, MSDUsageError, describe_error
+from ..hub.names import target_or_named
 from ..loading import load_config, load_processor, load_target, parse_dtype
 from ..tree.settings import TREE_SETTINGS, TreeSettings
 from .arguments import MSDTrainingArguments
 from .checkpoint_space import check_checkpoint_space, count_parameters
 from .curriculum import SAMPLE_KINDS, other_kind
-from .data.conversations import Conversations, load_conversations
+from .data.conversations import JoinedConversations, load_conversations
 from .disk import check_writable
 from .features.cache import FeatureCache
 from .features.fingerprint import target_fingerprint
@@ -34,6 +36,7 @@ from .regeneration.journal import is_written
 from .regeneration.regenerate import regenerate
 from .resume_point import find_resume_point
 from .run_fingerprint import argument_values
+from .script_help import HelpAll, format_help
 from .trainer import MSDTrainer, new_draft
 
 
@@ -41,10 +44,20 @@ from .trainer import MSDTrainer, new_draft
 class ScriptArguments:
     """The arguments of `msd-hf train` besides [`MSDTrainingArguments`]."""
 
-    target: str | None = field(default=None, metadata={"help": "Folder or Hub id of the target."})
+    target: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the target; may be left out if --draft names it."}
+    )
     draft: str | None = field(default=None, metadata={"help": "A draft to continue from, instead of a new one."})
-    text_data: str | None = field(default=None, metadata={"help": "Conversations without images, .json or .jsonl."})
-    visual_data: str | None = field(default=None, metadata={"help": "Conversations with images, .json or .jsonl."})
+    text_data: list[str] | None = field(
+        default=None, metadata={"help": "Conversations without images: one or more files, saved data sets or Hub ids."}
+    )
+    visual_data: list[str] | None = field(default=None, metadata={"help": "Conversations with images, likewise."})
+    text_data_weights: list[float] | None = field(
+        default=None, metadata={"help": "The share of each of several --text-data. Default: each sample once a pass."}
+    )
+    visual_data_weights: list[float] | None = field(
+        default=None, metadata={"help": "The share of each of several --visual-data."}
+    )
     image_folder: str | None = field(default=None, metadata={"help": "Folder that the image paths are relative to."})
     text_features: str | None = field(
         default=None, metadata={"help": "Output of `msd-hf extract` for the text data, instead of --text-data."}
@@ -72,6 +85,11 @@ class ScriptArguments:
 
 
 class _Parser(HfArgumentParser):
+    def format_help(self, with_inherited: bool = False) -> str:
+        ours = {*vars(ScriptArguments)["__annotations__"], *vars(MSDTrainingArguments)["__annotations__"]}
+        inherited = {f.name for f in dataclasses.fields(TrainingArguments)} - ours
+        return format_help(self._actions, inherited, with_inherited)
+
     def error(self, message: str) -> NoReturn:
         raise MSDUsageError(f"{message[:1].upper()}{message[1:]}. `msd-hf train --help` lists the arguments.")
 
@@ -88,6 +106,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ScriptArguments, MSDTrainingAr
     """
     parser = _Parser((ScriptArguments, MSDTrainingArguments), prog="msd-hf train", allow_abbrev=False)
     parser.add_argument("--config", type=str, default=None, help="YAML file of arguments.")
+    parser.add_argument("--help-all", action=HelpAll, help="List all arguments.")
     known, _ = _config_parser().parse_known_args(list(argv))
     if known.config is not None:
         parser.set_defaults(**_read_config(known.config))
@@ -114,8 +133,8 @@ def run_training(argv: Sequence[str]) -> MSDTrainer:
     # A checkpoint of another run is refused before the target is loaded, if its arguments differ.
     point = find_resume_point(resume, args.force, str(args.output_dir), {"arguments": _given_values(args)})
     data = _open_data(script_args)
-    assert script_args.target is not None  # `parse_arguments` has checked it
     draft = None if script_args.draft is None else _load_draft(script_args.draft)
+    script_args.target = target_or_named(script_args.target, None if draft is None else draft.config)
     if not point.finished:
         _check_disk(script_args, args, draft, data)
     processor = load_processor(script_args.target)
@@ -147,6 +166,7 @@ def run_training(argv: Sequence[str]) -> MSDTrainer:
         eval_dataset=held_out,
         callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
     )
+    trainer.saves_at_end = False  # it is saved below, with the metrics of its evaluation
     trainer.train(resume_from_checkpoint=resume)
     if trainer.has_ended and not trainer.was_finished:
         if held_out is not None:
@@ -160,7 +180,7 @@ def _check_disk(
 ) -> None:
     check_writable(str(args.output_dir))
     if draft is None:
-        assert script_args.target is not None  # `parse_arguments` has checked it
+        assert script_args.target is not None  # `run_training` has set it
         num_parameters = count_parameters(load_config(script_args.target), args)
     else:
         num_parameters = draft.num_parameters()
@@ -198,7 +218,7 @@ def _read_config(path: str) -> dict[str, Any]:
 
 
 def _check(script_args: ScriptArguments, args: MSDTrainingArguments) -> None:
-    if script_args.target is None:
+    if script_args.target is None and script_args.draft is None:
         raise MSDError("--target is missing: the folder or Hub id of the model that the draft is for.")
     cached = [script_args.text_features, script_args.visual_features]
     plain = [script_args.text_data, script_args.visual_data]
@@ -210,6 +230,18 @@ def _check(script_args: ScriptArguments, args: MSDTrainingArguments) -> None:
         raise MSDError(
             "--target-written-answers cannot be combined with cached features: run `msd-hf regenerate`, then `msd-hf "
             "extract` on its output, and add --target-written-answers false."
+        )
+    for kind in SAMPLE_KINDS:
+        names, weights = getattr(script_args, f"{kind}_data") or (), getattr(script_args, f"{kind}_data_weights")
+        if weights is not None and (len(weights) != len(_as_list(names)) or min(weights, default=0) <= 0):
+            raise MSDError(
+                f"--{kind}-data-weights must be one number above 0 for each --{kind}-data, of which there are "
+                f"{len(_as_list(names))}; got {weights}."
+            )
+    if (script_args.text_data_weights or script_args.visual_data_weights) and script_args.eval_samples:
+        raise MSDError(
+            "--eval-samples cannot be combined with weights of data sets, with which a sample may come several times: "
+            "give --eval-data."
         )
     if any(cached) and script_args.eval_samples:
         raise MSDError("--eval-samples cannot be combined with cached features: give --eval-data.")
@@ -255,22 +287,35 @@ def _tree_settings(script_args: ScriptArguments) -> dict[str, Any]:
 def _open_data(script_args: ScriptArguments) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for kind in SAMPLE_KINDS:
-        path, features = getattr(script_args, f"{kind}_data"), getattr(script_args, f"{kind}_features")
-        if path is not None:
-            data[kind] = load_conversations(path, script_args.image_folder if kind == "visual" else None)
+        names, features = getattr(script_args, f"{kind}_data"), getattr(script_args, f"{kind}_features")
+        if names is not None:
+            folder = script_args.image_folder if kind == "visual" else None
+            data[kind] = load_conversations(
+                _as_list(names), folder, weights=getattr(script_args, f"{kind}_data_weights")
+            )
         elif features is not None:
             data[kind] = FeatureCache(features)
     return data
 
 
+def _as_list(names: str | Sequence[str]) -> list[str]:
+    """One or more names. A YAML file may hold one without a list."""
+    return [names] if isinstance(names, str) else list(names)
+
+
 def _with_target_answers(
-    conversations: Conversations,
+    conversations: Any,
     kind: str,
     target: PreTrainedModel,
     processor: Any,
     script_args: ScriptArguments,
     args: MSDTrainingArguments,
-) -> Conversations:
+) -> Any:
+    if isinstance(conversations, JoinedConversations):
+        parts = [
+            _with_target_answers(part, kind, target, processor, script_args, args) for part in conversations.parts
+        ]
+        return JoinedConversations(parts, conversations.weights)
     fingerprint = f"{target_fingerprint(target)[:8]}{conversations.fingerprint[:8]}"
     # `--push-to-hub` uploads the output folder without names that begin with `_`. The data is the user's own.
     output = Path(str(args.output_dir)) / "_answers" / f"{kind}-{fingerprint}.jsonl"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,8 @@ from ..decoding.result import mean_acceptance_length
 from ..draft.modeling_msd import MSDDraftModel
 from ..draft.target_sizes import generating_model
 from ..errors import MSDDataError, MSDError, MSDUnsupportedError
+from ..hub.card import is_generated, load_card, write_card
+from ..hub.fingerprint import identify_target
 from ..target.adapter import TargetAdapter
 from ..target.support import check_pair, check_target
 from ..writing.redaction import redact_text
@@ -29,6 +30,7 @@ from .curriculum import SAMPLE_KINDS, CurriculumSampler, Draw
 from .data.encoding import ConversationEncoder
 from .features.cache import FeatureCache
 from .features.fingerprint import draft_fingerprint
+from .given_data import open_held_out, open_training_data, processor_of
 from .losses import weighted_loss
 from .meters import LossMeter
 from .mixture import Mixture, MixtureCollator
@@ -51,9 +53,13 @@ class MSDTrainer(ResumableTrainer):
     Args:
         model (*optional*): the draft; by default a new draft for the target, as `args` describe it.
         target: the target, on any device and in any dtype.
-        processing_class (`ProcessorMixin` or tokenizer): the target's processor, with its chat template.
+        processing_class (`ProcessorMixin` or tokenizer, *optional*): the target's processor, with its chat template;
+            by default the one in the folder or repository that the target was loaded from.
         args: the arguments of the run.
-        text_dataset, visual_dataset: [`Conversations`] of [`load_conversations`], or [`FeatureCache`]s.
+        text_dataset, visual_dataset: data in any form that [`load_conversations`] takes (a `datasets.Dataset` or
+            `IterableDataset`, a list of dicts, a name), or a [`FeatureCache`].
+        train_dataset (*optional*): instead of the two, samples with and without images in one data set, or a
+            dictionary with the keys `"text"` and `"visual"`.
         eval_dataset (*optional*): held-out conversations, with and without images, or a dictionary of such data sets.
             Losses, agreement and tau are measured on them.
         kwargs: further arguments of `Trainer` (`callbacks`, `optimizers`, ...).
@@ -68,13 +74,14 @@ class MSDTrainer(ResumableTrainer):
         target: PreTrainedModel | None = None,
         processing_class: Any = None,
         args: MSDTrainingArguments | None = None,
-        text_dataset: Dataset | None = None,
-        visual_dataset: Dataset | None = None,
+        text_dataset: Any = None,
+        visual_dataset: Any = None,
         eval_dataset: Any = None,
+        train_dataset: Any = None,
         **kwargs: Any,
     ):
-        if target is None or processing_class is None:
-            raise MSDError("`MSDTrainer` needs the draft's `target` and its `processing_class` (the processor).")
+        if target is None:
+            raise MSDError("`MSDTrainer` needs the draft's `target`; `model` is the draft, and may be left out.")
         args = MSDTrainingArguments() if args is None else args
         if generating_model(target) is not target:
             raise MSDUnsupportedError(
@@ -82,10 +89,15 @@ class MSDTrainer(ResumableTrainer):
                 "belongs: give that model as `target`."
             )
         check_target(target)
+        processing_class = processor_of(target) if processing_class is None else processing_class
+        data = open_training_data(text_dataset, visual_dataset, train_dataset, args)
+        eval_dataset = open_held_out(eval_dataset)
         model = new_draft(target, args) if model is None else model
         check_pair(target.config, model.config)
         if redact_text(model.config._name_or_path) != model.config._name_or_path:
             model.config._name_or_path = ""  # a local path; trackers get the whole config
+        for name, value in identify_target(target).items():
+            setattr(model.config, name, value)
         if args.learning_rate is None:
             args.learning_rate = args.make_recipe().learning_rate(model.config.hidden_size)
             logger.info("The learning rate is %g.", args.learning_rate)
@@ -93,7 +105,7 @@ class MSDTrainer(ResumableTrainer):
         self.processor = processing_class
         self.encoder = ConversationEncoder(processing_class, args.max_length)
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        mixture = Mixture({"text": text_dataset, "visual": visual_dataset}, self.encoder, args.strict)
+        mixture = Mixture(data, self.encoder, args.strict)
         for dataset in mixture.datasets.values():
             if isinstance(dataset, FeatureCache):
                 dataset.check(
@@ -143,7 +155,7 @@ class MSDTrainer(ResumableTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> CurriculumSampler:
         args, mixture = self.args, self.train_dataset
-        sizes = {kind: len(dataset) for kind, dataset in mixture.datasets.items()}
+        sizes = mixture.sizes
         batch_size = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
         steps_per_epoch, num_steps = args.run_length(sizes, self._train_batch_size)
         return CurriculumSampler(
@@ -161,7 +173,7 @@ class MSDTrainer(ResumableTrainer):
             dataset = self.eval_dataset[dataset]
         self.data_collator = self._collate_eval
         try:
-            return super().get_eval_dataloader(_HeldOut(dataset, self.encoder, self.args.strict))
+            return super().get_eval_dataloader(_HeldOut(open_held_out(dataset), self.encoder, self.args.strict))
         finally:
             self.data_collator = self._collate_train
 
@@ -289,17 +301,51 @@ class MSDTrainer(ResumableTrainer):
         self.state: TrainerState = SavedState.of(self.state)
         super()._save_checkpoint(*args, **kwargs)
 
+    def create_model_card(
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Writes the card of the draft into the output folder, which must hold the draft already (`save_model`). A card
+        that somebody has written or edited stays.
+
+        Args:
+            language, license, tags (*optional*): of the metadata.
+            model_name (*optional*): what a reader of the card loads the draft by; default: `hub_model_id`, else the
+                name of the output folder.
+            kwargs: further arguments of `Trainer.create_model_card`, which mean nothing for a draft.
+
+        Raises:
+            MSDError: when the output folder holds no draft.
+        """
+        if not self.is_world_process_zero():
+            return
+        card = load_card(str(self.args.output_dir))
+        if card is not None and not is_generated(card.content):
+            return
+        write_card(
+            str(self.args.output_dir),
+            self.args.hub_model_id or model_name,
+            language=language,
+            license=license,
+            tags=[tags] if isinstance(tags, str) else tags or (),
+        )
+
     def provenance(self) -> dict[str, Any]:
         return {
             **describe_run(self.args),
             "recipe": self.args.recipe,
-            "target": _public_name(self.target),
+            "target": self.model.config.target_name_or_path or type(self.target).__name__,
             "step": self.state.global_step if self._best_step is None else self._best_step,
             "max_steps": self.state.max_steps,
             "finished": self.has_ended,
             "fingerprint": self.fingerprint,
             "data": {
-                **{kind: len(dataset) for kind, dataset in self.train_dataset.datasets.items()},
+                **self.train_dataset.sizes,
                 "cached_features": self.train_dataset.is_cached,
                 "skipped": dict(self._count_skipped(gather=False)),
             },
@@ -325,12 +371,6 @@ class _HeldOut(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._mixture[Draw(index, "text", index)]
-
-
-def _public_name(target: PreTrainedModel) -> str:
-    """The id of a model on the Hub; for a model from a local folder, the name of the folder without its path."""
-    name = str(getattr(target.config, "_name_or_path", "") or type(target).__name__)
-    return Path(name).resolve().name if Path(name).is_dir() else redact_text(name)
 
 
 def new_draft(target: PreTrainedModel, args: MSDTrainingArguments) -> MSDDraftModel:

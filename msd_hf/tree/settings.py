@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import MSDError, shown
 
@@ -11,6 +11,7 @@ from ..errors import MSDError, shown
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
+# The size of trees in compiled rounds, whose shape is fixed, and where a measurement must not depend on the machine.
 DEFAULT_NUM_ASSISTANT_TOKENS = 59
 DEFAULT_TREE_DEPTH = 5
 DEFAULT_TREE_TOP_K = 10
@@ -28,7 +29,7 @@ MAX_CANDIDATES = 2**22
 # All fields of a draft's generation config that are read.
 DRAFT_SETTINGS = (*TREE_SETTINGS, "compile", "max_visual_rows")
 
-# `num_assistant_tokens="auto"`, and the bounds that it implies.
+# `num_assistant_tokens="auto"`, the default, and the bounds that it implies.
 AUTO = "auto"
 AUTO_NUM_ASSISTANT_TOKENS = 64
 AUTO_TREE_DEPTH = 40
@@ -69,17 +70,19 @@ class TreeSettings:
     @classmethod
     def from_generation_config(cls, generation_config: GenerationConfig) -> TreeSettings:
         """Reads `num_assistant_tokens` (which may be `"auto"`), `tree_depth`, `tree_top_k` and `suffix_nodes` from a
-        draft's generation config.
+        draft's generation config. A draft without a number of its own has automatic trees; with `compile=True`, trees
+        of the default size.
 
         Raises:
             MSDError: when a setting is not an integer in its range, or a tree would have too many candidates.
         """
 
-        def read(name: str, default: int) -> int:
+        def read(name: str, default: Any) -> Any:
             value = getattr(generation_config, name, None)
             return default if value is None else value
 
-        num_nodes = read("num_assistant_tokens", DEFAULT_NUM_ASSISTANT_TOKENS)
+        is_compiled = getattr(generation_config, "compile", None) is True
+        num_nodes = read("num_assistant_tokens", DEFAULT_NUM_ASSISTANT_TOKENS if is_compiled else AUTO)
         is_auto = num_nodes == AUTO
         return cls(
             num_nodes=AUTO_NUM_ASSISTANT_TOKENS if is_auto else num_nodes,
@@ -109,4 +112,18 @@ class TreeSettings:
         return replace(self, depth=depth, suffix_nodes=min(self.suffix_nodes, num_levels - depth - 1))
 
 
-__all__ = ["DRAFT_SETTINGS", "TREE_SETTINGS", "TreeSettings"]
+def default_size(generation_config: GenerationConfig) -> dict[str, int]:
+    """The settings of a draft with automatic trees that give it trees of the default size, by their names in its
+    generation config; none for a draft whose trees have a size."""
+    settings = TreeSettings.from_generation_config(generation_config)
+    if not settings.is_auto:
+        return {}
+    top_k = min(settings.top_k, DEFAULT_TREE_TOP_K)
+    return {
+        "num_assistant_tokens": DEFAULT_NUM_ASSISTANT_TOKENS,
+        "tree_depth": DEFAULT_TREE_DEPTH,
+        "tree_top_k": top_k,
+    }
+
+
+__all__ = ["DRAFT_SETTINGS", "TREE_SETTINGS", "TreeSettings", "default_size"]

@@ -3,92 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ...errors import MSDDataError, MSDError, errors_name_sample, is_about_input
-from ...images import open_image, to_rgb
+from ...errors import MSDError, errors_name_sample, is_about_input
 from ...terminal import printable
+from .conversation import REASONS, Conversation, count_images
 from .files import read_samples
-from .turns import read_messages
-
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-# The `reason` of each `MSDDataError` is one of these. Reports count skipped samples by reason.
-REASONS = (
-    "no conversation",
-    "malformed turn",
-    "unknown role",
-    "misplaced system turn",
-    "empty turn",
-    "no assistant turn",
-    "image count",
-    "image in answer",
-    "image outside folder",
-    "missing image",
-    "broken image",
-    "image for a text-only target",
-    "special token in text",
-    "refused by chat template",
-    "refused by processor",
-    "tokenization",
-    "too long",
-    "non-finite features",
-    "unexpected error",
-)
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """
-    One conversation, in the same form for all formats of data.
-
-    Args:
-        id: the `id` of the sample in the data, or its index.
-        messages: chat messages, `{"role": "system" | "user" | "assistant", "content": [...]}` with the parts
-            `{"type": "image"}` and `{"type": "text", "text": ...}`. User and assistant take turns after an optional
-            system message. The content of an assistant's message is one text.
-        images: one image for each image part, in that order.
-        complete: `False` if a length limit cut the last answer, whose end must then not be learnt.
-    """
-
-    id: str
-    messages: list[dict[str, Any]]
-    images: tuple[Path | Image, ...] = ()
-    complete: bool = True
-
-    def open_images(self) -> list[Image]:
-        """
-        Reads the images completely, as RGB.
-
-        Raises:
-            MSDDataError: when a file is missing or is not an image that can be read.
-        """
-        return [_open_image(image, self.id) for image in self.images]
-
-    def first_prompt(self) -> tuple[list[dict[str, Any]], list[Image]]:
-        """
-        The messages before the first answer, and their images, opened.
-
-        Raises:
-            MSDDataError: when any image of the conversation is missing or cannot be read.
-        """
-        messages = list(itertools.takewhile(lambda message: message["role"] != "assistant", self.messages))
-        return messages, self.open_images()[: count_images(messages)]
-
-
-def count_images(messages: Iterable[Mapping[str, Any]]) -> int:
-    """Number of image parts in chat messages."""
-    return sum(part["type"] == "image" for message in messages for part in message["content"])
+from .joined import JoinedConversations
+from .reading import SampleReader
+from .saved import folders_of, open_by_name
+from .streamed import StreamedConversations
+from .turns import TURN_COLUMNS, has_turns
 
 
 class Conversations:
@@ -100,12 +29,21 @@ class Conversations:
         name: name of the data in messages.
         image_folder (*optional*): the folder that holds all images and that image paths are relative to.
         fingerprint (*optional*): identifies the content of the data. By default it is computed at its first use.
+        stored_in: folders from which images may be read that are stored by their path, see [`SampleReader`].
     """
 
-    def __init__(self, samples: Any, name: str, image_folder: Path | None = None, fingerprint: str | None = None):
+    def __init__(
+        self,
+        samples: Any,
+        name: str,
+        image_folder: Path | None = None,
+        fingerprint: str | None = None,
+        stored_in: tuple[Path, ...] | None = (),
+    ):
         self.name = name
         self._samples = samples
         self.image_folder = None if image_folder is None else image_folder.resolve()
+        self._read = SampleReader(self.image_folder, stored_in)
         if fingerprint is not None:
             self.__dict__["fingerprint"] = fingerprint
 
@@ -121,7 +59,7 @@ class Conversations:
         """The content of a raw sample, for the fingerprint. A sample that cannot be read stands for itself by its
         error; it is skipped when the data is used."""
         try:
-            return json.dumps(self._samples[index], sort_keys=True, default=_describe)
+            return _content_of(self._samples[index])
         except Exception as error:
             if not is_about_input(error):
                 raise
@@ -142,71 +80,120 @@ class Conversations:
         index %= len(self)
         with errors_name_sample(str(index)):
             sample = self._samples[index]
-            if not isinstance(sample, Mapping):
-                raise MSDDataError("no conversation", f"is a {type(sample).__name__}, not an object.")
-            sample_id = _label(index if sample.get("id") is None else sample["id"])
-        with errors_name_sample(sample_id):
-            messages, references = read_messages(sample)
-            images = tuple(self._locate(reference) for reference in references)
-        return Conversation(sample_id, messages, images, complete=sample.get("complete") is not False)
-
-    def _locate(self, reference: Any) -> Path | Image:
-        if isinstance(reference, Mapping):  # `datasets` stores images like this
-            if reference.get("bytes"):
-                return _decode(reference["bytes"], str(reference.get("path") or "an image in the data"))
-            reference = reference.get("path")
-        if hasattr(reference, "convert"):  # a PIL image
-            return reference
-        if not isinstance(reference, (str, Path)) or not str(reference):
-            raise MSDDataError("broken image", f"an image is {reference!r}, not a path or a picture.")
-        if self.image_folder is None:
-            raise MSDDataError("missing image", f"names the file {str(reference)!r}, but there is no image folder.")
-        try:
-            path = (self.image_folder / reference).resolve()
-        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long, a null byte
-            raise MSDDataError("missing image", f"{str(reference)!r} is no path: {error}.") from error
-        if not path.is_relative_to(self.image_folder):
-            raise MSDDataError(
-                "image outside folder",
-                f"{str(reference)!r} is not inside the image folder {str(self.image_folder)!r}.",
-            )
-        return path
+        return self._read(sample, index)
 
 
-def load_conversations(data: Any, image_folder: str | Path | None = None) -> Conversations:
+def load_conversations(
+    data: Any,
+    image_folder: str | Path | None = None,
+    *,
+    split: str | None = None,
+    subset: str | None = None,
+    weights: Sequence[float] | None = None,
+) -> Any:
     """
     Opens conversations to train on. Each sample is checked when it is indexed.
 
+    A sample has one of these forms: `conversations` (turns with `from` and `value`, as in LLaVA and ShareGPT);
+    `messages` (turns with `role` and `content`); `prompt` and `completion` (turns, or a text each), as in trl. It may
+    have `image` or `images`: a path, a PIL image or `{"bytes", "path"}`, or a list of these. The tag `<image>` in a
+    text, or an image part, marks the place of an image; without any mark, images of `messages` and of a `prompt` come
+    first in the first turn of the user.
+
     Args:
-        data (`str`, `Path`, `datasets.Dataset` or sequence of `dict`): a `.json` file that holds a list, a `.jsonl`
-            file, or samples in memory. Each sample has `conversations` (turns with `from` and `value`, as in LLaVA and
-            ShareGPT) or `messages` (turns with `role` and `content`), and optionally `image` or `images`: a path, a
-            PIL image or `{"bytes", "path"}`, or a list of these. The tag `<image>` in a text, or an image part, marks
-            the place of an image.
+        data: a `.json` file that holds a list, or a `.jsonl` file; a folder of `Dataset.save_to_disk`, a folder of
+            data files or an id of the Hub, for `datasets`; a `datasets.Dataset` or `IterableDataset`; samples in
+            memory; or a list of several of these.
         image_folder (*optional*): folder that image paths are relative to; all images must be in it. By default the
-            folder of the file.
+            folder of the file. Paths in an `Image` column of `datasets` need none.
+        split, subset (*optional*): split and subset of a data set that is given by its name; by default `"train"`.
+        weights (*optional*): for several data sets, the share of each in a pass, see [`JoinedConversations`].
+
+    Returns:
+        [`Conversations`], [`JoinedConversations`] for several data sets, or [`StreamedConversations`] for a stream,
+        which has no length.
 
     Raises:
         MSDError: when the data as a whole cannot be read.
     """
-    folder = None if image_folder is None else Path(image_folder)
+    folder = None if image_folder is None else Path(image_folder).resolve()
     if folder is not None and not folder.is_dir():
         raise MSDError(f"There is no image folder {str(folder)!r}.")
+    if is_opened(data):
+        return data
+    if isinstance(data, (list, tuple)) and data and all(map(_is_whole, data)):
+        parts = [load_conversations(part, folder, split=split, subset=subset) for part in data]
+        return parts[0] if len(parts) == 1 else JoinedConversations(parts, weights)  # one has the whole share
+    if weights is not None:
+        raise MSDError("`weights` are for a list of several data sets.")
     if isinstance(data, (str, Path)):
-        path = Path(data)
-        samples, fingerprint = read_samples(path)
-        return Conversations(samples, printable(path.name), folder or path.parent, fingerprint)
+        opened = open_by_name(data, split, subset)
+        if opened is None:
+            path = Path(data)
+            samples, fingerprint = read_samples(path)
+            return Conversations(samples, printable(path.name), folder or path.parent, fingerprint)
+        return _open_data_set(opened, folder, folders_of(data))
+    elif split is not None or subset is not None:
+        raise MSDError("`split` and `subset` are for a data set that is given by its name.")
     if isinstance(data, Mapping):
         raise MSDError(f"The data is a mapping with the keys {list(data)[:5]}: choose one split of it.")
-    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-        raise MSDError(
-            f"A `{type(data).__name__}` has no length: give a file, a `datasets.Dataset` or a list of dicts."
-        )
-    if hasattr(data, "with_format") and hasattr(data, "features"):
-        name = getattr(data.info, "dataset_name", None) or "dataset"
-        own = data.format["type"] == "custom"  # a transform of the user makes the samples
-        return Conversations(data if own else _Undecoded(data), name, folder, data._fingerprint)
-    return Conversations(data, f"{type(data).__name__} of {len(data)}", folder)
+    if _is_data_set(data):
+        return _open_data_set(data, folder)
+    if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+        return Conversations(data, f"{type(data).__name__} of {len(data)}", folder)
+    if hasattr(data, "__iter__") and not hasattr(data, "__next__"):
+        return StreamedConversations(data, type(data).__name__, SampleReader(folder), _identify)
+    raise MSDError(
+        f"A `{type(data).__name__}` cannot be read from its beginning twice: give a file, a `datasets.Dataset` or "
+        "`IterableDataset`, or a list of dicts."
+    )
+
+
+def is_opened(data: Any) -> bool:
+    """Whether data is what [`load_conversations`] returns."""
+    return isinstance(data, (Conversations, JoinedConversations, StreamedConversations))
+
+
+def _is_whole(part: Any) -> bool:
+    """Whether an element of a list is a data set and not a sample."""
+    return isinstance(part, (str, Path)) or _is_data_set(part) or is_opened(part)
+
+
+def _is_data_set(data: Any) -> bool:
+    """Whether data is a `datasets.Dataset` or a `datasets.IterableDataset`."""
+    return hasattr(data, "with_format") and hasattr(data, "features")
+
+
+def _open_data_set(data: Any, folder: Path | None, images: tuple[Path, ...] | None = None) -> Any:
+    """Opens a data set of `datasets`. Images that are stored by their path may lie in the folders `images`."""
+    name = getattr(data.info, "dataset_name", None) or "dataset"
+    features = data.features or {}
+    has_images = any(_holds_images(feature) for feature in features.values())
+    stored_in = images if has_images else ()
+    if not hasattr(data, "__len__"):
+        _check_columns(name, data.column_names)
+        stream = data.decode(False) if has_images else data  # an image that cannot be decoded would end the stream
+        return StreamedConversations(stream, name, SampleReader(folder, stored_in), _identify)
+    if data.format["type"] == "custom":  # a transform of the user makes the samples
+        return Conversations(data, name, folder, data._fingerprint, stored_in)
+    _check_columns(name, data.column_names)
+    return Conversations(_Undecoded(data), name, folder, data._fingerprint, stored_in)
+
+
+def _check_columns(name: str, columns: Sequence[str] | None) -> None:
+    if columns and not has_turns(columns):
+        raise MSDError(f"{name} has the columns {', '.join(columns)}, and training needs {TURN_COLUMNS}.")
+
+
+def _holds_images(feature: Any) -> bool:
+    """Whether a feature of `datasets` is an image, or holds images."""
+    if isinstance(feature, Mapping):
+        return any(map(_holds_images, feature.values()))
+    if isinstance(feature, (list, tuple)):
+        return any(map(_holds_images, feature))
+    if type(feature).__name__ == "Image":
+        return True
+    return hasattr(feature, "feature") and _holds_images(feature.feature)
 
 
 class _Undecoded:
@@ -222,40 +209,15 @@ class _Undecoded:
         return self.dataset[index : index + 1].to_pylist()[0]
 
 
-def _label(sample_id: Any) -> str:
-    """The id of a sample as a text of moderate length that every file can hold."""
-    text = str(sample_id).encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= 256 else f"{text[:253]}..."
+def _identify(samples: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(_content_of(sample).encode() + b"\n")
+    return digest.hexdigest()
 
 
-def _open_image(image: Path | Image, sample_id: str) -> Image:
-    with errors_name_sample(sample_id):
-        if isinstance(image, Path):
-            if not os.path.isfile(image):  # `Path.is_file` raises for a name that is too long
-                raise MSDDataError("missing image", f"there is no file {str(image)!r}.")
-            with _decode(image, str(image)) as opened:
-                return _to_rgb(opened, str(image))
-        return _to_rgb(image, "an image")
-
-
-def _decode(source: Path | bytes, name: str) -> Image:
-    try:
-        return open_image(source if isinstance(source, Path) else BytesIO(source))
-    except Exception as error:
-        if isinstance(error, MSDError) or not is_about_input(error):
-            raise
-        raise MSDDataError(
-            "broken image", f"{name!r} is not an image that Pillow reads ({type(error).__name__})."
-        ) from error
-
-
-def _to_rgb(image: Image, name: str) -> Image:
-    try:
-        return to_rgb(image)
-    except Exception as error:  # Pillow raises many kinds of errors for damaged files
-        if not is_about_input(error):
-            raise
-        raise MSDDataError("broken image", f"{name!r} cannot be used: {error}.") from error
+def _content_of(sample: Any) -> str:
+    return json.dumps(sample, sort_keys=True, default=_describe)
 
 
 def _describe(value: Any) -> Any:
@@ -267,4 +229,13 @@ def _describe(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else f"<{type(value).__name__}>"
 
 
-__all__ = ["REASONS", "Conversation", "Conversations", "count_images", "load_conversations"]
+__all__ = [
+    "REASONS",
+    "Conversation",
+    "Conversations",
+    "JoinedConversations",
+    "StreamedConversations",
+    "count_images",
+    "is_opened",
+    "load_conversations",
+]

@@ -23,9 +23,18 @@ ROLES = {
 # LLaVA writes "<image>\n". The line breaks are dropped, since a chat template writes its own.
 _IMAGE_TAG = re.compile(r"\n?<image>\n?")
 _INLINE_KEYS = ("image", "path", "url")
+_TURN_KEYS = ("conversations", "messages", "conversation")
+_SPLIT_KEYS = ("prompt", "completion")  # as in trl
+TURN_COLUMNS = "`messages`, `conversations`, or `prompt` and `completion`"
 
 # While a sample is read, an image part also holds the reference to its image.
 _Part = dict[str, Any]
+
+
+def has_turns(names: Iterable[str]) -> bool:
+    """Whether a data set with columns of these names has turns."""
+    names = set(names)
+    return not names.isdisjoint(_TURN_KEYS) or names.issuperset(_SPLIT_KEYS)
 
 
 def read_messages(sample: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[Any]]:
@@ -39,16 +48,35 @@ def read_messages(sample: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list
     Raises:
         MSDDataError: when the turns cannot be used, or the sample has more or fewer images than places for them.
     """
-    turns = _first(sample, ("conversations", "messages", "conversation"))
+    turns = _first(sample, _TURN_KEYS)
+    if turns is None:
+        turns = _prompt_and_completion(sample)
     if not isinstance(turns, (list, tuple)) or not turns:
-        raise MSDDataError("no conversation", "has no turns under `conversations` or `messages`.")
+        raise MSDDataError("no conversation", f"has no turns under {TURN_COLUMNS}.")
     messages = [_read_turn(turn) for turn in turns]
     system = sample.get("system")
     if isinstance(system, str) and system.strip() and messages[0][0] != "system":
         messages.insert(0, ("system", [_text(system)]))
-    _assign_images(messages, sample)
+    images = _images_of(sample)
+    if images and sample.get("conversations") is None and _has_only_texts(turns):
+        _place_first(messages, len(images))
+    _assign_images(messages, images)
     messages = _in_order(messages)
     return _split_references(messages)
+
+
+def _prompt_and_completion(sample: Mapping[str, Any]) -> list[Any] | None:
+    """The turns of a prompt and its completion, each of them turns or the text of one; `None` without both."""
+    turns: list[Any] = []
+    for key, role in zip(_SPLIT_KEYS, ("user", "assistant"), strict=True):
+        value = sample.get(key)
+        if isinstance(value, str):
+            turns.append({"role": role, "content": value})
+        elif isinstance(value, (list, tuple)):
+            turns += value
+        else:
+            return None
+    return turns
 
 
 def _read_turn(turn: Any) -> tuple[str, list[_Part]]:
@@ -99,13 +127,28 @@ def _split_tags(text: str) -> list[_Part]:
     return [part for part in parts if part["type"] == "image" or part["text"].strip()] if rest else parts
 
 
-def _assign_images(messages: list[tuple[str, list[_Part]]], sample: Mapping[str, Any]) -> None:
-    """Assigns the images of the sample, in order and in place, to the image parts that have no reference yet."""
+def _images_of(sample: Mapping[str, Any]) -> list[Any]:
     images = sample.get("images") or sample.get("image")
     if images is None or images == "":
-        images = []
-    elif not isinstance(images, (list, tuple)):
-        images = [images]
+        return []
+    return list(images) if isinstance(images, (list, tuple)) else [images]
+
+
+def _has_only_texts(turns: Iterable[Any]) -> bool:
+    """Whether all turns are plain texts without a mark for an image."""
+    contents = [_first(turn, ("value", "content")) for turn in turns]
+    return all(isinstance(content, str) and not _IMAGE_TAG.search(content) for content in contents)
+
+
+def _place_first(messages: list[tuple[str, list[_Part]]], count: int) -> None:
+    """Makes places for images at the beginning of the user's first turn, where trl puts them too."""
+    first = next((parts for role, parts in messages if role == "user"), None)
+    if first is not None:
+        first[:0] = [{"type": "image", "reference": None} for _ in range(count)]
+
+
+def _assign_images(messages: list[tuple[str, list[_Part]]], images: list[Any]) -> None:
+    """Assigns the images of the sample, in order and in place, to the image parts that have no reference yet."""
     places = [part for part in _image_parts(messages) if part["reference"] is None]
     if len(places) != len(images):
         raise MSDDataError(
@@ -164,4 +207,4 @@ def _shorten(value: Any) -> str:
     return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
-__all__ = ["ROLES", "read_messages"]
+__all__ = ["ROLES", "TURN_COLUMNS", "has_turns", "read_messages"]

@@ -11,6 +11,7 @@ from accelerate.utils import align_module_device
 from transformers import PreTrainedModel
 
 from ...decoders import head_of
+from ...draft.configuration_msd import HINT, TARGET_FIELDS
 
 
 # Fields of a config that do not change the function of a model. Quantisation changes it, but shows in the weights.
@@ -23,6 +24,8 @@ _VOLATILE_FIELDS = frozenset(
         "architectures",
         "use_cache",
         "quantization_config",
+        *HINT,
+        *TARGET_FIELDS,
     )
 )
 _SAMPLED_VALUES = 1024  # number of values that are read at either end of a weight

@@ -80,8 +80,7 @@ class EntryWriter:
 
     def _name(self, chat: AnsweredChat, number: int, index: int) -> str:
         source = chat.sources[number]
-        if isinstance(source, Path):
-            assert self.image_folder is not None
+        if isinstance(source, Path) and self.image_folder is not None:
             return source.relative_to(self.image_folder).as_posix()
         self.folder.mkdir(exist_ok=True)
         name = f"{index:07d}-{number}.png"
