@@ -10,6 +10,7 @@ import tiny
 import torch
 
 from msd_hf import MSDError
+from msd_hf.cli.options import set_visual_rows
 from msd_hf.compat import CACHE_NAME
 from msd_hf.compiled import compile as compiled
 from msd_hf.decoding import pair as pair_states
@@ -189,3 +190,13 @@ def test_auto_is_what_the_draft_was_trained_with():
 def test_other_values_are_refused(value):
     with pytest.raises(MSDError, match="max_visual_rows"):
         generate(tiny.pair(0), value, tiny.make_prompt(0, 8))
+
+
+@pytest.mark.parametrize("value, kept", [("3", 3), ("all", None), ("auto", "auto")])
+def test_the_option_of_commands(value, kept):
+    draft = tiny.pair(0).with_tree(24, 4, 4)
+    set_visual_rows(draft, value)
+    assert draft.generation_config.max_visual_rows == kept
+    with pytest.raises(MSDError, match="max_visual_rows"):
+        set_visual_rows(draft, "some")
+    draft.generation_config.max_visual_rows = None
