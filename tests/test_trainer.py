@@ -335,6 +335,11 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(recipe, small_target, toy_pr
     weights = resumed.model.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in whole.model.state_dict().items())
     assert not all(torch.equal(weight, weights[name]) for name, weight in stopped.model.state_dict().items())
+    # One picture of the toy world has 36 positions.
+    counts = [trainer.provenance()["data"]["visual_positions"] for trainer in (whole, resumed)]
+    assert counts[0] == counts[1] and counts[0].keys() == {"36"}
+    saved = MSDDraftModel.from_pretrained(tmp_path / "cut")
+    assert saved.config.trained_visual_rows == 36 and saved.generation_config.max_visual_rows == "auto"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,18 @@ from rich.table import Table
 
 from ..errors import MSDError
 from .next_step import print_next
-from .options import Device, Dtype, MaxNewTokens, OptionalTarget, Repeats, Seed, Temperature, console
+from .options import (
+    Device,
+    Dtype,
+    MaxNewTokens,
+    MaxVisualRows,
+    OptionalTarget,
+    Repeats,
+    Seed,
+    Temperature,
+    console,
+    set_visual_rows,
+)
 
 
 if TYPE_CHECKING:
@@ -53,11 +64,14 @@ def generate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     repeats: Repeats = 1,
+    max_visual_rows: MaxVisualRows = None,
 ) -> None:
     """Answer a question with your own target and draft, with and without the draft."""
     if (image is None) != text_only:
         raise MSDError("Give a picture with --image, or ask without one with --text-only (one of the two).")
-    target = _run(target, draft, prompt, image, max_new_tokens, temperature, seed, dtype, device, repeats)
+    target = _run(
+        target, draft, prompt, image, max_new_tokens, temperature, seed, dtype, device, repeats, max_visual_rows
+    )
     print_next("bench", "--target", target, "--draft", draft, "--data", "CONVERSATIONS.json")
 
 
@@ -72,6 +86,7 @@ def _run(
     dtype: str,
     device: str,
     repeats: int,
+    max_visual_rows: str | None = None,
 ) -> str:
     """Prints an answer and a comparison. Returns the name of the target, which the draft may have given."""
     import torch
@@ -92,6 +107,7 @@ def _run(
     if target_name is not None:
         load_config(target_name)
     draft = MSDDraftModel.from_pretrained(draft_name)
+    set_visual_rows(draft, max_visual_rows)
     if target_name is None:
         target_name = target_or_named(None, draft.config)
         console.print(f"target   {target_name}, which the draft names", soft_wrap=True)

@@ -10,7 +10,18 @@ import typer
 
 from ..errors import MSDError
 from .next_step import print_next
-from .options import Device, Dtype, ImageFolder, MaxNewTokens, OptionalTarget, Seed, Temperature, console
+from .options import (
+    Device,
+    Dtype,
+    ImageFolder,
+    MaxNewTokens,
+    MaxVisualRows,
+    OptionalTarget,
+    Seed,
+    Temperature,
+    console,
+    set_visual_rows,
+)
 
 
 # The keys of `METHODS` in `evaluation/methods.py`, whose import takes seconds.
@@ -72,6 +83,7 @@ def bench(
     ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    max_visual_rows: MaxVisualRows = None,
 ) -> None:
     """Compare decoding with a draft to other methods on prompts, or time its rounds at the size of a large model."""
     from transformers.utils import logging
@@ -115,6 +127,7 @@ def bench(
         if draft is None:
             raise MSDError("--data needs a --draft, and its --target if the draft does not name it.")
         draft_model = MSDDraftModel.from_pretrained(draft)
+        set_visual_rows(draft_model, max_visual_rows)
         target = target_or_named(target, draft_model.config)
         check_pair(load_config(target), draft_model.config)
         processor = load_processor(target)

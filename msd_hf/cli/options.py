@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..limits import DTYPE_NAMES, LARGEST_SEED
 from ..terminal import make_console
 
+
+if TYPE_CHECKING:
+    from ..draft.modeling_msd import MSDDraftModel
 
 console = make_console()
 
@@ -31,6 +34,10 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length limit of the answ
 Temperature = Annotated[
     float, typer.Option(min=0.0, callback=_check_finite, help="0 for greedy decoding, above 0 for sampling.")
 ]
+MaxVisualRows = Annotated[
+    str | None,
+    typer.Option(help="Most visual positions that the draft reads: a number, auto or all; default: as it is saved."),
+]
 Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of sampling.")]
 Dtype = Annotated[str, typer.Option(help=f"{DTYPE_NAMES}.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...; auto: the GPU if there is one.")]
@@ -43,6 +50,16 @@ Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first broken
 Repeats = Annotated[
     int, typer.Option(min=1, help="Timed runs with and without the draft; their medians are reported.")
 ]
+
+
+def set_visual_rows(draft: MSDDraftModel, value: str | None) -> None:
+    """Sets what `--max-visual-rows` asks for."""
+    from ..drafting.visual_rows import most_visual_rows
+
+    if value is not None:
+        number = int(value) if value.isdecimal() else value
+        draft.generation_config.max_visual_rows = None if value == "all" else number
+        most_visual_rows(draft.generation_config, None)  # refuses other words
 
 
 def print_skipped(skipped: Mapping[str, int]) -> None:

@@ -16,6 +16,7 @@ from ..drafting.drafter import Drafter
 from ..drafting.fixed import FixedDrafter
 from ..drafting.growing import GrowingDrafter
 from ..drafting.memory import ChatMemory
+from ..drafting.visual_rows import most_visual_rows
 from ..kv.fixed import make_fixed
 from ..kv.slots import ContextSlots
 from ..kv.transaction import CacheTransaction, make_in_place
@@ -124,11 +125,14 @@ def prepare_call(
         num_fixed_nodes = settings.num_nodes + settings.suffix_nodes
         make_fixed(cache, pair.target_buffers, adapter.text_config.num_hidden_layers)
 
+    max_visual_rows = most_visual_rows(draft.generation_config, draft.config.trained_visual_rows)
     drafter: Drafter
     if num_fixed_nodes is not None and settings.num_nodes > 1 and draft.is_plain:
-        drafter = FixedDrafter(draft, adapter, settings, pair.compiled, pair.draft_buffers)
+        drafter = FixedDrafter(draft, adapter, settings, pair.compiled, pair.draft_buffers, max_visual_rows)
     else:
-        drafter = GrowingDrafter(draft, adapter, max_slots + settings.num_candidates, policy, best_path_first=True)
+        drafter = GrowingDrafter(
+            draft, adapter, max_slots + settings.num_candidates, policy, True, max_visual_rows=max_visual_rows
+        )
     # Last, because `ChatMemory` takes the draft's memory of a chat off the cache. A refused call must leave it there.
     memory = ChatMemory(cache, draft, input_ids, num_slots) if batch_size == 1 else None
     flags = {name: True for name in ("output_hidden_states", "output_attentions") if model_kwargs.get(name)}

@@ -20,9 +20,16 @@ from .configuration_msd import MSDDraftConfig
 from .files import errors_name_file, location_of, read_json, require_file
 
 
-# For each original `model_type`: the decoder's type, whether q/k/v have biases, whether the first layer has its norm.
+# For each original `model_type`: the decoder's type, whether q/k/v have biases, whether the first layer has its norm,
+# and how many visual positions a training sample had, if that is known: one picture of LLaVA-1.5 has 24 x 24. Pictures
+# of Qwen2-VL have any size.
 _ORIGINAL_KINDS: dict[str, dict[str, Any]] = {
-    "llava": {"target_text_model_type": "llama", "attention_bias": False, "input_layernorm": False},
+    "llava": {
+        "target_text_model_type": "llama",
+        "attention_bias": False,
+        "input_layernorm": False,
+        "trained_visual_rows": 576,
+    },
     "qwen2_vl": {"target_text_model_type": "qwen2_vl_text", "attention_bias": True, "input_layernorm": True},
 }
 _LLAMA_FIELDS = (

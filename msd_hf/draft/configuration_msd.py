@@ -76,6 +76,9 @@ class MSDDraftConfig(PreTrainedConfig):
         draft_vocab_size (`int`, *optional*):
             Size of the draft's own vocabulary, from which it chooses candidates; see
             [`~MSDDraftModel.set_draft_vocab`]. `None`: the target's whole vocabulary.
+        trained_visual_rows (`int`, *optional*):
+            How many visual positions a sample had in training: the 95th percentile. `None`: not recorded. The setting
+            `max_visual_rows="auto"` of a call reads it.
         target_model_type (`str`, *optional*):
             `model_type` of the target that the draft belongs to. `None`: unknown and not checked.
         target_text_model_type (`str`, *optional*):
@@ -123,6 +126,7 @@ class MSDDraftConfig(PreTrainedConfig):
     decouple_visual_tokens: bool = True
     target_layers: list[int] | None = None
     draft_vocab_size: int | None = None
+    trained_visual_rows: int | None = None
     target_model_type: str | None = None
     target_text_model_type: str | None = None
     target_name_or_path: str | None = None

@@ -20,12 +20,20 @@ INTEGER_LIMITS: dict[str, tuple[int, int]] = {
     "head_dim": (2, 1024),
     "max_position_embeddings": (1, 2**31 - 1),
     "draft_vocab_size": (1, 2**24),
+    "trained_visual_rows": (0, 2**24),
     "pad_token_id": (-1, 2**31 - 1),
     "bos_token_id": (-1, 2**31 - 1),
     "chunk_size_feed_forward": (0, 2**20),
 }
 # These may be `None`: they are not needed, or follow from others.
-OPTIONAL_INTEGERS = ("num_key_value_heads", "head_dim", "draft_vocab_size", "pad_token_id", "bos_token_id")
+OPTIONAL_INTEGERS = (
+    "num_key_value_heads",
+    "head_dim",
+    "draft_vocab_size",
+    "trained_visual_rows",
+    "pad_token_id",
+    "bos_token_id",
+)
 BOOLEANS = (
     "attention_bias",
     "mlp_bias",

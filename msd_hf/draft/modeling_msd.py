@@ -91,6 +91,8 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
       drafts a chain. With `"auto"`, an upper bound.
     - `suffix_nodes` (`int`, defaults to 0): nodes that are added when the last 3 tokens have come before; they repeat
       the tokens that came next there.
+    - `max_visual_rows` (`int` or `"auto"`, *optional*): the most visual positions that the draft reads. `"auto"`: as
+      many as it was trained with, which is the default where that is recorded; `None`: all.
     - `compile` (`bool`, defaults to `False`): run verification and drafting with fixed shapes under `torch.compile`,
       on a GPU as CUDA graphs. Trees have a set size then. The first call compiles, which takes one to two minutes for
       a large target.
@@ -125,6 +127,8 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
         self._head_rows: tuple[Any, int, tuple[torch.Tensor, torch.Tensor | None]] | None = None
         self.gradient_checkpointing = False
         self.generation_config = _unset_settings()
+        if config.trained_visual_rows is not None:
+            self.generation_config.max_visual_rows = "auto"
         self.post_init()
         if self.feature_proj is not None:
             nn.init.zeros_(self.feature_proj.weight)  # a new draft starts with the last hidden state alone

@@ -22,6 +22,7 @@ from ..tree.settings import TreeSettings
 from .head import DraftHead
 from .memory import ChatMemory
 from .step import DraftingStep
+from .visual_rows import keep_visual_rows
 
 
 _LONGEST_KEPT = 64  # masks of chains up to this length are kept
@@ -48,6 +49,7 @@ class Drafter(ABC):
         draft (`Draft`): the draft.
         target (`TargetAdapter`): lends its embedding and head.
         max_slots (`int`, *optional*): most slots of a cache buffer, see [`InPlaceLayer`].
+        max_visual_rows (`int`, *optional*): most visual rows that the draft reads, of each row of the batch.
 
     Attributes:
         cache (`Cache`): the draft's cache.
@@ -58,8 +60,15 @@ class Drafter(ABC):
     last_hidden_state: torch.Tensor
     block_length: int | None = None  # `accept` needs rows padded to this number of tokens; `None`: any number
 
-    def __init__(self, draft: Draft, target: TargetAdapter, max_slots: int | None = None):
+    def __init__(
+        self,
+        draft: Draft,
+        target: TargetAdapter,
+        max_slots: int | None = None,
+        max_visual_rows: int | None = None,
+    ):
         self.draft = draft
+        self.max_visual_rows = max_visual_rows
         self.target = target
         self.cache = Cache(layers=[InPlaceLayer(max_slots) for _ in range(draft.num_cache_layers)])
         self._head = DraftHead(draft, target)
@@ -131,23 +140,33 @@ class Drafter(ABC):
         inputs_embeds = torch.cat([prefill.inputs_embeds, token_embeds], dim=1)
         visual_mask = torch.cat([prefill.visual_mask, torch.zeros_like(prefill.visual_mask[:, :1])], dim=1)
         hidden_states = prefill.hidden_states
-        num_held = 0
-        if past is not None and past.draft_cache is not None:
-            self.cache, num_held = past.draft_cache, len(past.rows)
-        self._prepare_cache()
         if past is not None and past.hidden_state is not None:
             hidden_states = torch.cat([past.hidden_state.to(hidden_states), hidden_states], dim=1)
         else:
             inputs_embeds, visual_mask = inputs_embeds[:, 1:], visual_mask[:, 1:]
         batch_size, length = visual_mask.shape
-        prompt_mask = prefill.prompt_mask
-        if prompt_mask is None:
-            end = prefill.num_slots
-            position_ids = torch.arange(end - length, end, device=device).expand(batch_size, -1)
-        else:
+        rows = torch.arange(prefill.num_slots - length, prefill.num_slots, device=device).expand(batch_size, -1)
+        position_ids, prompt_mask = rows, prefill.prompt_mask
+        if prompt_mask is not None:
             prompt_mask = prompt_mask.to(device)
             position_ids = (prompt_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
             prompt_mask = prompt_mask[:, -length:]
+        if self.max_visual_rows is not None:
+            held = () if past is None else past.visual
+            choice = keep_visual_rows(visual_mask, prompt_mask, self.max_visual_rows, held)
+            if choice is not None:
+                kept, held_rows = choice
+                inputs_embeds, hidden_states = kept.of(inputs_embeds), kept.of(hidden_states)
+                visual_mask, position_ids, rows = kept.of(visual_mask), kept.of(position_ids), kept.of(rows)
+                prompt_mask, length = kept.mask, visual_mask.shape[1]
+                if past is not None:
+                    past.keep(held_rows)
+        num_held = 0
+        if past is not None:
+            if past.draft_cache is not None:
+                self.cache, num_held = past.draft_cache, len(past.rows)
+            past.add(rows[0], visual_mask[0])
+        self._prepare_cache()
         self._slots = CacheTransaction(self.cache, ContextSlots([num_held] * batch_size))
         mask = prompt_mask
         if num_held:  # a mask of ones for the new rows alone would hide the slots that are held

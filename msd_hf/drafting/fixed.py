@@ -82,6 +82,7 @@ class FixedDrafter(Drafter):
             the limits of a round only say whether to draft.
         compiled (`CompiledFunctions`): keeps the compiled drafting.
         spares (`SpareBuffers`): cache buffers that earlier calls of the draft have left.
+        max_visual_rows (`int`, *optional*): argument of [`Drafter`].
     """
 
     block_length: int
@@ -93,8 +94,9 @@ class FixedDrafter(Drafter):
         settings: TreeSettings,
         compiled: CompiledFunctions,
         spares: SpareBuffers,
+        max_visual_rows: int | None = None,
     ):
-        super().__init__(draft, target)
+        super().__init__(draft, target, max_visual_rows=max_visual_rows)
         self.settings = settings
         self.block_length = settings.depth + 2 + settings.suffix_nodes  # the most tokens that a round can emit
         self.num_slots = self.block_length + settings.num_candidates  # slots that a drafting writes to

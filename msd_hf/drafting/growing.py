@@ -24,7 +24,7 @@ class GrowingDrafter(Drafter):
     Drafts trees whose size differs from round to round, as a policy chooses it within the limits of the round.
 
     Args:
-        draft, target, max_slots: arguments of [`Drafter`].
+        draft, target, max_slots, max_visual_rows: arguments of [`Drafter`].
         policy (`TreePolicy`, *optional*): chooses width, depth and number of nodes. By default trees fill the limits.
         best_path_first (`bool`): whether [`CandidateTree.with_best_path_first`] renumbers the nodes.
     """
@@ -36,8 +36,9 @@ class GrowingDrafter(Drafter):
         max_slots: int | None = None,
         policy: TreePolicy | None = None,
         best_path_first: bool = False,
+        max_visual_rows: int | None = None,
     ):
-        super().__init__(draft, target, max_slots)
+        super().__init__(draft, target, max_slots, max_visual_rows)
         self.policy = policy
         self.best_path_first = best_path_first
         self._tables: TreeTables | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,9 @@ class DraftMemory:
         draft (`weakref.ref`): the draft that the memory belongs to.
         cache (`Cache`): the draft's cache, with one slot for each of `rows`.
         rows (`list[int]`): the draft's rows in the cache. Row j holds the token at position j + 1 and the target's
-            hidden state at position j. Rows are missing where the draft joined the chat late.
+            hidden state at position j. Rows are missing where the draft joined the chat late, and where it reads
+            fewer visual rows than there are.
+        visual (`list[bool]`): which of `rows` are visual, the token at position j + 1 being one of an image.
         tokens (`list[int]`): the tokens of the P slots of the target's cache, and the token after them.
         last_hidden_state (`torch.Tensor` of shape `[1, 1, W]`): hidden state of the target at position P - 1.
     """
@@ -36,12 +39,14 @@ class DraftMemory:
     draft: weakref.ref[Any]
     cache: Cache
     rows: list[int]
+    visual: list[bool]
     tokens: list[int]
     last_hidden_state: torch.Tensor
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DraftMemory:
         cache = copy.deepcopy(self.cache, memo)
-        return DraftMemory(self.draft, cache, list(self.rows), list(self.tokens), self.last_hidden_state.clone())
+        rows, visual, tokens = list(self.rows), list(self.visual), list(self.tokens)
+        return DraftMemory(self.draft, cache, rows, visual, tokens, self.last_hidden_state.clone())
 
     def __reduce__(self):  # a pickled cache keeps `None` in place of the memory
         return type(None), ()
@@ -59,7 +64,8 @@ class ChatMemory:
 
     Attributes:
         draft_cache (`Cache`, *optional*): the draft's cache, which holds `rows`.
-        rows (`list[int]`): the draft's rows that are still valid.
+        rows (`list[int]`): the draft's rows that are still valid; once the prompt is fed, those of the prompt too.
+        visual (`list[bool]`): which of them are visual.
         hidden_state (`torch.Tensor` of shape `[1, 1, W]`, *optional*): hidden state of the target at position S - 1,
             if the draft has to be fed row S - 1 (again), because another token follows now.
     """
@@ -68,6 +74,7 @@ class ChatMemory:
         self.draft = draft
         self.draft_cache: Cache | None = None
         self.rows: list[int] = []
+        self.visual: list[bool] = []
         self.hidden_state: torch.Tensor | None = None
         num_past = cache.get_seq_length()
         memory = getattr(cache, _ATTRIBUTE, None)
@@ -91,10 +98,22 @@ class ChatMemory:
         # Row j is valid if the token at j + 1 is the same and the hidden state at j belongs to this past.
         kept = bisect_left(memory.rows, min(common - 1, num_past))
         truncate(memory.cache, kept)
-        self.draft_cache, self.rows = memory.cache, memory.rows[:kept]
+        self.draft_cache, self.rows, self.visual = memory.cache, memory.rows[:kept], memory.visual[:kept]
         is_whole = num_past == len(memory.tokens) - 1
         if is_whole and (not self.rows or self.rows[-1] < num_past - 1):
             self.hidden_state = memory.last_hidden_state
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Drops all rows that the draft holds but those at the given places of `rows`."""
+        if self.draft_cache is not None and len(places) < len(self.rows):
+            for layer in self.draft_cache.layers:
+                layer.keep_slots(0, torch.tensor([places], device=layer.device))
+        self.rows, self.visual = [self.rows[place] for place in places], [self.visual[place] for place in places]
+
+    def add(self, rows: torch.Tensor, visual: torch.Tensor) -> None:
+        """Notes the rows of the prompt that the draft is fed `[L]`, and which of them are visual `[L]`."""
+        self.rows = [*self.rows, *rows.tolist()]
+        self.visual = [*self.visual, *visual.tolist()]
 
     def remember(self, cache: Cache, draft_cache: Cache, emitted: list[int], last_hidden_state: torch.Tensor) -> None:
         """
@@ -109,9 +128,11 @@ class ChatMemory:
         """
         num_slots = cache.get_seq_length()
         first_new = num_slots - (draft_cache.get_seq_length() - len(self.rows))
-        rows = [*self.rows, *range(first_new, num_slots)]
+        # A drafter may have taken the last row of the prompt back, to feed it again.
+        rows = [*self.rows, *range(first_new, num_slots)][: draft_cache.get_seq_length()]
+        visual = [*self.visual, *[False] * (len(rows) - len(self.visual))][: len(rows)]
         memory = DraftMemory(
-            weakref.ref(self.draft), draft_cache, rows, [*self._tokens, *emitted], last_hidden_state.clone()
+            weakref.ref(self.draft), draft_cache, rows, visual, [*self._tokens, *emitted], last_hidden_state.clone()
         )
         setattr(cache, _ATTRIBUTE, memory)
 

@@ -10,6 +10,7 @@ from transformers.generation import GenerationMode
 from ..compat import CACHE_NAME
 from ..decoders import decoder_of
 from ..draft.interface import Draft
+from ..drafting.visual_rows import most_visual_rows
 from ..errors import MSDUnsupportedError, shown
 from ..kv.transaction import can_commit
 from ..target.compiled_parts import compiled_parts
@@ -124,6 +125,7 @@ def check_draft_settings(generation_config: GenerationConfig) -> None:
         MSDUnsupportedError: names the setting, its value, and what to do.
     """
     TreeSettings.from_generation_config(generation_config)
+    most_visual_rows(generation_config, None)
     defaults = GenerationConfig._get_default_generation_params()
     del defaults["assistant_confidence_threshold"]  # `generate` does not fill it in for a draft
     for name, value in vars(generation_config).items():

@@ -38,6 +38,7 @@ from .objective import DraftObjective
 from .provenance import describe_run, read_provenance
 from .resuming import ResumableTrainer
 from .run_fingerprint import run_fingerprint
+from .visual_counts import VisualCounts
 
 
 logger = logging.get_logger(__name__)
@@ -138,6 +139,7 @@ class MSDTrainer(ResumableTrainer):
             target.to(self.args.device)
         self.objective = DraftObjective(TargetAdapter(target, model.config.target_layers), self.args)
         self._train_meter, self._eval_meter = LossMeter(), LossMeter()
+        self._visual_counts = VisualCounts()
         self._skipped: dict[tuple[str, int], str] = {}
         self._held_out_skipped: dict[tuple[str, int], str] = {}
         self._skipped_before: Counter[str] = Counter()
@@ -188,6 +190,11 @@ class MSDTrainer(ResumableTrainer):
         loss, sums = self.objective(model, inputs, self.model.dtype)
         meter = self._train_meter if model.training else self._eval_meter
         meter.add(sums, inputs["is_visual"])
+        if model.training:
+            visual_mask = inputs.get("visual_mask")
+            if visual_mask is None:
+                visual_mask = self.objective.adapter.visual_mask(inputs["input_ids"])
+            self._visual_counts.add(visual_mask)
         if num_items_in_batch is None:
             num_items_in_batch = sums.num_rows
         loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
@@ -290,12 +297,21 @@ class MSDTrainer(ResumableTrainer):
         provenance = read_provenance(folder)
         self._skipped_before = Counter(provenance.get("data", {}).get("skipped", {}))
         self._metrics |= provenance.get("metrics", {})
+        self._visual_counts.restore(provenance.get("data", {}).get("visual_positions", {}))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         best = read_provenance(str(self.state.best_model_checkpoint))
         self._metrics |= best.get("metrics", {})
         self._best_step = best.get("step")
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        number = self._visual_counts.usual_most()
+        if number is not None:
+            self.model.config.trained_visual_rows = number
+            if getattr(self.model.generation_config, "max_visual_rows", None) is None:
+                self.model.generation_config.max_visual_rows = "auto"
+        super()._save(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.state: TrainerState = SavedState.of(self.state)
@@ -348,6 +364,7 @@ class MSDTrainer(ResumableTrainer):
                 **self.train_dataset.sizes,
                 "cached_features": self.train_dataset.is_cached,
                 "skipped": dict(self._count_skipped(gather=False)),
+                "visual_positions": self._visual_counts.saved(),
             },
             "metrics": self._metrics,
         }

@@ -27,7 +27,7 @@ TREE_SETTINGS = {
 # Each level has `tree_top_k` squared candidates, which take about 40 bytes each.
 MAX_CANDIDATES = 2**22
 # All fields of a draft's generation config that are read.
-DRAFT_SETTINGS = (*TREE_SETTINGS, "compile")
+DRAFT_SETTINGS = (*TREE_SETTINGS, "compile", "max_visual_rows")
 
 # `num_assistant_tokens="auto"`, the default, and the bounds that it implies.
 AUTO = "auto"
