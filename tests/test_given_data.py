@@ -146,11 +146,13 @@ def test_a_stream_is_trained_on_and_resumed(small_target, toy_processor, picture
     }
     steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = trained(small_target, toy_processor, tmp_path / "whole", **data, arguments=steps)
-    assert whole.provenance()["data"] == {
+    facts = whole.provenance()["data"]
+    assert facts == {
         "text": None,
         "visual": None,
         "cached_features": False,
-        "skipped": {"no assistant turn": whole.provenance()["data"]["skipped"]["no assistant turn"]},
+        "skipped": {"no assistant turn": facts["skipped"]["no assistant turn"]},
+        "visual_positions": {"36": sum(facts["visual_positions"].values())},
     }
     resumed = make_trainer(
         small_target,
