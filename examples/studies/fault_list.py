@@ -654,6 +654,13 @@ FAULTS = {
             UNUSUAL,
         ),
         Fault(
+            "keys of other branches count in the choice of blocks",
+            "attention/block_selection.py",
+            "is_seen = nodes.visible.to(scores.device) & (",
+            "is_seen = (",
+            UNUSUAL,
+        ),
+        Fault(
             "inputs of every forward stay when rows end",
             "kv/slots.py",
             "inputs = {name: value[list(rows)] for name, value in self.inputs.items()}",

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from ..attention.block_selection import NodePlaces, choose_blocks, mask_of_blocks
 from ..attention.substitution import Substitution, substituted
 from ..compat import CACHE_NAME
 from ..draft.interface import TargetReads
@@ -38,6 +39,8 @@ class TargetObservation:
         run (`Callable`, *optional*): runs the decoder's inputs in place of its `forward`.
         projections (`Sequence[nn.Module]`): modules of the decoder whose outputs are multiplied by `factors`.
         factors (`torch.Tensor` of shape `[B, T, 1]`, *optional*): needed with `projections`.
+        indexers (`Sequence[nn.Module]`): modules of the decoder that choose blocks of slots.
+        places (`NodePlaces`, *optional*): needed with `indexers`.
         mixers (`Sequence[nn.Module]`): modules of the decoder whose calls are kept in `mixer_calls`.
         inputs (`dict[str, Any]`): the decoder's inputs, by name.
         last_hidden_state (`torch.Tensor` of shape `[B, T, H]`): after the final norm; `None` before the first forward.
@@ -55,6 +58,8 @@ class TargetObservation:
     run: Callable[[dict[str, Any]], Any] | None = None
     projections: Sequence[nn.Module] = ()
     factors: torch.Tensor | None = None
+    indexers: Sequence[nn.Module] = ()
+    places: NodePlaces | None = None
     mixers: Sequence[nn.Module] = ()
     inputs: dict[str, Any] = field(default_factory=dict)
     last_hidden_state: torch.Tensor | None = None
@@ -101,6 +106,9 @@ def observed(observation: TargetObservation, compiled_parts: Sequence[CompiledPa
             stack.enter_context(standing_in(decoder.layers[layer], "_call_impl", _run_layer))
         for projection in observation.projections:
             stack.enter_context(standing_in(projection, "_call_impl", _run_projection))
+        for indexer in observation.indexers:
+            stack.enter_context(standing_in(indexer, "forward", _run_indexer))
+            stack.enter_context(standing_in(indexer, "build_block_mask", _run_block_mask))
         for mixer in observation.mixers:
             stack.enter_context(standing_in(mixer, "_call_impl", _run_mixer))
         for part in compiled_parts:
@@ -162,6 +170,29 @@ def _run_projection(
         return output
     assert observation.factors is not None
     return (output * observation.factors.to(output.device)).to(output.dtype)
+
+
+def _places_of(module: nn.Module) -> NodePlaces | None:
+    """The nodes along whose branches an indexer runs, if it runs for an observation that asks for it."""
+    observation = _running.get()
+    if observation is None or not any(module is indexer for indexer in observation.indexers):
+        return None
+    return observation.places
+
+
+def _run_indexer(module: nn.Module, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    places = _places_of(module)
+    return method(*args, **kwargs) if places is None else choose_blocks(module, places, *args, **kwargs)
+
+
+def _run_block_mask(
+    module: nn.Module, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    places = _places_of(module)
+    if places is None:
+        return method(*args, **kwargs)
+    chosen, tree_mask, _, dtype, *_ = args
+    return mask_of_blocks(module, places, chosen, tree_mask, dtype)
 
 
 def _run_mixer(module: nn.Module, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

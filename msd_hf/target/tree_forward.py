@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
+from ..attention.block_selection import NodePlaces, indexers_of
 from ..attention.masks import buffer_attention_mask, tree_attention_mask
 from ..attention.split import LIVE_SLOTS, find_live_slots
 from ..attention.substitution import Substitution, allow_substitutes
@@ -90,6 +91,7 @@ class TreeForward:
             allow_trees(self.decoder)
         elif numbers:
             self._mixers = mixers_of(self.decoder, numbers)
+        self._indexers = indexers_of(self.decoder)
         self._query_scales = QueryScales(self.decoder)
         self._is_limited = any(reach.most is not None for reach in self._reaches.values())
         self._hands_on_arguments = takes_any_argument(self.decoder)
@@ -121,7 +123,9 @@ class TreeForward:
             replaced = {name: _for_nodes(name, value, num_nodes) for name, value in context.inputs.items()}
             factors = self._query_scales.corrections(tree, context)
             positions = self._positions(tree, next_position)
-            return self._forward(tree, cache, masks, positions, replaced, output_flags, factors=factors)
+            is_text = num_nodes == 1 and not context.is_ragged  # slots are places then
+            places = self._places(tree, context) if self._indexers and not is_text else None
+            return self._forward(tree, cache, masks, positions, replaced, output_flags, factors=factors, places=places)
         num_nodes, start = tree.tokens.shape[1], context.num_slots
         padded = tree.padded(max(num_fixed_nodes, num_nodes))
         buffers = reserve(cache, padded.tokens.shape[1])
@@ -186,6 +190,7 @@ class TreeForward:
         output_flags: dict[str, bool],
         run: Callable[[dict[str, Any]], Any] | None = None,
         factors: torch.Tensor | None = None,
+        places: NodePlaces | None = None,
     ) -> TargetVerification:
         nodes = self._tree_nodes(tree, cache)
         mask: Any = masks
@@ -211,6 +216,8 @@ class TreeForward:
             run=run,
             projections=() if factors is None else self._query_scales.projections,
             factors=factors,
+            indexers=self._indexers if places is not None else (),
+            places=places,
             mixers=self._mixers if tree.tokens.shape[1] > 1 else (),
         )
         with observation as seen, phase("target forward"):
@@ -238,6 +245,16 @@ class TreeForward:
                 "candidate tree. Call `generate` without `assistant_model`."
             )
         return TargetVerification(outputs.logits, seen.hidden_states, outputs)
+
+    def _places(self, tree: CandidateTree, context: ContextSlots) -> NodePlaces:
+        """Where the slots of the context and the nodes stand in the text, and which of them each node sees."""
+        device, (batch_size, num_nodes) = tree.depths.device, tree.tokens.shape
+        slots = torch.arange(context.num_slots, device=device).expand(batch_size, -1)
+        lengths = context.row_lengths(device).unsqueeze(1)
+        is_used = (slots < lengths).unsqueeze(1).expand(-1, num_nodes, -1)
+        return NodePlaces(
+            torch.cat([slots, lengths + tree.depths], dim=1), torch.cat([is_used, tree.ancestors], dim=2)
+        )
 
     def _positions(self, tree: CandidateTree, next_position: torch.Tensor) -> torch.Tensor:
         """Positions `[..., B, N]` of the nodes of trees whose roots stand at `next_position` `[..., B, 1]`."""
