@@ -19,10 +19,13 @@ from transformers import DynamicCache, set_seed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as TEXT_CLASSES
 
 from msd_hf import MSDUnsupportedError
+from msd_hf.attention.block_selection import NodePlaces, choose_blocks, indexers_of
 from msd_hf.compat import CACHE_NAME
+from msd_hf.decoders import decoder_of
 from msd_hf.decoding.pair import state_of
 from msd_hf.kv.reference_window import ReferenceWindowLayer, reference_window
 from msd_hf.recurrent.replay import MixerCall
+from msd_hf.tree.candidate import CandidateTree
 
 
 TREES = ("idefics", "evolla", "kosmos-2", "kosmos-2.5", "unlimited_ocr", "minimax_m3_vl", "zamba")
@@ -206,3 +209,42 @@ def test_a_window_that_spares_the_prompt_keeps_its_content(lengths):
     assert torch.equal(made.keys[:, :, seen], ours.keys[:, :, seen])
     assert torch.equal(made.values[:, :, seen], ours.values[:, :, seen])
     assert made.min_length == (sum(lengths) if lost else 0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_nodes_choose_the_blocks_of_their_branch(seed):
+    """The indexer of MiniMax M3 over a random tree, and over each branch as a text, token by token."""
+    decoder = decoder_of(pair_of("minimax_m3_vl")[0])
+    (indexer,) = indexers_of(decoder)
+    config, length = decoder.config, 9 + seed
+    generator = torch.Generator().manual_seed(seed)
+    parents = [0, 0]
+    parents += [int(torch.randint(max(0, node - 4), node, (1,), generator=generator)) for node in range(2, 16)]
+    tree = CandidateTree.from_parents(torch.zeros(1, 16, dtype=torch.long), torch.tensor([parents]), 16)
+    # Large states, so that blocks compete.
+    states = 3 * torch.randn(1, length + 16, config.hidden_size, generator=generator, dtype=torch.float64)
+    context, nodes = states[:, :length], states[:, length:]
+
+    def run(cache, hidden_states, positions, places=None):
+        embeddings = decoder.rotary_emb(hidden_states, positions)
+        if places is None:
+            return indexer(hidden_states, embeddings, cache, positions)
+        return choose_blocks(indexer, places, hidden_states, embeddings, cache, positions)
+
+    def filled():
+        cache = DynamicCache(config=config)
+        run(cache, context, torch.arange(length).unsqueeze(0))
+        return cache
+
+    positions = length + tree.depths
+    places = torch.cat([torch.arange(length).unsqueeze(0), positions], dim=1)
+    visible = torch.cat([torch.ones(1, 16, length, dtype=torch.bool), tree.ancestors], dim=2)
+    with torch.no_grad():
+        chosen = run(filled(), nodes, positions, NodePlaces(places, visible))
+        for node in range(16):
+            branch = tree.ancestors[0, node].nonzero().squeeze(1).tolist()
+            cache = filled()
+            for step in branch:
+                expected = run(cache, nodes[:, step : step + 1], positions[:, step : step + 1])
+            for head in range(chosen.shape[1]):
+                assert set(chosen[0, head, node].tolist()) - {-1} == set(expected[0, head, 0].tolist()) - {-1}

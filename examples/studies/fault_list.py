@@ -661,6 +661,14 @@ FAULTS = {
             UNUSUAL,
         ),
         Fault(
+            "blocks are made of slots, not of places",
+            "attention/block_selection.py",
+            "    blocks = (places // indexer.block_size)[:, None, None].expand_as(scores)",
+            "    slots = torch.arange(scores.shape[3]) // indexer.block_size\n"
+            "    blocks = slots.expand_as(scores).clamp(max=num_blocks - 1)",
+            UNUSUAL,
+        ),
+        Fault(
             "inputs of every forward stay when rows end",
             "kv/slots.py",
             "inputs = {name: value[list(rows)] for name, value in self.inputs.items()}",
