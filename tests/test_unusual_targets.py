@@ -80,17 +80,50 @@ def test_rows_that_end_at_different_steps(model_type):
     assert tokens == expected
 
 
-@pytest.mark.parametrize("model_type", ["kosmos-2.5", "unlimited_ocr"])
-def test_padded_rows(model_type):
+def padded(model_type: str) -> Inputs:
+    """Two rows, the first of which has padding."""
     target, _ = pair_of(model_type)
-    inputs = text_inputs(target, 1)
     ids = torch.cat([text_inputs(target, seed)["input_ids"] for seed in (1, 2)])
     ids[0, :3] = PAD
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    expected, tokens, _ = both(model_type, inputs, max_new_tokens=20, **GREEDY)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("model_type, max_new_tokens", [("kosmos-2.5", 20), ("unlimited_ocr", 8)])
+def test_padded_rows(model_type, max_new_tokens):
+    expected, tokens, _ = both(model_type, padded(model_type), max_new_tokens=max_new_tokens, **GREEDY)
     assert tokens == expected
+
+
+def test_padding_before_a_window_that_moves_is_refused():
+    """Without a draft, the text of a padded row is not that of the row alone once its window has moved."""
+    target, draft = pair_of("unlimited_ocr")
+    options = {"max_new_tokens": 9, **GREEDY, "return_dict_in_generate": True}
+    with pytest.raises(MSDUnsupportedError, match=r"window of 8 tokens .* may reach 9"):
+        target.generate(**padded("unlimited_ocr"), **options, assistant_model=draft)
+    inputs = {name: value[:1] for name, value in padded("unlimited_ocr").items()}
+    first = target.generate(**inputs, **{**options, "max_new_tokens": 5})
+    given = {"input_ids": first.sequences, CACHE_NAME: first[CACHE_NAME], "assistant_model": draft}
+    given["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones(1, 5, dtype=torch.long)], dim=1)
+    with pytest.raises(MSDUnsupportedError, match="may reach 10"):  # 5 of them stand behind the first prompt
+        target.generate(**given, **{**options, "max_new_tokens": 5})
+
+
+def test_attentions_of_a_window_that_spares_the_prompt():
+    target, draft = pair_of("unlimited_ocr")
+    options = {"max_new_tokens": 14, **GREEDY, "return_dict_in_generate": True, "output_attentions": True}
+    target.set_attn_implementation("eager")
+    try:
+        expected, got = (
+            target.generate(**text_inputs(target, 1), **options, assistant_model=given).attentions
+            for given in (None, draft)
+        )
+    finally:
+        target.set_attn_implementation("sdpa")
+    assert len(got) == len(expected) == 14
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("model_type", ["zaya", "zamba", "minimax_m3_vl", "unlimited_ocr", "kosmos-2.5"])
