@@ -7,6 +7,7 @@ each; here are batches, caches that go on, long answers and exceptions.
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 import pytest
@@ -20,7 +21,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from msd_hf import MSDUnsupportedError
 from msd_hf.compat import CACHE_NAME
-from msd_hf.decoding.pair import state_of
+from msd_hf.decoding import loop
+from msd_hf.decoding.pair import release, state_of
 from msd_hf.kv.reference_window import ReferenceWindowLayer, reference_window
 from msd_hf.recurrent.replay import MixerCall
 
@@ -126,6 +128,44 @@ def test_attentions_of_a_window_that_spares_the_prompt():
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("model_type", ["kosmos-2", "evolla"])
+def test_another_thread_finds_the_way_while_a_call_waits(model_type, monkeypatch):
+    """The second call begins before the target has been tried, and goes on when the first one has tried it."""
+    target, draft = pair_of(model_type)
+    release(target if model_type == "evolla" else target.text_model)
+    inputs, options = inputs_of(model_type, 1), {"max_new_tokens": 20, **GREEDY}
+    expected = target.generate(**inputs, **options)
+    check, waits, is_tried, answers = loop.check_tree_verification, threading.Event(), threading.Event(), {}
+
+    def in_turn(*args: Any, **kwargs: Any) -> None:
+        if threading.current_thread().name == "second":
+            waits.set()
+            is_tried.wait()
+        check(*args, **kwargs)
+        is_tried.set()
+
+    def call() -> None:
+        answers[threading.current_thread().name] = target.generate(**inputs, **options, assistant_model=draft)
+
+    monkeypatch.setattr(loop, "check_tree_verification", in_turn)
+    second = threading.Thread(target=call, name="second")
+    second.start()
+    assert waits.wait(60)
+    call()
+    second.join()
+    assert len(answers) == 2 and all(torch.equal(answer, expected) for answer in answers.values())
+
+
+def test_further_inputs_are_checked_when_they_come():
+    """Without a protein, Evolla takes the mask of a tree."""
+    target, draft = pair_of("evolla")
+    release(target)
+    for inputs in (text_inputs(target, 1), inputs_of("evolla", 1), text_inputs(target, 2)):
+        expected, tokens, _ = both("evolla", inputs, max_new_tokens=20, **GREEDY)
+        assert tokens == expected
+    assert state_of(target, draft).masks_attention
+
+
 @pytest.mark.parametrize("model_type", ["zaya", "zamba", "minimax_m3_vl", "unlimited_ocr", "kosmos-2.5"])
 def test_a_returned_cache_goes_on_with_and_without_the_draft(model_type):
     target, draft = pair_of(model_type)
@@ -203,13 +243,17 @@ def test_chains_are_for_one_sequence(model_type):
         target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, assistant_model=draft)
 
 
-@pytest.mark.parametrize("model_type", ["kosmos-2", "unlimited_ocr", "minimax_m3_vl"])
-def test_what_is_not_compiled_is_refused(model_type, monkeypatch):
+@pytest.mark.parametrize("is_tried", [False, True], ids=["first call", "later call"])
+@pytest.mark.parametrize("model_type", ["evolla", "idefics", "kosmos-2", "unlimited_ocr", "minimax_m3_vl"])
+def test_what_is_not_compiled_is_refused(model_type, is_tried):
     target, _ = pair_of(model_type)
     draft = build_draft(target)
+    options = {**inputs_of(model_type, 1), "max_new_tokens": 8, "assistant_model": draft}
+    if is_tried:
+        target.generate(**options)
     draft.generation_config.compile = True
     with pytest.raises(MSDUnsupportedError):
-        target.generate(**inputs_of(model_type, 1), max_new_tokens=8, assistant_model=draft)
+        target.generate(**options)
 
 
 def test_kosmos_counts_positions_behind_padding():
