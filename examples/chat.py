@@ -39,7 +39,9 @@ if __name__ == "__main__":
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     image = None if args.image is None else Image.open(args.image)
     chat, known, output = [], "", None
-    for question in args.say or (line.strip() for line in sys.stdin):
+    if not args.say:
+        print("Ask a question a line (--image shows a picture with the first one); Ctrl-D ends.", file=sys.stderr)
+    for question in args.say or (line.strip() for line in sys.stdin if line.strip()):
         content = [{"type": "image"}] * (image is not None and not chat) + [{"type": "text", "text": question}]
         chat.append({"role": "user", "content": content})
         text = processor.apply_chat_template(chat, add_generation_prompt=True)

@@ -70,6 +70,31 @@ def test_a_card_without_record_target_or_licence_says_so(tmp_path):
         assert text in card.text
 
 
+def test_a_page_of_another_project_is_no_card(tmp_path):
+    (tmp_path / "README.md").write_text("# A project\n")
+    with pytest.raises(MSDError, match="does not hold a draft"):
+        write_card(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "record, shown",
+    [
+        ({"data": 5, "versions": ["a"], "metrics": [1]}, []),
+        ({"data": {"skipped": [1], "text": "many"}}, ["many"]),
+        ({"data": {"skipped": {"no image": "some", "broken": 2}, "text": 3000}}, ["| skipped samples | 2 |", "3,000"]),
+    ],
+    ids=["other kinds", "a word", "a word among numbers"],
+)
+def test_an_edited_record_makes_a_card(record, shown, folder):
+    (folder / "training_provenance.json").write_text(json.dumps(record))
+    (folder / "README.md").write_text(f"---\ntags:\n- mine\n- 5\n- a: b\n---\n<!-- {MARK} -->\n")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "draft_vocab_size": "few"}))
+    card = make_card(folder)
+    assert card.data.tags == ["speculative-decoding", "msd", "msd_hf", "mine"] and "few of the target's" in card.text
+    assert all(text in card.text for text in shown)
+
+
 def test_a_text_target_gets_the_lines_for_text(tmp_path):
     fields = {"model_type": "msd_draft", "target_model_type": "llama", "target_text_model_type": "llama"}
     fields |= {"target_name_or_path": "me/llama", "num_hidden_layers": 1, "hidden_size": 64}

@@ -96,7 +96,8 @@ class TestNextStep:
         (tmp_path / "a.png").write_bytes(DEMO_IMAGE.read_bytes())
         data = tmp_path / "data.json"
         code, _, err = run("data", "check", "--data", data, "--target", TARGET_DIR)
-        expected = f"next: msd-hf train --target {TARGET_DIR} --visual-data {data} --output-dir DRAFT"
+        both = f"--visual-data {data} --text-data TEXT.json"
+        expected = f"next: msd-hf train --target {TARGET_DIR} {both} --output-dir DRAFT"
         assert code == 0 and next_lines(err) == [expected]
         code, _, err = run("regenerate", *pair[:2], "--data", data, "--output", tmp_path / "o.jsonl")
         assert code == 0 and next_lines(err) == [expected.replace("data.json", "o.jsonl")]

@@ -79,6 +79,7 @@ def test_a_folder_of_drafts(tmp_path):
     [
         ("no-such-model", None, "neither a folder nor an id of the Hub"),
         ("a/b/c", None, "neither a folder nor an id"),
+        (5000 * "x", None, "neither a folder nor an id"),
         (SEVEN_B, "no such folder", "There is no folder 'no such folder'"),
         (".", None, "no configuration of a target"),
     ],

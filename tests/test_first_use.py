@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,6 +129,24 @@ def test_the_first_call_registers_and_leaves_no_trace(waiting, entry):
     assert (owner().generate(1, 2) == 3) if entry == "generate" else (owner.from_pretrained("b") == "Entriesb")
     assert registered == [1] and vars(owner)["generate"] is originals["generate"]
     assert vars(owner)["from_pretrained"] is originals["from_pretrained"]
+
+
+def test_entries_that_were_wrapped_twice_leave_no_trace(waiting):
+    """By the finder, and by the loop over modules that another thread was importing."""
+    owner, originals, registered = waiting
+    first_use._wrap_entries(SimpleNamespace(__name__="entries", Entries=owner))
+    assert owner().generate(1, 2) == 3 and registered == [1]
+    assert all(vars(owner)[name] is originals[name] for name in ("generate", "from_pretrained"))
+
+
+def test_a_second_import_waits_no_second_time(waiting, monkeypatch):
+    monkeypatch.setattr(first_use, "_HEAVY", "no such module")
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    for _ in range(2):
+        first_use.register_at_first_use()
+    assert sys.meta_path.count(first_use._finder) == 1
+    first_use.register_now()
+    assert first_use._finder not in sys.meta_path
 
 
 def test_a_wrapper_around_ours_stays(waiting):

@@ -217,3 +217,19 @@ def test_sharded_weights_are_published_with_their_index(folder):
     draft.save_pretrained(folder, max_shard_size="200KB")
     names = collect_files(folder, "me/draft").keys()
     assert "model.safetensors.index.json" in names and sum(name.endswith(".safetensors") for name in names) > 1
+
+
+def test_a_draft_of_a_folder_gets_the_name_of_its_target(tmp_path, run):
+    """On another machine the name of a folder is of no use, so the commands ask for an id."""
+    draft = MSDDraftModel.from_pretrained(DRAFT_DIR)
+    draft.config.target_name_or_path = "target"
+    draft.save_pretrained(tmp_path)
+    code, out, err = run("card", tmp_path)
+    assert code == 0 and "add --target OWNER/NAME" in out and "--target TARGET" in err
+    code, out, err = run("card", tmp_path, "--target", "acme/toy-llava")
+    assert code == 0 and "OWNER/NAME" not in out and "--target" not in err
+    assert MSDDraftModel.from_pretrained(tmp_path).config.target_name_or_path == "acme/toy-llava"
+    assert "base_model: acme/toy-llava" in (tmp_path / "README.md").read_text()
+    for other, message in (("other/target", "made for 'acme/toy-llava'"), ("target", "no id of a model on the Hub")):
+        code, _, err = run("card", tmp_path, "--target", other)
+        assert code == 1 and message in err

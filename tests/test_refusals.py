@@ -15,6 +15,7 @@ from unittest import mock
 import peft
 import pytest
 import refusals_table
+import survey_pairs
 import tiny
 import torch
 from families import FAMILIES
@@ -22,6 +23,7 @@ from recurrent_families import RECURRENT_FAMILIES
 from transformers import (
     AttentionInterface,
     CompileConfig,
+    DynamicCache,
     GenerationConfig,
     GenerationMixin,
     MllamaConfig,
@@ -128,6 +130,28 @@ def compiled_chains(target, draft):
     target, draft, _ = two_chains(target, draft)
     draft.generation_config.compile = True
     return target, draft, {}
+
+
+def compiled_without_tree_masks(target, draft):
+    target, draft, _ = two_chains(target, draft)
+    state_of(target, draft).masks_attention = True
+    draft.generation_config.compile = True
+    return target, draft, {}
+
+
+def compiled_with_further_inputs(target, draft):
+    target = survey_pairs.build_target("idefics")
+    draft = tiny.sized(MSDDraftModel.from_target(target))
+    draft.generation_config.compile = True
+    return never_running(target), draft, {"pixel_values": None}
+
+
+def padding_before_a_window(target, draft):
+    text_config = target.config.text_config
+    text_config.layer_types, text_config.sliding_window = ["reference_sliding_attention"] * 2, 2
+    ids = torch.tensor([[0, 5, 6, 7]])
+    inputs = {"input_ids": ids, "attention_mask": ids.sign(), "pixel_values": None}
+    return target, draft, {**inputs, CACHE_NAME: DynamicCache()}
 
 
 def two_chains(target, draft):
@@ -296,6 +320,11 @@ CASES = {
     "indexers that keep their keys in the model (GLM-MoE-DSA in early releases of transformers)": with_keys_in_modules,
     "`draft.generation_config.compile=True`, with layers that have an indexer": compiled_with_indexers,
     "`draft.generation_config.compile=True`, with cross-attention layers": compiled_with("mllama"),
+    "`draft.generation_config.compile=True`, with a decoder that reads images in every forward (Idefics 1)": (
+        compiled_with_further_inputs
+    ),
+    "`draft.generation_config.compile=True`, with a decoder that takes no tree mask": compiled_without_tree_masks,
+    "padding before a window that spares the prompt (Unlimited-OCR)": padding_before_a_window,
     "`draft.generation_config.compile=True`, with layers that scale queries by place (Llama 4)": compiled_with(
         "llama4_text"
     ),

@@ -51,6 +51,7 @@ def llama(seed=0, **sizes):
         ("~", None, None),
         ("", None, None),
         (None, None, None),
+        (5000 * "x", 200 * "x", None),  # no path is as long as that
         (f"/models/{TOKEN}", "<redacted>", None),
         (f"owner/{TOKEN}", "<redacted>", None),
     ],

@@ -331,6 +331,13 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(recipe, small_target, toy_pr
     )
     stopped.train()
     resumed = make_trainer(small_target, toy_processor, training_data, tmp_path / "cut", **arguments)
+    read_before_saving = []  # what an evaluation reads that comes before the next save
+
+    class Reads(TrainerCallback):
+        def on_train_begin(self, *args, model, **kwargs):
+            read_before_saving.append((model.config.trained_visual_rows, model.generation_config.max_visual_rows))
+
+    resumed.add_callback(Reads())
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-6"))
     weights = resumed.model.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in whole.model.state_dict().items())
@@ -338,6 +345,7 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(recipe, small_target, toy_pr
     # One picture of the toy world has 36 positions.
     counts = [trainer.provenance()["data"]["visual_positions"] for trainer in (whole, resumed)]
     assert counts[0] == counts[1] and counts[0].keys() == {"36"}
+    assert read_before_saving == [(36, "auto")]
     saved = MSDDraftModel.from_pretrained(tmp_path / "cut")
     assert saved.config.trained_visual_rows == 36 and saved.generation_config.max_visual_rows == "auto"
 

@@ -7,6 +7,7 @@ each; here are batches, caches that go on, long answers and exceptions.
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ from msd_hf import MSDUnsupportedError
 from msd_hf.attention.block_selection import NodePlaces, choose_blocks, indexers_of
 from msd_hf.compat import CACHE_NAME
 from msd_hf.decoders import decoder_of
-from msd_hf.decoding.pair import state_of
+from msd_hf.decoding import loop
+from msd_hf.decoding.pair import release, state_of
 from msd_hf.kv.reference_window import ReferenceWindowLayer, reference_window
 from msd_hf.recurrent.replay import MixerCall
 from msd_hf.tree.candidate import CandidateTree
@@ -83,17 +85,89 @@ def test_rows_that_end_at_different_steps(model_type):
     assert tokens == expected
 
 
-@pytest.mark.parametrize("model_type", ["kosmos-2.5", "unlimited_ocr", "minimax_m3_vl"])
-def test_padded_rows(model_type):
+def padded(model_type: str) -> Inputs:
+    """Two rows, the first of which has padding."""
     target, _ = pair_of(model_type)
-    inputs = text_inputs(target, 1)
     ids = torch.cat([text_inputs(target, seed)["input_ids"] for seed in (1, 2)])
     ids[0, :3] = PAD
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    expected, tokens, _ = both(model_type, inputs, max_new_tokens=20, **GREEDY)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("model_type", ["kosmos-2.5", "minimax_m3_vl", "unlimited_ocr"])
+def test_padded_rows(model_type):
+    max_new_tokens = 8 if model_type == "unlimited_ocr" else 20  # within its window
+    expected, tokens, _ = both(model_type, padded(model_type), max_new_tokens=max_new_tokens, **GREEDY)
     assert tokens == expected
+
+
+def test_padding_before_a_window_that_moves_is_refused():
+    """Without a draft, the text of a padded row is not that of the row alone once its window has moved."""
+    target, draft = pair_of("unlimited_ocr")
+    options = {"max_new_tokens": 9, **GREEDY, "return_dict_in_generate": True}
+    with pytest.raises(MSDUnsupportedError, match=r"window of 8 tokens .* may reach 9"):
+        target.generate(**padded("unlimited_ocr"), **options, assistant_model=draft)
+    inputs = {name: value[:1] for name, value in padded("unlimited_ocr").items()}
+    first = target.generate(**inputs, **{**options, "max_new_tokens": 5})
+    given = {"input_ids": first.sequences, CACHE_NAME: first[CACHE_NAME], "assistant_model": draft}
+    given["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones(1, 5, dtype=torch.long)], dim=1)
+    with pytest.raises(MSDUnsupportedError, match="may reach 10"):  # 5 of them stand behind the first prompt
+        target.generate(**given, **{**options, "max_new_tokens": 5})
+
+
+def test_attentions_of_a_window_that_spares_the_prompt():
+    target, draft = pair_of("unlimited_ocr")
+    options = {"max_new_tokens": 14, **GREEDY, "return_dict_in_generate": True, "output_attentions": True}
+    target.set_attn_implementation("eager")
+    try:
+        expected, got = (
+            target.generate(**text_inputs(target, 1), **options, assistant_model=given).attentions
+            for given in (None, draft)
+        )
+    finally:
+        target.set_attn_implementation("sdpa")
+    assert len(got) == len(expected) == 14
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("model_type", ["kosmos-2", "evolla"])
+def test_another_thread_finds_the_way_while_a_call_waits(model_type, monkeypatch):
+    """The second call begins before the target has been tried, and goes on when the first one has tried it."""
+    target, draft = pair_of(model_type)
+    release(target if model_type == "evolla" else target.text_model)
+    inputs, options = inputs_of(model_type, 1), {"max_new_tokens": 20, **GREEDY}
+    expected = target.generate(**inputs, **options)
+    check, waits, is_tried, answers = loop.check_tree_verification, threading.Event(), threading.Event(), {}
+
+    def in_turn(*args: Any, **kwargs: Any) -> None:
+        if threading.current_thread().name == "second":
+            waits.set()
+            is_tried.wait()
+        check(*args, **kwargs)
+        is_tried.set()
+
+    def call() -> None:
+        answers[threading.current_thread().name] = target.generate(**inputs, **options, assistant_model=draft)
+
+    monkeypatch.setattr(loop, "check_tree_verification", in_turn)
+    second = threading.Thread(target=call, name="second")
+    second.start()
+    assert waits.wait(60)
+    call()
+    second.join()
+    assert len(answers) == 2 and all(torch.equal(answer, expected) for answer in answers.values())
+
+
+def test_further_inputs_are_checked_when_they_come():
+    """Without a protein, Evolla takes the mask of a tree."""
+    target, draft = pair_of("evolla")
+    release(target)
+    for inputs in (text_inputs(target, 1), inputs_of("evolla", 1), text_inputs(target, 2)):
+        expected, tokens, _ = both("evolla", inputs, max_new_tokens=20, **GREEDY)
+        assert tokens == expected
+    assert state_of(target, draft).masks_attention
 
 
 @pytest.mark.parametrize("model_type", ["zaya", "zamba", "minimax_m3_vl", "unlimited_ocr", "kosmos-2.5"])
@@ -116,7 +190,7 @@ def test_an_exception_leaves_a_cache_that_goes_on(model_type, fails_at, monkeypa
     """Also when it comes while a mixer runs again."""
     target, draft = pair_of(model_type)
     ids = text_inputs(target, 3)["input_ids"]
-    target.generate(ids, max_new_tokens=4, **GREEDY, assistant_model=draft)  # the check has been made
+    target.generate(ids, max_new_tokens=8, **GREEDY, assistant_model=draft)  # the check has been made
     cache = DynamicCache(config=target.config.get_text_config(decoder=True))
     calls = 0
     place, name = (MixerCall, "repeat") if model_type == "zaya" else (type(target.lm_head), "forward")
@@ -173,13 +247,17 @@ def test_chains_are_for_one_sequence(model_type):
         target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, assistant_model=draft)
 
 
-@pytest.mark.parametrize("model_type", ["kosmos-2", "unlimited_ocr", "minimax_m3_vl"])
-def test_what_is_not_compiled_is_refused(model_type, monkeypatch):
+@pytest.mark.parametrize("is_tried", [False, True], ids=["first call", "later call"])
+@pytest.mark.parametrize("model_type", ["evolla", "idefics", "kosmos-2", "unlimited_ocr", "minimax_m3_vl"])
+def test_what_is_not_compiled_is_refused(model_type, is_tried):
     target, _ = pair_of(model_type)
     draft = build_draft(target)
+    options = {**inputs_of(model_type, 1), "max_new_tokens": 8, "assistant_model": draft}
+    if is_tried:
+        target.generate(**options)
     draft.generation_config.compile = True
     with pytest.raises(MSDUnsupportedError):
-        target.generate(**inputs_of(model_type, 1), max_new_tokens=8, assistant_model=draft)
+        target.generate(**options)
 
 
 def test_kosmos_counts_positions_behind_padding():

@@ -127,6 +127,7 @@ def _run(
     target.generate(**inputs, **arguments, assistant_model=draft, streamer=streamer)
     torch.manual_seed(seed)
     target.generate(**inputs, **{**arguments, "max_new_tokens": min(max_new_tokens, 4)})
+    console.print(f"\ntiming {repeats} run{'s' * (repeats > 1)} with the draft and without it ...")
     _print_comparison(compare(target, draft, inputs, repeats, seed, **arguments), target)
     return target_name
 
@@ -143,10 +144,11 @@ def _print_comparison(comparison: Comparison, target: PreTrainedModel) -> None:
         table.add_row(name, str(tokens), f"{seconds:.3f}", f"{tokens / seconds:.1f}")
     console.print()
     console.print(table)
-    lengths = comparison.runs["tree"][0].acceptance_lengths
+    # Automatic trees differ from run to run.
+    lengths = [run.acceptance_lengths for run in comparison.runs["tree"] if run.acceptance_lengths]
     console.print(f"\nspeedup    {comparison.speedup():.2f}")
     if lengths:
-        tau = mean_acceptance_length([lengths])
+        tau = mean_acceptance_length(lengths)
         console.print(f"tau        {tau:.2f} tokens per verification, the bonus token included")
     else:
         console.print("tau        none: an answer of one token needs no draft")

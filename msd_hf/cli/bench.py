@@ -160,7 +160,9 @@ def bench(
     if output is not None:
         for path in write_report(report, output, plots):
             console.print(f"Wrote {path}", soft_wrap=True)
-    if data is None:
+    if update_card is not None:
+        print_next("publish", update_card, "OWNER/NAME")
+    elif data is None:
         print_next("bench", "--target", "TARGET", "--draft", "DRAFT", "--data", "CONVERSATIONS.json")
     elif output is None:
         print_next("bench", "--target", target, "--draft", draft, "--data", data, "--output", "REPORT")

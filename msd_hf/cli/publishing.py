@@ -13,6 +13,10 @@ from .options import console
 
 
 License = Annotated[str | None, typer.Option(help="Licence of the draft in the card, for example apache-2.0.")]
+NewTarget = Annotated[
+    str | None,
+    typer.Option("--target", help="Hub id of the target, written into the draft if it does not name one."),
+]
 Language = Annotated[list[str] | None, typer.Option(help="A language in the card, such as en; repeat for more.")]
 
 
@@ -39,9 +43,8 @@ def drafts(
         console.print(note, soft_wrap=True)
     if not result.drafts:
         console.print("No draft was found.")
-        print_next(
-            "train", "--target", target or "TARGET", "--text-data", "CONVERSATIONS.json", "--output-dir", "DRAFT"
-        )
+        given = ["--target", target or "TARGET", "--text-data", "TEXT.json", "--visual-data", "VISUAL.json"]
+        print_next("train", *given, "--output-dir", "DRAFT")
         return
     first = result.drafts[0]
     given = [] if target is None or first.is_exact else ["--target", target]
@@ -53,14 +56,32 @@ def card(
     name: Annotated[str | None, typer.Option(help="Hub id that the card says to load; default: the folder.")] = None,
     license: License = None,
     language: Language = None,
+    target: NewTarget = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a card that you have edited.")] = False,
 ) -> None:
     """Write the model card of a draft into its folder: use, training, measured figures."""
     from ..hub.card import write_card
 
+    is_named = _name_target(folder, target)
     path = write_card(folder, name, overwrite, license=license, language=language)
     console.print(f"Wrote {path}.", soft_wrap=True)
-    print_next("bench", "--update-card", folder, "--data", "CONVERSATIONS.json")
+    given = [] if is_named else ["--target", "TARGET"]
+    print_next("bench", "--update-card", folder, *given, "--data", "CONVERSATIONS.json")
+
+
+def _name_target(folder: Path, target: str | None) -> bool:
+    """Writes the name of the target into a draft. Returns whether the draft names one of the Hub, and says so if not:
+    on another machine the name of a folder is of no use."""
+    from ..hub.naming import name_target
+
+    is_named = name_target(folder, target)
+    if not is_named:
+        console.print(
+            "The draft does not name a target on the Hub, so others cannot find it by its target, and its card cannot "
+            "load one: add --target OWNER/NAME.",
+            soft_wrap=True,
+        )
+    return is_named
 
 
 def publish(
@@ -69,6 +90,7 @@ def publish(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     license: License = None,
     language: Language = None,
+    target: NewTarget = None,
 ) -> None:
     """Upload a draft with its card to the Hub. Only its own files are sent, without secrets and local paths."""
     from huggingface_hub.utils import disable_progress_bars
@@ -83,7 +105,9 @@ def publish(
     logging.disable_progress_bar()
     disable_progress_bars()
     MSDDraftModel.from_pretrained(folder)  # refuses a damaged draft
+    is_named = _name_target(folder, target)
     url, names = publish_folder(folder, repo, private=private or None, license=license, language=language)
     console.print(f"Uploaded {', '.join(names)}.", soft_wrap=True)
     console.print(f"The draft is at {url}.", soft_wrap=True)
-    print_next("generate", "--draft", repo, "--image", "PICTURE", "--prompt", "QUESTION")
+    given = [] if is_named else ["--target", "TARGET"]
+    print_next("generate", "--draft", repo, *given, "--image", "PICTURE", "--prompt", "QUESTION")

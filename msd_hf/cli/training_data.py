@@ -133,7 +133,7 @@ def regenerate_answers(
         f"{report.num_samples:,} conversations in {output}, {report.num_cut:,} cut at the limit.", soft_wrap=True
     )
     print_skipped(report.skipped)
-    print_next("train", "--target", target, f"--{_kind(conversations)}-data", output, "--output-dir", "DRAFT")
+    _print_train(target, _kind(conversations), output, image_folder)
 
 
 def check(
@@ -156,7 +156,14 @@ def check(
     report = check_conversations(conversations, processor, max_length, show, strict)
     render_report(report, console)
     kind = "visual" if report.num_images else "text"
-    print_next("train", "--target", target, f"--{kind}-data", data, "--output-dir", "DRAFT")
+    _print_train(target, kind, data, image_folder)
+
+
+def _print_train(target: str, kind: str, data: object, image_folder: Path | None) -> None:
+    """Says how to train on data of one kind. The two stages need both kinds."""
+    other = ("--visual-data", "VISUAL.json") if kind == "text" else ("--text-data", "TEXT.json")
+    folder = [] if image_folder is None else ["--image-folder", image_folder]
+    print_next("train", "--target", target, f"--{kind}-data", data, *other, *folder, "--output-dir", "DRAFT")
 
 
 def _kind(conversations: Conversations) -> str:

@@ -18,12 +18,13 @@ from ..drafting.growing import GrowingDrafter
 from ..drafting.memory import ChatMemory
 from ..drafting.visual_rows import most_visual_rows
 from ..kv.fixed import make_fixed
+from ..kv.reference_window import spared_slots
 from ..kv.slots import ContextSlots
 from ..kv.transaction import CacheTransaction, make_in_place
 from ..observer import Observer, current_observer
 from ..target.adapter import TargetAdapter
 from ..target.layer_kinds import layer_reaches
-from ..target.support import check_positions
+from ..target.support import check_padding, check_positions
 from ..tree.policy import TreePolicy
 from ..tree.settings import TreeSettings
 from ..tree.suffix import SuffixBranches
@@ -118,6 +119,8 @@ def prepare_call(
     num_slots = _slots_after_prompt(cache, input_ids, generation_config, model_kwargs)
     max_slots = num_slots + max(generation_config.max_length - input_ids.shape[1], 0)
     check_positions(adapter.text_config, num_slots, max_slots, batch_size, model_kwargs.get("attention_mask"))
+    prompt_length = spared_slots(cache.layers) or num_slots
+    check_padding(adapter.text_config, max_slots - prompt_length, model_kwargs.get("attention_mask"))
     max_slots += settings.num_nodes + settings.suffix_nodes
     make_in_place(cache, max_slots, adapter.image_layers)
     num_fixed_nodes = None
@@ -145,9 +148,7 @@ def prepare_call(
         settings=settings,
         selector=selector,
         slots=CacheTransaction(cache, ContextSlots([cache.get_seq_length()] * batch_size)),
-        outputs=DecoderOutputs(
-            batch_size, [reach.most for reach in layer_reaches(adapter.text_config)], flags, adapter.image_layers
-        ),
+        outputs=DecoderOutputs(batch_size, layer_reaches(adapter.text_config), flags, adapter.image_layers),
         memory=memory,
         pair=pair,
         observer=current_observer(),

@@ -7,6 +7,8 @@ from collections.abc import Collection, Sequence
 import torch
 from transformers.utils import ModelOutput
 
+from ..attention.masks import Reach
+
 
 class DecoderOutputs:
     """
@@ -14,8 +16,8 @@ class DecoderOutputs:
 
     Args:
         batch_size (`int`): number of sequences.
-        most_slots (`Sequence[int | None]`): the most slots that a token sees in each decoder layer; `None`: no limit.
-            The attentions of a step are cut to them, as a cache without a draft keeps no more.
+        reaches (`Sequence[Reach]`): how far back a token sees in each decoder layer. The attentions of a step are cut
+            to it, as a cache without a draft keeps no more.
         image_layers (`Collection[int]`): the layers that attend to images. A call without images passes them over.
         output_flags (`dict[str, bool]`): `output_hidden_states` and `output_attentions`, whether to collect each.
     """
@@ -23,13 +25,14 @@ class DecoderOutputs:
     def __init__(
         self,
         batch_size: int,
-        most_slots: Sequence[int | None],
+        reaches: Sequence[Reach],
         output_flags: dict[str, bool],
         image_layers: Collection[int] = (),
     ):
-        self.most_slots = most_slots
+        self.reaches = reaches
         self.image_layers = image_layers
         self._prefill: ModelOutput | None = None
+        self._spared_slots = 0
         # Indexed by sequence, step and layer.
         self._hidden_states: list[list[list[torch.Tensor]]] | None = None
         self._attentions: list[list[list[torch.Tensor]]] | None = None
@@ -38,8 +41,9 @@ class DecoderOutputs:
         if output_flags.get("output_attentions"):
             self._attentions = [[] for _ in range(batch_size)]
 
-    def add_prefill(self, outputs: ModelOutput) -> None:
-        """Collects the outputs for the prompt."""
+    def add_prefill(self, outputs: ModelOutput, spared_slots: int = 0) -> None:
+        """Collects the outputs for the prompt. `spared_slots` are its slots, for layers whose reach spares it."""
+        self._spared_slots = spared_slots
         if self._hidden_states is not None or self._attentions is not None:
             self._prefill = outputs
 
@@ -69,14 +73,14 @@ class DecoderOutputs:
                     layers = [
                         attention[place : place + 1, :, path[end - 1] : path[end - 1] + 1]
                         if number in self.image_layers
-                        else self._of_step(attention, place, path[:end], length, self.most_slots[number])
+                        else self._of_step(attention, place, path[:end], length, self.reaches[number])
                         for number, attention in self._numbered(outputs.attentions)
                     ]
                     self._attentions[row].append(layers)
 
     def _numbered(self, attentions: Sequence[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
         """Attentions with the numbers of their layers."""
-        numbers = list(range(len(self.most_slots)))
+        numbers = list(range(len(self.reaches)))
         if len(attentions) < len(numbers):
             numbers = [number for number in numbers if number not in self.image_layers]
         return list(zip(numbers, attentions, strict=True))
@@ -95,13 +99,14 @@ class DecoderOutputs:
         return _by_step(first, self._attentions, 0)
 
     def _of_step(
-        self, attention: torch.Tensor, place: int, path: Sequence[int], length: int, most: int | None
+        self, attention: torch.Tensor, place: int, path: Sequence[int], length: int, reach: Reach
     ) -> torch.Tensor:
         """The attention of the last node of a path to the context and the path, `[1, heads, 1, slots]`."""
         num_slots = attention.shape[-1] - attention.shape[-2]
         columns = [*range(length), *(num_slots + node for node in path)]
-        if most is not None:
-            columns = columns[-most:]
+        if reach.most is not None:
+            first = self._spared_slots if reach.spares_prompt else 0
+            columns = [*columns[:first], *columns[first:][-reach.most :]]
         return attention[place : place + 1, :, path[-1] : path[-1] + 1, columns]
 
 

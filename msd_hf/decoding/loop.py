@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..compat import CACHE_NAME
 from ..draft.interface import Draft
 from ..kv.fixed import buffers_left
+from ..kv.reference_window import spared_slots
 from ..observer import phase
 from ..target.tree_forward import TargetVerification
 from ..tree.candidate import CandidateTree
@@ -76,7 +77,7 @@ def _prefill(
     with phase("prefill"):
         prefill = call.target.prefill(input_ids, generation_config, model_kwargs)
     call.slots.commit_prompt(prefill.prompt_mask, prefill.repeated_inputs)
-    call.outputs.add_prefill(prefill.outputs)
+    call.outputs.add_prefill(prefill.outputs, spared_slots(call.slots.cache.layers))
     tokens = selector.select(prefill.logits)
     running = RunningRows(call.slots, prefill.next_position, tokens)
     if not selector.finished:

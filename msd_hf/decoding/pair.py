@@ -30,6 +30,7 @@ class PairState:
         notice (`AcceptanceNotice`): warns once if the draft is of no use to the target.
         is_checked (`bool`): whether trees were compared with plain decoding on this target, see
             `check_tree_verification`.
+        checked_inputs (`set[str]`): the further inputs of the decoder that were there in such a comparison.
         is_chain (`bool`): whether that check found that the target verifies chains only.
         masks_attention (`bool`): whether it found that the target's attention functions must get masks themselves, see
             [`TargetAdapter.masks_attention`].
@@ -44,6 +45,7 @@ class PairState:
     experiences: dict[Hashable, Experience] = field(default_factory=dict)
     notice: AcceptanceNotice = field(default_factory=AcceptanceNotice)
     is_checked: bool = False
+    checked_inputs: set[str] = field(default_factory=set)
     is_chain: bool = False
     masks_attention: bool = False
     is_window_checked: bool = False

@@ -63,16 +63,24 @@ def check_tree_verification(
     """
     if adapter.target.config.model_type in KNOWN_MODEL_TYPES:
         return
+    adapter.masks_attention = pair.masks_attention  # another thread may have tried the target since this call began
+    if pair.masks_attention and is_compiled:
+        raise MSDUnsupportedError(
+            f"`draft.generation_config.compile=True` cannot be used here: the decoder of {name_of(adapter)} takes no "
+            "tree mask, which compiled code would have to give it."
+        )
     depth = _DEPTH if tokens_left is None else min(_DEPTH, tokens_left - 1)
     if depth < 1:  # nothing is drafted
         return
     if pair.is_chain:
         _check_chain(adapter, running, is_compiled)
     trial = Trial(adapter, running, input_ids, model_kwargs, prefill_outputs, depth, pair.is_chain)
-    if not pair.is_checked:
+    inputs = running.context.inputs.keys()  # of a call with images a decoder may run code that others do not
+    if not pair.is_checked or not inputs <= pair.checked_inputs:
         trial = _passing_trial(trial, pair, is_compiled)
         pair.is_checked = depth == _DEPTH
         if pair.is_checked:
+            pair.checked_inputs |= inputs
             logger.warning_once(
                 f"{adapter.target.config.model_type!r} is not among the kinds of targets that msd_hf is tested with; "
                 f"a check of this model at its first call found no difference{' in chains' * pair.is_chain}."

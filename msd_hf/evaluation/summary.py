@@ -19,8 +19,8 @@ LOW_TAU = 1.3
 MAX_GAP_IN_ROUNDINGS = 32
 
 _CAUSES = (
-    "The usual causes: the draft was trained for another target (or other weights of it), the chat template is not "
-    "the one that it was trained with"
+    "The usual causes: the draft is hardly trained, or was trained for another target (or other weights of it), the "
+    "chat template is not the one that it was trained with"
 )
 
 

@@ -32,6 +32,8 @@ def register_at_first_use() -> None:
     if _HEAVY in sys.modules:
         register_now()
         return
+    if _finder in sys.meta_path:  # `importlib.reload(msd_hf)`
+        return
     sys.meta_path.insert(0, _finder)
     for name in _ENTRIES:
         if name in sys.modules:
@@ -52,7 +54,7 @@ def register_now() -> None:
         # Only now, so that other threads wait for the lock rather than go on without drafts.
         if _finder in sys.meta_path:
             sys.meta_path.remove(_finder)
-        for put_back in _put_back:
+        for put_back in reversed(_put_back):  # two threads may have wrapped an entry, one around the other
             put_back()
         _done = True
 

@@ -14,10 +14,10 @@ from ..drafting.visual_rows import most_visual_rows
 from ..errors import MSDUnsupportedError, shown
 from ..kv.transaction import can_commit
 from ..target.compiled_parts import compiled_parts
-from ..target.layer_kinds import INDEXED, attention_reaches, has_recurrent_layers, image_layers
+from ..target.layer_kinds import INDEXED, STEP_INPUTS, attention_reaches, has_recurrent_layers, image_layers
 from ..target.query_scales import QueryScales
 from ..target.stand_in import own_method
-from ..target.support import KNOWN_MODEL_TYPES, TREE_ATTENTION, takes_any_argument
+from ..target.support import KNOWN_MODEL_TYPES, TREE_ATTENTION, decoder_inputs, takes_any_argument
 from ..tree.settings import DRAFT_SETTINGS, TREE_SETTINGS, TreeSettings
 
 
@@ -203,6 +203,8 @@ def _uncompiled_layers(target: PreTrainedModel) -> str | None:
         return "recurrent or convolutional layers of the target keep states for which compiled code has no buffers"
     if image_layers(text_config):
         return "cross-attention layers of the target keep states of images for which compiled code has no buffers"
+    if not STEP_INPUTS.keys().isdisjoint(decoder_inputs(decoder_of(target))):
+        return "the target's decoder reads images or another input in every forward, which compiled code lacks"
     if QueryScales(decoder_of(target)).projections:
         return "layers of the target scale queries by the place of a token in the cache, which compiled code lacks"
     return None

@@ -64,7 +64,8 @@ def make_card(
     config = redact(read_draft_config(folder))
     before = _metadata(load_card(folder))
     kept_tags = before.get("tags") or []
-    all_tags = dict.fromkeys([*_TAGS, *([kept_tags] if isinstance(kept_tags, str) else kept_tags), *tags])
+    kept_tags = [kept_tags] if isinstance(kept_tags, str) else [tag for tag in kept_tags if isinstance(tag, str)]
+    all_tags = dict.fromkeys([*_TAGS, *kept_tags, *tags])
     name = redact_text(one_line(name or folder.resolve().name))
     target = config.get("target_name_or_path")
     task = TEXT_TASK if _is_text_only(config) else VISION_TASK
@@ -108,6 +109,7 @@ def write_card(folder: str | Path, name: str | None = None, overwrite: bool = Fa
         MSDError: when there is no draft in the folder, or a card that somebody has written or edited, and not
             `overwrite`.
     """
+    read_draft_config(folder)  # first: a page of another project is no card
     path = Path(folder) / CARD_NAME
     if not overwrite and path.exists() and not is_generated(read_text(path)):
         raise MSDError(f"{str(path)!r} is a card that you have written or edited: add --overwrite to replace it.")
@@ -259,7 +261,7 @@ def _license_sentence(license: Any, target: Any) -> str:
 
 
 def _facts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    size = config.get("draft_vocab_size")
+    size, vocab_size = config.get("draft_vocab_size"), config.get("vocab_size")
     layers = config.get("target_layers")
     facts = {
         "target": _text(config.get("target_name_or_path") or "not recorded"),
@@ -269,7 +271,7 @@ def _facts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
         "reads": "the target's last hidden states" + (f", and layers {layers}" if layers else ""),
         "vocabulary": "the target's"
         if size is None
-        else f"{size:,} of the target's {config.get('vocab_size'):,} tokens",
+        else f"{_count(size)} of the target's {_count(vocab_size)} tokens",
     }
     return list(facts.items())
 
@@ -277,15 +279,15 @@ def _facts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _training(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not provenance:
         return []
-    data = provenance.get("data") or {}
-    versions = provenance.get("versions") or {}
+    data, versions = _dict(provenance.get("data")), _dict(provenance.get("versions"))
+    skipped = [number for number in _dict(data.get("skipped")).values() if isinstance(number, int)]
     steps, most = provenance.get("step"), provenance.get("max_steps")
     samples = {f"{kind} samples": data.get(kind) for kind in ("text", "visual")}
     facts = {
         "recipe": provenance.get("recipe"),
         "steps": steps if steps == most or most is None else f"{steps} of {most}",
-        **{name: None if number is None else f"{number:,}" for name, number in samples.items()},
-        "skipped samples": sum((data.get("skipped") or {}).values()) or None,
+        **{name: None if number is None else _count(number) for name, number in samples.items()},
+        "skipped samples": sum(skipped) or None,
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
     return [(name, _text(value)) for name, value in facts.items() if value not in (None, "")]
@@ -293,8 +295,19 @@ def _training(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _taus(provenance: Mapping[str, Any]) -> dict[str, float]:
     names = {"eval_tau": "all", "eval_tau_text": "text", "eval_tau_visual": "visual"}
-    metrics = provenance.get("metrics") or {}
+    metrics = _dict(provenance.get("metrics"))
     return {kind: metrics[name] for name, kind in names.items() if isinstance(metrics.get(name), int | float)}
+
+
+# Somebody may have edited the file: an entry of another kind is passed over, or shown as it is.
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else _text(value)
 
 
 def _text(value: Any) -> str:

@@ -78,7 +78,7 @@ def find_drafts(
     Raises:
         MSDError: when there is no such folder.
     """
-    if folder is not None and not Path(folder).is_dir():
+    if folder is not None and not os.path.isdir(folder):
         raise MSDError(f"There is no folder {str(folder)!r}.")
     notes: list[str] = []
     is_reachable = ask_hub and target is not None and _hub_answers()
@@ -111,12 +111,12 @@ def _name_and_config(target: Any, is_reachable: bool) -> tuple[str | None, PreTr
     if target is None:
         return None, None
     if isinstance(target, (str, os.PathLike)):
-        if not Path(target).is_dir() and not is_hub_id(str(target)):
+        if not os.path.isdir(target) and not is_hub_id(str(target)):
             raise MSDError(f"{str(target)!r} is neither a folder nor an id of the Hub (owner/name).")
         config = None
         with suppress(Exception):  # of many kinds; the name alone is enough to look the target up
             config = AutoConfig.from_pretrained(target, local_files_only=not is_reachable, trust_remote_code=False)
-        if config is None and Path(target).is_dir():
+        if config is None and os.path.isdir(target):
             raise MSDError(f"The folder {str(target)!r} has no configuration of a target.")
         return public_name(target)[0], config
     config = target.config if isinstance(target, PreTrainedModel) else target

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
@@ -49,7 +48,7 @@ def public_name(name_or_path: Any, revision: Any = None) -> tuple[str | None, st
     text = str(name_or_path or "").strip()
     if not text:
         return None, None
-    is_folder = Path(text).is_dir()
+    is_folder = os.path.isdir(text)  # unlike `Path.is_dir`, also of a text that is too long for a path
     snapshot = _SNAPSHOT.search(os.path.realpath(text) if is_folder else text.rstrip("/\\"))
     if snapshot is not None:
         return f"{snapshot['owner']}/{snapshot['name']}", snapshot["revision"]

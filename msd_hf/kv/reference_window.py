@@ -66,7 +66,7 @@ def reference_window(layer: Any, max_slots: int) -> ReferenceWindowLayer:
 
 def spared_slots(layers: list[Any]) -> int:
     """How many slots of a cache with these layers every token sees."""
-    return max((layer.prefill_length or 0 for layer in layers if isinstance(layer, ReferenceWindowLayer)), default=0)
+    return max((getattr(layer, "prefill_length", None) or 0 for layer in layers), default=0)
 
 
 __all__ = ["REFERENCE_WINDOW", "ReferenceWindowLayer", "reference_window", "spared_slots"]

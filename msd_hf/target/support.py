@@ -228,6 +228,31 @@ def check_positions(
             )
 
 
+def check_padding(text_config: PreTrainedConfig, new_length: int, attention_mask: torch.Tensor | None) -> None:
+    """
+    Refuses padding in front of a window that spares the prompt and moves. Token-by-token decoding of transformers then
+    loses track of which slots are padding, and reads them, so that its text depends on the padding.
+
+    Args:
+        text_config (`PreTrainedConfig`): configuration of the decoder.
+        new_length (`int`): most tokens behind the prompt at the length limit of the call.
+        attention_mask (`torch.Tensor`, *optional*): mask of the prompt; 0 at padding.
+
+    Raises:
+        MSDUnsupportedError: names the window, and what to do.
+    """
+    windows = [reach.most for reach in attention_reaches(text_config).values() if reach.spares_prompt]
+    if attention_mask is None or not windows or bool(attention_mask.all()):
+        return
+    window = min(most for most in windows if most is not None)
+    if new_length > window:
+        raise MSDUnsupportedError(
+            f"The target's decoder has a window of {window} tokens behind the prompt, which this call may leave (it "
+            f"may reach {new_length}); without a draft, transformers then reads slots of padding, which a draft does "
+            "not repeat. Give prompts without padding, or call `generate` without `assistant_model`."
+        )
+
+
 def _check_adapters(target: PreTrainedModel, name: str, advice: str) -> None:
     # During a call through a model of peft, this method of the target is replaced by that model's.
     owner = getattr(target.prepare_inputs_for_generation, "__self__", target)
@@ -302,6 +327,7 @@ register_target_check(check_target)
 __all__ = [
     "KNOWN_MODEL_TYPES",
     "TREE_ATTENTION",
+    "check_padding",
     "check_pair",
     "check_positions",
     "check_target",

@@ -298,6 +298,7 @@ class MSDTrainer(ResumableTrainer):
         self._skipped_before = Counter(provenance.get("data", {}).get("skipped", {}))
         self._metrics |= provenance.get("metrics", {})
         self._visual_counts.restore(provenance.get("data", {}).get("visual_positions", {}))
+        self._set_visual_rows()  # as the save of this checkpoint did, because evaluations draft with it
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -305,12 +306,16 @@ class MSDTrainer(ResumableTrainer):
         self._metrics |= best.get("metrics", {})
         self._best_step = best.get("step")
 
-    def _save(self, *args: Any, **kwargs: Any) -> None:
+    def _set_visual_rows(self) -> None:
+        """Writes into the draft's configuration how many visual positions the samples have had."""
         number = self._visual_counts.usual_most()
         if number is not None:
             self.model.config.trained_visual_rows = number
             if getattr(self.model.generation_config, "max_visual_rows", None) is None:
                 self.model.generation_config.max_visual_rows = "auto"
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        self._set_visual_rows()
         super()._save(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
