@@ -144,6 +144,27 @@ def test_a_cache_is_whole_after_an_error(name, step):
     assert torch.equal(pair.target.generate(**again, max_new_tokens=9, **given), expected)
 
 
+@pytest.mark.parametrize("rows", [(1,), (1, 2, 3)], ids=["one", "batch"])
+def test_images_may_come_without_a_mask(rows):
+    """Then every token reads all of them, a single token as well as the nodes of a tree."""
+    pair = family_pair("mllama")
+    inputs = {name: value for name, value in batch("mllama", rows).items() if name != "cross_attention_mask"}
+    expected = pair.target.generate(**inputs, max_new_tokens=16)
+    assert torch.equal(pair.target.generate(**inputs, max_new_tokens=16, assistant_model=pair.draft), expected)
+
+
+def test_a_later_turn_may_name_no_image():
+    """Its tokens read the images in the cache."""
+    pair = family_pair("mllama")
+    options = {"max_new_tokens": 12, "return_dict_in_generate": True}
+    texts = []
+    for given in ({}, {"assistant_model": pair.draft}):
+        first = pair.target.generate(**batch("mllama", (1,)), **options, **given)
+        ids = torch.cat([first.sequences, torch.tensor([[12, 15, 11]])], dim=1)
+        texts.append(pair.target.generate(ids, **options, **given, **{CACHE_NAME: first[CACHE_NAME]}).sequences)
+    assert torch.equal(*texts)
+
+
 def test_a_prefill_that_fails_leaves_no_images_in_the_cache():
     pair = family_pair("mllama")
     inputs = batch("mllama", (1,))

@@ -209,7 +209,10 @@ class TargetAdapter:
             visual_mask=visual_mask,
             prompt_mask=prompt_mask,
             next_position=next_position,
-            repeated_inputs=self._step_inputs(seen.inputs, outputs, batch_size),
+            repeated_inputs={
+                **self._image_mask(model_kwargs[CACHE_NAME], inputs_embeds),
+                **self._step_inputs(seen.inputs, outputs, batch_size),
+            },
             num_slots=num_slots,
             outputs=outputs,
         )
@@ -228,6 +231,14 @@ class TargetAdapter:
             states = outputs.image_outputs.last_hidden_state  # of all images of the batch
             kept[name] = states.view(batch_size, -1, *states.shape[1:])
         return kept
+
+    def _image_mask(self, cache: Cache, inputs_embeds: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A mask with which every token reads all states of images in the cache. A step of `generate` alone may do
+        without one; several nodes may not, because sdpa would take them for a causal text."""
+        num_states = max((cache.layers[number].get_seq_length() for number in self.image_layers), default=0)
+        if not num_states:
+            return {}
+        return {"cross_attention_mask": inputs_embeds.new_zeros(inputs_embeds.shape[0], 1, 1, num_states)}
 
     def _embedded_mask(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Which positions of a prompt given as embeddings `[B, L, H]` are not embeddings of tokens."""
