@@ -129,7 +129,8 @@ def describe_error(error: BaseException) -> str:
     command that installs a missing package."""
     text = str(error).strip()
     if isinstance(error, ModuleNotFoundError) and error.name:
-        package = error.name.partition(".")[0]
+        # transformers puts a sentence in the place of the name: The 'safetensors>=0.4.3' distribution was not found.
+        package = re.sub(r"^The '([\w-]+).*", r"\1", error.name.partition(".")[0])
         return f"the package {package!r} is missing: pip install {_PACKAGES.get(package, package)}"
     if isinstance(error, (OSError, ImportError, MSDError)) and text:
         worker = _FROM_WORKER.match(text)

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 from fuzz_runs import run_forked
@@ -220,6 +221,7 @@ def test_devices_and_dtypes_that_compute_nothing_are_refused(device, dtype, run)
     [
         (ModuleNotFoundError("No module named 'torchvision.io'", name="torchvision.io"), "pip install torchvision"),
         (ModuleNotFoundError("No module named 'PIL'", name="PIL"), "pip install pillow"),
+        (PackageNotFoundError("The 'safetensors>=0.4.3' distribution was not found"), "pip install safetensors"),
         (ImportError("\nA requires the PIL library.\nYou can install it with pip:\n`pip install pillow`"), "`pip ins"),
     ],
 )

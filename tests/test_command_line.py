@@ -84,6 +84,11 @@ class TestNextStep:
         print_next("bench", "--target", "a\n\x1b[31mb")
         assert capsys.readouterr().err.count("\n") == 1
 
+    def test_standard_output_may_be_closed(self, capsys, monkeypatch):
+        monkeypatch.setattr(sys, "stdout", None)
+        print_next("demo")
+        assert capsys.readouterr().err == "next: msd-hf demo\n"
+
     def test_commands_name_what_they_were_given(self, run, tmp_path):
         pair = ("--target", TARGET_DIR, "--draft", DRAFT_DIR)
         code, out, err = run("generate", *pair, "--text-only", "--prompt", "Count.", "--max-new-tokens", 4)

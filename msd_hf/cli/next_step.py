@@ -19,7 +19,8 @@ def print_next(*arguments: object) -> None:
     Args:
         arguments: of the next command. A word in capitals stands for what only the user knows.
     """
-    sys.stdout.flush()
+    if sys.stdout is not None:  # closed by the caller
+        sys.stdout.flush()
     _console.print(one_line(f"next: {shlex.join(['msd-hf', *map(str, arguments)])}"))
 
 

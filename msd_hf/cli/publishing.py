@@ -8,9 +8,12 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ..terminal import make_console
 from .next_step import print_next
 from .options import console
 
+
+_WIDEST = 10_000  # letters of a line
 
 License = Annotated[str | None, typer.Option(help="Licence of the draft in the card, for example apache-2.0.")]
 NewTarget = Annotated[
@@ -38,7 +41,8 @@ def drafts(
             if target is not None and not draft.is_exact:
                 made_for = f"{made_for} (same kind and size)"
             table.add_row(draft.name, made_for, draft.kind, draft.license, draft.source)
-        console.print(table)
+        # A program that reads the list gets whole names.
+        (console if console.is_terminal else make_console(width=_WIDEST)).print(table)
     for note in result.notes:
         console.print(note, soft_wrap=True)
     if not result.drafts:
