@@ -260,6 +260,7 @@ def test_samples_of_a_stream_are_drawn_one_after_the_other():
     [
         ({"train_dataset": text_rows(), "text_dataset": text_rows()}, "not all"),
         ({"train_dataset": text_rows()}, "of one kind, text.*or set `curriculum` to 'text'"),
+        ({"train_dataset": []}, "`train_dataset` holds no samples"),
         ({"train_dataset": Endless(3), "max_steps": 2}, "A stream as `train_dataset` is not told apart"),
         ({"text_dataset": Endless(3)}, "set `max_steps`"),
         ({"text_dataset": Endless(3), "max_steps": 2, "dataloader_num_workers": 2}, "`dataloader_num_workers` to 0"),
