@@ -119,6 +119,11 @@ def test_a_reader_that_leaves_is_no_error(command, status):
     assert not any(text in outcome.errors for text in ("Error", "Traceback", "Exception ignored")), outcome.errors
 
 
+def test_an_output_that_was_closed_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert exit_status(lambda standalone_mode: 0) == 0
+
+
 def test_an_output_without_unicode_is_no_error(monkeypatch):
     output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", output)

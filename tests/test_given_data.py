@@ -260,6 +260,7 @@ def test_samples_of_a_stream_are_drawn_one_after_the_other():
     [
         ({"train_dataset": text_rows(), "text_dataset": text_rows()}, "not all"),
         ({"train_dataset": text_rows()}, "of one kind, text.*or set `curriculum` to 'text'"),
+        ({"train_dataset": []}, "`train_dataset` holds no samples"),
         ({"train_dataset": Endless(3), "max_steps": 2}, "A stream as `train_dataset` is not told apart"),
         ({"text_dataset": Endless(3)}, "set `max_steps`"),
         ({"text_dataset": Endless(3), "max_steps": 2, "dataloader_num_workers": 2}, "`dataloader_num_workers` to 0"),
@@ -324,7 +325,14 @@ def test_several_data_sets_and_their_shares(files):
     assert seen[6:] == ["Count to 100.", "Count to 101."] * 6
     assert len({joined.fingerprint, weighted.fingerprint, load_conversations(files[0]).fingerprint}) == 3
     assert len(load_conversations(files[:1], weights=[3])) == 6
-    for weights, message in (([1], "2 data sets, but 1 weights"), ([1, 0], "above 0"), ([1, float("nan")], "above 0")):
+    for weights, message in (
+        ([1], "2 data sets, but 1 weights"),
+        ([1, 0], "above 0"),
+        ([1, float("nan")], "above 0"),
+        (5, "a list with a number for each"),
+        (["1", "2"], "a list with a number for each"),
+        ([1, 1e-300], "closer"),
+    ):
         with pytest.raises(MSDError, match=message):
             load_conversations(files, weights=weights)
     with pytest.raises(MSDError, match="for a list of several"):

@@ -33,7 +33,8 @@ def exit_status(command: Callable[..., Any]) -> int:
     """
     try:
         status = _result(command)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
         if status == INTERRUPTED:
             raise KeyboardInterrupt
         return status

@@ -118,6 +118,8 @@ def _told_apart(data: Any, args: MSDTrainingArguments) -> tuple[Any, Any]:
             f"{args.curriculum!r} draws in turns: give `text_dataset` and `visual_dataset`, or set `curriculum` to "
             "'text' or 'visual'."
         )
+    if len(data) == 0:
+        raise MSDError("`train_dataset` holds no samples.")
     places: dict[bool, list[int]] = {False: [], True: []}
     for index in range(len(data)):
         try:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from numbers import Real
 from typing import Any
 
-from ...errors import MSDError
+from ...errors import MSDError, shown
 from .conversation import Conversation
 
 
@@ -29,7 +31,7 @@ class JoinedConversations:
     """
 
     def __init__(self, parts: Sequence[Any], weights: Sequence[float] | None = None):
-        self.parts, self.weights = list(parts), None if weights is None else list(weights)
+        self.parts, self.weights = list(parts), None if weights is None else _numbers(weights)
         if self.weights is not None and len(self.weights) != len(self.parts):
             raise MSDError(
                 f"There are {len(self.parts)} data sets, but {len(self.weights)} weights: give one for each."
@@ -44,6 +46,8 @@ class JoinedConversations:
             passes = max(size / weight for size, weight in zip(sizes, self.weights, strict=True))
             sizes = [max(size, round(passes * weight)) for size, weight in zip(sizes, self.weights, strict=True)]
         self._ends = list(accumulate(sizes))
+        if self._ends[-1] > sys.maxsize:  # `len` knows no larger number
+            raise MSDError(f"The weights {self.weights} make a pass of {self._ends[-1]:.0e} samples: set them closer.")
 
     @property
     def name(self) -> str:
@@ -72,6 +76,13 @@ class JoinedConversations:
         number = bisect_right(self._ends, index)
         part = self.parts[number]
         return part[(index - (self._ends[number - 1] if number else 0)) % len(part)]
+
+
+def _numbers(weights: Any) -> list[float]:
+    numbers = list(weights) if isinstance(weights, Iterable) else [weights]
+    if not isinstance(weights, Iterable) or not all(isinstance(number, Real) for number in numbers):
+        raise MSDError(f"Weights of data sets are a list with a number for each, got {shown(weights)}.")
+    return numbers
 
 
 __all__ = ["JoinedConversations"]
