@@ -350,6 +350,15 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(recipe, small_target, toy_pr
     assert saved.config.trained_visual_rows == 36 and saved.generation_config.max_visual_rows == "auto"
 
 
+@pytest.mark.parametrize("chosen", [None, 9])
+def test_a_chosen_number_of_visual_rows_stays(chosen, small_target, toy_processor, training_data, tmp_path):
+    draft = MSDDraftModel.from_target(small_target)
+    draft.generation_config.max_visual_rows = chosen
+    trainer = make_trainer(small_target, toy_processor, training_data, tmp_path, model=draft, max_steps=2)
+    trainer.train()
+    assert draft.config.trained_visual_rows == 36 and draft.generation_config.max_visual_rows == chosen
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

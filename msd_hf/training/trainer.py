@@ -311,7 +311,7 @@ class MSDTrainer(ResumableTrainer):
         number = self._visual_counts.usual_most()
         if number is not None:
             self.model.config.trained_visual_rows = number
-            if getattr(self.model.generation_config, "max_visual_rows", None) is None:
+            if not hasattr(self.model.generation_config, "max_visual_rows"):  # `None` is a choice: all rows
                 self.model.generation_config.max_visual_rows = "auto"
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
