@@ -9,7 +9,7 @@ from msd_hf import MSDDraftModel
 from msd_hf.errors import MSDError, MSDPairingError
 from msd_hf.target.adapter import TargetAdapter
 from msd_hf.training import MSDTrainingArguments
-from msd_hf.training.trainer import new_draft
+from msd_hf.training.new_draft import new_draft
 
 
 def test_adapter_gives_the_outputs_of_the_layers_and_the_last_state():

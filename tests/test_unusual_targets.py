@@ -256,7 +256,7 @@ def test_what_is_not_compiled_is_refused(model_type, is_tried):
     if is_tried:
         target.generate(**options)
     draft.generation_config.compile = True
-    with pytest.raises(MSDUnsupportedError):
+    with pytest.raises(MSDUnsupportedError, match="compile=True` cannot be used here"):
         target.generate(**options)
 
 
@@ -318,7 +318,7 @@ def test_nodes_choose_the_blocks_of_their_branch(seed):
     places = torch.cat([torch.arange(length).unsqueeze(0), positions], dim=1)
     visible = torch.cat([torch.ones(1, 16, length, dtype=torch.bool), tree.ancestors], dim=2)
     with torch.no_grad():
-        chosen = run(filled(), nodes, positions, NodePlaces(places, visible))
+        chosen = run(filled(), nodes, positions, NodePlaces(places, visible, length + 16))
         for node in range(16):
             branch = tree.ancestors[0, node].nonzero().squeeze(1).tolist()
             cache = filled()

@@ -663,9 +663,8 @@ FAULTS = {
         Fault(
             "blocks are made of slots, not of places",
             "attention/block_selection.py",
-            "    blocks = (places // indexer.block_size)[:, None, None].expand_as(scores)",
-            "    slots = torch.arange(scores.shape[3]) // indexer.block_size\n"
-            "    blocks = slots.expand_as(scores).clamp(max=num_blocks - 1)",
+            "(self.places.to(device) // block_size)",
+            "(torch.arange(self.places.shape[1]).expand_as(self.places).clamp(max=self.length - 1) // block_size)",
             UNUSUAL,
         ),
         Fault(

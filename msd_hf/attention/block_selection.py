@@ -24,10 +24,16 @@ class NodePlaces:
     Args:
         places (`torch.LongTensor` of shape `[B, S + N]`): place of each key in the text of its row, padding counted.
         visible (`torch.BoolTensor` of shape `[B, N, S + N]`): the keys that each node sees, padding included.
+        length (`int`): number of places, at least; known to the host, which need not wait for the device.
     """
 
     places: torch.Tensor
     visible: torch.Tensor
+    length: int
+
+    def blocks(self, block_size: int, device: torch.device) -> tuple[int, torch.Tensor]:
+        """The number of blocks, and the block of each key, `[B, 1, 1, S + N]`."""
+        return -(-self.length // block_size), (self.places.to(device) // block_size)[:, None, None]
 
 
 def indexers_of(decoder: nn.Module) -> list[nn.Module]:
@@ -62,10 +68,9 @@ def choose_blocks(
     # As the model does, which compares slots with positions although padding makes them differ.
     is_seen = nodes.visible.to(scores.device) & (places.unsqueeze(1) <= position_ids.unsqueeze(2))
     scores = scores.masked_fill(~is_seen.unsqueeze(1), -torch.inf)
-    num_blocks = int(places.max()) // indexer.block_size + 1
-    blocks = (places // indexer.block_size)[:, None, None].expand_as(scores)
+    num_blocks, blocks = nodes.blocks(indexer.block_size, scores.device)
     best = scores.new_full((*scores.shape[:3], num_blocks), -torch.inf)
-    best = best.scatter_reduce(3, blocks, scores, "amax")
+    best = best.scatter_reduce(3, blocks.expand_as(scores), scores, "amax")
     if indexer.local_blocks > 0:
         steps = torch.arange(indexer.local_blocks, device=scores.device)
         local = ((position_ids // indexer.block_size).unsqueeze(2) - steps).clamp(min=0)
@@ -88,12 +93,10 @@ def mask_of_blocks(
     Returns:
         `torch.Tensor` of shape `[B, attention heads, N, S + N]`.
     """
-    places = nodes.places.to(chosen.device)
-    num_blocks = int(places.max()) // indexer.block_size + 1
+    num_blocks, blocks = nodes.blocks(indexer.block_size, chosen.device)
     is_chosen = chosen.new_zeros(*chosen.shape[:3], num_blocks + 1, dtype=torch.bool)
     is_chosen = is_chosen.scatter(3, chosen.masked_fill(chosen < 0, num_blocks), True)
-    blocks = (places // indexer.block_size)[:, None, None].expand(*chosen.shape[:3], -1)
-    keeps = is_chosen.gather(3, blocks) & (tree_mask == 0)
+    keeps = is_chosen.gather(3, blocks.expand(*chosen.shape[:3], -1)) & (tree_mask == 0)
     keeps = keeps.repeat_interleave(indexer.config.num_attention_heads // chosen.shape[1], dim=1)
     return torch.zeros(keeps.shape, dtype=dtype, device=keeps.device).masked_fill(~keeps, torch.finfo(dtype).min)
 

@@ -64,20 +64,15 @@ def check_tree_verification(
     if adapter.target.config.model_type in KNOWN_MODEL_TYPES:
         return
     adapter.masks_attention = pair.masks_attention  # another thread may have tried the target since this call began
-    if pair.masks_attention and is_compiled:
-        raise MSDUnsupportedError(
-            f"`draft.generation_config.compile=True` cannot be used here: the decoder of {name_of(adapter)} takes no "
-            "tree mask, which compiled code would have to give it."
-        )
+    _check_way(adapter, pair, running, is_compiled)
     depth = _DEPTH if tokens_left is None else min(_DEPTH, tokens_left - 1)
     if depth < 1:  # nothing is drafted
         return
-    if pair.is_chain:
-        _check_chain(adapter, running, is_compiled)
     trial = Trial(adapter, running, input_ids, model_kwargs, prefill_outputs, depth, pair.is_chain)
     inputs = running.context.inputs.keys()  # of a call with images a decoder may run code that others do not
     if not pair.is_checked or not inputs <= pair.checked_inputs:
-        trial = _passing_trial(trial, pair, is_compiled)
+        trial = _passing_trial(trial, pair)
+        _check_way(adapter, pair, running, is_compiled)
         pair.is_checked = depth == _DEPTH
         if pair.is_checked:
             pair.checked_inputs |= inputs
@@ -104,7 +99,7 @@ def _try_short_contexts(trial: Trial) -> None:
         compare(trial.adapter, trial.in_made_up_context, length)
 
 
-def _passing_trial(trial: Trial, pair: PairState, is_compiled: bool) -> Trial:
+def _passing_trial(trial: Trial, pair: PairState) -> Trial:
     """
     The first trial that passes, of three: the tree; the tree with masks that attention functions get themselves; a
     chain. The pair is marked with what passed. Raises what the first trial raised if none passes.
@@ -113,39 +108,50 @@ def _passing_trial(trial: Trial, pair: PairState, is_compiled: bool) -> Trial:
         _try_short_contexts(trial)
         return trial
     except MSDUnsupportedError:
-        other = None if trial.is_chain else _other_way(trial, pair, is_compiled)
+        other = None if trial.is_chain else _other_way(trial, pair)
         if other is None:
             raise
         return other
 
 
-def _other_way(tree: Trial, pair: PairState, is_compiled: bool) -> Trial | None:
+def _other_way(tree: Trial, pair: PairState) -> Trial | None:
     """A trial that passes where the tree has failed; `None` if there is none."""
-    adapter = tree.adapter
-    if len(attention_reaches(adapter.text_config)) == 1 and not is_compiled:
+    adapter, running = tree.adapter, tree.running
+    if len(attention_reaches(adapter.text_config)) == 1:
         adapter.masks_attention = True
         with suppress(MSDUnsupportedError):
             _try_short_contexts(tree)
             pair.masks_attention = True
             return tree
         adapter.masks_attention = False
-    given = adapter, tree.running, tree.input_ids, tree.model_kwargs, tree.prefill_outputs
-    chain = Trial(*given, tree.depth, is_chain=True)
+    if _has_several_texts(running):
+        return None
+    chain = Trial(adapter, running, tree.input_ids, tree.model_kwargs, tree.prefill_outputs, tree.depth, is_chain=True)
     with suppress(MSDUnsupportedError):
-        _check_chain(adapter, tree.running, is_compiled)
         _try_short_contexts(chain)
         pair.is_chain = True
         return chain
     return None
 
 
-def _check_chain(adapter: TargetAdapter, running: RunningRows, is_compiled: bool) -> None:
-    if is_compiled:
+def _has_several_texts(running: RunningRows) -> bool:
+    """Whether there are several sequences, or one with padding."""
+    return len(running.tokens) > 1 or running.context.hides_slots
+
+
+def _check_way(adapter: TargetAdapter, pair: PairState, running: RunningRows, is_compiled: bool) -> None:
+    """Refuses what a target cannot do that verifies in another way than with the mask of a tree."""
+    compiled = "`draft.generation_config.compile=True` cannot be used here"
+    if pair.masks_attention and is_compiled:
         raise MSDUnsupportedError(
-            f"`draft.generation_config.compile=True` cannot be used here: {name_of(adapter)} verifies chains only, "
-            "whose rounds are not compiled."
+            f"{compiled}: the decoder of {name_of(adapter)} takes no tree mask, which compiled code would "
+            "have to give it."
         )
-    if len(running.tokens) > 1 or running.context.hides_slots:
+    if pair.is_chain and is_compiled:
+        raise MSDUnsupportedError(
+            f"{compiled}: {name_of(adapter)} verifies chains only, whose rounds are not compiled."
+        )
+    if pair.is_chain and _has_several_texts(running):
         raise MSDUnsupportedError(
             f"{name_of(adapter)} verifies chains only, of one sequence without padding. Give it one prompt at "
             "a time, or call `generate` without `assistant_model`."

@@ -64,7 +64,7 @@ class ChatMemory:
 
     Attributes:
         draft_cache (`Cache`, *optional*): the draft's cache, which holds `rows`.
-        rows (`list[int]`): the draft's rows that are still valid; once the prompt is fed, those of the prompt too.
+        rows (`list[int]`): the draft's rows that are still valid.
         visual (`list[bool]`): which of them are visual.
         hidden_state (`torch.Tensor` of shape `[1, 1, W]`, *optional*): hidden state of the target at position S - 1,
             if the draft has to be fed row S - 1 (again), because another token follows now.
@@ -75,6 +75,7 @@ class ChatMemory:
         self.draft_cache: Cache | None = None
         self.rows: list[int] = []
         self.visual: list[bool] = []
+        self._fed: tuple[torch.Tensor, torch.Tensor]
         self.hidden_state: torch.Tensor | None = None
         num_past = cache.get_seq_length()
         memory = getattr(cache, _ATTRIBUTE, None)
@@ -111,9 +112,9 @@ class ChatMemory:
         self.rows, self.visual = [self.rows[place] for place in places], [self.visual[place] for place in places]
 
     def add(self, rows: torch.Tensor, visual: torch.Tensor) -> None:
-        """Notes the rows of the prompt that the draft is fed `[L]`, and which of them are visual `[L]`."""
-        self.rows = [*self.rows, *rows.tolist()]
-        self.visual = [*self.visual, *visual.tolist()]
+        """Notes the rows of the prompt that the draft is fed `[L]`, and which of them are visual `[L]`. They are read
+        by `remember` alone: most calls leave nothing, and need not wait for the device."""
+        self._fed = rows, visual
 
     def remember(self, cache: Cache, draft_cache: Cache, emitted: list[int], last_hidden_state: torch.Tensor) -> None:
         """
@@ -127,10 +128,12 @@ class ChatMemory:
                 cache.
         """
         num_slots = cache.get_seq_length()
-        first_new = num_slots - (draft_cache.get_seq_length() - len(self.rows))
+        fed_rows, fed_visual = (part.tolist() for part in self._fed)
+        known = [*self.rows, *fed_rows]
+        first_new = num_slots - (draft_cache.get_seq_length() - len(known))
         # A drafter may have taken the last row of the prompt back, to feed it again.
-        rows = [*self.rows, *range(first_new, num_slots)][: draft_cache.get_seq_length()]
-        visual = [*self.visual, *[False] * (len(rows) - len(self.visual))][: len(rows)]
+        rows = [*known, *range(first_new, num_slots)][: draft_cache.get_seq_length()]
+        visual = [*self.visual, *fed_visual, *[False] * (len(rows) - len(known))][: len(rows)]
         memory = DraftMemory(
             weakref.ref(self.draft), draft_cache, rows, visual, [*self._tokens, *emitted], last_hidden_state.clone()
         )

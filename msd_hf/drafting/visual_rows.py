@@ -13,9 +13,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..errors import MSDError, shown
-
-
-AUTO = "auto"
+from ..tree.settings import AUTO
 
 
 def most_visual_rows(generation_config: GenerationConfig, trained_visual_rows: int | None) -> int | None:

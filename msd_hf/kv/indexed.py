@@ -16,6 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 from .in_place import InPlaceLayer, KeysAndValues, length_at_least, take_content
 
 
+# The kind of layer whose indexer chooses blocks of slots, as transformers names it.
+BLOCK_INDEXED = "minimax_m3_sparse"
+
+
 class InPlaceIndexedLayer(InPlaceLayer):
     """
     An `InPlaceLayer` that also holds the keys of an indexer, `[B, slots, D]`, and optionally the positions of all
@@ -157,4 +161,4 @@ def add_index_keys(layer: Any, keys: torch.Tensor) -> None:
         layer.update_index(keys.unsqueeze(1))
 
 
-__all__ = ["InPlaceIndexedLayer", "add_index_keys", "has_index", "index_keys", "indexed_in_place"]
+__all__ = ["BLOCK_INDEXED", "InPlaceIndexedLayer", "add_index_keys", "has_index", "index_keys", "indexed_in_place"]

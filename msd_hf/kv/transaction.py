@@ -21,7 +21,7 @@ from ..recurrent.layer import RecurrentLayer, copy_states
 from .hybrid import HybridLayer
 from .image_states import ImageStatesLayer, image_states
 from .in_place import InPlaceLayer, in_place, own_layers, take_content, truncate
-from .indexed import has_index, indexed_in_place
+from .indexed import BLOCK_INDEXED, has_index, indexed_in_place
 from .reference_window import REFERENCE_WINDOW, ReferenceWindowLayer, reference_window
 from .slots import ContextSlots
 
@@ -38,7 +38,7 @@ _SERVED = {DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer} | {
 
 
 # Kinds whose classes stand in the files of their models, as transformers names them.
-_SERVED_KINDS = {REFERENCE_WINDOW, "minimax_m3_sparse"}
+_SERVED_KINDS = {REFERENCE_WINDOW, BLOCK_INDEXED}
 
 
 def can_commit(layer: Any) -> bool:

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import LinearAttentionLayer
 
 from ..attention.masks import EVERYTHING, Reach
+from ..kv.indexed import BLOCK_INDEXED
 from ..kv.reference_window import REFERENCE_WINDOW
 
 
@@ -16,7 +17,7 @@ KEEPS_STATES = "number_of_states" in inspect.signature(LinearAttentionLayer.__in
 
 _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 # Kinds with an indexer, which chooses slots or blocks of slots.
-INDEXED = frozenset({"indexed_attention", "minimax_m3_sparse"})
+INDEXED = frozenset({"indexed_attention", BLOCK_INDEXED})
 # Kinds of layers with recurrent or convolutional states, which attention masks do not concern.
 RECURRENT = ("linear_attention", "conv")
 # Kinds of layers with attention beside a recurrence, and the kind of their attention.

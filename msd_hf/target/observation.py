@@ -172,32 +172,26 @@ def _run_projection(
     return (output * observation.factors.to(output.device)).to(output.dtype)
 
 
-def _places_of(module: nn.Module) -> NodePlaces | None:
-    """The nodes along whose branches an indexer runs, if it runs for an observation that asks for it."""
-    observation = _running.get()
-    if observation is None or not any(module is indexer for indexer in observation.indexers):
-        return None
-    return observation.places
-
-
 def _run_indexer(module: nn.Module, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    places = _places_of(module)
-    return method(*args, **kwargs) if places is None else choose_blocks(module, places, *args, **kwargs)
+    observation = _running.get()
+    if observation is None or observation.places is None:
+        return method(*args, **kwargs)
+    return choose_blocks(module, observation.places, *args, **kwargs)
 
 
 def _run_block_mask(
     module: nn.Module, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    places = _places_of(module)
-    if places is None:
+    observation = _running.get()
+    if observation is None or observation.places is None:
         return method(*args, **kwargs)
     chosen, tree_mask, _, dtype, *_ = args
-    return mask_of_blocks(module, places, chosen, tree_mask, dtype)
+    return mask_of_blocks(module, observation.places, chosen, tree_mask, dtype)
 
 
 def _run_mixer(module: nn.Module, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     observation = _running.get()
-    if observation is not None and any(module is mixer for mixer in observation.mixers):
+    if observation is not None and observation.mixers:
         num_tokens = observation.replaced_inputs["position_ids"].shape[-1]
         observation.mixer_calls.append(MixerCall(module, args, kwargs, num_tokens))
     return method(*args, **kwargs)

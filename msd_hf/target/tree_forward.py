@@ -22,6 +22,7 @@ from ..decoders import decoder_of, padding_position
 from ..errors import MSDUnsupportedError
 from ..kv.fixed import close_slots, reserve, whole_buffers
 from ..kv.in_place import KeysAndValues
+from ..kv.indexed import BLOCK_INDEXED
 from ..kv.reference_window import spared_slots
 from ..kv.slots import ContextSlots
 from ..kv.transaction import recurrent_layers
@@ -91,7 +92,8 @@ class TreeForward:
             allow_trees(self.decoder)
         elif numbers:
             self._mixers = mixers_of(self.decoder, numbers)
-        self._indexers = indexers_of(self.decoder)
+        chooses_blocks = BLOCK_INDEXED in self._reaches
+        self._indexers = indexers_of(self.decoder) if chooses_blocks else []
         self._query_scales = QueryScales(self.decoder)
         self._is_limited = any(reach.most is not None for reach in self._reaches.values())
         self._hands_on_arguments = takes_any_argument(self.decoder)
@@ -118,7 +120,7 @@ class TreeForward:
             output_flags: `output_hidden_states`, `output_attentions`; with one of them nothing is compiled.
         """
         if num_fixed_nodes is None or output_flags:
-            masks = self._masks(tree, context, spared_slots(cache.layers))
+            masks = self._masks(tree, context, cache)
             num_nodes = tree.tokens.shape[1]
             replaced = {name: _for_nodes(name, value, num_nodes) for name, value in context.inputs.items()}
             factors = self._query_scales.corrections(tree, context)
@@ -252,9 +254,9 @@ class TreeForward:
         slots = torch.arange(context.num_slots, device=device).expand(batch_size, -1)
         lengths = context.row_lengths(device).unsqueeze(1)
         is_used = (slots < lengths).unsqueeze(1).expand(-1, num_nodes, -1)
-        return NodePlaces(
-            torch.cat([slots, lengths + tree.depths], dim=1), torch.cat([is_used, tree.ancestors], dim=2)
-        )
+        places = torch.cat([slots, lengths + tree.depths], dim=1)
+        visible = torch.cat([is_used, tree.ancestors], dim=2)
+        return NodePlaces(places, visible, context.num_slots + tree.max_depth + 1)
 
     def _positions(self, tree: CandidateTree, next_position: torch.Tensor) -> torch.Tensor:
         """Positions `[..., B, N]` of the nodes of trees whose roots stand at `next_position` `[..., B, 1]`."""
@@ -270,20 +272,22 @@ class TreeForward:
         if not self._is_recurrent:
             return None
         layers = recurrent_layers(cache)
-        nodes = TreeNodes(tree.parents, tree.ancestors)
         # Mixers read the nodes as a text, so the check of a target finds that a tree differs, and a chain does not.
         if self._mixers or tree.tokens.shape[1] == 1:
             for layer in layers:
                 layer.hold()
             return None
+        nodes = TreeNodes(tree.parents, tree.ancestors)
         for layer in layers:
             layer.expect(nodes)
         return nodes
 
-    def _masks(self, tree: CandidateTree, context: ContextSlots, spared: int) -> dict[str, torch.Tensor] | None:
+    def _masks(self, tree: CandidateTree, context: ContextSlots, cache: Cache) -> dict[str, torch.Tensor] | None:
         """Masks by kind of layer; `None` for single nodes that see the whole context."""
         if tree.tokens.shape[1] == 1 and not context.hides_slots and not self._is_limited:
             return None  # as in a step of `generate`: attention is faster without a mask
+        spares_prompt = any(reach.spares_prompt for reach in self._reaches.values())
+        spared = spared_slots(cache.layers) if spares_prompt else 0
         return {
             kind: tree_attention_mask(tree.ancestors, context, self.dtype, reach, tree.depths, spared)
             for kind, reach in self._reaches.items()

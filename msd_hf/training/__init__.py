@@ -6,9 +6,10 @@ from .curriculum import Curriculum, CurriculumSampler
 from .data.conversations import Conversation, Conversations, load_conversations
 from .data.encoding import ConversationEncoder
 from .features.cache import FeatureCache, extract_features
+from .new_draft import new_draft
 from .recipes import RECIPES, Recipe
 from .regeneration.regenerate import regenerate
-from .trainer import MSDTrainer, new_draft
+from .trainer import MSDTrainer
 
 
 __all__ = [

@@ -32,12 +32,13 @@ from .data.conversations import JoinedConversations, load_conversations
 from .disk import check_writable
 from .features.cache import FeatureCache
 from .features.fingerprint import target_fingerprint
+from .new_draft import new_draft
 from .regeneration.journal import is_written
 from .regeneration.regenerate import regenerate
 from .resume_point import find_resume_point
 from .run_fingerprint import argument_values
 from .script_help import HelpAll, format_help
-from .trainer import MSDTrainer, new_draft
+from .trainer import MSDTrainer
 
 
 @dataclass

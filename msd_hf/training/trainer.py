@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from ..decoders import decoder_of
 from ..decoding.result import mean_acceptance_length
 from ..draft.modeling_msd import MSDDraftModel
 from ..draft.target_sizes import generating_model
@@ -34,6 +33,7 @@ from .given_data import open_held_out, open_training_data, processor_of
 from .losses import weighted_loss
 from .meters import LossMeter
 from .mixture import Mixture, MixtureCollator
+from .new_draft import new_draft
 from .objective import DraftObjective
 from .provenance import describe_run, read_provenance
 from .resuming import ResumableTrainer
@@ -395,32 +395,4 @@ class _HeldOut(Dataset):
         return self._mixture[Draw(index, "text", index)]
 
 
-def new_draft(target: PreTrainedModel, args: MSDTrainingArguments) -> MSDDraftModel:
-    """
-    Makes a new draft for a target, as the arguments describe it.
-
-    The draft is float32, because the rounding of a shorter dtype would swallow small steps. A draft that cannot start
-    from the target's last layer gets random weights if only the recipe asks for this start. If the user asks for it,
-    there is an error.
-
-    Raises:
-        MSDError: when the draft cannot be made as the user asked.
-    """
-    overrides: dict[str, Any] = {
-        "decouple_visual_tokens": args.decouple_visual_tokens,
-        "target_layers": args.layers_of(len(decoder_of(target).layers)),
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)
-        try:
-            draft = MSDDraftModel.from_target(target, bool(args.init_from_last_layer), **overrides)
-        except MSDError as error:
-            if not args.init_from_last_layer or args.start_is_given:
-                raise
-            logger.warning("The draft starts from random weights: %s", error)
-            torch.manual_seed(args.seed)
-            draft = MSDDraftModel.from_target(target, **overrides)
-    return draft.float()
-
-
-__all__ = ["MSDTrainer", "new_draft"]
+__all__ = ["MSDTrainer"]
