@@ -1,6 +1,7 @@
 """What an installation promises: the declared packages are those that are imported, and extras hold what they say."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import msd_hf
 
 tomllib = pytest.importorskip("tomllib")  # new in Python 3.11
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = SETTINGS["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 MODULES = {"huggingface-hub": "huggingface_hub", "pyyaml": "yaml", "pillow": "PIL"}
 # Imported where a target, a draft or an option needs it; `tokenizers` and `jinja2` come with transformers.
@@ -52,3 +54,14 @@ def test_all_holds_every_extra_that_fits_every_build_of_torch():
 def test_pythons_are_named():
     named = [line.rpartition(" :: ")[2] for line in PROJECT["classifiers"] if " :: 3." in line]
     assert named[0] == PROJECT["requires-python"].removeprefix(">=") and named == ["3.10", "3.11", "3.12", "3.13"]
+
+
+def test_an_index_shows_no_link_that_leads_nowhere():
+    """An index shows README alone. Links to pages become their text, other links stay."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "](examples/SUPPORT.md)" in text and "](examples/demo.svg)" in text
+    for rule in SETTINGS["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(rule["pattern"], rule["replacement"], text)
+    assert [link for link in re.findall(r"\]\(([^)]*)\)", text) if not link.startswith("https://")] == []
+    assert "| SUPPORT.md | What works" in text and "](https://arxiv.org/abs/2505.14260)" in text
+    assert "demo.svg" not in text

@@ -327,8 +327,18 @@ def test_drafting_comes_back_when_it_pays_again():
     """Drafting stays on from the first trial that pays."""
     experience = make_experience(FLAT, tokens_a_round=1.0)
     assert sum(play(experience, 100, tokens=1.0)) < 12
-    drafted = play(experience, 200, tokens=4.0)
-    assert drafted.index(True) <= 64 and all(drafted[drafted.index(True) :])
+    drafted = play(experience, 400, tokens=4.0)
+    assert drafted.index(True) <= 256 and all(drafted[drafted.index(True) :])
+
+
+def test_a_draft_of_which_nothing_is_accepted_is_tried_in_single_rounds_after_longer_pauses():
+    """Nothing more is measured then, because no size would pay."""
+    experience = make_experience(FLAT, tokens_a_round=1.0)
+    drafted = play(experience, 2000, tokens=1.0)
+    runs = [(drafts, len(list(run))) for drafts, run in groupby(drafted)][:-1]
+    assert [length for drafts, length in runs if drafts] == [1] * (len(runs) // 2)
+    assert [length - 1 for drafts, length in runs if not drafts] == [16, 64, 256, *[512] * 3]
+    assert {experience.next_to_explore() for _ in range(10)} == {None}
 
 
 def test_a_trial_after_a_pause_is_judged_by_itself():

@@ -17,6 +17,7 @@ from ..kv.reference_window import spared_slots
 from ..observer import phase
 from ..target.tree_forward import TargetVerification
 from ..tree.candidate import CandidateTree
+from ..tree.settings import TreeSettings
 from .call import DecodingCall, prepare_call
 from .device_rounds import DeviceRounds
 from .result import MSDGenerateOutput
@@ -93,9 +94,19 @@ def _prefill(
         )
         call.is_chain = call.pair.is_chain
     if call.keeps_cache or not selector.finished:
-        with phase("prefill"):
-            call.drafter.prefill(prefill, torch.tensor(tokens), call.memory)
+        call.drafter.put_off(prefill, torch.tensor(tokens), call.memory)
+        if not call.policy.is_paused:
+            _read_prompt(call)
     return running
+
+
+def _read_prompt(call: DecodingCall) -> float:
+    """Runs the draft over the prompt, if it has not read it. Returns the seconds that it took."""
+    started = time.perf_counter()
+    if call.drafter.awaits_prompt:
+        with phase("prefill"):
+            call.drafter.read_prompt()
+    return time.perf_counter() - started
 
 
 def _run_rounds(call: DecodingCall, running: RunningRows) -> None:
@@ -112,7 +123,12 @@ def _run_rounds(call: DecodingCall, running: RunningRows) -> None:
 def _run_round(call: DecodingCall, running: RunningRows) -> None:
     _drop_ended(call, running)
     started = time.perf_counter()
-    tree, is_drafted = _draft(call, running)
+    limits = call.policy.begin_round(call.selector.tokens_left, running.context.num_slots)
+    if limits.num_nodes > 1 and call.drafter.awaits_prompt:  # drafting paused until now
+        seconds = _read_prompt(call)
+        call.policy.leave_out(seconds)
+        started += seconds
+    tree, is_drafted = _draft(call, running, limits)
     call.tally.add_drafting(started)
     with phase("cache"):
         running.settle()
@@ -131,19 +147,22 @@ def _drop_ended(call: DecodingCall, running: RunningRows) -> None:
         call.drafter.keep_rows(places)
 
 
-def _draft(call: DecodingCall, running: RunningRows) -> tuple[CandidateTree, bool]:
+def _draft(call: DecodingCall, running: RunningRows, limits: TreeSettings) -> tuple[CandidateTree, bool]:
     """Drafts a candidate tree for each running row. Returns the trees, and whether they hold anything to verify."""
     selector = call.selector
-    limits = call.policy.begin_round(selector.tokens_left, running.context.num_slots)
-    roots = torch.tensor(running.tokens, device=call.draft.device)
+    device = running.next_position.device
     with phase("tree"):
-        tree = call.drafter.propose(roots, limits)
+        if limits.num_nodes == 1:  # nothing is drafted; a pair that does not pay runs most rounds so
+            tree = CandidateTree.bare(torch.tensor(running.tokens, device=device))
+        else:
+            tree = call.drafter.propose(torch.tensor(running.tokens, device=call.drafter.device), limits)
         if call.is_chain and limits.top_k > 1 and tree.max_depth:
             tree = tree.best_path()  # this call has found out that the target verifies chains only
         elif limits.suffix_nodes and not call.is_chain:
             tree = call.branches.added_to(tree, limits.suffix_nodes, selector.running_tokens)
     is_drafted = tree.tokens.shape[1] > 1
-    tree = tree.to(running.next_position.device)
+    if is_drafted:
+        tree = tree.to(device)
     if selector.padded_rows:
         tree = tree.with_chain(selector.padded_rows, selector.pad_token_id)
     return tree.with_emittable_depths(selector.tokens_left_by_row), is_drafted
@@ -175,7 +194,7 @@ def _accept(call: DecodingCall, running: RunningRows, tree: CandidateTree, verif
     running.accept(verified, paths)
     selector.end_round(verified.counts, verified.num_draft_tokens)
     if call.keeps_cache or not selector.finished:
-        emitted = _padded(verified.tokens, call.draft.device, drafter.block_length)
+        emitted = _padded(verified.tokens, drafter.device, drafter.block_length)
         states = verification.hidden_states
         if tree.tokens.shape[1] > 1 or emitted.shape[1] > 1:
             nodes = paths
@@ -197,6 +216,7 @@ def _complete_cache(call: DecodingCall, running: RunningRows) -> None:
     """Brings the target's cache to the state in which `generate` alone leaves it, with the draft's memory on it."""
     running.complete(call.target, call.selector, call.outputs, call.flags)
     if call.memory is not None and running.context.prompt_mask is None:
+        _read_prompt(call)
         call.drafter.feed_pending()
         emitted = call.selector.row_tokens(0)
         call.memory.remember(call.slots.cache, call.drafter.cache, emitted, call.drafter.last_hidden_state)

@@ -52,6 +52,7 @@ class Drafter(ABC):
         max_visual_rows (`int`, *optional*): most visual rows that the draft reads, of each row of the batch.
 
     Attributes:
+        device (`torch.device`): the draft's device.
         cache (`Cache`): the draft's cache.
         last_hidden_state (`torch.Tensor` of shape `[1, 1, W]`): hidden state of the target at the last slot of its
             cache. Only for a single row.
@@ -74,11 +75,12 @@ class Drafter(ABC):
         self._head = DraftHead(draft, target)
         self._drafting_step = DraftingStep(draft)
         # Kept, because a model searches its weights for device and dtype, which takes as long as a small operation.
-        self._device, self._dtype = draft.device, draft.dtype
+        self.device, self._dtype = draft.device, draft.dtype
         self._reads_layers = bool(draft.reads.layers)  # if not, `read_target` returns its argument
         self._embedding = function_at(target.embedding, draft)  # `None`: other device or dtype
         self._own_masks: dict[tuple[str, int, int], torch.Tensor] = {}
-        self._steps = torch.arange(_LONGEST_KEPT, device=self._device)
+        self._steps = torch.arange(_LONGEST_KEPT, device=self.device)
+        self._unread: tuple[TargetPrefill, torch.Tensor, ChatMemory | None] | None = None  # arguments of `prefill`
         self._pending: list[tuple[torch.Tensor, torch.Tensor, Sequence[int]]] = []  # arguments of `accept`
         self._slots: CacheTransaction  # transaction over `cache`
         self._next_positions: torch.Tensor  # [B, P]: the next P positions of each row
@@ -94,6 +96,21 @@ class Drafter(ABC):
             tokens (`torch.LongTensor` of shape `[B]`): the tokens that the target chose after the prompt.
             past (`ChatMemory`, *optional*): what the draft knows from earlier turns.
         """
+
+    def put_off(self, prefill: TargetPrefill, tokens: torch.Tensor, past: ChatMemory | None = None) -> None:
+        """Takes the arguments of `prefill` for `read_prompt`: a draft that pauses may never need the prompt."""
+        self._unread = prefill, tokens, past
+
+    @property
+    def awaits_prompt(self) -> bool:
+        """Whether the prompt was put off and not read since. Nothing can be drafted before."""
+        return self._unread is not None
+
+    def read_prompt(self) -> None:
+        """Feeds a prompt that was put off. Not in inference mode, because a cache that the user gets keeps it."""
+        if self._unread is not None:
+            arguments, self._unread = self._unread, None
+            self.prefill(*arguments)
 
     def accept(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> None:
         """
@@ -114,7 +131,7 @@ class Drafter(ABC):
 
         Args:
             roots (`torch.LongTensor` of shape `[B]`): the last emitted tokens.
-            limits (`TreeSettings`): bounds of this round's trees. With one node nothing is drafted.
+            limits (`TreeSettings`): bounds of this round's trees, of at least two nodes.
         """
 
     @abstractmethod
@@ -123,6 +140,7 @@ class Drafter(ABC):
 
     def keep_rows(self, places: Sequence[int]) -> None:
         """Keeps only the rows at the given places of the batch, in that order."""
+        self.read_prompt()
         self._slots.keep_rows(places)
         self._pending = [
             (tokens[list(places)], states[list(places)], [counts[place] for place in places])
@@ -135,7 +153,7 @@ class Drafter(ABC):
 
     def _feed_prompt(self, prefill: TargetPrefill, tokens: torch.Tensor, past: ChatMemory | None) -> _Prompt:
         """Runs the draft over the prompt. Afterwards `_next_positions` begin with that of the first drafted node."""
-        device = self._device
+        device = self.device
         token_embeds = self.target.embed(tokens.unsqueeze(1)).to(prefill.inputs_embeds)
         inputs_embeds = torch.cat([prefill.inputs_embeds, token_embeds], dim=1)
         visual_mask = torch.cat([prefill.visual_mask, torch.zeros_like(prefill.visual_mask[:, :1])], dim=1)
@@ -211,7 +229,7 @@ class Drafter(ABC):
             self._next_positions = positions.narrow(1, length, _LEVELS_AHEAD)
             self.last_hidden_state = hidden_states.narrow(1, length - 1, 1)
             return states.narrow(1, length - 1, 1)
-        last = torch.tensor(counts, device=self._device).unsqueeze(1)  # [B, 1]
+        last = torch.tensor(counts, device=self.device).unsqueeze(1)  # [B, 1]
         self._next_positions = self._next_positions + last
         return states.gather(1, (last - 1).unsqueeze(2).expand(-1, -1, states.shape[2]))
 
@@ -236,7 +254,7 @@ class Drafter(ABC):
         """The next positions of each row, `[B, count]`."""
         if count > self._next_positions.shape[1]:
             if count > self._steps.shape[0]:
-                self._steps = torch.arange(count, device=self._device)
+                self._steps = torch.arange(count, device=self.device)
             self._next_positions = self._next_positions.narrow(1, 0, 1) + self._steps.narrow(0, 0, count)
         return self._next_positions.narrow(1, 0, count)
 
@@ -247,7 +265,7 @@ class Drafter(ABC):
         if length <= _LONGEST_KEPT and not context.hides_slots:
             own = self._own_mask("chain", batch_size, length)
             return torch.cat([own.new_zeros(batch_size, length, context.num_slots), own], dim=2).unsqueeze(1)
-        visible = chain_visibility(length, self._device).expand(batch_size, -1, -1)
+        visible = chain_visibility(length, self.device).expand(batch_size, -1, -1)
         return tree_attention_mask(visible, context, self._dtype)
 
     def _own_mask(self, kind: str, batch_size: int, size: int) -> torch.Tensor:
@@ -255,7 +273,7 @@ class Drafter(ABC):
         those of a `"chain"` also the nodes before. Kept, because it is needed again and again."""
         mask = self._own_masks.get((kind, batch_size, size))
         if mask is None:
-            visible = chain_visibility(size, self._device)
+            visible = chain_visibility(size, self.device)
             if kind == "level":
                 visible = visible & visible.T
             mask = additive_mask(visible, self._dtype).expand(batch_size, -1, -1)
@@ -263,7 +281,7 @@ class Drafter(ABC):
         return mask
 
     def _to_draft(self, states: torch.Tensor) -> torch.Tensor:
-        return states.to(device=self._device, dtype=self._dtype)
+        return states.to(device=self.device, dtype=self._dtype)
 
 
 __all__ = ["Drafter"]

@@ -113,7 +113,7 @@ class FixedDrafter(Drafter):
         self._slots.take_back_last()
         missing = self.block_length - 1
         self._next_positions = self._next_positions - 1
-        row = functional.pad(tokens.unsqueeze(1).to(self._device), (0, missing))
+        row = functional.pad(tokens.unsqueeze(1).to(self.device), (0, missing))
         states = functional.pad(self.last_hidden_state, (0, 0, 0, missing))
         self._pending = [(row, states, [1] * len(tokens))]
 
@@ -134,20 +134,18 @@ class FixedDrafter(Drafter):
 
     @torch.inference_mode()  # in any caller's mode: for tensors of another mode the code would be compiled again
     def propose(self, roots: torch.Tensor, limits: TreeSettings) -> CandidateTree:
-        if limits.num_nodes == 1:
-            return CandidateTree.bare(roots)
         state = self.state
         self._pending = []
         counts, context = state.counts, self._slots.context
         # Copying a list to a GPU waits for all queued work, so the positions are made before drafting is queued.
-        self._next_positions = state.next_position + torch.tensor(counts, device=self._device).unsqueeze(1)
+        self._next_positions = state.next_position + torch.tensor(counts, device=self.device).unsqueeze(1)
         room = self.reserve(context, state.last_position, state.hidden_states)
         # Copies are contiguous tensors of inference mode. For any others the code would be compiled again.
         tokens, hidden_states, next_position = (
             part.clone(memory_format=torch.contiguous_format)
             for part in (state.tokens, state.hidden_states, state.next_position)
         )
-        lengths = torch.tensor([counts, context.lengths], device=self._device)
+        lengths = torch.tensor([counts, context.lengths], device=self.device)
         with phase("draft forward"):
             tree = self.draft_tree(tokens, hidden_states, lengths, next_position, room)
         context.grow(counts)
@@ -206,7 +204,7 @@ class FixedDrafter(Drafter):
 
     def _padding(self, context: ContextSlots, num_slots: int) -> torch.Tensor | None:
         """Which of `num_slots` slots hold padding, `[B, num_slots]`; `None` without padding."""
-        mask = context.padded_prompt_mask(num_slots, self._device)
+        mask = context.padded_prompt_mask(num_slots, self.device)
         return None if mask is None else ~mask
 
     def draft_tree(

@@ -69,8 +69,6 @@ class GrowingDrafter(Drafter):
 
     @torch.inference_mode()  # many small operations take an eighth less time in it
     def propose(self, roots: torch.Tensor, limits: TreeSettings) -> CandidateTree:
-        if limits.num_nodes == 1:
-            return CandidateTree.bare(roots)
         policy = self.policy or TreePolicy(limits)
         growth = TreeGrowth(roots, limits, self._tables)
         self._feed_pending()
@@ -92,7 +90,7 @@ class GrowingDrafter(Drafter):
         # own. `None` while every node sees everything, as on a path.
         mask: torch.Tensor | None = None
         if context.hides_slots:
-            no_nodes = torch.ones(batch_size, 1, 0, dtype=torch.bool, device=self._device)
+            no_nodes = torch.ones(batch_size, 1, 0, dtype=torch.bool, device=self.device)
             mask = tree_attention_mask(no_nodes, context, self._dtype)[:, 0]
         own = self._own_mask("level", batch_size, limits.top_k)
         num_slots, last_position = context.num_slots, self._last_position

@@ -26,11 +26,13 @@ _BINS_PER_OCTAVE, _NUM_BINS = 2, 40
 _LEAST_LOG_PROB = -1e3
 _PRIOR_WEIGHT = 8.0  # weight of the draft's own probability, in observed nodes
 _FORGETTING = 0.97  # factor on the weight of old rounds at each new round
-# When drafting does not pay, it pauses for this number of rounds. The pause doubles each time that drafting still does
-# not pay after it.
+# When drafting does not pay, it pauses for this number of rounds. The pause grows by a factor each time that drafting
+# still does not pay after it, and by a larger one if nothing at all was accepted.
 _PAUSE, _LONGEST_PAUSE = 16, 512
-# Rounds with drafting before it is judged: at first, and after a pause.
-_ROUNDS_TO_JUDGE, _ROUNDS_TO_JUDGE_AGAIN = 4, 2
+_GROWTH, _GROWTH_IF_USELESS = 2, 4
+# Rounds with drafting before it is judged: at first, after a pause, and after a pause because nothing was accepted.
+# One round is enough then: if it accepts nothing again, little is lost by another pause.
+_ROUNDS_TO_JUDGE, _ROUNDS_TO_JUDGE_AGAIN, _ROUNDS_TO_JUDGE_IF_USELESS = 4, 2, 1
 # Weight of the mean over all calls in the rate of one call, in rounds.
 _PRIOR_ROUNDS = 4.0
 
@@ -134,6 +136,7 @@ class Experience:
         self._pause = _PAUSE
         self._pause_left = 0
         self._rounds_to_judge = _ROUNDS_TO_JUDGE
+        self._is_useless = False  # whether nothing was accepted when drafting was judged last
 
     # ---- estimates ----
 
@@ -151,6 +154,8 @@ class Experience:
         self._num_rounds += 1
         num_trials = self._num_trials[self._range]
         is_proven = (self._drafted_tokens.value or 1.0) > 1.0
+        if not is_proven and self._rounds_to_judge == 0:
+            return None  # nothing was accepted, so no size pays, whatever it costs
         size = min(
             (size for size in num_trials if is_proven or size <= _LARGEST_UNPROVEN_SIZE), key=num_trials.__getitem__
         )
@@ -217,12 +222,17 @@ class Experience:
         line = self._costs.get(self._range)
         return seconds + (0.0 if line is None else width * line.slope)
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether the next round does not draft, unless it is to measure a size."""
+        return self._pause_left > 0
+
     def drafting_pays(self) -> bool:
         """Whether this round should draft. When drafting does not pay, it pauses, and is then judged again."""
         if self._pause_left > 0:
             self._pause_left -= 1
             if self._pause_left == 0:
-                self._rounds_to_judge = _ROUNDS_TO_JUDGE_AGAIN
+                self._rounds_to_judge = _ROUNDS_TO_JUDGE_IF_USELESS if self._is_useless else _ROUNDS_TO_JUDGE_AGAIN
                 self._drafted_tokens, self._drafted_seconds = _Mean(), _Mean()
             return False
         if self._rounds_to_judge > 0:
@@ -231,7 +241,9 @@ class Experience:
         if rate is None or plain is None or rate >= 1.0 / plain:
             self._pause = _PAUSE
             return True
-        self._pause_left, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+        self._is_useless = self._drafted_tokens.value == 1.0
+        growth = _GROWTH_IF_USELESS if self._is_useless else _GROWTH
+        self._pause_left, self._pause = self._pause, min(growth * self._pause, _LONGEST_PAUSE)
         return False
 
     # ---- measurements ----

@@ -29,6 +29,14 @@ class TreePolicy:
     def __init__(self, settings: TreeSettings):
         self.settings = settings
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether the next rounds draft nothing, because drafting does not pay."""
+        return False
+
+    def leave_out(self, seconds: float) -> None:
+        """Leaves out time at the beginning of this round that other rounds do not need."""
+
     def begin_round(self, tokens_left: int | None, num_slots: int) -> TreeSettings:
         """
         Begins a round, and returns the bounds of its tree.
@@ -78,6 +86,7 @@ class AdaptiveTreePolicy(TreePolicy):
         super().__init__(settings)
         self.experience = experience
         self.eos_token_ids = frozenset(eos_token_ids)
+        self._undrafted = TreeSettings(1, 0, settings.top_k)
         self._drafts = True  # whether this round drafts a tree
         self._tokens = self._seconds = 0.0  # totals of this call's rounds
         self._num_slots = 0  # length of this round's context
@@ -88,6 +97,13 @@ class AdaptiveTreePolicy(TreePolicy):
         self._prices: dict[int, float] = {}  # width of a level -> its cost, in tokens
         self._best_scores: list[set[float]] = []  # for each row, the score of the best node of each level
 
+    @property
+    def is_paused(self) -> bool:
+        return self.experience.is_paused
+
+    def leave_out(self, seconds: float) -> None:
+        self._round_start += seconds
+
     def begin_round(self, tokens_left: int | None, num_slots: int) -> TreeSettings:
         self._num_slots = num_slots
         self._round_start = time.perf_counter()
@@ -96,7 +112,7 @@ class AdaptiveTreePolicy(TreePolicy):
             self._explored_size = self.experience.next_to_explore()
             self._drafts = self.experience.drafting_pays() if self._explored_size is None else self._explored_size > 1
             if not self._drafts:
-                return TreeSettings(1, 0, self.settings.top_k)
+                return self._undrafted
             self._prices = {width: self._price(width) for width in level_widths(self.settings.top_k)}
         return self.settings.limited_to(tokens_left)
 
