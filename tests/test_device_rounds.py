@@ -10,6 +10,7 @@ import tiny
 import torch
 from families import FAMILIES
 from family_drafts import family_pair
+from thinning import thinned
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from msd_hf.attention import split as split_attention
@@ -56,9 +57,15 @@ def generate_both(target, draft, inputs, **options):
         return expected, target.generate(**inputs, **options, assistant_model=draft)
 
 
-@pytest.mark.parametrize("returns_dict", [False, True])
-@pytest.mark.parametrize(
-    ("name", "attention"), [(n, a) for n, family in FAMILIES.items() if family.compiles for a in family.attentions]
+@thinned(
+    "name,attention,returns_dict",
+    [
+        (name, attention, returns_dict)
+        for name, family in FAMILIES.items()
+        if family.compiles
+        for attention in family.attentions
+        for returns_dict in (False, True)
+    ],
 )
 def test_every_family(name, attention, returns_dict, rounds, monkeypatch):
     """With and without a returned cache. The buffers start so small that they must grow."""
