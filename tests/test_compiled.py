@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+from itertools import product
 
 import pytest
 import tiny
 import torch
+from thinning import thinned
 from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
@@ -135,22 +137,24 @@ def with_root_only(draft):
     draft.generation_config.num_assistant_tokens = 1
 
 
-@pytest.mark.parametrize(
-    "change", [with_draft_vocabulary, with_suffix_branch, with_chain, with_all_candidates, with_root_only]
-)
-def test_other_drafts_and_trees(change):
+PROMPTS = {
+    "one prompt": tiny.make_prompt(0, 8, (2,)),
+    "two rows": tiny.left_padded([tiny.make_prompt(seed, 9 - seed) for seed in (1, 2)]),
+}
+CHANGES = [with_draft_vocabulary, with_suffix_branch, with_chain, with_all_candidates, with_root_only]
+
+
+@thinned("change,prompt", product(CHANGES, PROMPTS), strength=1)
+def test_other_drafts_and_trees(change, prompt):
     target, draft = copy.deepcopy(build_pair())
     change(draft)
-    for inputs in (
-        tiny.make_prompt(0, 8, (2,)),
-        tiny.left_padded([tiny.make_prompt(seed, 9 - seed) for seed in (1, 2)]),
-    ):
-        got = generate(target, draft, inputs)
-        expected = generate(target, draft, inputs, compile=False)
-        assert torch.equal(got.sequences, target.generate(**inputs, max_new_tokens=30))
-        assert [rounds[:-1] for rounds in got.acceptance_lengths] == [
-            rounds[:-1] for rounds in expected.acceptance_lengths
-        ]
+    inputs = PROMPTS[prompt]
+    got = generate(target, draft, inputs)
+    expected = generate(target, draft, inputs, compile=False)
+    assert torch.equal(got.sequences, target.generate(**inputs, max_new_tokens=30))
+    assert [rounds[:-1] for rounds in got.acceptance_lengths] == [
+        rounds[:-1] for rounds in expected.acceptance_lengths
+    ]
 
 
 @traced_if_slow

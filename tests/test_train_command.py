@@ -184,7 +184,7 @@ def history(output):
     return [entry for entry in state["log_history"] if "loss" in entry]
 
 
-@pytest.mark.parametrize("unroll_passes", [1, 2])
+@pytest.mark.parametrize("unroll_passes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_two_processes_have_the_losses_of_one(unroll_passes, folder, tmp_path, monkeypatch, capsys):
     """Two processes share the global batch of one, and their losses agree over 50 steps in float32, noise included."""
     config = Path(__file__).parent.parent / "examples" / "configs" / "cpu.yaml"

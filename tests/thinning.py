@@ -31,15 +31,14 @@ def thinned(names: str, cases: Iterable[Case], strength: int = 2) -> pytest.Mark
 def covering(cases: list[Case], strength: int) -> set[Case]:
     """A small set of cases with each combination of `strength` values that stand together in a case. Values are used
     about equally often, so that no two always meet the same third."""
-    parts = {case: list(combinations(enumerate(case), strength)) for case in cases}
+    parts = {case: set(combinations(enumerate(case), strength)) for case in cases}
+    missing = set().union(*parts.values())
     uses: Counter[Any] = Counter()
-    missing = {part for case in cases for part in parts[case]}
-    kept = set()
+    kept: set[Case] = set()
     while missing:
-        best = max(
-            cases, key=lambda case: (len(missing.intersection(parts[case])), -sum(uses[p] for p in parts[case]))
-        )
+        # The first of those with the most new combinations, and of these, with the least used ones.
+        best = max(cases, key=lambda case: (len(missing & parts[case]), -sum(uses[part] for part in parts[case])))
         kept.add(best)
         uses.update(parts[best])
-        missing.difference_update(parts[best])
+        missing -= parts[best]
     return kept
