@@ -360,6 +360,7 @@ def test_hidden_states_are_returned():
             torch.testing.assert_close(states, wanted)
 
 
+@traced_if_slow
 @pytest.mark.parametrize("fails", [False, True])
 def test_target_is_left_as_it_was(fails, monkeypatch):
     target, draft = build_pair()

@@ -96,9 +96,17 @@ def test_turns_of_a_chat_share_a_cache(name, kinds, monkeypatch):
         ids = torch.cat([tokens, torch.tensor([[5, 9, 23]])], dim=1)
 
 
-@pytest.mark.parametrize("name, rows", [("gemma4_e", 1), ("gemma4_e_text", 2), ("gemma3n", 1)])
-def test_compiled_calls(name, rows, monkeypatch):
-    draft, served = compiled_draft(name, monkeypatch, traced=True), []
+@pytest.mark.parametrize(
+    "name, rows, kind",
+    [
+        ("gemma4_e", 1, "traced"),
+        ("gemma3n", 1, "traced"),
+        ("gemma4_e_text", 2, "compiled"),
+        pytest.param("gemma4_e_text", 2, "traced", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_calls(name, rows, kind, monkeypatch):
+    draft, served = compiled_draft(name, monkeypatch, kind == "traced"), []
     original = device_rounds.DeviceRounds.run
     monkeypatch.setattr(device_rounds.DeviceRounds, "run", lambda self: (served.append(True), original(self)))
     for options in ({}, {"do_sample": True, "temperature": 0.7}):  # the second call takes the buffers of the first
