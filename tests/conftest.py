@@ -1,5 +1,6 @@
 import os
 import sys
+from pathlib import Path
 
 
 # The libraries read these variables at import, also in the processes that tests start.
@@ -7,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # tests must not download anything
 os.environ["OMP_NUM_THREADS"] = "1"  # the tests' models are so tiny that more threads only slow them down
 
 import pytest
+import shared_fits
 from training_runs import NUM_SAMPLES, build_small_target
 from transformers import AutoProcessor
 
@@ -14,6 +16,11 @@ from msd_hf import cli
 from msd_hf.toy import TARGET_DIR
 from msd_hf.toy.dataset import ToySamples
 from msd_hf.training import load_conversations
+
+
+def pytest_configure(config):
+    if hasattr(config, "workerinput"):  # one of several processes; their temporary folders lie side by side
+        shared_fits.share_fits(Path(config.option.basetemp).parent / "fits")
 
 
 @pytest.fixture(scope="session")

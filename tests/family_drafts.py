@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import shared_fits
 import torch
 from families import FAMILIES, SPECIAL_TOKEN_IDS, Family
 from recurrent_families import RECURRENT_FAMILIES
@@ -36,7 +37,7 @@ def family_pair(name: str, seed: int = 0) -> FamilyPair:
         draft = MSDDraftModel.from_target(target)
         settings = draft.generation_config
         settings.num_assistant_tokens, settings.tree_depth, settings.tree_top_k = 16, 3, 4
-        fit_draft(draft, family, target, seed=seed)
+        shared_fits.fitted(f"{name}-{seed}", draft, lambda: fit_draft(draft, family, target, seed=seed))
     return FamilyPair(family, target, draft)
 
 

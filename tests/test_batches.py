@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import random
+from itertools import product
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from thinning import thinned
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -140,10 +142,10 @@ class EndsEverySecondRow(StoppingCriteria):
         return torch.tensor([row % 2 == 0 and input_ids.shape[1] > 30 for row in range(len(input_ids))])
 
 
-@pytest.mark.parametrize("return_dict", [False, True])
-@pytest.mark.parametrize("do_sample", [False, True])
-@pytest.mark.parametrize("with_eos", [False, True])
-@pytest.mark.parametrize("what", ["processor", "criterion", "prefix function"])
+@thinned(
+    "what,with_eos,do_sample,return_dict",
+    product(["processor", "criterion", "prefix function"], [False, True], [False, True], [False, True]),
+)
 def test_code_of_the_user_sees_the_whole_batch(what, with_eos, do_sample, return_dict):
     """Processors, criteria and prefix functions of the user are called in every step for all rows of the batch."""
     pair, rng = tiny.pair(3), random.Random(0)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+from itertools import product
 
 import pytest
 import tiny
 import torch
+from thinning import thinned
 from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
@@ -41,9 +43,18 @@ NUM_GRAPHS = 3
 
 
 @pytest.fixture(autouse=True)
-def backend(monkeypatch):
-    """Uses Dynamo without a compiler: errors would come from what is traced and from its inputs."""
-    monkeypatch.setattr(compiled, "BACKEND", "eager")
+def backend(request, monkeypatch):
+    """Uses Dynamo without a compiler: errors would come from what is traced and from its inputs. Tests of buffers and
+    of values run the functions as they are; tracing takes most of the time."""
+    if getattr(request, "param", "traced") == "traced":
+        monkeypatch.setattr(compiled, "BACKEND", "eager")
+    else:
+        monkeypatch.setattr(compiled, "_compile", lambda function, mode: function)
+
+
+traced_if_slow = pytest.mark.parametrize(
+    "backend", ["as it is", pytest.param("traced", marks=pytest.mark.slow)], indirect=True
+)
 
 
 def build_pair():
@@ -126,24 +137,27 @@ def with_root_only(draft):
     draft.generation_config.num_assistant_tokens = 1
 
 
-@pytest.mark.parametrize(
-    "change", [with_draft_vocabulary, with_suffix_branch, with_chain, with_all_candidates, with_root_only]
-)
-def test_other_drafts_and_trees(change):
+PROMPTS = {
+    "one prompt": tiny.make_prompt(0, 8, (2,)),
+    "two rows": tiny.left_padded([tiny.make_prompt(seed, 9 - seed) for seed in (1, 2)]),
+}
+CHANGES = [with_draft_vocabulary, with_suffix_branch, with_chain, with_all_candidates, with_root_only]
+
+
+@thinned("change,prompt", product(CHANGES, PROMPTS), strength=1)
+def test_other_drafts_and_trees(change, prompt):
     target, draft = copy.deepcopy(build_pair())
     change(draft)
-    for inputs in (
-        tiny.make_prompt(0, 8, (2,)),
-        tiny.left_padded([tiny.make_prompt(seed, 9 - seed) for seed in (1, 2)]),
-    ):
-        got = generate(target, draft, inputs)
-        expected = generate(target, draft, inputs, compile=False)
-        assert torch.equal(got.sequences, target.generate(**inputs, max_new_tokens=30))
-        assert [rounds[:-1] for rounds in got.acceptance_lengths] == [
-            rounds[:-1] for rounds in expected.acceptance_lengths
-        ]
+    inputs = PROMPTS[prompt]
+    got = generate(target, draft, inputs)
+    expected = generate(target, draft, inputs, compile=False)
+    assert torch.equal(got.sequences, target.generate(**inputs, max_new_tokens=30))
+    assert [rounds[:-1] for rounds in got.acceptance_lengths] == [
+        rounds[:-1] for rounds in expected.acceptance_lengths
+    ]
 
 
+@traced_if_slow
 @pytest.mark.parametrize("channels", [slice(None), slice(0, 1)], ids=["all channels", "one channel"])
 def test_candidates_that_overflow_harm_no_others(channels):
     """Slots of rejected candidates stay in the buffers. Attention gives them weight 0, and 0 times infinity is NaN.
@@ -187,6 +201,7 @@ def test_batch_whose_rows_end_at_different_times():
     assert torch.equal(generate(target, draft, inputs, eos_token_id=eos).sequences, expected)
 
 
+@traced_if_slow
 def test_the_draft_does_not_see_padding():
     target, draft = build_pair()
     for seed in range(3):
@@ -214,6 +229,7 @@ def test_compiles_again_only_when_the_context_outgrows_the_buffers(monkeypatch):
     assert not counters["graph_break"]
 
 
+@traced_if_slow
 def test_conversation_with_compiled_turns_and_others():
     target, draft = build_pair()
     for turns in ((True, True, True), (True, False, True), (False, True, False)):
@@ -227,6 +243,7 @@ def test_conversation_with_compiled_turns_and_others():
             ids = torch.cat([got, tiny.make_prompt(10 + turn, 5)["input_ids"]], dim=1)
 
 
+@traced_if_slow
 @pytest.mark.parametrize("capacity", [16, 64])
 def test_a_draft_that_joins_late(capacity, monkeypatch):
     """
@@ -244,6 +261,7 @@ def test_a_draft_that_joins_late(capacity, monkeypatch):
     assert torch.equal(got, target.generate(ids, max_new_tokens=30, **{CACHE_NAME: caches[1]}))
 
 
+@traced_if_slow
 def test_buffers_are_kept_for_reuse_when_a_call_fails():
     target, draft = build_pair()
     inputs = tiny.make_prompt(0, 8)
@@ -259,6 +277,7 @@ def test_buffers_are_kept_for_reuse_when_a_call_fails():
     assert all(spare_buffers(target, draft))
 
 
+@traced_if_slow
 def test_buffers_are_kept_for_reuse_when_a_prefill_fails():
     target, draft = build_pair()
     inputs = tiny.make_prompt(0, 8)
@@ -276,6 +295,7 @@ def test_buffers_are_kept_for_reuse_when_a_prefill_fails():
     assert all(spare_buffers(target, draft))
 
 
+@traced_if_slow
 def test_a_prompt_is_prefilled_into_existing_buffers():
     target, draft = build_pair()
     generate(target, draft, tiny.make_prompt(0, 8), return_dict_in_generate=False)
@@ -294,6 +314,7 @@ def test_a_prompt_is_prefilled_into_existing_buffers():
     assert seen == [keys.data_ptr() for keys, _ in buffers]
 
 
+@traced_if_slow
 def test_returned_caches_are_not_used_again():
     target, draft = build_pair()
     inputs = tiny.make_prompt(0, 8)
@@ -304,6 +325,7 @@ def test_returned_caches_are_not_used_again():
     assert all(torch.equal(layer.keys, old) for layer, old in zip(first[CACHE_NAME].layers, keys, strict=True))
 
 
+@traced_if_slow
 def test_reused_buffers_keep_their_addresses_but_not_their_contents(monkeypatch):
     """CUDA graphs need fixed addresses, so buffers keep theirs. Their old contents (here NaN) must not be read."""
     target, draft = build_pair()
@@ -338,6 +360,7 @@ def test_hidden_states_are_returned():
             torch.testing.assert_close(states, wanted)
 
 
+@traced_if_slow
 @pytest.mark.parametrize("fails", [False, True])
 def test_target_is_left_as_it_was(fails, monkeypatch):
     target, draft = build_pair()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+from itertools import product
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from thinning import thinned
 from transformers import DynamicCache
 
 from msd_hf.compat import CACHE_NAME
@@ -66,9 +68,7 @@ def hold_conversation(
     return answers, lengths, output
 
 
-@pytest.mark.parametrize("new_tokens_only", [False, True])
-@pytest.mark.parametrize("do_sample", [False, True])
-@pytest.mark.parametrize("number", [0, 1, 3, 6])
+@thinned("number,do_sample,new_tokens_only", product([0, 1, 3, 6], [False, True], [False, True]))
 def test_ten_turns_are_those_without_the_draft(number, do_sample, new_tokens_only):
     pair = tiny.pair(number)
     pair.set_attention("sdpa")

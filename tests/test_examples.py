@@ -138,27 +138,44 @@ def test_peak_memory_counts_what_is_held_at_one_time():
     assert peak == pytest.approx(8000, abs=200) and result[0] == 4
 
 
-def test_recorded_calls_are_compared(tmp_path):
-    def run_script(*arguments: object) -> subprocess.CompletedProcess:
-        # It has modules beside it, and settings of the process that others are not to have.
-        command = [sys.executable, str(EXAMPLES / "studies" / "record_calls.py"), *map(str, arguments)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+RUN_EACH = """
+import runpy, sys
 
-    path = tmp_path / "calls.pt"
-    result = run_script("record", path, "--calls", 4)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.endswith("4 calls recorded\n")
-    result = run_script("compare", path)
-    assert result.returncode == 0 and result.stdout.endswith("4 of 4 calls as recorded\n")
+script, *commands = sys.argv[1:]
+for command in commands:
+    sys.argv[1:] = command.split()
+    try:
+        runpy.run_path(script, run_name="__main__")
+        print("status 0")
+    except SystemExit as end:
+        print("status", end.code)
+"""
 
-    recording = torch.load(path, weights_only=True)
+
+def test_recorded_calls_are_compared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run_script(*commands: str) -> list[str]:
+        """What each command prints. They run in a process of their own: the script has modules beside it, and
+        settings that other tests are not to have."""
+        studies = EXAMPLES / "studies"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(studies), *sys.path])}
+        command = [sys.executable, "-c", RUN_EACH, str(studies / "record_calls.py"), *commands]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        assert result.returncode == 0, result.stderr
+        return re.findall(r"(.*?status \d+)\n", result.stdout, re.DOTALL)
+
+    (printed,) = run_script("record calls.pt --calls 4")
+    assert printed.endswith("4 calls recorded\nstatus 0")
+
+    recording = torch.load("calls.pt", weights_only=True)
     name, tokens = next(item for item in recording["outcomes"][2].items() if item[0].endswith("sequences"))
     tokens[0, -1] += 1
-    torch.save(recording, path)
-    result = run_script("compare", path)
-    assert result.returncode == 1 and "3 of 4 calls as recorded" in result.stdout
-    assert "call 2: {" in result.stdout and f"{name}: 1 of {tokens.numel()} differ" in result.stdout
+    torch.save(recording, "changed.pt")
+    same, other = run_script("compare calls.pt", "compare changed.pt")
+    assert same.endswith("4 of 4 calls as recorded\nstatus 0")
+    assert other.endswith("3 of 4 calls as recorded\nstatus 1")
+    assert "call 2: {" in other and f"{name}: 1 of {tokens.numel()} differ" in other
 
 
 def test_every_fault_of_the_study_has_its_place_in_the_code():

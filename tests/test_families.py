@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from itertools import product
 from statistics import mean
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from families import FAMILIES
 from family_drafts import family_pair
+from thinning import thinned
 from transformers import set_seed
 
 
@@ -59,7 +61,7 @@ def run(name: str, attention: str, num_images: int, mode: str) -> Case:
     return generate_both(name, inputs, attention, **(SAMPLING if mode == "sampling" else {}))
 
 
-@pytest.mark.parametrize(("name", "attention", "num_images", "mode"), GRID)
+@thinned("name,attention,num_images,mode", GRID)
 def test_tokens_are_those_of_the_target_alone(name, attention, num_images, mode):
     case = run(name, attention, num_images, mode)
     assert case.tokens.tolist() == case.expected.tolist()
@@ -72,8 +74,7 @@ def test_videos(name, num_images, num_videos):
     assert case.tokens.tolist() == case.expected.tolist()
 
 
-@pytest.mark.parametrize("mode", ["greedy", "sampling"])
-@pytest.mark.parametrize("name", FAMILIES)
+@thinned("name,mode", product(FAMILIES, ("greedy", "sampling")), strength=1)
 def test_rows_of_different_lengths_and_pictures(name, mode):
     """Rows have no, one or two images, are padded on the left if the family allows it, and end at different steps."""
     family = FAMILIES[name]
@@ -96,7 +97,8 @@ def test_rows_of_different_lengths_and_pictures(name, mode):
 
 def test_drafts_are_accepted():
     """If no candidate were accepted, the tests above would only check plain decoding."""
-    assert mean(length for case in GRID for length in run(*case).acceptance_lengths) > 1.5
+    cases = [case for case in GRID if case[1:] == (FAMILIES[case[0]].attentions[0], 0, "greedy")]
+    assert mean(length for case in cases for length in run(*case).acceptance_lengths) > 1.5
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.has_images])

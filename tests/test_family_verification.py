@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, FIRST_TEXT_TOKEN_ID, NUM_TEXT_TOKENS, Family
+from thinning import thinned
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from msd_hf.compat import CACHE_NAME
@@ -101,19 +102,12 @@ def largest_difference(target: PreTrainedModel, inputs: dict[str, Any], seed: in
     )
 
 
-ATTENTIONS = [(name, attention) for name, family in FAMILIES.items() for attention in family.attentions]
+def one_prompt(family: Family, attention: str) -> dict[str, Any]:
+    return family.inputs(1, 2 if family.has_images else 0, num_text=12)
 
 
-@pytest.mark.parametrize(("name", "attention"), ATTENTIONS)
-def test_one_prompt(name, attention):
-    family = FAMILIES[name]
-    inputs = family.inputs(1, 2 if family.has_images else 0, num_text=12)
-    assert largest_difference(family.build(attention=attention), inputs, seed=1) < tolerance(family, attention)
-
-
-@pytest.mark.parametrize(("name", "attention"), ATTENTIONS)
-def test_rows_that_accept_different_numbers(name, attention):
-    family = FAMILIES[name]
+def several_rows(family: Family, attention: str) -> dict[str, Any]:
+    """Rows that accept different numbers of tokens."""
     images = (0, 1, 2) if family.has_images else (0, 0, 0)
     lengths = (5, 8, 12) if attention == "sdpa" or family.eager_left_padding else (8, 8, 8)
     if len(set(lengths)) == 1:
@@ -122,8 +116,23 @@ def test_rows_that_accept_different_numbers(name, attention):
         family.prompt(seed, count, place, num_text=length, first_size=0)
         for seed, (count, place, length) in enumerate(zip(images, ("first", "middle", "last"), lengths, strict=True))
     ]
-    inputs = family.collate(prompts)
-    assert largest_difference(family.build(attention=attention), inputs, seed=2) < tolerance(family, attention)
+    return family.collate(prompts)
+
+
+MAKE_INPUTS = {"one prompt": one_prompt, "several rows": several_rows}
+CASES = [
+    (name, attention, kind)
+    for name, family in FAMILIES.items()
+    for attention in family.attentions
+    for kind in MAKE_INPUTS
+]
+
+
+@thinned("name,attention,kind", CASES)
+def test_logits_of_trees_are_those_of_decoding(name, attention, kind):
+    family, seed = FAMILIES[name], list(MAKE_INPUTS).index(kind) + 1
+    inputs = MAKE_INPUTS[kind](family, attention)
+    assert largest_difference(family.build(attention=attention), inputs, seed) < tolerance(family, attention)
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.has_videos])

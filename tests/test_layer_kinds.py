@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import tiny
 import torch
 from families import FAMILIES, IMAGE_TOKEN_ID
 from family_drafts import family_pair
+from thinning import thinned
 from transformers import (
     DynamicCache,
     Llama4Config,
@@ -79,10 +81,10 @@ def next_turn(name: str, inputs: dict[str, Any], sequences: torch.Tensor, num_ne
     return following
 
 
-@pytest.mark.parametrize("mode", ["greedy", "sampling"])
-@pytest.mark.parametrize("drafts", [(1, 1, 1), (0, 1, 0), (1, 0, 1)], ids=str)
-@pytest.mark.parametrize("images", [(1,), (2, 0, 1)], ids=str)
-@pytest.mark.parametrize("name", KINDS)
+@thinned(
+    "name,images,drafts,mode",
+    product(KINDS, [(1,), (2, 0, 1)], [(1, 1, 1), (0, 1, 0), (1, 0, 1)], ["greedy", "sampling"]),
+)
 def test_turns_of_a_chat_share_a_cache(name, images, drafts, mode):
     """Each turn with or without the draft; rows end at different steps. Compared with the same turns without it."""
     pair = family_pair(name)

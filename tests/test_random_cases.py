@@ -23,7 +23,9 @@ def run_case():
         sys.path.remove(str(STUDIES))
 
 
-@pytest.mark.parametrize("part", range(NUM_PARTS))
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=pytest.mark.slow if part % 2 else ()) for part in range(NUM_PARTS)]
+)
 def test_random_calls_are_those_of_the_target_alone(run_case, part):
     results = [result for number in range(part, NUM_CASES, NUM_PARTS) if (result := run_case(number))]
     assert [result for result in results if result["differences"]] == []

@@ -7,6 +7,7 @@ token-by-token decoding to about 1e-6, and tokens agree unless two logits are th
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from statistics import mean
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from family_drafts import FamilyPair, family_pair
 from recurrent_families import RECURRENT_FAMILIES
 from test_family_verification import largest_difference
+from thinning import thinned
 from transformers import set_seed
 
 from msd_hf import MSDDraftModel, MSDUnsupportedError
@@ -30,6 +32,7 @@ pytestmark = pytest.mark.skipif(not KEEPS_STATES, reason="transformers 5.17 is t
 NUM_TOKENS = 20
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 20}
 GREEDY = {"do_sample": False}
+MODES = {"greedy": GREEDY, "sampling": SAMPLING}
 PLACES = ("first", "middle", "last")
 WITH_CONVOLUTION_AND_STATE = ("qwen3_5", "falcon_h1", "nemotron_h", "jamba", "kimi_linear", "lfm2_vl")
 # A logit is about 10, and kernels compute in float32.
@@ -47,20 +50,21 @@ def both(name: str, inputs: dict[str, Any], **options: Any) -> tuple[list, list,
     return expected.tolist(), output.sequences.tolist(), output
 
 
-@pytest.mark.parametrize("mode", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
-@pytest.mark.parametrize("name", RECURRENT_FAMILIES)
+@thinned("name,mode", product(RECURRENT_FAMILIES, ("greedy", "sampling")), strength=1)
 def test_tokens_are_those_of_the_target_alone(name, mode):
     family = RECURRENT_FAMILIES[name]
     accepted = []
     for seed, place in enumerate(PLACES):
-        expected, tokens, output = both(name, family.inputs(seed, seed if family.has_images else 0, place), **mode)
+        expected, tokens, output = both(
+            name, family.inputs(seed, seed if family.has_images else 0, place), **MODES[mode]
+        )
         assert tokens == expected
         accepted += [length for row in output.acceptance_lengths for length in row]
     assert mean(accepted) > 1.05  # else the states behind accepted paths were never used
 
 
-@pytest.mark.parametrize("mode", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
-@pytest.mark.parametrize("name", RECURRENT_FAMILIES)
+# The other way round than above: each family is tried in both modes.
+@thinned("name,mode", product(RECURRENT_FAMILIES, ("sampling", "greedy")), strength=1)
 def test_rows_of_different_lengths(name, mode):
     """Rows are padded on the left, accept different numbers of tokens, and end at different steps."""
     family = RECURRENT_FAMILIES[name]
@@ -68,14 +72,13 @@ def test_rows_of_different_lengths(name, mode):
     prompts = [family.prompt(seed, images[seed], PLACES[seed], num_text=(9, 4, 6)[seed]) for seed in range(3)]
     inputs = family.collate(prompts)
     set_seed(0)
-    alone = family_pair(name).target.generate(**inputs, **mode, max_new_tokens=NUM_TOKENS)
+    alone = family_pair(name).target.generate(**inputs, **MODES[mode], max_new_tokens=NUM_TOKENS)
     end = int(alone[0, inputs["input_ids"].shape[1] + NUM_TOKENS // 2])
-    expected, tokens, _ = both(name, inputs, **mode, eos_token_id=end)
+    expected, tokens, _ = both(name, inputs, **MODES[mode], eos_token_id=end)
     assert tokens == expected
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("name", RECURRENT_FAMILIES)
+@thinned("name,rows", product(RECURRENT_FAMILIES, (1, 3)), strength=1)
 def test_logits_of_random_trees(name, rows):
     """Three rounds with random trees and random accepted paths against token-by-token decoding."""
     family = RECURRENT_FAMILIES[name]
@@ -87,8 +90,7 @@ def test_logits_of_random_trees(name, rows):
     assert largest_difference(family_pair(name).target, family.collate(prompts), seed=rows) < TOLERANCE
 
 
-@pytest.mark.parametrize("length", [1, 2, 3])
-@pytest.mark.parametrize("name", WITH_CONVOLUTION_AND_STATE)
+@thinned("name,length", product(WITH_CONVOLUTION_AND_STATE, (1, 2, 3)), strength=1)
 def test_prompts_shorter_than_a_convolution(name, length):
     expected, tokens, _ = both(name, RECURRENT_FAMILIES[name].inputs(length, num_text=length), **GREEDY)
     assert tokens == expected
@@ -136,8 +138,7 @@ def test_chats_over_turns(name):
         ids = torch.cat([texts[True].sequences, torch.tensor([[11 + turn, 8]])], dim=1)
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
-@pytest.mark.parametrize("name", WITH_CONVOLUTION_AND_STATE)
+@thinned("name,nodes", product(WITH_CONVOLUTION_AND_STATE, (1, 2)), strength=1)
 def test_bare_roots_and_the_smallest_trees(name, nodes, monkeypatch):
     settings = family_pair(name).draft.generation_config
     monkeypatch.setattr(settings, "num_assistant_tokens", nodes)
@@ -148,9 +149,9 @@ def test_bare_roots_and_the_smallest_trees(name, nodes, monkeypatch):
 
 # Jamba is left out: transformers reads several tokens behind a filled cache as if its states were zero, so that the
 # text depends on how it is cut.
-@pytest.mark.parametrize("fails_at", [1, 3])
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("name", [name for name in WITH_CONVOLUTION_AND_STATE if name != "jamba"])
+@thinned(
+    "name,rows,fails_at", product([name for name in WITH_CONVOLUTION_AND_STATE if name != "jamba"], (1, 2), (1, 3))
+)
 def test_an_exception_leaves_a_cache_that_goes_on(name, rows, fails_at):
     """A user's cache is as some earlier moment of the call had it: what it holds is the text up to its length."""
     family, pair = RECURRENT_FAMILIES[name], family_pair(name)

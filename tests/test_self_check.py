@@ -11,6 +11,7 @@ import tiny
 import torch
 from families import FAMILIES
 from test_odd_calls import small_draft, small_target
+from thinning import thinned
 from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
 from msd_hf import MSDDraftModel, MSDUnsupportedError
@@ -155,8 +156,7 @@ def test_a_sound_target_passes(kind, dtype):
         assert torch.equal(output, target.generate(IDS, max_new_tokens=12))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("fault, kind", [(fault, kind) for fault, kinds in FAULTS.items() for kind in kinds])
+@thinned("fault,kind,dtype", [(fault, kind, d) for fault, kinds in FAULTS.items() for kind in kinds for d in DTYPES])
 def test_a_broken_target_is_refused(fault, kind, dtype, monkeypatch):
     target = build(kind, dtype)
     fault(target, monkeypatch)

@@ -26,7 +26,13 @@ from msd_hf.target.adapter import TargetAdapter
 
 NAMES = ("gemma4_e_text", "gemma4_e", "gemma3n_text", "gemma3n")
 NUM_TOKENS = 16
-TURNS = [("alone", "draft", "alone"), ("draft", "alone", "draft"), ("draft", "compiled", "draft")]
+TRACED = pytest.param("traced", marks=pytest.mark.slow)
+TURNS = [
+    ("alone", "draft", "alone"),
+    ("draft", "alone", "draft"),
+    ("draft", "compiled", "draft"),
+    pytest.param(("draft", "traced", "draft"), marks=pytest.mark.slow),
+]
 
 
 def prompts(name: str, count: int = 1, num_text: int = 7) -> dict[str, Any]:
@@ -34,9 +40,12 @@ def prompts(name: str, count: int = 1, num_text: int = 7) -> dict[str, Any]:
     return family.collate([family.prompt(seed, family.has_images, num_text=num_text + seed) for seed in range(count)])
 
 
-def compiled_draft(name: str, monkeypatch: pytest.MonkeyPatch) -> MSDDraftModel:
-    """The draft of a family with `compile=True`, under Dynamo without a compiler."""
-    monkeypatch.setattr(compiled, "BACKEND", "eager")
+def compiled_draft(name: str, monkeypatch: pytest.MonkeyPatch, traced: bool = False) -> MSDDraftModel:
+    """The draft of a family with `compile=True`. Its functions run as they are, or under Dynamo without a compiler."""
+    if traced:
+        monkeypatch.setattr(compiled, "BACKEND", "eager")
+    else:
+        monkeypatch.setattr(compiled, "_compile", lambda function, mode: function)
     draft = copy.copy(family_pair(name).draft)
     draft.generation_config = copy.deepcopy(draft.generation_config)
     draft.generation_config.compile = True
@@ -71,7 +80,8 @@ def test_the_draft_reads_the_states_of_all_positions(name):
 def test_turns_of_a_chat_share_a_cache(name, kinds, monkeypatch):
     target, inputs = family_pair(name).target, prompts(name)
     ids, types = inputs.pop("input_ids"), inputs.pop("mm_token_type_ids", None)
-    drafts = {"alone": None, "draft": family_pair(name).draft, "compiled": compiled_draft(name, monkeypatch)}
+    drafts = {"alone": None, "draft": family_pair(name).draft}
+    drafts["compiled"] = drafts["traced"] = compiled_draft(name, monkeypatch, "traced" in kinds)
     cache, options = DynamicCache(config=target.config), {"max_new_tokens": NUM_TOKENS, "do_sample": False}
     del inputs["attention_mask"]
     for number, kind in enumerate(kinds):
@@ -86,9 +96,17 @@ def test_turns_of_a_chat_share_a_cache(name, kinds, monkeypatch):
         ids = torch.cat([tokens, torch.tensor([[5, 9, 23]])], dim=1)
 
 
-@pytest.mark.parametrize("name, rows", [("gemma4_e", 1), ("gemma4_e_text", 2), ("gemma3n", 1)])
-def test_compiled_calls(name, rows, monkeypatch):
-    draft, served = compiled_draft(name, monkeypatch), []
+@pytest.mark.parametrize(
+    "name, rows, kind",
+    [
+        ("gemma4_e", 1, "traced"),
+        ("gemma3n", 1, "traced"),
+        ("gemma4_e_text", 2, "compiled"),
+        pytest.param("gemma4_e_text", 2, "traced", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_calls(name, rows, kind, monkeypatch):
+    draft, served = compiled_draft(name, monkeypatch, kind == "traced"), []
     original = device_rounds.DeviceRounds.run
     monkeypatch.setattr(device_rounds.DeviceRounds, "run", lambda self: (served.append(True), original(self)))
     for options in ({}, {"do_sample": True, "temperature": 0.7}):  # the second call takes the buffers of the first
@@ -98,11 +116,18 @@ def test_compiled_calls(name, rows, monkeypatch):
 
 
 @pytest.mark.parametrize("with_config", [True, False])
-@pytest.mark.parametrize("name, kind", [*((name, "draft") for name in NAMES), ("gemma4_e_text", "compiled")])
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        *((name, "draft") for name in NAMES),
+        ("gemma4_e_text", "compiled"),
+        pytest.param("gemma4_e_text", "traced", marks=pytest.mark.slow),
+    ],
+)
 def test_an_empty_cache_of_the_caller(name, kind, with_config, monkeypatch):
     """Without a configuration a cache has no layers behind the last one that holds something."""
     target = family_pair(name).target
-    draft = family_pair(name).draft if kind == "draft" else compiled_draft(name, monkeypatch)
+    draft = family_pair(name).draft if kind == "draft" else compiled_draft(name, monkeypatch, kind == "traced")
     cache = DynamicCache(config=target.config) if with_config else DynamicCache()
     expected = target.generate(**prompts(name), max_new_tokens=NUM_TOKENS, do_sample=False)
     options = {"max_new_tokens": NUM_TOKENS, "do_sample": False, "assistant_model": draft, CACHE_NAME: cache}
@@ -139,11 +164,11 @@ class _Interrupting(BaseStreamer):
     def end(self) -> None: ...
 
 
-@pytest.mark.parametrize("kind", ["draft", "compiled"])
+@pytest.mark.parametrize("kind", ["draft", "compiled", TRACED])
 @pytest.mark.parametrize("name", ["gemma4_e_text", "gemma3n_text"])
 def test_a_call_that_is_interrupted_leaves_a_whole_cache(name, kind, monkeypatch):
     target, inputs = family_pair(name).target, prompts(name)
-    draft = family_pair(name).draft if kind == "draft" else compiled_draft(name, monkeypatch)
+    draft = family_pair(name).draft if kind == "draft" else compiled_draft(name, monkeypatch, kind == "traced")
     expected = target.generate(**inputs, max_new_tokens=NUM_TOKENS, do_sample=False)
     cache, ids = DynamicCache(config=target.config), inputs["input_ids"]
     with pytest.raises(KeyboardInterrupt):

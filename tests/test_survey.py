@@ -15,12 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from families import FAMILIES
+from recurrent_families import RECURRENT_FAMILIES
 from survey_configs import PAD
 from survey_inputs import image_inputs, text_inputs
 from survey_page import note_of, read_page, write_page
 from survey_pairs import IMAGE_CLASSES, SAMPLING, TEXT_CLASSES, build_draft, build_target, compare
 from survey_rows import FAILED, REFUSED, SERVED, UNTRIED, Row, find_inputs, find_row, train_draft
 from survey_table import FIELDS, NO_TARGETS
+from test_unusual_targets import CHAINS, TREES
 from transformers import set_seed
 
 from msd_hf import MSDError
@@ -31,6 +34,10 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 VERSION, ROWS = read_page(EXAMPLES / "FAMILIES.md")
 ROW_OF = {row["family"]: row for row in ROWS}
 BY_STATUS = {status: [row["family"] for row in ROWS if row["status"] == status] for status in (SERVED, REFUSED)}
+# Files of their own make many calls of these.
+TRIED_ELSEWHERE = {*TREES, *CHAINS}
+if transformers.__version__ == VERSION:
+    TRIED_ELSEWHERE |= {family.config().model_type for family in {**FAMILIES, **RECURRENT_FAMILIES}.values()}
 # Models, inputs and refusals of another release may differ; `families.py` says how.
 of_this_release = pytest.mark.skipif(
     transformers.__version__ != VERSION, reason=f"the page was written with transformers {VERSION}"
@@ -62,7 +69,10 @@ def test_every_entry_of_the_tables_is_a_family():
 
 
 @of_this_release
-@pytest.mark.parametrize("model_type", BY_STATUS[SERVED])
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(name, marks=pytest.mark.slow if name in TRIED_ELSEWHERE else ()) for name in BY_STATUS[SERVED]],
+)
 def test_served(model_type):
     """Greedy with an image if the family reads images, else with text."""
     row = Row(model_type)

@@ -1,11 +1,13 @@
 """The candidate tree grows as in the original implementation, and stays well formed in edge cases."""
 
+from itertools import product
 from types import SimpleNamespace
 
 import golden_sets
 import pytest
 import tiny
 import torch
+from thinning import thinned
 from torch import nn
 
 from msd_hf import MSDError
@@ -88,9 +90,14 @@ def random_growth(
     return growth
 
 
-@pytest.mark.parametrize("widths", [(10,), (1,), (2, 1, 3)])
-@pytest.mark.parametrize("sharpness", [0.0, 1.0, 1e4])
-@pytest.mark.parametrize("settings", [(1, 5, 10), (2, 0, 3), (59, 5, 10), (8, 7, 1), (500, 2, 3), (16, 0, 10)])
+@thinned(
+    "settings,sharpness,widths",
+    product(
+        [(1, 5, 10), (2, 0, 3), (59, 5, 10), (8, 7, 1), (500, 2, 3), (16, 0, 10)],
+        [0.0, 1.0, 1e4],
+        [(10,), (1,), (2, 1, 3)],
+    ),
+)
 def test_every_tree_is_well_formed(settings, sharpness, widths):
     """Log-probabilities may be exactly 0 (sharpness 1e4), so that a child ties with its parent; levels may differ in
     width."""

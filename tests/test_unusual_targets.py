@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from itertools import product
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from survey_configs import PAD
 from survey_inputs import Inputs, image_inputs, text_inputs
 from survey_pairs import build_draft, build_target, has_images
 from survey_table import NEEDS_IMAGE
+from thinning import thinned
 from transformers import DynamicCache, set_seed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as TEXT_CLASSES
 
@@ -34,6 +36,7 @@ TREES = ("idefics", "evolla", "kosmos-2", "kosmos-2.5", "unlimited_ocr", "minima
 CHAINS = ("zaya",)
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 10}
 GREEDY = {"do_sample": False}
+MODES = {"greedy": GREEDY, "sampling": SAMPLING}
 
 pytestmark = pytest.mark.skipif("zaya" not in TEXT_CLASSES, reason="these families came with later releases")
 
@@ -61,13 +64,12 @@ def both(model_type: str, inputs: Inputs, **options: Any) -> tuple[list, list, l
     return expected.tolist(), output.sequences.tolist(), [count for row in output.acceptance_lengths for count in row]
 
 
-@pytest.mark.parametrize("mode", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
-@pytest.mark.parametrize("model_type", [*TREES, *CHAINS])
+@thinned("model_type,mode", product([*TREES, *CHAINS], MODES), strength=1)
 def test_long_answers(model_type, mode):
     """40 tokens leave the window of Unlimited-OCR and several blocks of MiniMax M3."""
     counts = []
     for seed in (1, 2):
-        expected, tokens, lengths = both(model_type, inputs_of(model_type, seed), max_new_tokens=40, **mode)
+        expected, tokens, lengths = both(model_type, inputs_of(model_type, seed), max_new_tokens=40, **MODES[mode])
         assert tokens == expected
         counts += lengths
     assert sum(counts) > 1.1 * len(counts)

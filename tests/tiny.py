@@ -8,6 +8,7 @@ import string
 from dataclasses import dataclass
 from typing import Any
 
+import shared_fits
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -257,7 +258,7 @@ def pair(number: int) -> Pair:
     target = build_target(seed=number, **kind)
     draft = build_draft(target, seed=number, **draft_fields)
     if fitted:
-        fit_draft(draft, target, seed=number)
+        shared_fits.fitted(f"pair-{number}", draft, lambda: fit_draft(draft, target, seed=number))
     return Pair(target, draft.to(draft_dtype or target.dtype), fitted)
 
 
