@@ -17,6 +17,19 @@ from .plots import draw_plots
 from .report_tables import ReportTable, report_tables
 
 
+TERMS = {
+    "tokens/s": "tokens of all answers divided by the time of all calls, vision tower and prefill included. Decode "
+    "only: without the target's first forward and without its token.",
+    "tau": "mean number of tokens that a verification emits, the bonus token included; accepted: tau - 1.",
+    "efficiency": "share of the decoding loop that is spent in the modules of target and draft, the head included. "
+    "Efficiency and the parts of a round are measured in a separate run. On a GPU the host waits at the border of each "
+    "part there, so that the parts add up to more than a round of the timed runs.",
+    "peak memory": "peak of the allocator on a GPU, else of the process. It includes the weights of both models for "
+    "every method.",
+    "identical": "answers with the same tokens as the answers of the target alone.",
+}
+
+
 def print_report(report: Mapping[str, Any], console: Console) -> None:
     """Prints the settings, the tables and the warnings of a report."""
     console.print(_describe(report), soft_wrap=True)
@@ -55,21 +68,10 @@ def to_markdown(report: Mapping[str, Any], images: Sequence[Path] = ()) -> str:
         parts += [f"## {table.title}", _markdown_table(table)]
     if report["kind"] == "pair":
         described = [f"- {name}: {figures['description']}" for name, figures in report["methods"].items()]
-        parts += ["## Methods and terms", "\n".join(described), _TERMS]
+        terms = [f"- {name}: {meaning}" for name, meaning in TERMS.items()]
+        parts += ["## Methods and terms", "\n".join(described), "\n".join(terms)]
     parts += [f"![{image.stem.replace('-', ' ')}]({image.name})" for image in images]
     return "\n\n".join(parts) + "\n"
-
-
-_TERMS = """\
-- tokens/s: tokens of all answers divided by the time of all calls, vision tower and prefill included. Decode only:
-  without the target's first forward and without its token.
-- tau: mean number of tokens that a verification emits, the bonus token included; accepted: tau - 1.
-- efficiency: share of the decoding loop that is spent in the modules of target and draft, the head included.
-  Efficiency and the parts of a round are measured in a separate run. On a GPU the host waits at the border of each
-  part there, so that the parts add up to more than a round of the timed runs.
-- peak memory: peak of the allocator on a GPU, else of the process. It includes the weights of both models for every
-  method.
-- identical: answers with the same tokens as the answers of the target alone."""
 
 
 def _describe(report: Mapping[str, Any]) -> str:
@@ -96,4 +98,4 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-__all__ = ["print_report", "to_markdown", "write_report"]
+__all__ = ["TERMS", "print_report", "to_markdown", "write_report"]
