@@ -1,5 +1,4 @@
-"""Files of raw samples: a `.json` file holds a list, a `.jsonl` file one sample a line, a `.txt` file one prompt a line.
-"""
+"""Files of raw samples: `.json` holds a list, `.jsonl` one sample a line, `.txt` one prompt a line."""
 
 from __future__ import annotations
 
