@@ -81,11 +81,12 @@ def render_page(report: Mapping[str, Any], pictures: Mapping[str, Sequence[Image
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=_shown_text,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"printable": printable, "code": _code}
+    environment.filters["code"] = _code
     is_pair = report["kind"] == "pair"
     prompts = {prompt["name"]: prompt for prompt in report.get("prompts", ())}
     return environment.get_template("report.html.jinja").render(
@@ -174,9 +175,14 @@ def _grouped(answers: Mapping[str, str]) -> list[tuple[str, str]]:
     return [(", ".join(methods), text) for text, methods in names.items()]
 
 
+def _shown_text(value: Any) -> Any:
+    """What the template inserts: a text without control characters, HTML as it is."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _code(text: str) -> Markup:
     """A text of ours in which backticks stand around code."""
-    parts = [escape(part) for part in text.split("`")]
+    parts = [escape(part) for part in printable(text).split("`")]
     return Markup("").join(Markup("<code>{}</code>").format(p) if n % 2 else p for n, p in enumerate(parts))
 
 

@@ -137,13 +137,13 @@ def load_conversations(
     if isinstance(data, (str, Path)):
         opened = open_by_name(data, split, subset)
         if opened is None:
+            _check_no_split(split, subset)
             path = Path(data)
             samples, fingerprint = read_samples(path, needs_answer)
             name = printable(path.name)
             return Conversations(samples, name, folder or path.parent, fingerprint, needs_answer=needs_answer)
         return _open_data_set(opened, folder, folders_of(data), needs_answer)
-    elif split is not None or subset is not None:
-        raise MSDError("`split` and `subset` are for a data set that is given by its name.")
+    _check_no_split(split, subset)
     if isinstance(data, Mapping):
         raise MSDError(f"The data is a mapping with the keys {list(data)[:5]}: choose one split of it.")
     if _is_data_set(data):
@@ -157,6 +157,11 @@ def load_conversations(
         f"A `{type(data).__name__}` cannot be read from its beginning twice: give a file, a `datasets.Dataset` or "
         "`IterableDataset`, or a list of dicts."
     )
+
+
+def _check_no_split(split: str | None, subset: str | None) -> None:
+    if split is not None or subset is not None:
+        raise MSDError("`split` and `subset` are for a saved data set or one of the Hub, given by its name.")
 
 
 def is_opened(data: Any) -> bool:

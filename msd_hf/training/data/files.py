@@ -66,7 +66,8 @@ def _parse_lines(text: str, path: Path, kinds: tuple[type, ...]) -> list[Any]:
 
 def _checked_list(samples: Any, path: Path, kinds: tuple[type, ...]) -> list[Any]:
     if not isinstance(samples, list):
-        raise MSDError(f"The data {str(path)!r} must hold a list of objects, not a {type(samples).__name__}.")
+        wanted = "a list of objects" + ("" if kinds == (dict,) else " or texts, or one under `questions`")
+        raise MSDError(f"The data {str(path)!r} must hold {wanted}, not a {type(samples).__name__}.")
     return [_checked(sample, path, f"element {number}", kinds) for number, sample in enumerate(samples, 1)]
 
 
