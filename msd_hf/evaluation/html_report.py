@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
 
 from ..errors import MSDError
 from ..terminal import printable
@@ -86,7 +85,6 @@ def render_page(report: Mapping[str, Any], pictures: Mapping[str, Sequence[Image
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["code"] = _code
     is_pair = report["kind"] == "pair"
     prompts = {prompt["name"]: prompt for prompt in report.get("prompts", ())}
     return environment.get_template("report.html.jinja").render(
@@ -177,13 +175,7 @@ def _grouped(answers: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def _shown_text(value: Any) -> Any:
     """What the template inserts: a text without control characters, HTML as it is."""
-    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _code(text: str) -> Markup:
-    """A text of ours in which backticks stand around code."""
-    parts = [escape(part) for part in printable(text).split("`")]
-    return Markup("").join(Markup("<code>{}</code>").format(p) if n % 2 else p for n, p in enumerate(parts))
+    return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def _picture(image: Image) -> str:
