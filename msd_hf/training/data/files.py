@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def read_samples(path: Path, needs_answer: bool = True) -> tuple[list[Any], str]
         ) from error
     kinds = (dict,) if needs_answer else (dict, str)
     if path.suffix == ".txt" and not needs_answer:
-        samples: list[Any] = [line.strip() for line in text.split("\n") if line.strip()]
+        samples: list[Any] = [line.strip() for _, line in _lines(text)]
     elif path.suffix == ".jsonl":
         samples = _parse_lines(text, path, kinds)
     else:
@@ -55,13 +56,18 @@ def _read(path: Path) -> bytes:
         raise MSDError(f"The data {str(path)!r} cannot be read: {error.strerror}.") from error
 
 
-def _parse_lines(text: str, path: Path, kinds: tuple[type, ...]) -> list[Any]:
-    samples = []
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """The lines that are not empty, with their numbers."""
     # Not `splitlines`, which also splits at the other line separators of Unicode that a text may hold.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            samples.append(_checked(_parse(line, path, first_line=number), path, f"line {number}", kinds))
-    return samples
+            yield number, line
+
+
+def _parse_lines(text: str, path: Path, kinds: tuple[type, ...]) -> list[Any]:
+    return [
+        _checked(_parse(line, path, first_line=number), path, f"line {number}", kinds) for number, line in _lines(text)
+    ]
 
 
 def _checked_list(samples: Any, path: Path, kinds: tuple[type, ...]) -> list[Any]:
