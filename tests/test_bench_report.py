@@ -9,6 +9,7 @@ from rich.console import Console
 
 from msd_hf.errors import MSDError
 from msd_hf.evaluation import plots
+from msd_hf.evaluation.html_report import render_page
 from msd_hf.evaluation.report import print_report, to_markdown, write_report
 from msd_hf.evaluation.report_tables import report_tables
 from msd_hf.toy import DRAFT_DIR, TARGET_DIR
@@ -136,6 +137,9 @@ def test_a_simulation_says_so(shape_report):
     assert "SIMULATED" in page and "the weights are random" in page
     assert "| eager | 3.80 | 2.50 (2.25-3.00) | 2.50 (2.25-3.00) | 30.0 | 2.50 (2.25-3.00) |" in page
     assert "| 8 | 3.00 | 1.25 |" in page
+    html = render_page(shape_report)
+    assert "SIMULATED" in html and "3.80" in html and html.count("data:image/svg+xml") == 1
+    assert "tokens of the target alone" not in html and "Candidate trees" not in html
 
 
 @pytest.mark.parametrize("kind, names", [("pair", ["speedup", "acceptance", "round"]), ("shape", ["round"])])

@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationMixin, TrainingArguments
 
 from msd_hf import __version__, cli
-from msd_hf.cli import bench, installed
+from msd_hf.cli import bench_measurements, installed
 from msd_hf.cli.next_step import print_next
 from msd_hf.evaluation import METHODS
 from msd_hf.toy import DEMO_IMAGE, DRAFT_DIR, TARGET_DIR
@@ -31,7 +31,7 @@ def test_version(run):
 
 
 def test_methods_of_the_help_are_those_of_the_benchmark():
-    assert tuple(METHODS) == bench.BASELINES
+    assert tuple(METHODS) == bench_measurements.BASELINES
 
 
 class TestTrainHelp:

@@ -44,6 +44,10 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...; auto: th
 ImageFolder = Annotated[
     Path | None, typer.Option(help="Folder that image paths are relative to; default: the folder of the data.")
 ]
+Split = Annotated[
+    str | None, typer.Option(help="Split of a data set that is no file; default: train, or the only one.")
+]
+Subset = Annotated[str | None, typer.Option(help="Subset (configuration) of a data set of the Hub.")]
 MaxLength = Annotated[int, typer.Option(min=1, help="Longest sample in tokens, expanded images included.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples per forward of the target.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first broken sample.")]

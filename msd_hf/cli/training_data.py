@@ -19,7 +19,9 @@ from .options import (
     MaxLength,
     MaxNewTokens,
     Seed,
+    Split,
     Strict,
+    Subset,
     Target,
     Temperature,
     console,
@@ -30,11 +32,15 @@ from .options import (
 if TYPE_CHECKING:
     from ..training import Conversations
 
+Data = Annotated[str, typer.Option(help="Conversations: .json, .jsonl, a saved data set, or a Hub id.")]
+
 
 def extract(
     target: Target,
-    data: Annotated[Path, typer.Option(help="Conversations, .json or .jsonl.")],
+    data: Data,
     output: Annotated[Path, typer.Option(help="Folder for the features; a killed run resumes there.")],
+    split: Split = None,
+    subset: Subset = None,
     image_folder: ImageFolder = None,
     max_length: MaxLength = 2048,
     storage: Annotated[
@@ -69,7 +75,7 @@ def extract(
     check_cache_folder(output)
     arguments = MSDTrainingArguments(target_layers=target_layers, use_cpu=True)
     check_writable(output)
-    conversations = load_conversations(data, image_folder)
+    conversations = load_conversations(data, image_folder, split=split, subset=subset)
     outline = outline_target(target, dtype)
     layers = arguments.layers_of(len(decoder_of(outline).layers))
     shape: dict[str, Any] = {"feature_layers": layers, "all_hidden_states": all_hidden_states}
@@ -98,8 +104,16 @@ def extract(
 
 def regenerate_answers(
     target: Target,
-    data: Annotated[Path, typer.Option(help="Conversations, .json or .jsonl, whose answers are replaced.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Conversations whose answers are replaced, or prompts without answers: .json, .jsonl, .txt (a prompt "
+            "a line), a saved data set, or a Hub id."
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="The .jsonl file; a killed run resumes there.")],
+    split: Split = None,
+    subset: Subset = None,
     image_folder: ImageFolder = None,
     max_new_tokens: MaxNewTokens = 512,
     batch_size: BatchSize = 8,
@@ -115,7 +129,7 @@ def regenerate_answers(
     from ..training.regeneration.regenerate import check_answer_space, check_output
 
     check_output(output)
-    conversations = load_conversations(data, image_folder)
+    conversations = load_conversations(data, image_folder, split=split, subset=subset, needs_answer=False)
     check_answer_space(output, conversations, max_new_tokens)
     model, processor = load_target_and_processor(target, dtype, device)
     report = regenerate(
@@ -137,10 +151,10 @@ def regenerate_answers(
 
 
 def check(
-    data: Annotated[str, typer.Option(help="Conversations: .json, .jsonl, a saved data set, or a Hub id.")],
+    data: Data,
     target: Annotated[str, typer.Option(help="Folder or Hub id of the target, for its processor.")],
-    split: Annotated[str | None, typer.Option(help="Split of a data set that is no file. Default: train.")] = None,
-    subset: Annotated[str | None, typer.Option(help="Subset (configuration) of a data set of the Hub.")] = None,
+    split: Split = None,
+    subset: Subset = None,
     image_folder: ImageFolder = None,
     max_length: MaxLength = 2048,
     show: Annotated[int, typer.Option(min=0, help="Number of samples to show, with coloured trained tokens.")] = 3,

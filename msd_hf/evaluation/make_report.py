@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from ..draft.modeling_msd import MSDDraftModel
+from ..hub.fingerprint import identify_target
+from ..hub.names import public_name
 from ..tree.settings import TreeSettings
-from .bench import run_bench
+from .bench import BenchResult, run_bench
 from .bench_prompts import BenchPrompt
 from .environment import describe_environment
 from .methods import Method
+from .recorded_rounds import record_rounds
 from .shape_bench import bench_shape
 from .shapes import random_prompt
 from .summary import summarize
@@ -30,14 +34,18 @@ def report_pair(
     temperature: float = 0.0,
     seed: int = 0,
     ignore_eos: bool = False,
+    tokenizer: Any = None,
+    num_recorded: int = 0,
 ) -> dict[str, Any]:
     """
     Measures a target and its draft on prompts and makes the report. [`run_bench`] measures, [`summarize`] makes the
-    figures.
+    figures, [`record_rounds`] records a few answers.
 
     Args:
         temperature: 0 for greedy decoding, above 0 for sampling. Each run has the same seed.
         ignore_eos: whether answers continue after their end, up to `max_new_tokens`.
+        tokenizer (*optional*): the target's. With it the report holds questions and answers.
+        num_recorded: prompts, of all groups in turn, whose candidate trees the report holds. Needs `tokenizer`.
 
     Raises:
         MSDError: when no answer is long enough.
@@ -57,12 +65,18 @@ def report_pair(
         **({"ignore_eos": True} if ignore_eos else {}),
         **_describe_draft(draft),
     }
-    return {
+    report = {
         "kind": "pair",
         "environment": describe_environment(target),
+        "pair": _describe_pair(target, draft),
         "settings": settings,
-        **summarize(result),
+        **summarize(result, tokenizer),
     }
+    if num_recorded:
+        report["recorded"] = [
+            _record(target, draft, prompt, tokenizer, arguments) for prompt in _in_turns(result, num_recorded)
+        ]
+    return report
 
 
 def report_shape(
@@ -96,6 +110,32 @@ def report_shape(
         },
         "draft_weight_bytes": sum(weight.numel() * weight.element_size() for weight in draft.parameters()),
         **figures,
+    }
+
+
+def _in_turns(result: BenchResult, number: int) -> list[BenchPrompt]:
+    """The first prompts of a benchmark, of all groups in turn."""
+    prompts = [found.prompt for found in result.prompts]
+    groups = [[prompt for prompt in prompts if prompt.group == group] for group in sorted({p.group for p in prompts})]
+    return [prompt for turn in zip_longest(*groups) for prompt in turn if prompt is not None][:number]
+
+
+def _record(
+    target: PreTrainedModel, draft: MSDDraftModel, prompt: BenchPrompt, tokenizer: Any, arguments: dict[str, Any]
+) -> dict[str, Any]:
+    inputs = prompt.make_inputs().to(target.device, dtype=target.dtype)
+    first, rounds = record_rounds(target, draft, inputs, tokenizer, **arguments)
+    return {"prompt": prompt.name, "first": first, "rounds": [asdict(found) for found in rounds]}
+
+
+def _describe_pair(target: PreTrainedModel, draft: MSDDraftModel) -> dict[str, Any]:
+    """The names of target and draft, without paths, and what tells the target from another one of its name."""
+    identity = identify_target(target)
+    return {
+        "target": identity["target_name_or_path"],
+        "target_revision": identity["target_revision"],
+        "target_fingerprint": identity["target_fingerprint"],
+        "draft": public_name(draft.name_or_path)[0],
     }
 
 

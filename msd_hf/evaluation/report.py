@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,38 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import MSDError
+from ..writing.destination import check_parent
 from ..writing.saving import replace_text
 from .plots import draw_plots
 from .report_tables import ReportTable, report_tables
+from .saved_report import REPORT_NAME
+
+
+TERMS = {
+    "tokens/s": "tokens of all answers divided by the time of all calls, vision tower and prefill included. Decode "
+    "only: without the target's first forward and without its token.",
+    "tau": "mean number of tokens that a verification emits, the bonus token included; accepted: tau - 1.",
+    "efficiency": "share of the decoding loop that is spent in the modules of target and draft, the head included. "
+    "Efficiency and the parts of a round are measured in a separate run. On a GPU the host waits at the border of "
+    "each part there, so that the parts add up to more than a round of the timed runs.",
+    "peak memory": "peak of the allocator on a GPU, else of the process. It includes the weights of both models for "
+    "every method.",
+    "identical": "answers with the same tokens as the answers of the target alone.",
+}
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
     """Prints the settings, the tables and the warnings of a report."""
     console.print(_describe(report), soft_wrap=True)
-    for table in report_tables(report):
+    print_tables(report_tables(report), console)
+    for warning in report.get("warnings", ()):
+        console.print(Text("\nWarning: ", style="bold yellow") + Text(warning), soft_wrap=True)
+
+
+def print_tables(tables: Iterable[ReportTable], console: Console) -> None:
+    """Prints tables below each other."""
+    for table in tables:
         shown = Table(title=table.title, title_justify="left", show_edge=False, pad_edge=False)
         for number, name in enumerate(table.header):
             shown.add_column(name, justify="right" if number else "left")
@@ -28,8 +51,6 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
             shown.add_row(*row)
         console.print()
         console.print(shown)
-    for warning in report.get("warnings", ()):
-        console.print(Text("\nWarning: ", style="bold yellow") + Text(warning), soft_wrap=True)
 
 
 def write_report(report: Mapping[str, Any], folder: Path, plots: bool) -> list[Path]:
@@ -38,12 +59,28 @@ def write_report(report: Mapping[str, Any], folder: Path, plots: bool) -> list[P
 
     Returns:
         The paths of the files.
+
+    Raises:
+        MSDError: as [`check_folder`] does.
     """
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     images = draw_plots(report, folder) if plots else []
-    replace_text(folder / "report.json", json.dumps(_without_nan(report), indent=1, allow_nan=False) + "\n")
+    replace_text(folder / REPORT_NAME, json.dumps(_without_nan(report), indent=1, allow_nan=False) + "\n")
     replace_text(folder / "report.md", to_markdown(report, images))
-    return [folder / "report.json", folder / "report.md", *images]
+    return [folder / REPORT_NAME, folder / "report.md", *images]
+
+
+def check_folder(folder: Path) -> None:
+    """
+    Checks that a report can be written to a folder, before a long measurement.
+
+    Raises:
+        MSDError: when it is a file, or cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise MSDError(f"--output {str(folder)!r} is a file: give the name of a folder.")
+    check_parent(folder / REPORT_NAME)
 
 
 def to_markdown(report: Mapping[str, Any], images: Sequence[Path] = ()) -> str:
@@ -55,21 +92,10 @@ def to_markdown(report: Mapping[str, Any], images: Sequence[Path] = ()) -> str:
         parts += [f"## {table.title}", _markdown_table(table)]
     if report["kind"] == "pair":
         described = [f"- {name}: {figures['description']}" for name, figures in report["methods"].items()]
-        parts += ["## Methods and terms", "\n".join(described), _TERMS]
+        terms = [f"- {name}: {meaning}" for name, meaning in TERMS.items()]
+        parts += ["## Methods and terms", "\n".join(described), "\n".join(terms)]
     parts += [f"![{image.stem.replace('-', ' ')}]({image.name})" for image in images]
     return "\n\n".join(parts) + "\n"
-
-
-_TERMS = """\
-- tokens/s: tokens of all answers divided by the time of all calls, vision tower and prefill included. Decode only:
-  without the target's first forward and without its token.
-- tau: mean number of tokens that a verification emits, the bonus token included; accepted: tau - 1.
-- efficiency: share of the decoding loop that is spent in the modules of target and draft, the head included.
-  Efficiency and the parts of a round are measured in a separate run. On a GPU the host waits at the border of each
-  part there, so that the parts add up to more than a round of the timed runs.
-- peak memory: peak of the allocator on a GPU, else of the process. It includes the weights of both models for every
-  method.
-- identical: answers with the same tokens as the answers of the target alone."""
 
 
 def _describe(report: Mapping[str, Any]) -> str:
@@ -96,4 +122,4 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-__all__ = ["print_report", "to_markdown", "write_report"]
+__all__ = ["TERMS", "check_folder", "print_report", "print_tables", "to_markdown", "write_report"]

@@ -33,6 +33,18 @@ def report_tables(report: Mapping[str, Any]) -> list[ReportTable]:
     return _shape_tables(report) if report["kind"] == "shape" else _pair_tables(report)
 
 
+def agreement_tables(report: Mapping[str, Any]) -> list[ReportTable]:
+    """How many answers of a pair are those of the target alone, and where others differ from them."""
+    methods = {name: figures for name, figures in report["methods"].items() if name != VANILLA.name}
+    number = report["num_prompts"]
+    rows = []
+    for name, figures in methods.items():
+        identical, share = figures["agreement"]["identical"], figures["agreement"]["share"]
+        rows.append([name, f"{identical} of {number}", f"{share:.1%}", str(number - identical)])
+    header = ("method", "identical answers", "share", "others")
+    return [ReportTable("Answers with the tokens of the target alone", header, rows), *_difference_tables(methods)]
+
+
 def _pair_tables(report: Mapping[str, Any]) -> list[ReportTable]:
     methods = report["methods"]
     others = {name: figures for name, figures in methods.items() if name != VANILLA.name}
@@ -229,4 +241,4 @@ def _depth(rows: Sequence[Mapping[str, float]], level: int) -> str:
     return f"{rows[level]['share']:.2f} ({rows[level]['given_parent']:.2f})" if level < len(rows) else ""
 
 
-__all__ = ["ReportTable", "report_tables"]
+__all__ = ["ReportTable", "agreement_tables", "report_tables"]

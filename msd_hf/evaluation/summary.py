@@ -24,9 +24,14 @@ _CAUSES = (
 )
 
 
-def summarize(result: BenchResult) -> dict[str, Any]:
+def summarize(result: BenchResult, tokenizer: Any = None) -> dict[str, Any]:
     """
     Computes the figures of a benchmark, ready for JSON except for `nan`.
+
+    Args:
+        result: the runs.
+        tokenizer (*optional*): the target's. With it the figures of a prompt also hold its question and the answers of
+            all methods.
 
     Returns:
         A dict with `methods` (figures by method), `groups` (speedup and tau of each group of prompts), `prompts`
@@ -46,7 +51,7 @@ def summarize(result: BenchResult) -> dict[str, Any]:
             }
             for group, prompts in sorted(groups.items())
         },
-        "prompts": [_summarize_prompt(prompt) for prompt in result.prompts],
+        "prompts": [_summarize_prompt(prompt, tokenizer) for prompt in result.prompts],
     }
     return summary | {"warnings": find_warnings(summary)}
 
@@ -132,8 +137,8 @@ def _summarize_agreement(method: Method, prompts: Sequence[PromptResult]) -> dic
     }
 
 
-def _summarize_prompt(result: PromptResult) -> dict[str, Any]:
-    return {
+def _summarize_prompt(result: PromptResult, tokenizer: Any) -> dict[str, Any]:
+    figures = {
         "name": result.prompt.name,
         "group": result.prompt.group,
         "prompt_tokens": result.prompt_length,
@@ -146,6 +151,10 @@ def _summarize_prompt(result: PromptResult) -> dict[str, Any]:
             if name != VANILLA.name
         },
     }
+    if tokenizer is not None:
+        answers = {name: tokenizer.decode(runs[0].tokens, skip_special_tokens=True) for name, runs in _runs(result)}
+        figures |= {"question": result.prompt.question, "answers": answers}
+    return figures
 
 
 def _runs(result: PromptResult):

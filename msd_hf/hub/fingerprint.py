@@ -89,10 +89,20 @@ def sign_difference(saved: Any, target: PreTrainedModel) -> float | None:
         About 0.5 for another model, and 0 for the same head in any dtype; `None` if they cannot be compared.
     """
     before = saved.get("head") if isinstance(saved, Mapping) else None
-    if not isinstance(before, str):
-        return None
-    now = head_signs(target)
-    if now is None or len(now) != len(before):
+    return None if not isinstance(before, str) else _share(before, head_signs(target))
+
+
+def is_other_head(saved: Any, other: Any) -> bool | None:
+    """Whether two fingerprints, as [`identify_target`] makes them, are of different heads; `None` if they cannot be
+    compared."""
+    heads = [part.get("head") if isinstance(part, Mapping) else None for part in (saved, other)]
+    share = _share(*heads)
+    return None if share is None else share > _LARGEST_EQUAL_SHARE
+
+
+def _share(before: Any, now: Any) -> float | None:
+    """The share of signs in which two heads differ."""
+    if not isinstance(before, str) or not isinstance(now, str) or not now or len(now) != len(before):
         return None
     try:
         different = (int(before, 16) ^ int(now, 16)).bit_count()
@@ -120,4 +130,4 @@ def why_another_target(draft_config: Any, target: PreTrainedModel) -> str | None
     )
 
 
-__all__ = ["head_signs", "identify_target", "sign_difference", "why_another_target"]
+__all__ = ["head_signs", "identify_target", "is_other_head", "sign_difference", "why_another_target"]

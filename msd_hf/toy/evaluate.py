@@ -66,6 +66,8 @@ def toy_prompts(processor: Any, num_prompts: int, seed: int) -> list[BenchPrompt
             f"{prompt.kind} {number}",
             prompt.sample_kind,
             partial(build_inputs, processor, prompt.question, prompt.image),
+            prompt.question,
+            () if prompt.image is None else (prompt.image,),
         )
         for number, prompt in enumerate(prompts[:num_prompts])
     ]

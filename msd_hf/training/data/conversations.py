@@ -17,7 +17,7 @@ from .joined import JoinedConversations
 from .reading import SampleReader
 from .saved import folders_of, open_by_name
 from .streamed import StreamedConversations
-from .turns import TURN_COLUMNS, has_turns
+from .turns import QUESTION_COLUMNS, TURN_COLUMNS, has_turns
 
 
 class Conversations:
@@ -30,6 +30,7 @@ class Conversations:
         image_folder (*optional*): the folder that holds all images and that image paths are relative to.
         fingerprint (*optional*): identifies the content of the data. By default it is computed at its first use.
         stored_in: folders from which images may be read that are stored by their path, see [`SampleReader`].
+        needs_answer: whether a sample without an answer is broken.
     """
 
     def __init__(
@@ -39,11 +40,12 @@ class Conversations:
         image_folder: Path | None = None,
         fingerprint: str | None = None,
         stored_in: tuple[Path, ...] | None = (),
+        needs_answer: bool = True,
     ):
         self.name = name
         self._samples = samples
         self.image_folder = None if image_folder is None else image_folder.resolve()
-        self._read = SampleReader(self.image_folder, stored_in)
+        self._read = SampleReader(self.image_folder, stored_in, needs_answer)
         if fingerprint is not None:
             self.__dict__["fingerprint"] = fingerprint
 
@@ -90,6 +92,7 @@ def load_conversations(
     split: str | None = None,
     subset: str | None = None,
     weights: Sequence[float] | None = None,
+    needs_answer: bool = True,
 ) -> Any:
     """
     Opens conversations to train on. Each sample is checked when it is indexed.
@@ -108,6 +111,10 @@ def load_conversations(
             folder of the file. Paths in an `Image` column of `datasets` need none.
         split, subset (*optional*): split and subset of a data set that is given by its name; by default `"train"`.
         weights (*optional*): for several data sets, the share of each in a pass, see [`JoinedConversations`].
+        needs_answer: `False` if only the prompts are used. Samples may then lack an answer, be a text, or have the
+            question under `question`, `prompt`, `text`, `query`, `instruction` or `turns` (of which the first is
+            taken), with its pictures before it if no `<image>` marks their places. Files may also be `.txt` files with
+            a prompt a line, and `.json` files in the form of VQA (`{"questions": [...]}`).
 
     Returns:
         [`Conversations`], [`JoinedConversations`] for several data sets, or [`StreamedConversations`] for a stream,
@@ -122,31 +129,39 @@ def load_conversations(
     if is_opened(data):
         return data
     if isinstance(data, (list, tuple)) and data and all(map(_is_whole, data)):
-        parts = [load_conversations(part, folder, split=split, subset=subset) for part in data]
+        given: dict[str, Any] = {"split": split, "subset": subset, "needs_answer": needs_answer}
+        parts = [load_conversations(part, folder, **given) for part in data]
         return parts[0] if len(parts) == 1 else JoinedConversations(parts, weights)  # one has the whole share
     if weights is not None:
         raise MSDError("`weights` are for a list of several data sets.")
     if isinstance(data, (str, Path)):
         opened = open_by_name(data, split, subset)
         if opened is None:
+            _check_no_split(split, subset)
             path = Path(data)
-            samples, fingerprint = read_samples(path)
-            return Conversations(samples, printable(path.name), folder or path.parent, fingerprint)
-        return _open_data_set(opened, folder, folders_of(data))
-    elif split is not None or subset is not None:
-        raise MSDError("`split` and `subset` are for a data set that is given by its name.")
+            samples, fingerprint = read_samples(path, needs_answer)
+            name = printable(path.name)
+            return Conversations(samples, name, folder or path.parent, fingerprint, needs_answer=needs_answer)
+        return _open_data_set(opened, folder, folders_of(data), needs_answer)
+    _check_no_split(split, subset)
     if isinstance(data, Mapping):
         raise MSDError(f"The data is a mapping with the keys {list(data)[:5]}: choose one split of it.")
     if _is_data_set(data):
-        return _open_data_set(data, folder)
+        return _open_data_set(data, folder, None, needs_answer)
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
-        return Conversations(data, f"{type(data).__name__} of {len(data)}", folder)
+        return Conversations(data, f"{type(data).__name__} of {len(data)}", folder, needs_answer=needs_answer)
     if hasattr(data, "__iter__") and not hasattr(data, "__next__"):
-        return StreamedConversations(data, type(data).__name__, SampleReader(folder), _identify)
+        reader = SampleReader(folder, needs_answer=needs_answer)
+        return StreamedConversations(data, type(data).__name__, reader, _identify)
     raise MSDError(
         f"A `{type(data).__name__}` cannot be read from its beginning twice: give a file, a `datasets.Dataset` or "
         "`IterableDataset`, or a list of dicts."
     )
+
+
+def _check_no_split(split: str | None, subset: str | None) -> None:
+    if split is not None or subset is not None:
+        raise MSDError("`split` and `subset` are for a saved data set or one of the Hub, given by its name.")
 
 
 def is_opened(data: Any) -> bool:
@@ -164,25 +179,26 @@ def _is_data_set(data: Any) -> bool:
     return hasattr(data, "with_format") and hasattr(data, "features")
 
 
-def _open_data_set(data: Any, folder: Path | None, images: tuple[Path, ...] | None = None) -> Any:
+def _open_data_set(data: Any, folder: Path | None, images: tuple[Path, ...] | None, needs_answer: bool) -> Any:
     """Opens a data set of `datasets`. Images that are stored by their path may lie in the folders `images`."""
     name = getattr(data.info, "dataset_name", None) or "dataset"
     features = data.features or {}
     has_images = any(_holds_images(feature) for feature in features.values())
     stored_in = images if has_images else ()
     if not hasattr(data, "__len__"):
-        _check_columns(name, data.column_names)
+        _check_columns(name, data.column_names, needs_answer)
         stream = data.decode(False) if has_images else data  # an image that cannot be decoded would end the stream
-        return StreamedConversations(stream, name, SampleReader(folder, stored_in), _identify)
+        return StreamedConversations(stream, name, SampleReader(folder, stored_in, needs_answer), _identify)
     if data.format["type"] == "custom":  # a transform of the user makes the samples
-        return Conversations(data, name, folder, data._fingerprint, stored_in)
-    _check_columns(name, data.column_names)
-    return Conversations(_Undecoded(data), name, folder, data._fingerprint, stored_in)
+        return Conversations(data, name, folder, data._fingerprint, stored_in, needs_answer)
+    _check_columns(name, data.column_names, needs_answer)
+    return Conversations(_Undecoded(data), name, folder, data._fingerprint, stored_in, needs_answer)
 
 
-def _check_columns(name: str, columns: Sequence[str] | None) -> None:
-    if columns and not has_turns(columns):
-        raise MSDError(f"{name} has the columns {', '.join(columns)}, and training needs {TURN_COLUMNS}.")
+def _check_columns(name: str, columns: Sequence[str] | None, needs_answer: bool) -> None:
+    if columns and not has_turns(columns, needs_answer):
+        needed = f"training needs {TURN_COLUMNS}" if needs_answer else f"prompts need {QUESTION_COLUMNS}"
+        raise MSDError(f"{name} has the columns {', '.join(columns)}, and {needed}.")
 
 
 def _holds_images(feature: Any) -> bool:

@@ -1,18 +1,25 @@
-"""Files of raw samples: a `.json` file holds a list, a `.jsonl` file one sample a line."""
+"""Files of raw samples: `.json` holds a list, `.jsonl` one sample a line, `.txt` one prompt a line."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ...errors import MSDError
+from .vqa import questions_of
 
 
-def read_samples(path: Path) -> tuple[list[dict[str, Any]], str]:
+def read_samples(path: Path, needs_answer: bool = True) -> tuple[list[Any], str]:
     """
     Reads all samples of a file.
+
+    Args:
+        path: the file.
+        needs_answer: whether all samples must be objects. If not, they may be texts, a `.txt` file holds a prompt a
+            line, and a `.json` file may be of the form of VQA, see [`questions_of`].
 
     Returns:
         The samples, and the sha256 of the file.
@@ -29,7 +36,14 @@ def read_samples(path: Path) -> tuple[list[dict[str, Any]], str]:
         raise MSDError(
             f"The data {str(path)!r} is not UTF-8: line {line} holds the byte {content[error.start]:#04x}."
         ) from error
-    samples = _parse_lines(text, path) if path.suffix == ".jsonl" else _parse_list(text, path)
+    kinds = (dict,) if needs_answer else (dict, str)
+    if path.suffix == ".txt" and not needs_answer:
+        samples: list[Any] = [line.strip() for _, line in _lines(text)]
+    elif path.suffix == ".jsonl":
+        samples = _parse_lines(text, path, kinds)
+    else:
+        parsed = _parse(text, path)
+        samples = _checked_list(parsed if needs_answer else questions_of(parsed), path, kinds)
     return samples, hashlib.sha256(content).hexdigest()
 
 
@@ -42,20 +56,25 @@ def _read(path: Path) -> bytes:
         raise MSDError(f"The data {str(path)!r} cannot be read: {error.strerror}.") from error
 
 
-def _parse_lines(text: str, path: Path) -> list[dict[str, Any]]:
-    samples = []
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """The lines that are not empty, with their numbers."""
     # Not `splitlines`, which also splits at the other line separators of Unicode that a text may hold.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            samples.append(_object(_parse(line, path, first_line=number), path, f"line {number}"))
-    return samples
+            yield number, line
 
 
-def _parse_list(text: str, path: Path) -> list[dict[str, Any]]:
-    samples = _parse(text, path)
+def _parse_lines(text: str, path: Path, kinds: tuple[type, ...]) -> list[Any]:
+    return [
+        _checked(_parse(line, path, first_line=number), path, f"line {number}", kinds) for number, line in _lines(text)
+    ]
+
+
+def _checked_list(samples: Any, path: Path, kinds: tuple[type, ...]) -> list[Any]:
     if not isinstance(samples, list):
-        raise MSDError(f"The data {str(path)!r} must hold a list of objects, not a {type(samples).__name__}.")
-    return [_object(sample, path, f"element {number}") for number, sample in enumerate(samples, 1)]
+        wanted = "a list of objects" + ("" if kinds == (dict,) else " or texts, or one under `questions`")
+        raise MSDError(f"The data {str(path)!r} must hold {wanted}, not a {type(samples).__name__}.")
+    return [_checked(sample, path, f"element {number}", kinds) for number, sample in enumerate(samples, 1)]
 
 
 def _parse(text: str, path: Path, first_line: int = 1) -> Any:
@@ -69,8 +88,8 @@ def _parse(text: str, path: Path, first_line: int = 1) -> Any:
         raise MSDError(f"The data {str(path)!r} is not valid JSON ({place}): {problem}.{advice}") from error
 
 
-def _object(sample: Any, path: Path, place: str) -> dict[str, Any]:
-    if not isinstance(sample, dict):
+def _checked(sample: Any, path: Path, place: str, kinds: tuple[type, ...]) -> Any:
+    if not isinstance(sample, kinds):
         raise MSDError(
             f"The data {str(path)!r} must hold a list of objects, one for each conversation, but {place} is a "
             f"{type(sample).__name__}."

@@ -26,10 +26,12 @@ class SampleReader:
         image_folder (*optional*): the folder that holds all images and that image paths are relative to.
         stored_in: the folders from which a stored image (`{"bytes", "path"}`) without bytes may be read by its path;
             `None`: from anywhere, as `datasets` does for its `Image` columns: files, archives and addresses.
+        needs_answer: whether a sample without an answer is broken. If not, a text alone is a sample too.
     """
 
     image_folder: Path | None = None
     stored_in: tuple[Path, ...] | None = ()
+    needs_answer: bool = True
 
     def __call__(self, sample: Any, index: int) -> Conversation:
         """
@@ -37,17 +39,20 @@ class SampleReader:
 
         Args:
             sample: the raw sample.
-            index: its number in the data, which names it if it has no `id`.
+            index: its number in the data, which names it if it has neither `id` nor `question_id`.
 
         Raises:
             MSDDataError: when the sample is broken; its `reason` is one of `REASONS`.
         """
         with errors_name_sample(str(index)):
+            if isinstance(sample, str) and not self.needs_answer:
+                sample = {"prompt": sample}
             if not isinstance(sample, Mapping):
                 raise MSDDataError("no conversation", f"is a {type(sample).__name__}, not an object.")
-            sample_id = _label(index if sample.get("id") is None else sample["id"])
+            names = (sample.get("id"), sample.get("question_id"), index)
+            sample_id = _label(next(name for name in names if name is not None))
         with errors_name_sample(sample_id):
-            messages, references = read_messages(sample)
+            messages, references = read_messages(sample, self.needs_answer)
             images = tuple(self._locate(reference) for reference in references)
         return Conversation(sample_id, messages, images, complete=sample.get("complete") is not False)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...errors import MSDError, describe_error, is_about_input
 
 
-_FILES = (".json", ".jsonl")
+_FILES = (".json", ".jsonl", ".txt")
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")  # files of `save_to_disk`
 
@@ -42,7 +42,9 @@ def open_by_name(name: str | Path, split: str | None = None, subset: str | None 
             return _choose_split(datasets.load_from_disk(str(path)), split, name)
         # Before release 4 a repository could bring code.
         safe = {"trust_remote_code": False} if int(datasets.__version__.partition(".")[0]) < 4 else {}
-        return datasets.load_dataset(str(name), subset, split=split or "train", **safe)
+        if split is None:  # asked first, because loading a split that is not there would download all others
+            split = _only_or_train(datasets.get_dataset_split_names(str(name), subset, **safe), name)
+        return datasets.load_dataset(str(name), subset, split=split, **safe)
     except Exception as error:
         if isinstance(error, MSDError) or not is_about_input(error):
             raise
@@ -64,10 +66,22 @@ def _choose_split(found: Any, split: str | None, name: str | Path) -> Any:
         if split is not None:
             raise MSDError(f"The data {str(name)!r} is one saved split: leave the split {split!r} out.")
         return found
-    split = split or ("train" if "train" in found else next(iter(found)) if len(found) == 1 else None)
+    if split is None:
+        split = _only_or_train(found, name)
     if split not in found:
-        raise MSDError(f"The data {str(name)!r} has the splits {', '.join(found)}: choose one of them.")
+        raise _other_split(found, name)
     return found[split]
+
+
+def _only_or_train(splits: Iterable[str], name: str | Path) -> str:
+    splits = list(splits)
+    if "train" in splits or len(splits) == 1:
+        return "train" if "train" in splits else splits[0]
+    raise _other_split(splits, name)
+
+
+def _other_split(splits: Iterable[str], name: str | Path) -> MSDError:
+    return MSDError(f"The data {str(name)!r} has the splits {', '.join(splits)}: choose one of them.")
 
 
 def _datasets(name: str | Path) -> Any:

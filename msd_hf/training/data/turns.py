@@ -25,19 +25,24 @@ _IMAGE_TAG = re.compile(r"\n?<image>\n?")
 _INLINE_KEYS = ("image", "path", "url")
 _TURN_KEYS = ("conversations", "messages", "conversation")
 _SPLIT_KEYS = ("prompt", "completion")  # as in trl
+# Where a question without an answer stands. `turns` holds the questions of a chat, as in MT-Bench.
+_QUESTION_KEYS = ("question", "prompt", "text", "query", "instruction", "turns")
 TURN_COLUMNS = "`messages`, `conversations`, or `prompt` and `completion`"
+QUESTION_COLUMNS = f"`messages`, `conversations`, or one of {', '.join(f'`{key}`' for key in _QUESTION_KEYS)}"
 
 # While a sample is read, an image part also holds the reference to its image.
 _Part = dict[str, Any]
 
 
-def has_turns(names: Iterable[str]) -> bool:
-    """Whether a data set with columns of these names has turns."""
+def has_turns(names: Iterable[str], needs_answer: bool = True) -> bool:
+    """Whether a data set with columns of these names has turns, or at least questions if it needs no answers."""
     names = set(names)
+    if not needs_answer and not names.isdisjoint(_QUESTION_KEYS):
+        return True
     return not names.isdisjoint(_TURN_KEYS) or names.issuperset(_SPLIT_KEYS)
 
 
-def read_messages(sample: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[Any]]:
+def read_messages(sample: Mapping[str, Any], needs_answer: bool = True) -> tuple[list[dict[str, Any]], list[Any]]:
     """
     Reads the chat messages of a raw sample, and one reference (path, PIL image or `{"bytes", "path"}`) for each image
     part.
@@ -45,14 +50,22 @@ def read_messages(sample: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list
     Turns that are out of order are mended as is usual for ShareGPT: turns of the assistant before the first turn of
     the user are dropped, and consecutive turns of one role are joined with a line break.
 
+    Args:
+        sample: the raw sample.
+        needs_answer: whether a sample without an answer is broken. If not, a question may also stand under a name of
+            its own, see [`load_conversations`].
+
     Raises:
         MSDDataError: when the turns cannot be used, or the sample has more or fewer images than places for them.
     """
     turns = _first(sample, _TURN_KEYS)
     if turns is None:
         turns = _prompt_and_completion(sample)
+    if turns is None and not needs_answer:
+        turns = _question(sample)
     if not isinstance(turns, (list, tuple)) or not turns:
-        raise MSDDataError("no conversation", f"has no turns under {TURN_COLUMNS}.")
+        where = TURN_COLUMNS if needs_answer else QUESTION_COLUMNS
+        raise MSDDataError("no conversation", f"has no turns under {where}.")
     messages = [_read_turn(turn) for turn in turns]
     system = sample.get("system")
     if isinstance(system, str) and system.strip() and messages[0][0] != "system":
@@ -62,6 +75,11 @@ def read_messages(sample: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list
         _place_first(messages, len(images))
     _assign_images(messages, images)
     messages = _in_order(messages)
+    roles = {role for role, _ in messages}
+    if needs_answer and "assistant" not in roles:
+        raise MSDDataError("no assistant turn", "no turn of the assistant answers the user.")
+    if "user" not in roles:
+        raise MSDDataError("no conversation", "no turn is the user's.")
     return _split_references(messages)
 
 
@@ -77,6 +95,24 @@ def _prompt_and_completion(sample: Mapping[str, Any]) -> list[Any] | None:
         else:
             return None
     return turns
+
+
+def _question(sample: Mapping[str, Any]) -> list[Any] | None:
+    """The turns of a question: a text, turns, or several questions, of which the first one is taken."""
+    value = _first(sample, _QUESTION_KEYS)
+    if isinstance(value, (list, tuple)) and value:
+        if isinstance(value[0], Mapping):
+            return list(value)
+        value = value[0]
+    if not isinstance(value, str):
+        return None
+    if not _images_of(sample) and sample.get("image_id") is not None:
+        raise MSDDataError(
+            "missing image",
+            f"is about the image {_shorten(sample['image_id'])}, and does not say which file this is: add its path as "
+            "`image`.",
+        )
+    return [{"role": "user", "content": value}]
 
 
 def _read_turn(turn: Any) -> tuple[str, list[_Part]]:
@@ -172,8 +208,6 @@ def _in_order(messages: list[tuple[str, list[_Part]]]) -> list[tuple[str, list[_
             _append(ordered[-1][1], parts)
         else:
             ordered.append((role, list(parts)))
-    if not any(role == "assistant" for role, _ in ordered):
-        raise MSDDataError("no assistant turn", "no turn of the assistant answers the user.")
     return ordered
 
 
@@ -207,4 +241,4 @@ def _shorten(value: Any) -> str:
     return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
-__all__ = ["ROLES", "TURN_COLUMNS", "has_turns", "read_messages"]
+__all__ = ["QUESTION_COLUMNS", "ROLES", "TURN_COLUMNS", "has_turns", "read_messages"]
