@@ -13,9 +13,16 @@ from typing import Any
 
 # Without a screen, and without what a browser asks the internet for by itself.
 ARGUMENTS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --window-size=1180,1290"
-).split()
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1180,1290",
+)
 
 
 def missing_part() -> str | None:

@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 import pytest
 from browser import browser, missing_part, requested_urls
 
+from msd_hf.toy import make_prompts
+
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(missing_part() is not None, reason=str(missing_part()))]
 SCREENSHOT = os.environ.get("MSD_HF_SCREENSHOT")
@@ -60,17 +62,24 @@ def wait_for(driver, selector: str, seconds: float = 60):
     """The first element that a CSS selector finds, as soon as there is one."""
     end = time.monotonic() + seconds
     while not (found := driver.find_elements("css selector", selector)):
-        assert time.monotonic() < end, f"no {selector} after {seconds} s: {driver.find_element('tag name', 'body').text}"
+        assert time.monotonic() < end, (
+            f"no {selector} after {seconds} s: {driver.find_element('tag name', 'body').text}"
+        )
         time.sleep(0.1)
     return found[0]
 
 
-def ask(driver, text: str) -> None:
-    """Types a question and sends it."""
-    wait_for(driver, ".thumbnail-item button, [aria-label='Remove attachment']").click()
+def ask(driver, text: str, picture: Path | None = None) -> None:
+    """Types a question in place of the one that is there, uploads its picture, and sends it."""
+    for button in driver.find_elements("css selector", "#question .delete-button"):
+        driver.execute_script("arguments[0].click()", button)
     field = wait_for(driver, "#question textarea")
     field.clear()
     field.send_keys(text)
+    if picture is not None:
+        wait_for(driver, "#question .upload-button, #question [aria-label='Upload a file']")
+        driver.find_element("css selector", "#question input[type=file]").send_keys(str(picture))
+        wait_for(driver, "#question .thumbnail-item img")
     wait_for(driver, "#question .submit-button").click()
 
 
@@ -91,3 +100,34 @@ def test_a_click_on_an_example_gives_the_same_answer_in_less_time(driver):
         driver.save_screenshot(SCREENSHOT)
     assert {urlsplit(url).hostname for url in requested_urls(driver)} == {"127.0.0.1"}
     assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_a_race_can_be_stopped_and_a_typed_question_is_answered(driver):
+    wait_for(driver, ".gallery-item").click()
+    wait_for(driver, ".step.now")
+    wait_for(driver, "#question .stop-button").click()
+    wait_for(driver, "#question .submit-button")
+    assert not driver.find_elements("css selector", ".summary.result")
+    ask(driver, "Count from 5 to 12.")
+    wait_for(driver, ".summary.result")
+    alone, drafted = (side.text for side in driver.find_elements("css selector", ".side .answer"))
+    assert alone == drafted and "eight" in alone
+
+
+def test_a_picture_of_ones_own_is_asked_about(driver, tmp_path):
+    (prompt,) = make_prompts("test", 1, 5, "background")
+    prompt.image.save(tmp_path / "ein Bild – 画.png")
+    wait_for(driver, ".gallery-item")
+    ask(driver, prompt.question, tmp_path / "ein Bild – 画.png")
+    wait_for(driver, ".summary.result")
+    alone, drafted = (side.text for side in driver.find_elements("css selector", ".side .answer"))
+    assert alone == drafted == prompt.answer
+
+
+def test_a_question_that_fails_is_said_on_the_page(driver):
+    wait_for(driver, ".gallery-item")
+    ask(driver, "<image> <b>what</b> is that?")
+    assert "Error" in wait_for(driver, ".summary.error").text
+    assert driver.find_elements("css selector", ".summary.error b") == []
+    wait_for(driver, ".gallery-item").click()
+    wait_for(driver, ".summary.result")

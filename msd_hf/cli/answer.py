@@ -12,6 +12,7 @@ from ..errors import MSDError, MSDUsageError
 from ..limits import DTYPE_NAMES
 from .next_step import print_next
 from .options import (
+    REPEATS_HELP,
     Device,
     Dtype,
     MaxNewTokens,
@@ -38,14 +39,13 @@ def _web_option(help_: str, **arguments: Any) -> Any:
     return typer.Option(help=help_, rich_help_panel="Options of --web", **arguments)
 
 
-
 def demo(
     prompt: Annotated[str, typer.Option(help="The question about the picture.")] = DEMO_PROMPT,
     image: Annotated[Path | None, typer.Option(help="A picture of your own instead of the bundled one.")] = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
-    repeats: Repeats = 5,
+    repeats: Annotated[int | None, typer.Option(min=1, help=f"{REPEATS_HELP} Default: 5.")] = None,
     web: Annotated[bool, typer.Option("--web", help="Serve a page to ask questions on, until Ctrl-C.")] = False,
     target: Annotated[str | None, _web_option("Folder or Hub id of a target of your own.")] = None,
     draft: Annotated[str | None, _web_option("Folder or Hub id of its draft.")] = None,
@@ -64,6 +64,8 @@ def demo(
     if web:
         from .web import serve_page
 
+        if repeats is not None:
+            raise MSDUsageError("--repeats does not go with --web: there each click is one run.")
         arguments = _generate_arguments(max_new_tokens, temperature)
         serve_page(prompt, path, target, draft, dtype, device, host, port, arguments, seed)
         return
@@ -72,7 +74,7 @@ def demo(
         if value is not None:
             raise MSDUsageError(f"--{name} is for the page of the demo: add --web, or use `msd-hf generate`.")
     console.print(f"picture  {path.name}\nprompt   {prompt}\n")
-    _run(str(TARGET_DIR), str(DRAFT_DIR), prompt, path, max_new_tokens, temperature, seed, "auto", "cpu", repeats)
+    _run(str(TARGET_DIR), str(DRAFT_DIR), prompt, path, max_new_tokens, temperature, seed, "auto", "cpu", repeats or 5)
     print_next("generate", "--target", "TARGET", "--draft", "DRAFT", "--image", "PICTURE", "--prompt", "QUESTION")
 
 

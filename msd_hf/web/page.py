@@ -42,8 +42,10 @@ _LEGEND = (
 
 def build_page(pair: RacePair, folder: Path, prompt: str, image: Image | None = None) -> Any:
     """
-    Makes the page as a `gradio.Blocks`. gradio's `ChatInterface` has one column, and its messages are Markdown, in which
-    tokens cannot be coloured; so the page has the input of that interface, and HTML for the two sides.
+    Makes the page as a `gradio.Blocks`.
+
+    gradio's `ChatInterface` has one column, and its messages are Markdown, in which tokens cannot be coloured. So the
+    page has the input of that interface, and HTML for the two sides.
 
     Args:
         pair (`RacePair`): who answers.
@@ -80,7 +82,11 @@ def build_page(pair: RacePair, folder: Path, prompt: str, image: Image | None = 
         asked = box.submit(answer, box, [box, *views], show_progress="hidden", **once)
         clicked = examples.load_input_event.then(answer, box, [box, *views], show_progress="hidden", **once)
         box.stop(
-            lambda: gr.update(submit_btn=True, stop_btn=False), None, box, cancels=[asked, clicked], queue=False
+            lambda: gr.update(submit_btn=True, stop_btn=False),
+            outputs=box,
+            cancels=[asked, clicked],
+            queue=False,
+            api_visibility="private",
         )
         gr.Markdown(_METHOD)
     return page

@@ -56,8 +56,8 @@ class Frame:
     """
 
     stage: Stage = "ready"
-    alone: Recording = Recording()
-    drafted: Recording = Recording()
+    alone: Recording = field(default_factory=Recording)
+    drafted: Recording = field(default_factory=Recording)
     length: int = 0
     slowdown: int = 1
 

@@ -14,7 +14,7 @@ class DraftedTree:
     A candidate tree of one round.
 
     Args:
-        texts (`tuple[str, ...]`): the text of each of its N nodes; node 0 is the root, the last token before the round.
+        texts (`tuple[str, ...]`): the text of each node; node 0 is the root, the last token before the round.
         parents (`tuple[int, ...]`): the parent of each node, which has a smaller number; the root is its own parent.
         accepted (`frozenset[int]`): the nodes that the target accepted.
     """

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 DEFAULT_HOST = "127.0.0.1"
 _LARGEST_PICTURE = "20mb"
+_MOST_WAITING = 32  # questions
 _WARM_UP_TOKENS = 32
 
 
@@ -66,6 +67,7 @@ def serving(pair: RacePair, host: str, port: int | None, prompt: str, image: Ima
         pictures = Path(name) / "examples"
         pictures.mkdir()
         page = build_page(pair, pictures, prompt, image)
+        page.queue(max_size=_MOST_WAITING)
         try:
             _, address, _ = page.launch(
                 server_name=host,
