@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,9 @@ from typing import Any
 from ..errors import MSDUsageError
 from .next_step import print_next
 from .options import console
+
+
+_OWN_ADDRESSES = ("127.0.0.1", "localhost", "::1")
 
 
 def serve_page(
@@ -33,12 +36,10 @@ def serve_page(
     from ..web.server import DEFAULT_HOST, check_server, serving, warm_up
     from .answer import load_draft_and_processor
 
-    names = "the bundled toy LLaVA", "the bundled one"
-    if draft_name is not None:
-        names = target_name or "", draft_name
-    elif target_name is not None:
-        raise MSDUsageError("--target needs its draft: give it with --draft.")
-    else:
+    is_bundled = draft_name is None
+    if draft_name is None:
+        if target_name is not None:
+            raise MSDUsageError("--target needs its draft: give it with --draft.")
         target_name, draft_name, device = str(TARGET_DIR), str(DRAFT_DIR), device or "cpu"
     # All inputs are checked before the target's weights are loaded, which takes long.
     host, dtype, device = host or DEFAULT_HOST, dtype or "auto", device or "auto"
@@ -47,13 +48,17 @@ def serve_page(
     target_name, draft, processor = load_draft_and_processor(target_name, draft_name, dtype, device)
     target = load_target(target_name, dtype, device)
     draft = draft.to(device=target.device, dtype=target.dtype)
-    pair = RacePair(target, draft, processor, (names[0] or target_name, names[1]), arguments, seed)
+    names = ("the bundled toy LLaVA", "the bundled one") if is_bundled else (target_name, draft_name)
+    pair = RacePair(target, draft, processor, names, arguments, seed)
     console.print("warming up ...")
     warm_up(pair)
     try:
         with serving(pair, host, port, prompt, picture) as address:
+            if host not in _OWN_ADDRESSES:
+                console.print(f"everyone who can reach {host} may ask questions", soft_wrap=True)
             console.print(f"the page is at {address}\nCtrl-C ends it", soft_wrap=True)
-            threading.Event().wait()
+            while True:
+                time.sleep(1)
     except KeyboardInterrupt:
         console.print("ended")
     print_next("generate", "--target", "TARGET", "--draft", "DRAFT", "--image", "PICTURE", "--prompt", "QUESTION")

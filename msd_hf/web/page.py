@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import logging
 
 from ..errors import MSDError, describe_error
+from ..hub.names import public_name
 from ..images import read_image
+from ..writing.redaction import redact_text
 from .markup import escaped, sides_markup, summary_markup, trees_markup
 from .questions import asked_question, example_questions
 from .race import Frame, RacePair, race
@@ -56,7 +58,8 @@ def build_page(pair: RacePair, folder: Path, prompt: str, image: Image | None = 
 
     with gr.Blocks(title="msd_hf", analytics_enabled=False) as page:
         gr.Markdown(_INTRODUCTION)
-        gr.HTML(f'<p class="note">Target: {escaped(pair.names[0])}. Draft: {escaped(pair.names[1])}.</p>')
+        target, draft = (escaped(public_name(name)[0] or "") for name in pair.names)
+        gr.HTML(f'<p class="note">Target: {target}. Draft: {draft}.</p>')
         box = gr.MultimodalTextbox(
             asked_question(folder, "first", prompt, image),
             file_types=["image"],
@@ -94,8 +97,7 @@ def build_page(pair: RacePair, folder: Path, prompt: str, image: Image | None = 
 
 def answer_views(pair: RacePair, asked: dict[str, Any]) -> Iterator[Views]:
     """
-    What the page shows while a question is answered: the [`Views`]. An error is shown in
-    place of the summary.
+    The [`Views`] of the page while a question is answered. An error is shown in place of the summary.
 
     Args:
         pair (`RacePair`): who answers.
@@ -115,8 +117,9 @@ def answer_views(pair: RacePair, asked: dict[str, Any]) -> Iterator[Views]:
     except Exception as error:  # the page lives on
         if not isinstance(error, MSDError):
             logger.error("A question could not be answered.", exc_info=error)
+        message = redact_text(describe_error(error))  # visitors need no path of this machine
         empty = _views(Frame())
-        yield (f'<p class="summary error">{escaped(describe_error(error))}</p>', *empty[1:])
+        yield (f'<p class="summary error">{escaped(message)}</p>', *empty[1:])
 
 
 def _views(frame: Frame) -> Views:

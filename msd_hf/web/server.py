@@ -70,7 +70,7 @@ def serving(pair: RacePair, host: str, port: int | None, prompt: str, image: Ima
         page.queue(max_size=_MOST_WAITING)
         try:
             _, address, _ = page.launch(
-                server_name=host,
+                server_name=f"[{host}]" if ":" in host else host,  # IPv6
                 server_port=port,
                 share=False,
                 quiet=True,
