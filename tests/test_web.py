@@ -17,6 +17,7 @@ from msd_hf.toy import DEMO_IMAGE, DRAFT_DIR, TARGET_DIR
 from msd_hf.web import race as race_module
 from msd_hf.web.markup import answer_markup, sides_markup, summary_markup, tree_markup, trees_markup
 from msd_hf.web.page import MOST_CHARACTERS, answer_views
+from msd_hf.web.pieces import Pieces
 from msd_hf.web.questions import example_questions
 from msd_hf.web.race import Frame, RacePair, race
 from msd_hf.web.recorder import accepted_nodes, record
@@ -111,6 +112,15 @@ def test_accepted_nodes_are_found_where_tokens_repeat():
     assert accepted_nodes(nodes, parents, [8, 7]) == {2, 3}
     assert accepted_nodes(nodes, parents, [7, 8, 7]) == {1, 4, 5}
     assert accepted_nodes(nodes, parents, []) == set()
+
+
+def test_a_character_of_several_tokens_is_one_piece():
+    class Bytes:
+        def decode(self, tokens, skip_special_tokens):
+            return bytes(tokens).decode(errors="replace")
+
+    pieces = Pieces(Bytes())
+    assert [pieces.add(byte) for byte in "né–x".encode()] == ["n", "", "é", "", "", "–", "x"]
 
 
 def test_a_recording_knows_its_figures_at_each_time():
