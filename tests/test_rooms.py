@@ -31,6 +31,7 @@ ROOMS = (
     "training",
     "evaluation",
     "toy",
+    "web",
     "cli",
 )
 # What holds the package together may import rooms; all other modules of the root import only each other.

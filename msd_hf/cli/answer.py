@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from ..errors import MSDError
+from ..errors import MSDError, MSDUsageError
+from ..limits import DTYPE_NAMES
 from .next_step import print_next
 from .options import (
+    REPEATS_HELP,
     Device,
     Dtype,
     MaxNewTokens,
@@ -27,9 +29,14 @@ from .options import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..draft.modeling_msd import MSDDraftModel
     from ..evaluation import Comparison
 
 DEMO_PROMPT = "Describe the picture."
+
+
+def _web_option(help_: str, **arguments: Any) -> Any:
+    return typer.Option(help=help_, rich_help_panel="Options of --web", **arguments)
 
 
 def demo(
@@ -38,7 +45,14 @@ def demo(
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
-    repeats: Repeats = 5,
+    repeats: Annotated[int | None, typer.Option(min=1, help=f"{REPEATS_HELP} Default: 5.")] = None,
+    web: Annotated[bool, typer.Option("--web", help="Serve a page to ask questions on, until Ctrl-C.")] = False,
+    target: Annotated[str | None, _web_option("Folder or Hub id of a target of your own.")] = None,
+    draft: Annotated[str | None, _web_option("Folder or Hub id of its draft.")] = None,
+    dtype: Annotated[str | None, _web_option(f"{DTYPE_NAMES}; default: auto.")] = None,
+    device: Annotated[str | None, _web_option("cpu, cuda, ...; default: auto; cpu for the bundled pair.")] = None,
+    host: Annotated[str | None, _web_option("Address to serve from; default: 127.0.0.1, this machine alone.")] = None,
+    port: Annotated[int | None, _web_option("Port; default: the first free one from 7860.", min=1, max=65535)] = None,
 ) -> None:
     """Answer a question about a bundled picture with the bundled pair, with and without the draft."""
     from transformers.utils import logging
@@ -47,8 +61,20 @@ def demo(
 
     logging.disable_progress_bar()
     path = image or DEMO_IMAGE
+    if web:
+        from .web import serve_page
+
+        if repeats is not None:
+            raise MSDUsageError("--repeats does not go with --web: there each click is one run.")
+        arguments = _generate_arguments(max_new_tokens, temperature)
+        serve_page(prompt, path, target, draft, dtype, device, host, port, arguments, seed)
+        return
+    given = {"target": target, "draft": draft, "dtype": dtype, "device": device, "host": host, "port": port}
+    for name, value in given.items():
+        if value is not None:
+            raise MSDUsageError(f"--{name} is for the page of the demo: add --web, or use `msd-hf generate`.")
     console.print(f"picture  {path.name}\nprompt   {prompt}\n")
-    _run(str(TARGET_DIR), str(DRAFT_DIR), prompt, path, max_new_tokens, temperature, seed, "auto", "cpu", repeats)
+    _run(str(TARGET_DIR), str(DRAFT_DIR), prompt, path, max_new_tokens, temperature, seed, "auto", "cpu", repeats or 5)
     print_next("generate", "--target", "TARGET", "--draft", "DRAFT", "--image", "PICTURE", "--prompt", "QUESTION")
 
 
@@ -91,35 +117,21 @@ def _run(
     """Prints an answer and a comparison. Returns the name of the target, which the draft may have given."""
     import torch
 
-    from ..draft.modeling_msd import MSDDraftModel
     from ..evaluation import compare
-    from ..hub.names import target_or_named
     from ..images import read_image
-    from ..loading import load_config, load_processor, load_target, parse_device, parse_dtype
+    from ..loading import load_target
     from ..prompts import build_inputs
-    from ..target.support import check_pair
     from .streaming import AcceptanceStreamer
 
     # All inputs are checked before the target's weights are loaded, which takes long.
     image = None if image_path is None else read_image(image_path)
-    parse_dtype(dtype)
-    parse_device(device)
-    if target_name is not None:
-        load_config(target_name)
-    draft = MSDDraftModel.from_pretrained(draft_name)
+    target_name, draft, processor = load_draft_and_processor(target_name, draft_name, dtype, device)
     set_visual_rows(draft, max_visual_rows)
-    if target_name is None:
-        target_name = target_or_named(None, draft.config)
-        console.print(f"target   {target_name}, which the draft names", soft_wrap=True)
-    check_pair(load_config(target_name), draft.config)
-    processor = load_processor(target_name)
     inputs = build_inputs(processor, prompt, image)
     target = load_target(target_name, dtype, device)
     draft = draft.to(device=target.device, dtype=target.dtype)
     inputs = inputs.to(target.device, dtype=target.dtype)
-    arguments: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-    if temperature > 0:
-        arguments["temperature"] = temperature
+    arguments = _generate_arguments(max_new_tokens, temperature)
 
     # First calls are slower. These two warm up `generate` with and without the draft; the first shows the answer.
     streamer = AcceptanceStreamer(processor.tokenizer, console)
@@ -130,6 +142,35 @@ def _run(
     console.print(f"\ntiming {repeats} run{'s' * (repeats > 1)} with the draft and without it ...")
     _print_comparison(compare(target, draft, inputs, repeats, seed, **arguments), target)
     return target_name
+
+
+def load_draft_and_processor(
+    target_name: str | None, draft_name: str, dtype: str, device: str
+) -> tuple[str, MSDDraftModel, Any]:
+    """Loads what a target needs beside its weights, and checks that it all fits: the name of the target, which the
+    draft may give, the draft, and the target's processor."""
+    from ..draft.modeling_msd import MSDDraftModel
+    from ..hub.names import target_or_named
+    from ..loading import load_config, load_processor, parse_device, parse_dtype
+    from ..target.support import check_pair
+
+    parse_dtype(dtype)
+    parse_device(device)
+    if target_name is not None:
+        load_config(target_name)
+    draft = MSDDraftModel.from_pretrained(draft_name)
+    if target_name is None:
+        target_name = target_or_named(None, draft.config)
+        console.print(f"target   {target_name}, which the draft names", soft_wrap=True)
+    check_pair(load_config(target_name), draft.config)
+    return target_name, draft, load_processor(target_name)
+
+
+def _generate_arguments(max_new_tokens: int, temperature: float) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        arguments["temperature"] = temperature
+    return arguments
 
 
 def _print_comparison(comparison: Comparison, target: PreTrainedModel) -> None:

@@ -51,9 +51,8 @@ Subset = Annotated[str | None, typer.Option(help="Subset (configuration) of a da
 MaxLength = Annotated[int, typer.Option(min=1, help="Longest sample in tokens, expanded images included.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples per forward of the target.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first broken sample.")]
-Repeats = Annotated[
-    int, typer.Option(min=1, help="Timed runs with and without the draft; their medians are reported.")
-]
+REPEATS_HELP = "Timed runs with and without the draft; their medians are reported."
+Repeats = Annotated[int, typer.Option(min=1, help=REPEATS_HELP)]
 
 
 def set_visual_rows(draft: MSDDraftModel, value: str | None) -> None:

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.text import Text
 from transformers.generation.streamers import BaseStreamer
 
+from ..web.pieces import Pieces
+
 
 ACCEPTED_STYLE = "bold green"
 
@@ -24,11 +26,9 @@ class AcceptanceStreamer(BaseStreamer):
     """
 
     def __init__(self, tokenizer: Any, console: Console):
-        self.tokenizer = tokenizer
         self.console = console
         self._coloured = console.is_terminal and not console.no_color
-        self._tokens: list[int] = []
-        self._shown = ""
+        self._pieces = Pieces(tokenizer)
         self._in_draft = False
         self._is_prompt = True
 
@@ -42,12 +42,7 @@ class AcceptanceStreamer(BaseStreamer):
     def put_verified(self, tokens: torch.Tensor, num_draft_tokens: int) -> None:
         """Receives the tokens of one verification. The first `num_draft_tokens` of them were drafted."""
         for index, token in enumerate(tokens.tolist()):
-            self._tokens.append(token)
-            text = self.tokenizer.decode(self._tokens, skip_special_tokens=True)
-            if text.endswith("�"):  # more bytes of this character follow
-                continue
-            self._print(text[len(self._shown) :], accepted=index < num_draft_tokens)
-            self._shown = text
+            self._print(self._pieces.add(token), accepted=index < num_draft_tokens)
 
     def end(self) -> None:
         if self._in_draft and not self._coloured:
