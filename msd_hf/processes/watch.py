@@ -1,0 +1,107 @@
+"""Notices that another process of a job has ended, and ends this one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+import torch
+from torch import distributed
+
+from ..errors import MSDProcessError
+
+
+_TAG = 1
+_SIGNS = (SystemExit, RuntimeError, MSDProcessError)
+_VERDICT = 1.0  # seconds in which a process that ends is noticed, though a launcher's signal may come first
+_GRACE = 30.0  # seconds after which a process ends that does not react, since it waits for a GPU for example
+
+
+class Watch:
+    """
+    Inside the `with` block, a process that ends before its own block does interrupts this process.
+
+    A thread for each other process waits for a message that it sends at the end of its block. The connection breaks if
+    the process dies, on another machine too, and the thread sends SIGTERM to this process. SIGTERM raises `SystemExit`
+    inside the block, unless the program has a handler of its own.
+
+    Args:
+        index: number of this process.
+        number: number of processes.
+        group: a group of `torch.distributed` for these messages alone, over gloo.
+
+    Raises:
+        MSDProcessError: at the end of the block, if another process was lost and the block has no error of its own.
+    """
+
+    def __init__(self, index: int, number: int, group: Any):
+        self.index, self.number, self.group = index, number, group
+        self.lost: int | None = None
+        self._is_lost, self._has_ended = threading.Event(), threading.Event()
+        self._handler: Any = None
+
+    def __enter__(self) -> Watch:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            self._handler = signal.signal(signal.SIGTERM, _exit)
+        for other in range(self.number):
+            if other != self.index:
+                threading.Thread(target=self._wait_for, args=(other,), daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        # A lost process shows in many ways: by a signal, or by the error of a message that was to come from it.
+        is_suspect = kind is not None and issubclass(kind, _SIGNS)
+        try:
+            if kind is None:
+                self._say_done()
+            elif is_suspect:
+                self._is_lost.wait(_VERDICT)
+        finally:
+            self._has_ended.set()
+            if self._handler is not None:
+                signal.signal(signal.SIGTERM, self._handler)
+        if self.lost is not None and (kind is None or is_suspect):
+            raise MSDProcessError(self._message()) from error
+
+    def _message(self) -> str:
+        return (
+            f"Process {self.index} of {self.number} ends, because process {self.lost} has ended before its part was "
+            "done; its own last line says why. Start the same command again on all machines to go on."
+        )
+
+    def _say_done(self) -> None:
+        for other in range(self.number):
+            if other != self.index and not self._is_lost.is_set():
+                try:
+                    distributed.send(torch.ones(1), dst=other, group=self.group, tag=_TAG)
+                except RuntimeError:  # it has ended; its thread notices
+                    self._is_lost.wait(_VERDICT)
+
+    def _wait_for(self, other: int) -> None:
+        try:
+            message = distributed.irecv(torch.zeros(1), src=other, group=self.group, tag=_TAG)
+            if message is not None:
+                message.wait()
+        except RuntimeError:
+            self._note_lost(other)
+
+    def _note_lost(self, other: int) -> None:
+        if self._has_ended.is_set() or self._is_lost.is_set():
+            return
+        self.lost = other
+        self._is_lost.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        if not self._has_ended.wait(_GRACE):
+            print(f"Error: {self._message()}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+def _exit(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+__all__ = ["Watch"]
