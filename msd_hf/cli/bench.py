@@ -90,6 +90,7 @@ def bench(
 
     from ..evaluation.plots import check_matplotlib
     from ..evaluation.report import print_report, write_report
+    from ..processes.group import launched
 
     if sum((shape is not None, toy, data is not None)) != 1:
         raise MSDError("Give one of --data, --toy and --shape.")
@@ -107,7 +108,10 @@ def bench(
         check_card(update_card)
         draft = draft or str(update_card)
     logging.disable_progress_bar()
+    processes = launched()
     if shape is not None:
+        if not processes.is_alone:
+            raise MSDError("--shape is timed by one process: start it without `accelerate launch`.")
         report = _bench_shape(shape, context, assume_tau, nodes, repeats, compile, draft_vocab_size, dtype, device)
     else:
         from ..draft.modeling_msd import MSDDraftModel
@@ -126,29 +130,33 @@ def bench(
         draft = draft or (str(DRAFT_DIR) if toy else None)
         if draft is None:
             raise MSDError("--data needs a --draft, and its --target if the draft does not name it.")
-        draft_model = MSDDraftModel.from_pretrained(draft)
-        set_visual_rows(draft_model, max_visual_rows)
-        target = target_or_named(target, draft_model.config)
-        check_pair(load_config(target), draft_model.config)
-        processor = load_processor(target)
-        if data is None:
-            prompts = toy_prompts(processor, num_prompts, seed)
-        else:
-            prompts = first_questions(load_conversations(data, image_folder), processor, num_prompts)
-        model = load_target(target, dtype, device)
-        draft_model = draft_model.to(device=model.device, dtype=model.dtype)
-        report = report_pair(
-            model,
-            draft_model,
-            prompts,
-            methods,
-            repeats,
-            max_new_tokens,
-            min_answer_tokens,
-            temperature,
-            seed,
-            ignore_eos,
-        )
+        with processes.together("Nothing is kept of a benchmark: start it again."):
+            draft_model = MSDDraftModel.from_pretrained(draft)
+            set_visual_rows(draft_model, max_visual_rows)
+            target = target_or_named(target, draft_model.config)
+            check_pair(load_config(target), draft_model.config)
+            processor = load_processor(target)
+            if data is None:
+                prompts = toy_prompts(processor, num_prompts, seed)
+            else:
+                prompts = first_questions(load_conversations(data, image_folder), processor, num_prompts)
+            model = load_target(target, dtype, processes.device(device))
+            draft_model = draft_model.to(device=model.device, dtype=model.dtype)
+            report = report_pair(
+                model,
+                draft_model,
+                prompts,
+                methods,
+                repeats,
+                max_new_tokens,
+                min_answer_tokens,
+                temperature,
+                seed,
+                ignore_eos,
+                processes,
+            )
+    if not processes.is_first:
+        return
     print_report(report, console)
     if update_card is not None:
         from ..hub.card import update_results

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..draft.modeling_msd import MSDDraftModel
+from ..processes.group import ALONE, Processes
 from ..tree.settings import TreeSettings
 from .bench import run_bench
 from .bench_prompts import BenchPrompt
@@ -30,6 +31,7 @@ def report_pair(
     temperature: float = 0.0,
     seed: int = 0,
     ignore_eos: bool = False,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """
     Measures a target and its draft on prompts and makes the report. [`run_bench`] measures, [`summarize`] makes the
@@ -38,6 +40,7 @@ def report_pair(
     Args:
         temperature: 0 for greedy decoding, above 0 for sampling. Each run has the same seed.
         ignore_eos: whether answers continue after their end, up to `max_new_tokens`.
+        processes: the processes that share the prompts, and all get the report.
 
     Raises:
         MSDError: when no answer is long enough.
@@ -47,7 +50,7 @@ def report_pair(
         arguments |= {"temperature": temperature, "seed": seed}
     if ignore_eos:
         arguments["eos_token_id"] = None
-    result = run_bench(target, draft, prompts, methods, repeats, min_answer_tokens, **arguments)
+    result = run_bench(target, draft, prompts, methods, repeats, min_answer_tokens, processes=processes, **arguments)
     settings = {
         "max_new_tokens": max_new_tokens,
         "min_answer_tokens": min_answer_tokens,
@@ -59,7 +62,7 @@ def report_pair(
     }
     return {
         "kind": "pair",
-        "environment": describe_environment(target),
+        "environment": describe_environment(target, processes.number),
         "settings": settings,
         **summarize(result),
     }

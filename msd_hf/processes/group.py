@@ -20,6 +20,8 @@ _T = TypeVar("_T")
 # A process waits while another one works on its share. One that dies is noticed at once, so no limit is needed.
 _WAIT = timedelta(days=30)
 
+GO_ON = "Start the same command again on all machines: it goes on with what is kept."
+
 
 class Processes:
     """
@@ -84,9 +86,12 @@ class Processes:
         return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, advice: str = GO_ON) -> Iterator[None]:
         """
         Inside the block a process that ends, for whatever reason, ends the others too.
+
+        Args:
+            advice: what the error says about going on.
 
         Raises:
             MSDProcessError: when another process has ended inside the block.
@@ -125,8 +130,8 @@ class LaunchedProcesses(Processes):
         return answer[0][0]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        with Watch(self.index, self.number, self._watch_group):
+    def together(self, advice: str = GO_ON) -> Iterator[None]:
+        with Watch(self.index, self.number, self._watch_group, advice):
             yield
 
 

@@ -24,6 +24,7 @@ from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError, MSDUsageError, describe_error
 from ..hub.names import target_or_named
 from ..loading import load_config, load_processor, load_target, parse_dtype
+from ..processes.group import ALONE, Processes, launched
 from ..tree.settings import TREE_SETTINGS, TreeSettings
 from .arguments import MSDTrainingArguments
 from .checkpoint_space import check_checkpoint_space, count_parameters
@@ -39,6 +40,8 @@ from .resume_point import find_resume_point
 from .run_fingerprint import argument_values
 from .script_help import HelpAll, format_help
 from .trainer import MSDTrainer
+
+_GO_ON = "Start the same command on all machines again, with --resume-from-checkpoint True, to go on."
 
 
 @dataclass
@@ -128,6 +131,12 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ScriptArguments, MSDTrainingAr
 def run_training(argv: Sequence[str]) -> MSDTrainer:
     """Trains a draft and saves it in `output_dir`. Returns the trainer, which holds the metrics."""
     script_args, args = parse_arguments(argv)
+    processes = ALONE if args.world_size == 1 else launched()
+    with processes.together(_GO_ON):
+        return _train(script_args, args, processes)
+
+
+def _train(script_args: ScriptArguments, args: MSDTrainingArguments, processes: Processes) -> MSDTrainer:
     set_seed(args.seed)
     resume = args.resume_from_checkpoint
     resume = True if str(resume).lower() == "true" else None if str(resume).lower() == "false" else resume
@@ -148,7 +157,7 @@ def run_training(argv: Sequence[str]) -> MSDTrainer:
     )
     if args.target_written_answers:
         data = {
-            kind: _with_target_answers(conversations, kind, target, processor, script_args, args)
+            kind: _with_target_answers(conversations, kind, target, processor, script_args, args, processes)
             for kind, conversations in data.items()
         }
     data, held_out = _hold_out(data, script_args)
@@ -311,21 +320,18 @@ def _with_target_answers(
     processor: Any,
     script_args: ScriptArguments,
     args: MSDTrainingArguments,
+    processes: Processes,
 ) -> Any:
     if isinstance(conversations, JoinedConversations):
         parts = [
-            _with_target_answers(part, kind, target, processor, script_args, args) for part in conversations.parts
+            _with_target_answers(part, kind, target, processor, script_args, args, processes)
+            for part in conversations.parts
         ]
         return JoinedConversations(parts, conversations.weights)
     fingerprint = f"{target_fingerprint(target)[:8]}{conversations.fingerprint[:8]}"
     # `--push-to-hub` uploads the output folder without names that begin with `_`. The data is the user's own.
     output = Path(str(args.output_dir)) / "_answers" / f"{kind}-{fingerprint}.jsonl"
-    if not is_written(output):
-        if args.world_size > 1:
-            raise MSDError(
-                "With several processes run `msd-hf regenerate` first, train on its output, and add "
-                "--target-written-answers false."
-            )
+    if not processes.from_first(lambda: is_written(output)):
         output.parent.mkdir(parents=True, exist_ok=True)
         regenerate(
             target.to(args.device) if script_args.target_device_map is None else target,
@@ -335,6 +341,7 @@ def _with_target_answers(
             max_new_tokens=script_args.answer_max_new_tokens,
             batch_size=script_args.answer_batch_size,
             strict=args.strict,
+            processes=processes,
         )
     return load_conversations(output, conversations.image_folder)
 

@@ -153,7 +153,9 @@ def extract_features(
         try:
             target.eval()
             with resumable(lambda: _place(folder, index)):
-                _write_shards(folder, index, missing, extractor, conversations, encoder, strict, num_workers, processes)
+                _write_shards(
+                    folder, index, missing, extractor, conversations, encoder, strict, num_workers, processes
+                )
                 processes.gather(None)  # waits for the others
         finally:
             target.train(training)

@@ -111,7 +111,7 @@ def regenerate(
         **generator.settings,
     }
     processes.check_equal({name: str(value) for name, value in settings.items() if name != "logits_processor"})
-    processes.from_first(lambda: check_answer_space(output, conversations, max_new_tokens))
+    processes.from_first(lambda: check_answer_space(output, conversations, max_new_tokens, processes))
     chats = _Windows(generator, encoder, conversations, batch_size, seed, strict)
     writer = EntryWriter(output, conversations.image_folder)
     was_training = target.training
@@ -166,8 +166,7 @@ def _write_output(
                 bar.update()
         counts = Counter(_outcome(record) for record in journal.records())
         num_cut, num_samples = counts.pop("cut", 0), counts.pop("complete", 0)
-        # Before the journal goes, since a finished output has none.
-        remove_parts(output)
+        remove_parts(output)  # the journal has their lines now
         if num_samples + num_cut == 0:
             journal.discard()
             reasons = ", ".join(f"{reason} {count}" for reason, count in counts.items())
@@ -197,7 +196,9 @@ def check_output(output: Path) -> None:
     check_writable(output.parent)
 
 
-def check_answer_space(output: Path, conversations: Conversations, max_new_tokens: int) -> None:
+def check_answer_space(
+    output: Path, conversations: Conversations, max_new_tokens: int, processes: Processes = ALONE
+) -> None:
     """
     Checks that the disk has room for the longest possible answers to the prompts of `conversations`, as far as at most
     64 evenly spaced samples tell. The target is not needed.
@@ -218,8 +219,9 @@ def check_answer_space(output: Path, conversations: Conversations, max_new_token
             3 * image.width * image.height for image in conversation.images if not isinstance(image, Path)
         )
     needed = num_bytes * len(conversations) // max(num_probes, 1)
-    # The journal and the file that is made of it exist at the same time.
-    check_space(output.parent, 2 * needed, "The answers", "Use fewer samples, or another disk.")
+    # The journal and the file that is made of it exist at the same time; several processes have parts too.
+    copies = 2 if processes.is_alone else 3
+    check_space(output.parent, copies * needed, "The answers", "Use fewer samples, or another disk.")
 
 
 def _place(journal: Journal, total: int) -> str:
@@ -256,9 +258,7 @@ class _Windows:
         starts = sorted({index - index % size for index in missing})
         return [range(start, min(start + size, len(self.conversations))) for start in starts]
 
-    def answered(
-        self, windows: Sequence[range], missing: Collection[int]
-    ) -> Iterator[tuple[int, AnsweredChat | str]]:
+    def answered(self, windows: Sequence[range], missing: Collection[int]) -> Iterator[tuple[int, AnsweredChat | str]]:
         """Answers windows. Yields the index of each missing sample, with its chat or the reason why it was skipped."""
         for indices in windows:
             window = self._open(indices)
