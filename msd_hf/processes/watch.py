@@ -86,7 +86,7 @@ class Watch:
     def _message(self) -> str:
         return (
             f"Process {self.index} of {self.number} ends, because process {self.lost} has ended before its part was "
-            f"done; its own last line says why. {self.advice}"
+            f"done; its own last line may say why. {self.advice}"
         )
 
     def _say(self, outcome: float) -> None:

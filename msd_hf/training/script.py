@@ -41,6 +41,7 @@ from .run_fingerprint import argument_values
 from .script_help import HelpAll, format_help
 from .trainer import MSDTrainer
 
+
 _GO_ON = "Start the same command on all machines again, with --resume-from-checkpoint True, to go on."
 
 
