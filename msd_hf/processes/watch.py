@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -17,8 +18,9 @@ from ..errors import MSDProcessError
 
 _TAG = 1
 _DONE, _FAILED = 1.0, 0.0
-_SIGNS = (SystemExit, RuntimeError, MSDProcessError)
+_NETWORK_ERRORS = ("gloo", "NCCL", "Connection")  # words in the `RuntimeError`s of torch.distributed
 _VERDICT = 1.0  # seconds in which a process that ends is noticed, though a launcher's signal may come first
+_PATIENCE = 10.0  # seconds in which the others notice that this process has failed
 _GRACE = 30.0  # seconds after which a process ends that does not react, since it waits for a GPU for example
 
 
@@ -60,7 +62,7 @@ class Watch:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
         # A lost process shows in many ways: by a signal, or by the error of a message that was to come from it.
-        is_suspect = kind is not None and issubclass(kind, _SIGNS)
+        is_suspect = _may_be_of_another(error)
         try:
             if is_suspect:
                 self._is_lost.wait(_VERDICT)
@@ -76,11 +78,14 @@ class Watch:
 
     def _join(self, is_patient: bool) -> None:
         """Waits for the threads, since one that waits when Python ends would abort this process: until all processes
-        have ended their blocks, or for a second each after a failure."""
+        have ended their blocks, or after a failure until they have had the time to."""
+        deadline = time.monotonic() + _PATIENCE
         for thread in self._threads:
             while thread.is_alive():
-                thread.join(_VERDICT)
-                if not is_patient or self.lost is not None:
+                thread.join(0.1)
+                if is_patient and self.lost is None:
+                    deadline = time.monotonic() + _PATIENCE
+                elif time.monotonic() > deadline:
                     break
 
     def _message(self) -> str:
@@ -114,6 +119,13 @@ class Watch:
         if not self._has_ended.wait(_GRACE):
             print(f"Error: {self._message()}", file=sys.stderr, flush=True)
             os._exit(1)
+
+
+def _may_be_of_another(error: BaseException | None) -> bool:
+    """Whether an error may come from the end of another process."""
+    if isinstance(error, RuntimeError):
+        return any(word in str(error) for word in _NETWORK_ERRORS)
+    return isinstance(error, (SystemExit, MSDProcessError))
 
 
 def _exit(number: int, frame: Any) -> None:

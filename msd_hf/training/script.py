@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from torch.distributed import get_backend
 from torch.utils.data import ConcatDataset, Subset
 from transformers import (
     EarlyStoppingCallback,
@@ -40,6 +41,7 @@ from .resume_point import find_resume_point
 from .run_fingerprint import argument_values
 from .script_help import HelpAll, format_help
 from .trainer import MSDTrainer
+from .whole_models import loaded_whole
 
 
 _GO_ON = "Start the same command on all machines again, with --resume-from-checkpoint True, to go on."
@@ -132,7 +134,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ScriptArguments, MSDTrainingAr
 def run_training(argv: Sequence[str]) -> MSDTrainer:
     """Trains a draft and saves it in `output_dir`. Returns the trainer, which holds the metrics."""
     script_args, args = parse_arguments(argv)
-    processes = ALONE if args.world_size == 1 else launched()
+    # Over NCCL training needs no connections of gloo, and NCCL notices a lost process itself.
+    talks = args.world_size > 1 and ("gloo" in get_backend() or bool(args.target_written_answers))
+    processes = launched() if talks else ALONE
     with processes.together(_GO_ON):
         return _train(script_args, args, processes)
 
@@ -144,25 +148,28 @@ def _train(script_args: ScriptArguments, args: MSDTrainingArguments, processes: 
     # A checkpoint of another run is refused before the target is loaded, if its arguments differ.
     point = find_resume_point(resume, args.force, str(args.output_dir), {"arguments": _given_values(args)})
     data = _open_data(script_args)
-    draft = None if script_args.draft is None else _load_draft(script_args.draft)
+    with loaded_whole(args):
+        draft = None if script_args.draft is None else _load_draft(script_args.draft)
     script_args.target = target_or_named(script_args.target, None if draft is None else draft.config)
     if not point.finished:
         _check_disk(script_args, args, draft, data)
     processor = load_processor(script_args.target)
-    target = load_target(
-        script_args.target,
-        script_args.target_dtype,
-        dtype_option="--target-dtype",
-        device_map=script_args.target_device_map,
-        attn_implementation=script_args.attn_implementation,
-    )
+    with loaded_whole(args):
+        target = load_target(
+            script_args.target,
+            script_args.target_dtype,
+            dtype_option="--target-dtype",
+            device_map=script_args.target_device_map,
+            attn_implementation=script_args.attn_implementation,
+        )
     if args.target_written_answers:
         data = {
             kind: _with_target_answers(conversations, kind, target, processor, script_args, args, processes)
             for kind, conversations in data.items()
         }
     data, held_out = _hold_out(data, script_args)
-    draft = new_draft(target, args) if draft is None else draft
+    with loaded_whole(args):
+        draft = new_draft(target, args) if draft is None else draft
     for name, value in _tree_settings(script_args).items():
         if value is not None:
             setattr(draft.generation_config, name, value)

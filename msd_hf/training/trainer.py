@@ -39,6 +39,7 @@ from .provenance import describe_run, read_provenance
 from .resuming import ResumableTrainer
 from .run_fingerprint import run_fingerprint
 from .visual_counts import VisualCounts
+from .whole_models import check_whole, loaded_whole
 
 
 logger = logging.get_logger(__name__)
@@ -90,10 +91,13 @@ class MSDTrainer(ResumableTrainer):
                 "belongs: give that model as `target`."
             )
         check_target(target)
+        check_whole(target)
         processing_class = processor_of(target) if processing_class is None else processing_class
         data = open_training_data(text_dataset, visual_dataset, train_dataset, args)
         eval_dataset = open_held_out(eval_dataset)
-        model = new_draft(target, args) if model is None else model
+        if model is None:
+            with loaded_whole(args):
+                model = new_draft(target, args)
         check_pair(target.config, model.config)
         if redact_text(model.config._name_or_path) != model.config._name_or_path:
             model.config._name_or_path = ""  # a local path; trackers get the whole config
