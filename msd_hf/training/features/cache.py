@@ -244,8 +244,9 @@ class FeatureCache(Dataset):
         self.folder = Path(folder)
         self.index = CacheIndex.read(self.folder)
         if not self.index.complete:
+            kept = self.index.num_shards - len(self.index.missing_shards(self.folder))
             raise MSDError(
-                f"The feature cache in {str(folder)!r} is not complete: {len(self.index.shards)} of "
+                f"The feature cache in {str(folder)!r} is not complete: {kept} of "
                 f"{self.index.num_shards} shards. Run the same extraction again: it resumes there."
             )
         for shard_id in range(self.index.num_shards):
