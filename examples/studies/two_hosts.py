@@ -3,8 +3,8 @@ Trains and extracts on two hosts, which are two network namespaces of this machi
 
     python examples/studies/two_hosts.py
 
-The hosts have an address each, reach each other over one link, and share nothing but the disk. Each runs the command of
-TRAINING.md. One host's process is then killed: the other must end by itself, and the same commands must go on. Needs
+The hosts have an address each, reach each other over one link, and share nothing but the disk. Each runs the command
+that TRAINING.md gives. One host is then killed: the other must end by itself, and the same commands must go on. Needs
 root and the command `ip` (iproute2), since it makes network namespaces, and removes them at its end.
 """
 
