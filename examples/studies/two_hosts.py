@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -69,8 +69,15 @@ def start(rank: int, arguments: list[str], log: Path) -> subprocess.Popen:
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LINKS[rank]},
         stdout=log.open("w"),
         stderr=subprocess.STDOUT,
-        start_new_session=True,
     )
+
+
+def kill_all(host: str) -> None:
+    """Kills all processes of a host, the launcher too, as if the host had lost its power."""
+    found = subprocess.run(["ip", "netns", "pids", host], check=False, capture_output=True, text=True)
+    for process in found.stdout.split():
+        with suppress(ProcessLookupError):
+            os.kill(int(process), signal.SIGKILL)
 
 
 def run(arguments: list[str], logs: Path, is_time: Callable[[], bool] | None = None) -> tuple[list[int], list[str]]:
@@ -78,7 +85,7 @@ def run(arguments: list[str], logs: Path, is_time: Callable[[], bool] | None = N
     Runs a command on both hosts. Returns their exit statuses and what they printed.
 
     Args:
-        is_time (*optional*): says when the process of host 1 is to be killed.
+        is_time (*optional*): says when host 1 is to be killed.
     """
     files = [logs / f"host-{rank}.log" for rank in (0, 1)]
     hosts = [start(rank, arguments, file) for rank, file in enumerate(files)]
@@ -87,12 +94,11 @@ def run(arguments: list[str], logs: Path, is_time: Callable[[], bool] | None = N
         if is_time is not None:
             while not is_time() and hosts[1].poll() is None and time.monotonic() < deadline:
                 time.sleep(0.02)
-            os.killpg(hosts[1].pid, signal.SIGKILL)  # the launcher too, as if the host had lost its power
+            kill_all(HOSTS[1])
         statuses = [host.wait(max(1.0, deadline - time.monotonic())) for host in hosts]
     finally:
-        for host in hosts:
-            if host.poll() is None:
-                os.killpg(host.pid, signal.SIGKILL)
+        for name in HOSTS:
+            kill_all(name)
     return statuses, [file.read_text(errors="replace") for file in files]
 
 
