@@ -51,6 +51,10 @@ class MSDCacheError(MSDError, RuntimeError):
     `RuntimeError` for this; this error is both."""
 
 
+class MSDProcessError(MSDError):
+    """Another process of a job that several processes share has ended, so that this one cannot go on."""
+
+
 class MSDDataError(MSDError):
     """
     A training sample that cannot be used.
@@ -144,6 +148,7 @@ __all__ = [
     "MSDDataError",
     "MSDError",
     "MSDPairingError",
+    "MSDProcessError",
     "MSDUnsupportedError",
     "MSDUsageError",
     "describe_error",

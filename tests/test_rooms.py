@@ -17,6 +17,7 @@ PACKAGE = Path(msd_hf.__file__).parent
 # From bottom to top. A room imports rooms that stand before it, and modules of the root.
 ROOMS = (
     "writing",
+    "processes",
     "hub",
     "recurrent",
     "kv",

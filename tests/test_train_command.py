@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,22 +186,29 @@ def history(output):
     return [entry for entry in state["log_history"] if "loss" in entry]
 
 
-@pytest.mark.parametrize("unroll_passes", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_two_processes_have_the_losses_of_one(unroll_passes, folder, tmp_path, monkeypatch, capsys):
-    """Two processes share the global batch of one, and their losses agree over 50 steps in float32, noise included."""
-    config = Path(__file__).parent.parent / "examples" / "configs" / "cpu.yaml"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def launch(config, *command):
     port = str(29500 + os.getpid() % 999)
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", port]
+    options = ["--config_file", EXAMPLES / "configs" / config, "--main_process_port", port]
+    words = ["-m", "accelerate.commands.launch", *options, "--num_processes", 2, "--mixed_precision", "no", *command]
+    return subprocess.run(
+        [sys.executable, *map(str, words)], env=environment(), capture_output=True, text=True, timeout=900
+    )
+
+
+@pytest.mark.parametrize(
+    ("unroll_passes", "shard_target"), [pytest.param(1, False, marks=pytest.mark.slow), (2, True)]
+)
+def test_two_processes_have_the_losses_of_one(unroll_passes, shard_target, folder, tmp_path, monkeypatch, capsys):
+    """Two processes share the global batch of one, and their losses agree over 50 steps in float32, noise included,
+    also where each of them holds a half of the target's layers."""
     more = {"max-steps": 50, "save-steps": 50, "unroll-passes": unroll_passes}
     code, _, err = run_main(monkeypatch, capsys, "train", *arguments(folder, tmp_path / "one", **more))
     assert code == 0, err
-    more |= {"per-device-train-batch-size": 2, "ddp-backend": "gloo"}
-    result = subprocess.run(
-        [sys.executable, *launch, "-m", "msd_hf", "train", *arguments(folder, tmp_path / "two", **more)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    more |= {"per-device-train-batch-size": 2, "ddp-backend": "gloo", "shard-target": shard_target}
+    result = launch("cpu.yaml", "-m", "msd_hf", "train", *arguments(folder, tmp_path / "two", **more))
     assert result.returncode == 0, result.stderr[-3000:]
     histories = [history(tmp_path / "one"), history(tmp_path / "two")]
     assert len(histories[0]) == 50
@@ -210,6 +218,37 @@ def test_two_processes_have_the_losses_of_one(unroll_passes, folder, tmp_path, m
         assert one["visual_share"] == two["visual_share"]
     provenance = json.loads((tmp_path / "two" / "training_provenance.json").read_text())
     assert provenance["num_processes"] == 2
+
+
+@pytest.mark.slow  # DeepSpeed compiles its part for the CPU at its first run, which takes minutes
+@pytest.mark.parametrize("config", ["fsdp.yaml", "zero2.yaml", "zero3.yaml"])
+def test_a_draft_that_two_processes_shard_learns_the_same(config, folder, tmp_path, monkeypatch, capsys):
+    if config != "fsdp.yaml":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install deepspeed")
+    more = {"max-steps": 6, "save-steps": 3, "warmup-steps": 1}
+    held_out = {"eval-data": folder / "data" / "test.json", "eval-prompts": 2, "eval-max-new-tokens": 6}
+    code, _, err = run_main(monkeypatch, capsys, "train", *arguments(folder, tmp_path / "one", **more, **held_out))
+    assert code == 0, err
+    more |= {"per-device-train-batch-size": 2, "ddp-backend": "gloo", "use-cpu": None, "resume-from-checkpoint": True}
+    for output in ("two", "cut"):
+        command = arguments(folder, tmp_path / output, **more, **held_out)
+        result = launch(config, EXAMPLES / "studies" / "sharded_cpu.py", "train", *command)
+        assert result.returncode == 0, result.stderr[-3000:]
+        if output == "two":  # the same run, as if it had been killed after its third step
+            shutil.copytree(tmp_path / "two" / "checkpoint-3", tmp_path / "cut" / "checkpoint-3")
+    one, two, cut = (history(tmp_path / output) for output in ("one", "two", "cut"))
+    for step, (expected, got, resumed) in enumerate(zip(one, two, cut, strict=True)):
+        assert expected["loss"] == pytest.approx(got["loss"], abs=1e-3), step
+        assert resumed["loss"] == pytest.approx(got["loss"], abs=1e-5), step
+    drafts = [MSDDraftModel.from_pretrained(tmp_path / output) for output in ("one", "two", "two/checkpoint-6", "cut")]
+    for name, expected in drafts[1].state_dict().items():
+        assert torch.equal(drafts[2].state_dict()[name], expected)
+        for other in (drafts[0], drafts[3]):
+            assert torch.allclose(other.state_dict()[name], expected, atol=1e-3), name
+    metrics = [
+        json.loads((tmp_path / name / "training_provenance.json").read_text())["metrics"] for name in ("one", "two")
+    ]
+    assert metrics[0]["eval_tau"] == pytest.approx(metrics[1]["eval_tau"], rel=0.05)
 
 
 def test_the_example_runs(folder, tmp_path):

@@ -415,3 +415,25 @@ def test_the_default_learning_rate(recipe, expected, small_target, toy_processor
     )
     trainer.train()
     assert log_history(trainer)[-1]["learning_rate"] == pytest.approx(expected)
+
+
+def test_a_target_that_processes_cannot_share_is_refused(small_target, toy_processor, training_data, tmp_path):
+    def make(**arguments):
+        make_trainer(small_target, toy_processor, training_data, tmp_path, **arguments)
+
+    with pytest.raises(MSDError, match="start several with `accelerate launch`"):
+        make(shard_target=True)
+    weight = next(small_target.parameters())
+    weight.ds_id = 0  # as DeepSpeed marks the weights that it has sharded
+    try:
+        with pytest.raises(MSDError, match="load the target before you make `MSDTrainingArguments`"):
+            make()
+    finally:
+        del weight.ds_id
+    small_target._tp_size = 2
+    try:
+        with pytest.raises(MSDError, match=r"split by `tp_plan`.*set `shard_target=True`"):
+            make()
+    finally:
+        del small_target._tp_size
+    make()

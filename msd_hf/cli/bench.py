@@ -128,6 +128,7 @@ def bench(
     from transformers.utils import logging
 
     from ..evaluation.report import print_report
+    from ..processes.group import launched
 
     if sum((shape is not None, toy, data is not None)) != 1:
         raise MSDError("Give one of --data, --toy and --shape.")
@@ -145,7 +146,10 @@ def bench(
         draft = draft or str(update_card)
     logging.disable_progress_bar()
     measured: PairBench | ShapeBench
+    processes = launched()
     if shape is not None:
+        if not processes.is_alone:
+            raise MSDError("--shape is timed by one process: start it without `accelerate launch`.")
         measured = ShapeBench(shape, context, assume_tau, nodes, repeats, compile, draft_vocab_size, dtype, device)
     else:
         measured = PairBench(
@@ -168,8 +172,12 @@ def bench(
             max_visual_rows=max_visual_rows,
             has_texts=not no_texts,
             has_trees=html is not None and not no_texts,
+            processes=processes,
         )
-    report = measured.run()
+    with processes.together("Nothing is kept of a benchmark: start it again."):
+        report = measured.run()
+    if not processes.is_first:
+        return
     print_report(report, console)
     written: list[Path] = []
     if update_card is not None:

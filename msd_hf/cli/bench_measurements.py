@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..evaluation.bench_prompts import BenchPrompt
+    from ..processes.group import Processes
 
 # The keys of `METHODS` in `evaluation/methods.py`, whose import takes seconds.
 BASELINES = (
@@ -39,6 +40,7 @@ class PairBench:
     Args:
         has_texts: whether the report holds questions and answers.
         has_trees: whether it also holds the candidate trees of a few prompts.
+        processes: the processes that share the prompts.
     """
 
     target: str | None
@@ -60,6 +62,7 @@ class PairBench:
     max_visual_rows: str | None
     has_texts: bool
     has_trees: bool
+    processes: Processes
     pictures: Mapping[str, Sequence[Image]] = field(default_factory=dict, init=False)
 
     @property
@@ -111,7 +114,7 @@ class PairBench:
         processor = load_processor(self.target)
         prompts = self._prompts(processor)
         self.pictures = {prompt.name: prompt.images for prompt in prompts}
-        target = load_target(self.target, self.dtype, self.device)
+        target = load_target(self.target, self.dtype, self.processes.device(self.device))
         return report_pair(
             target,
             draft.to(device=target.device, dtype=target.dtype),
@@ -125,6 +128,7 @@ class PairBench:
             self.ignore_eos,
             tokenizer=getattr(processor, "tokenizer", processor) if self.has_texts else None,
             num_recorded=NUM_TREES if self.has_trees else 0,
+            processes=self.processes,
         )
 
     def _prompts(self, processor: Any) -> list[BenchPrompt]:

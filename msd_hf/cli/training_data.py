@@ -55,6 +55,9 @@ def extract(
     ] = False,
     batch_size: BatchSize = 8,
     num_workers: Annotated[int, typer.Option(min=0, max=MOST_WORKERS, help="Processes that prepare samples.")] = 0,
+    samples_per_shard: Annotated[
+        int, typer.Option(min=1, help="Conversations per file; each of several processes writes whole files.")
+    ] = 128,
     strict: Strict = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -64,6 +67,7 @@ def extract(
 
     from ..decoders import decoder_of
     from ..loading import load_processor, load_target_and_processor, outline_target
+    from ..processes.group import launched
     from ..training import MSDTrainingArguments, extract_features, load_conversations
     from ..training.disk import check_writable
     from ..training.features.disk_estimate import check_disk, estimate_disk
@@ -71,35 +75,51 @@ def extract(
     from ..training.features.storage import resolve_storage
 
     # The arguments are checked before the target's weights are loaded, which takes long.
-    resolve_storage(storage, torch.float32)
-    check_cache_folder(output)
-    arguments = MSDTrainingArguments(target_layers=target_layers, use_cpu=True)
-    check_writable(output)
-    conversations = load_conversations(data, image_folder, split=split, subset=subset)
-    outline = outline_target(target, dtype)
-    layers = arguments.layers_of(len(decoder_of(outline).layers))
-    shape: dict[str, Any] = {"feature_layers": layers, "all_hidden_states": all_hidden_states}
-    shape |= {"max_length": max_length, "storage": storage}
-    estimate = estimate_disk(outline, load_processor(target), conversations, **shape)
-    console.print(f"This will take {estimate}.")
-    if not output.exists():  # an earlier run has a part of it
-        check_disk(output, estimate.num_bytes)
-    model, processor = load_target_and_processor(target, dtype, device)
-    report = extract_features(
-        model,
-        processor,
-        conversations,
-        output,
-        batch_size=batch_size,
-        strict=strict,
-        num_workers=num_workers,
-        **shape,
-    )
-    console.print(
-        f"{report.num_samples:,} samples, {report.num_tokens:,} tokens, {report.num_bytes / 1e6:,.1f} MB in {output}."
-    )
-    print_skipped(report.skipped)
-    print_next("train", "--target", target, f"--{_kind(conversations)}-features", output, "--output-dir", "DRAFT")
+    def check_arguments() -> MSDTrainingArguments:
+        resolve_storage(storage, torch.float32)
+        check_cache_folder(output)
+        arguments = MSDTrainingArguments(target_layers=target_layers, use_cpu=True)
+        check_writable(output)
+        return arguments
+
+    def announce() -> list[int] | None:
+        outline = outline_target(target, dtype)
+        layers = arguments.layers_of(len(decoder_of(outline).layers))
+        estimate = estimate_disk(outline, load_processor(target), conversations, feature_layers=layers, **shape)
+        console.print(f"This will take {estimate}.")
+        if not output.exists():  # an earlier run has a part of it
+            check_disk(output, estimate.num_bytes)
+        return layers
+
+    processes = launched()
+    with processes.together():
+        arguments = processes.from_first(check_arguments)
+        conversations = load_conversations(data, image_folder, split=split, subset=subset)
+        shape: dict[str, Any] = {
+            "max_length": max_length,
+            "storage": storage,
+            "all_hidden_states": all_hidden_states,
+        }
+        layers = processes.from_first(announce)
+        model, processor = load_target_and_processor(target, dtype, processes.device(device))
+        report = extract_features(
+            model,
+            processor,
+            conversations,
+            output,
+            batch_size=batch_size,
+            strict=strict,
+            num_workers=num_workers,
+            samples_per_shard=samples_per_shard,
+            processes=processes,
+            feature_layers=layers,
+            **shape,
+        )
+    if processes.is_first:
+        size = f"{report.num_tokens:,} tokens, {report.num_bytes / 1e6:,.1f} MB"
+        console.print(f"{report.num_samples:,} samples, {size} in {output}.")
+        print_skipped(report.skipped)
+        print_next("train", "--target", target, f"--{_kind(conversations)}-features", output, "--output-dir", "DRAFT")
 
 
 def regenerate_answers(
@@ -125,29 +145,34 @@ def regenerate_answers(
 ) -> None:
     """Let the target answer the prompts of a data set, so that a draft learns what the target really says."""
     from ..loading import load_target_and_processor
+    from ..processes.group import launched
     from ..training import load_conversations, regenerate
     from ..training.regeneration.regenerate import check_answer_space, check_output
 
-    check_output(output)
-    conversations = load_conversations(data, image_folder, split=split, subset=subset, needs_answer=False)
-    check_answer_space(output, conversations, max_new_tokens)
-    model, processor = load_target_and_processor(target, dtype, device)
-    report = regenerate(
-        model,
-        processor,
-        conversations,
-        output,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        temperature=temperature,
-        seed=seed,
-        strict=strict,
-    )
-    console.print(
-        f"{report.num_samples:,} conversations in {output}, {report.num_cut:,} cut at the limit.", soft_wrap=True
-    )
-    print_skipped(report.skipped)
-    _print_train(target, _kind(conversations), output, image_folder)
+    processes = launched()
+    with processes.together():
+        processes.from_first(lambda: check_output(output))
+        conversations = load_conversations(data, image_folder, split=split, subset=subset, needs_answer=False)
+        processes.from_first(lambda: check_answer_space(output, conversations, max_new_tokens, processes))
+        model, processor = load_target_and_processor(target, dtype, processes.device(device))
+        report = regenerate(
+            model,
+            processor,
+            conversations,
+            output,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            temperature=temperature,
+            seed=seed,
+            strict=strict,
+            processes=processes,
+        )
+    if processes.is_first:
+        console.print(
+            f"{report.num_samples:,} conversations in {output}, {report.num_cut:,} cut at the limit.", soft_wrap=True
+        )
+        print_skipped(report.skipped)
+        _print_train(target, _kind(conversations), output, image_folder)
 
 
 def check(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import BatchFeature, PreTrainedModel
 
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
+from ..processes.group import ALONE, Processes
 from .bench_prompts import BenchPrompt
 from .comparison import Comparison, compare
 from .differences import Difference, describe_difference, first_difference
@@ -66,6 +67,7 @@ def run_bench(
     repeats: int = 3,
     min_answer_tokens: int = 1,
     seed: int | None = None,
+    processes: Processes = ALONE,
     **generate_arguments: Any,
 ) -> BenchResult:
     """
@@ -79,24 +81,28 @@ def run_bench(
         repeats: timed runs of each method on each prompt.
         min_answer_tokens: prompts that the target answers in fewer tokens are left out.
         seed (*optional*): seed that is set before each run.
+        processes: the processes that share the prompts, [`~msd_hf.processes.group.launched`]. All of them make this
+            call, and get the results of all prompts.
         generate_arguments: arguments of `generate`; `max_new_tokens` is required.
 
     Raises:
         MSDError: when no answer is long enough; see also [`check_methods`].
     """
     check_methods(methods, target, generate_arguments)
-    result = BenchResult(methods)
-    with tqdm(total=len(prompts) * len(methods), desc="benchmark", unit="run", leave=False) as progress:
-        for number, prompt in enumerate(prompts):
-            inputs = prompt.make_inputs().to(target.device, dtype=target.dtype)
-            arguments: dict[str, Any] = {"seed": seed, **generate_arguments}
-            if number == 0:
+    arguments: dict[str, Any] = {"seed": seed, **generate_arguments}
+    own: dict[int, PromptResult | None] = {}
+    numbers = processes.share(range(len(prompts)))
+    bar = {"desc": "benchmark", "unit": "run", "leave": False, "disable": not processes.is_first}
+    with tqdm(total=len(numbers) * len(methods), **bar) as progress:
+        for number in numbers:
+            inputs = prompts[number].make_inputs().to(target.device, dtype=target.dtype)
+            if not own:
                 short = {**arguments, "max_new_tokens": min(WARM_UP_TOKENS, arguments["max_new_tokens"])}
                 compare(target, draft, inputs, 1, methods=methods, **short)
+            own[number] = None
             if min_answer_tokens > 1:
                 answer = timed_generate(target, inputs, **arguments)
                 if len(answer.tokens) < min_answer_tokens:
-                    result.num_short += 1
                     progress.update(len(methods))
                     continue
             comparison = compare(target, draft, inputs, repeats, methods=methods, **arguments)
@@ -104,18 +110,32 @@ def run_bench(
             for method in methods:
                 observations[method.name] = observe(target, inputs, draft, method, **arguments)
                 progress.update()
-            result.prompts.append(
-                PromptResult(
-                    prompt,
-                    inputs["input_ids"].shape[1],
-                    comparison,
-                    observations,
-                    _differences(target, inputs, comparison, generate_arguments),
-                )
+            own[number] = PromptResult(
+                _NAMELESS,
+                inputs["input_ids"].shape[1],
+                comparison,
+                observations,
+                _differences(target, inputs, comparison, generate_arguments),
             )
-    if not result.prompts:
+    return _joined(methods, prompts, processes.gather(own), min_answer_tokens)
+
+
+# Stands for the prompt of a result on its way from one process to another, since its function cannot travel.
+_NAMELESS = BenchPrompt("", "", BatchFeature)
+
+
+def _joined(
+    methods: Sequence[Method],
+    prompts: Sequence[BenchPrompt],
+    shares: Sequence[Mapping[int, PromptResult | None]],
+    min_answer_tokens: int,
+) -> BenchResult:
+    """The results of all processes, in the order of the prompts."""
+    results = dict(sorted(item for share in shares for item in share.items()))
+    kept = [replace(result, prompt=prompts[number]) for number, result in results.items() if result is not None]
+    if not kept:
         raise MSDError(f"None of {len(prompts)} answers has {min_answer_tokens} tokens or more.")
-    return result
+    return BenchResult(methods, kept, len(results) - len(kept))
 
 
 def _differences(

@@ -17,8 +17,9 @@ from ..version import __version__
 from ..writing.redaction import redact_command
 
 
-def describe_environment(target: PreTrainedModel) -> dict[str, Any]:
-    """Command, versions, device, threads, dtype and attention implementation, ready for JSON."""
+def describe_environment(target: PreTrainedModel, num_processes: int = 1) -> dict[str, Any]:
+    """Command, versions, device, threads, dtype and attention implementation, ready for JSON; the number of processes
+    if there are several."""
     return {
         "command": _describe_command(),
         "versions": {
@@ -30,6 +31,7 @@ def describe_environment(target: PreTrainedModel) -> dict[str, Any]:
         "device": _describe_device(target.device),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        **({} if num_processes == 1 else {"processes": num_processes}),
         "dtype": str(target.dtype).removeprefix("torch."),
         "attention": target.config.get_text_config(decoder=True)._attn_implementation,
         "system": f"{platform.system()} {platform.machine()}",

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..draft.modeling_msd import MSDDraftModel
 from ..hub.fingerprint import identify_target
 from ..hub.names import public_name
+from ..processes.group import ALONE, Processes
 from ..tree.settings import TreeSettings
 from .bench import BenchResult, run_bench
 from .bench_prompts import BenchPrompt
@@ -36,6 +37,7 @@ def report_pair(
     ignore_eos: bool = False,
     tokenizer: Any = None,
     num_recorded: int = 0,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """
     Measures a target and its draft on prompts and makes the report. [`run_bench`] measures, [`summarize`] makes the
@@ -46,6 +48,7 @@ def report_pair(
         ignore_eos: whether answers continue after their end, up to `max_new_tokens`.
         tokenizer (*optional*): the target's. With it the report holds questions and answers.
         num_recorded: prompts, of all groups in turn, whose candidate trees the report holds. Needs `tokenizer`.
+        processes: the processes that share the prompts, and all get the report.
 
     Raises:
         MSDError: when no answer is long enough.
@@ -55,7 +58,7 @@ def report_pair(
         arguments |= {"temperature": temperature, "seed": seed}
     if ignore_eos:
         arguments["eos_token_id"] = None
-    result = run_bench(target, draft, prompts, methods, repeats, min_answer_tokens, **arguments)
+    result = run_bench(target, draft, prompts, methods, repeats, min_answer_tokens, processes=processes, **arguments)
     settings = {
         "max_new_tokens": max_new_tokens,
         "min_answer_tokens": min_answer_tokens,
@@ -67,12 +70,12 @@ def report_pair(
     }
     report = {
         "kind": "pair",
-        "environment": describe_environment(target),
+        "environment": describe_environment(target, processes.number),
         "pair": _describe_pair(target, draft),
         "settings": settings,
         **summarize(result, tokenizer),
     }
-    if num_recorded:
+    if num_recorded and processes.is_first:
         report["recorded"] = [
             _record(target, draft, prompt, tokenizer, arguments) for prompt in _in_turns(result, num_recorded)
         ]

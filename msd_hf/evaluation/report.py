@@ -102,8 +102,9 @@ def _describe(report: Mapping[str, Any]) -> str:
     environment = report["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     settings = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
+    processes = f"{environment['processes']} processes, " if "processes" in environment else ""
     return (
-        f"{environment['device']}, {environment['threads']} threads of {environment['cpu_cores']} cores, "
+        f"{processes}{environment['device']}, {environment['threads']} threads of {environment['cpu_cores']} cores, "
         f"{environment['dtype']}, {environment['attention']} attention; {versions}.\n{settings}."
     )
 

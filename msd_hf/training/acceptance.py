@@ -63,6 +63,7 @@ def acceptance_lengths(
                     assistant_model=draft,
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
+                    synced_gpus=False,  # ZeRO-3 would turn it on, for targets that it has sharded; this one is whole
                     return_dict_in_generate=True,
                     output_scores=False,
                 )

@@ -94,6 +94,7 @@ class MSDTrainingArguments(TrainingArguments):
             tau.
         eval_max_new_tokens (`int`, defaults to 128): length limit of the answers to these prompts.
 
+        shard_target (`bool`, defaults to `False`): spread the target's decoder layers over the processes.
         force (`bool`, defaults to `False`): resume from the given checkpoint even if it was made with another target,
             other data or other arguments.
 
@@ -172,6 +173,9 @@ class MSDTrainingArguments(TrainingArguments):
     eval_prompts: int = field(default=16, metadata={"help": "Prompts of each kind on which tau is measured."})
     eval_max_new_tokens: int = field(default=128, metadata={"help": "Length limit of the answers to --eval-prompts."})
 
+    shard_target: bool = field(
+        default=False, metadata={"help": "Spread the target's layers over the processes (FSDP2), for a large target."}
+    )
     force: bool = field(
         default=False,
         metadata={"help": "With --resume-from-checkpoint PATH: resume even if the checkpoint is of another run."},

@@ -35,7 +35,7 @@ _CHECKPOINT_FILES = (
     PROVENANCE_NAME,
     "latest",
     "global_step*",
-    "zero_to_fp32.py",
+    "zero_to_*.py",
     f"{STATE_NAME}*",
     f".{STATE_NAME}.*.tmp",
 )

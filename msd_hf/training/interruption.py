@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ..errors import MSDProcessError
+
 
 logger = logging.get_logger(__name__)
 
@@ -133,7 +135,7 @@ def resumable(describe: Callable[[], str]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, _exit)
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, MSDProcessError):
         logger.warning("Interrupted: %s", describe())
         raise
     finally:

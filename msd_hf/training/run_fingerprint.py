@@ -95,6 +95,7 @@ def run_fingerprint(
     draft: str,
     data: dict[str, Any],
     callbacks: list[Any],
+    target_hash: str | None = None,
 ) -> dict[str, Any]:
     """
     Identifies a run by all that its result depends on. It holds neither paths nor secrets.
@@ -105,6 +106,7 @@ def run_fingerprint(
         processor, draft: fingerprints of the processor and of the draft before its first step.
         data: the data sets `text_data`, `visual_data` and `eval_data`; `None` for one that is not there.
         callbacks: the callbacks of the trainer.
+        target_hash (*optional*): fingerprint of the target, whose weights cannot be read once they are spread.
     """
     arguments = argument_values(args)
     arguments["target_dtype"] = str(target.dtype).removeprefix("torch.")
@@ -113,7 +115,7 @@ def run_fingerprint(
             arguments["early_stopping_patience"] = callback.early_stopping_patience
             arguments["early_stopping_threshold"] = callback.early_stopping_threshold
     return {
-        "target": target_fingerprint(target),
+        "target": target_hash or target_fingerprint(target),
         "processor": processor,
         "draft": draft,
         **{name: None if dataset is None else data_fingerprint(dataset) for name, dataset in data.items()},

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from torch.distributed import get_backend
 from torch.utils.data import ConcatDataset, Subset
 from transformers import (
     EarlyStoppingCallback,
@@ -24,6 +25,7 @@ from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError, MSDUsageError, describe_error
 from ..hub.names import target_or_named
 from ..loading import load_config, load_processor, load_target, parse_dtype
+from ..processes.group import ALONE, Processes, launched
 from ..tree.settings import TREE_SETTINGS, TreeSettings
 from .arguments import MSDTrainingArguments
 from .checkpoint_space import check_checkpoint_space, count_parameters
@@ -39,6 +41,10 @@ from .resume_point import find_resume_point
 from .run_fingerprint import argument_values
 from .script_help import HelpAll, format_help
 from .trainer import MSDTrainer
+from .whole_models import loaded_whole
+
+
+_GO_ON = "Start the same command on all machines again, with --resume-from-checkpoint True, to go on."
 
 
 @dataclass
@@ -128,31 +134,42 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ScriptArguments, MSDTrainingAr
 def run_training(argv: Sequence[str]) -> MSDTrainer:
     """Trains a draft and saves it in `output_dir`. Returns the trainer, which holds the metrics."""
     script_args, args = parse_arguments(argv)
+    # Over NCCL training needs no connections of gloo, and NCCL notices a lost process itself.
+    talks = args.world_size > 1 and ("gloo" in get_backend() or bool(args.target_written_answers))
+    processes = launched() if talks else ALONE
+    with processes.together(_GO_ON):
+        return _train(script_args, args, processes)
+
+
+def _train(script_args: ScriptArguments, args: MSDTrainingArguments, processes: Processes) -> MSDTrainer:
     set_seed(args.seed)
     resume = args.resume_from_checkpoint
     resume = True if str(resume).lower() == "true" else None if str(resume).lower() == "false" else resume
     # A checkpoint of another run is refused before the target is loaded, if its arguments differ.
     point = find_resume_point(resume, args.force, str(args.output_dir), {"arguments": _given_values(args)})
     data = _open_data(script_args)
-    draft = None if script_args.draft is None else _load_draft(script_args.draft)
+    with loaded_whole(args):
+        draft = None if script_args.draft is None else _load_draft(script_args.draft)
     script_args.target = target_or_named(script_args.target, None if draft is None else draft.config)
     if not point.finished:
         _check_disk(script_args, args, draft, data)
     processor = load_processor(script_args.target)
-    target = load_target(
-        script_args.target,
-        script_args.target_dtype,
-        dtype_option="--target-dtype",
-        device_map=script_args.target_device_map,
-        attn_implementation=script_args.attn_implementation,
-    )
+    with loaded_whole(args):
+        target = load_target(
+            script_args.target,
+            script_args.target_dtype,
+            dtype_option="--target-dtype",
+            device_map=script_args.target_device_map,
+            attn_implementation=script_args.attn_implementation,
+        )
     if args.target_written_answers:
         data = {
-            kind: _with_target_answers(conversations, kind, target, processor, script_args, args)
+            kind: _with_target_answers(conversations, kind, target, processor, script_args, args, processes)
             for kind, conversations in data.items()
         }
     data, held_out = _hold_out(data, script_args)
-    draft = new_draft(target, args) if draft is None else draft
+    with loaded_whole(args):
+        draft = new_draft(target, args) if draft is None else draft
     for name, value in _tree_settings(script_args).items():
         if value is not None:
             setattr(draft.generation_config, name, value)
@@ -311,21 +328,18 @@ def _with_target_answers(
     processor: Any,
     script_args: ScriptArguments,
     args: MSDTrainingArguments,
+    processes: Processes,
 ) -> Any:
     if isinstance(conversations, JoinedConversations):
         parts = [
-            _with_target_answers(part, kind, target, processor, script_args, args) for part in conversations.parts
+            _with_target_answers(part, kind, target, processor, script_args, args, processes)
+            for part in conversations.parts
         ]
         return JoinedConversations(parts, conversations.weights)
     fingerprint = f"{target_fingerprint(target)[:8]}{conversations.fingerprint[:8]}"
     # `--push-to-hub` uploads the output folder without names that begin with `_`. The data is the user's own.
     output = Path(str(args.output_dir)) / "_answers" / f"{kind}-{fingerprint}.jsonl"
-    if not is_written(output):
-        if args.world_size > 1:
-            raise MSDError(
-                "With several processes run `msd-hf regenerate` first, train on its output, and add "
-                "--target-written-answers false."
-            )
+    if not processes.from_first(lambda: is_written(output)):
         output.parent.mkdir(parents=True, exist_ok=True)
         regenerate(
             target.to(args.device) if script_args.target_device_map is None else target,
@@ -335,6 +349,7 @@ def _with_target_answers(
             max_new_tokens=script_args.answer_max_new_tokens,
             batch_size=script_args.answer_batch_size,
             strict=args.strict,
+            processes=processes,
         )
     return load_conversations(output, conversations.image_folder)
 

@@ -44,6 +44,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "attn_implementation",
         "dataloader_num_workers",
         "head_chunk_size",
+        "shard_target",
     ),
     "logging and evaluation": (
         "report_to",

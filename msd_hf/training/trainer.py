@@ -28,7 +28,7 @@ from .best_checkpoint import RestoreBestCheckpoint, SavedState
 from .curriculum import SAMPLE_KINDS, CurriculumSampler, Draw
 from .data.encoding import ConversationEncoder
 from .features.cache import FeatureCache
-from .features.fingerprint import draft_fingerprint
+from .features.fingerprint import draft_fingerprint, target_fingerprint
 from .given_data import open_held_out, open_training_data, processor_of
 from .losses import weighted_loss
 from .meters import LossMeter
@@ -38,7 +38,9 @@ from .objective import DraftObjective
 from .provenance import describe_run, read_provenance
 from .resuming import ResumableTrainer
 from .run_fingerprint import run_fingerprint
+from .sharded_target import check_can_shard, check_not_tensor_parallel, shard_target
 from .visual_counts import VisualCounts
+from .whole_models import check_whole, loaded_whole
 
 
 logger = logging.get_logger(__name__)
@@ -90,10 +92,16 @@ class MSDTrainer(ResumableTrainer):
                 "belongs: give that model as `target`."
             )
         check_target(target)
+        check_whole(target)
+        check_not_tensor_parallel(target)
+        if args.shard_target:
+            check_can_shard(target, args.world_size)
         processing_class = processor_of(target) if processing_class is None else processing_class
         data = open_training_data(text_dataset, visual_dataset, train_dataset, args)
         eval_dataset = open_held_out(eval_dataset)
-        model = new_draft(target, args) if model is None else model
+        if model is None:
+            with loaded_whole(args):
+                model = new_draft(target, args)
         check_pair(target.config, model.config)
         if redact_text(model.config._name_or_path) != model.config._name_or_path:
             model.config._name_or_path = ""  # a local path; trackers get the whole config
@@ -137,6 +145,10 @@ class MSDTrainer(ResumableTrainer):
         self.label_names = ["labels"]
         if not hasattr(target, "hf_device_map") and not getattr(target, "is_quantized", False):
             target.to(self.args.device)
+        self._target_hash = None
+        if args.shard_target:
+            self._target_hash = target_fingerprint(target)
+            shard_target(target, self.args.device)
         self.objective = DraftObjective(TargetAdapter(target, model.config.target_layers), self.args)
         self._train_meter, self._eval_meter = LossMeter(), LossMeter()
         self._visual_counts = VisualCounts()
@@ -240,10 +252,12 @@ class MSDTrainer(ResumableTrainer):
         if self.args.eval_prompts == 0:
             return {}
         chosen = self._choose_prompts(conversations)
-        share = chosen[self.accelerator.process_index :: self.accelerator.num_processes]
+        # The processes that hold a target together must run it together: each measures all prompts.
+        is_shared = self.args.shard_target or self.accelerator.num_processes == 1
+        share = chosen if is_shared else chosen[self.accelerator.process_index :: self.accelerator.num_processes]
         draft = self._whole_draft()
         own = acceptance_lengths(self.target, draft, self.processor, share, self.args.eval_max_new_tokens)
-        lengths = {kind: gather_object(own[kind]) for kind in own}
+        lengths = own if is_shared else {kind: gather_object(own[kind]) for kind in own}
         taus = {f"tau_{kind}": mean_acceptance_length(lengths[kind]) for kind in lengths if lengths[kind]}
         everything = [answer for answers in lengths.values() for answer in answers]
         return {"tau": mean_acceptance_length(everything), **taus} if everything else {}
@@ -290,6 +304,7 @@ class MSDTrainer(ResumableTrainer):
             self._start,
             {**data, "eval_data": self.eval_dataset},
             self.callback_handler.callbacks,
+            self._target_hash,
         )
 
     def restore(self, folder: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ...errors import MSDDataError, MSDError
+from ...processes.group import ALONE, Processes
 from ...target.adapter import TargetAdapter
 from ..data.conversations import Conversations
 from ..data.encoding import ConversationEncoder
@@ -26,7 +27,8 @@ from ..interruption import resumable
 from .disk_estimate import DiskEstimate, check_disk, estimate_disk
 from .extraction import FeatureExtractor, iterate_encoded
 from .fingerprint import target_fingerprint
-from .index import CacheIndex
+from .index import CacheIndex, store_shard
+from .notes import write_note
 from .storage import ShardReader, resolve_storage, stored_rows
 
 
@@ -65,6 +67,7 @@ def extract_features(
     strict: bool = False,
     samples_per_shard: int = 128,
     num_workers: int = 0,
+    processes: Processes = ALONE,
 ) -> ExtractionReport:
     """
     Runs the target over conversations and writes the training features to a folder, for [`FeatureCache`].
@@ -88,6 +91,8 @@ def extract_features(
         samples_per_shard: conversations per file. Their features stay in memory until the file is written, and are
             lost if the run is killed before.
         num_workers: processes that read images and tokenize ahead of the target.
+        processes: the processes that share the extraction, [`~msd_hf.processes.group.launched`]. All of them make this
+            call, with a folder that all machines see. The cache is the one that a single process writes.
 
     Raises:
         MSDError: when the folder holds other files or a cache made with other settings, when the disk is too small, or
@@ -99,7 +104,7 @@ def extract_features(
     folder = Path(folder)
     encoder = ConversationEncoder(processor, max_length)
     adapter = TargetAdapter(target, feature_layers=feature_layers)
-    index = CacheIndex(
+    settings = CacheIndex(
         target=target_fingerprint(target),
         target_dtype=str(target.dtype).removeprefix("torch."),
         encoder=encoder.fingerprint,
@@ -112,15 +117,18 @@ def extract_features(
         all_hidden_states=all_hidden_states,
         samples_per_shard=samples_per_shard,
     )
-    index = index.continued(folder, processor)
-    if strict and index.skipped:
-        raise MSDError(
-            f"An earlier run, without `strict`, skipped samples of the feature cache in {str(folder)!r} "
-            f"({index.skipped_table()}). Delete the folder, or extract without `strict`."
-        )
-    missing = [shard_id for shard_id in range(index.num_shards) if not index.has_shard(folder, shard_id)]
-    estimate = None
-    if missing:
+    processes.check_equal({**asdict(settings), "batch_size": batch_size})
+
+    def begin() -> tuple[CacheIndex, list[int], DiskEstimate | None]:
+        index = settings.continued(folder, processor)
+        if strict and index.skipped:
+            raise MSDError(
+                f"An earlier run, without `strict`, skipped samples of the feature cache in {str(folder)!r} "
+                f"({index.skipped_table()}). Delete the folder, or extract without `strict`."
+            )
+        missing = index.missing_shards(folder)
+        if not missing:
+            return index, missing, None
         estimate = estimate_disk(
             target,
             processor,
@@ -134,6 +142,10 @@ def extract_features(
         check_disk(folder, estimate.num_bytes * len(missing) // index.num_shards)
         folder.mkdir(parents=True, exist_ok=True)
         index.write(folder)
+        return index, missing, estimate
+
+    index, missing, estimate = processes.from_first(begin)
+    if missing:
         tokenizer = getattr(processor, "tokenizer", processor)
         pad_token_id = getattr(tokenizer, "pad_token_id", None) or 0
         extractor = FeatureExtractor(adapter, pad_token_id, index.storage, all_hidden_states, batch_size)
@@ -141,12 +153,16 @@ def extract_features(
         try:
             target.eval()
             with resumable(lambda: _place(folder, index)):
-                _write_shards(folder, index, missing, extractor, conversations, encoder, strict, num_workers)
+                _write_shards(
+                    folder, index, missing, extractor, conversations, encoder, strict, num_workers, processes
+                )
+                processes.gather(None)  # waits for the others
         finally:
             target.train(training)
+        index = processes.from_first(lambda: _joined(folder, index))
     if not index.num_samples:
         raise MSDError(f"None of {len(conversations):,} samples can be used ({index.skipped_table() or 'no data'}).")
-    if index.skipped:
+    if index.skipped and processes.is_first:
         logger.warning(
             f"{index.skipped.total():,} of {len(conversations):,} samples skipped: {index.skipped_table()}."
         )
@@ -154,10 +170,19 @@ def extract_features(
 
 
 def _place(folder: Path, index: CacheIndex) -> str:
-    return (
-        f"{len(index.shards):,} of {index.num_shards:,} shards are kept in {str(folder)!r}, and the same call goes on "
-        "there."
-    )
+    kept = index.num_shards - len(index.missing_shards(folder))
+    return f"{kept:,} of {index.num_shards:,} shards are kept in {str(folder)!r}, and the same call goes on there."
+
+
+def _joined(folder: Path, index: CacheIndex) -> CacheIndex:
+    """The complete index, with the shards of all processes."""
+    index.take_notes(folder)
+    missing = index.missing_shards(folder)
+    if missing:
+        raise MSDError(
+            f"Shard {missing[0]} was written, but is not in {str(folder)!r}: all machines need the same folder."
+        )
+    return index
 
 
 def _write_shards(
@@ -169,18 +194,24 @@ def _write_shards(
     encoder: ConversationEncoder,
     strict: bool,
     num_workers: int,
+    processes: Processes,
 ) -> None:
+    """Writes this process's share of the missing shards."""
     size, total = index.samples_per_shard, index.num_conversations
-    places = {shard_id: range(shard_id * size, min((shard_id + 1) * size, total)) for shard_id in missing}
+    places = {
+        shard_id: range(shard_id * size, min((shard_id + 1) * size, total)) for shard_id in processes.share(missing)
+    }
     order = list(chain.from_iterable(places.values()))
     encoded = iterate_encoded(conversations, encoder, order, num_workers)
     all_skipped = SkippedSamples(strict)
-    with tqdm(total=total, initial=total - len(order), desc="features", unit="sample") as progress:
-        for shard_id in missing:
+    total = total if processes.is_alone else len(order)
+    bar = {"desc": "features", "unit": "sample", "disable": not processes.is_first}
+    with tqdm(total=total, initial=total - len(order), **bar) as progress:
+        for shard_id, place in places.items():
             samples: list[dict[str, torch.Tensor]] = []
             ids: list[str] = []
             skipped: dict[str, list[str]] = {}
-            for sample_id, result in extractor(islice(encoded, len(places[shard_id]))):
+            for sample_id, result in extractor(islice(encoded, len(place))):
                 progress.update()
                 if isinstance(result, MSDDataError):
                     all_skipped.add(result)
@@ -188,7 +219,11 @@ def _write_shards(
                 else:
                     samples.append(result)
                     ids.append(sample_id)
-            index.add_shard(folder, shard_id, samples, ids, skipped)
+            entry = store_shard(folder, shard_id, samples, ids, skipped)
+            if processes.is_alone:
+                index.add_shard(folder, shard_id, entry)
+            else:
+                write_note(folder, shard_id, entry)
 
 
 class FeatureCache(Dataset):
@@ -209,8 +244,9 @@ class FeatureCache(Dataset):
         self.folder = Path(folder)
         self.index = CacheIndex.read(self.folder)
         if not self.index.complete:
+            kept = self.index.num_shards - len(self.index.missing_shards(self.folder))
             raise MSDError(
-                f"The feature cache in {str(folder)!r} is not complete: {len(self.index.shards)} of "
+                f"The feature cache in {str(folder)!r} is not complete: {kept} of "
                 f"{self.index.num_shards} shards. Run the same extraction again: it resumes there."
             )
         for shard_id in range(self.index.num_shards):

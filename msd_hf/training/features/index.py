@@ -16,6 +16,7 @@ import torch
 from ...errors import MSDError
 from ...writing.destination import check_parent
 from ..data.encoding import ConversationEncoder
+from .notes import read_notes, remove_notes
 from .storage import damaged_shard, safely_replaced_file, write_shard
 
 
@@ -24,7 +25,7 @@ INDEX_NAME = "index.json"
 
 
 # Temporary files of a killed run, as `replaced_file` names them.
-_LEFTOVER = re.compile(r"\.(shard-\d{5}\.safetensors|index\.json)\.\d+\.tmp")
+_LEFTOVER = re.compile(r"\.(shard-\d{5}\.(safetensors|json)|index\.json)\.\d+\.tmp")
 
 
 def check_cache_folder(folder: Path) -> set[str]:
@@ -115,51 +116,39 @@ class CacheIndex:
         Raises:
             MSDError: when the file is missing or has another size.
         """
-        shard = self.shards[shard_id]
-        if not shard["samples"]:
-            return
-        path = folder / shard["file"]
-        if not path.is_file():
-            raise damaged_shard(path, "there is no such file")
-        if path.stat().st_size != shard["bytes"]:
-            raise damaged_shard(path, f"it has {path.stat().st_size} bytes instead of {shard['bytes']}")
+        _check_file(folder, self.shards[shard_id])
 
-    def has_shard(self, folder: Path, shard_id: int) -> bool:
-        """Whether the file of a shard exists and has its size."""
-        try:
-            self.check_shard(folder, shard_id)
-        except (IndexError, MSDError):
-            return False
-        return True
+    def missing_shards(self, folder: Path) -> list[int]:
+        """The numbers of the shards that are to be written: neither the index nor a note has them, or their file is
+        damaged."""
+        known = {**dict(enumerate(self.shards)), **read_notes(folder)}
+        return [shard_id for shard_id in range(self.num_shards) if not _has_file(folder, known.get(shard_id))]
 
-    def add_shard(
-        self,
-        folder: Path,
-        shard_id: int,
-        samples: list[dict[str, torch.Tensor]],
-        ids: list[str],
-        skipped: dict[str, list[str]],
-    ) -> None:
-        """Writes the next shard, or replaces a damaged one, and then writes the index."""
-        path = folder / f"shard-{shard_id:05d}.safetensors"
-        if samples:
-            write_shard(path, samples)
-        shard = {
-            "file": path.name,
-            "bytes": path.stat().st_size if samples else 0,
-            "samples": len(samples),
-            "tokens": sum(len(sample["input_ids"]) for sample in samples),
-            "ids": ids,
-            "skipped": skipped,
-        }
-        self.shards[shard_id : shard_id + 1] = [shard]
+    def add_shard(self, folder: Path, shard_id: int, entry: dict[str, Any]) -> None:
+        """Takes over the entry of the next shard, or of one that replaces a damaged one, and the notes that follow on
+        it; then writes the index."""
+        self.shards[shard_id : shard_id + 1] = [entry]
+        if not self.take_notes(folder):
+            self.write(folder)
+
+    def take_notes(self, folder: Path) -> bool:
+        """Takes over the notes in a folder that leave no gap, and writes the index then. Returns whether it did."""
+        taken = []
+        for shard_id, entry in sorted(read_notes(folder).items()):
+            if shard_id > len(self.shards) or shard_id >= self.num_shards:
+                break
+            self.shards[shard_id : shard_id + 1] = [entry]
+            taken.append(shard_id)
         self.complete = len(self.shards) == self.num_shards
-        self.write(folder)
+        if taken:
+            self.write(folder)
+            remove_notes(folder, taken)
+        return bool(taken)
 
     def continued(self, folder: Path, processor: Any) -> CacheIndex:
         """
         The index of an earlier extraction to `folder` with the same settings, or this index if there was none. Removes
-        the temporary files of a killed run.
+        the temporary files of a killed run, and takes over its notes.
 
         Raises:
             MSDError: when the folder holds other files, or a cache made with other settings.
@@ -168,11 +157,12 @@ class CacheIndex:
         for name in filter(_LEFTOVER.fullmatch, names):
             (folder / name).unlink(missing_ok=True)
         earlier = CacheIndex.read(folder) if INDEX_NAME in names else self
-        if not earlier.shards:
+        if not earlier.shards and not read_notes(folder):
             return self
         terms = ("conversations", "max_length", "storage", "feature_layers", "all_hidden_states", "samples_per_shard")
         expected = {name: getattr(self, name) for name in (*terms, "target_dtype")}
         earlier.check_terms(folder, self.target, processor, expected)
+        earlier.take_notes(folder)
         return earlier
 
     def check_terms(self, folder: Path, target: str, processor: Any, expected: dict[str, Any]) -> None:
@@ -233,4 +223,44 @@ class CacheIndex:
         return cls(**content)
 
 
-__all__ = ["INDEX_NAME", "CacheIndex", "check_cache_folder"]
+def store_shard(
+    folder: Path,
+    shard_id: int,
+    samples: list[dict[str, torch.Tensor]],
+    ids: list[str],
+    skipped: dict[str, list[str]],
+) -> dict[str, Any]:
+    """Writes the file of a shard, and returns its entry of the index."""
+    path = folder / f"shard-{shard_id:05d}.safetensors"
+    if samples:
+        write_shard(path, samples)
+    return {
+        "file": path.name,
+        "bytes": path.stat().st_size if samples else 0,
+        "samples": len(samples),
+        "tokens": sum(len(sample["input_ids"]) for sample in samples),
+        "ids": ids,
+        "skipped": skipped,
+    }
+
+
+def _check_file(folder: Path, entry: dict[str, Any]) -> None:
+    if not entry["samples"]:
+        return
+    path = folder / entry["file"]
+    if not path.is_file():
+        raise damaged_shard(path, "there is no such file")
+    if path.stat().st_size != entry["bytes"]:
+        raise damaged_shard(path, f"it has {path.stat().st_size} bytes instead of {entry['bytes']}")
+
+
+def _has_file(folder: Path, entry: dict[str, Any] | None) -> bool:
+    try:
+        if entry is not None:
+            _check_file(folder, entry)
+    except MSDError:
+        return False
+    return entry is not None
+
+
+__all__ = ["INDEX_NAME", "CacheIndex", "check_cache_folder", "store_shard"]

@@ -21,14 +21,15 @@ class Journal:
     Args:
         output: the final file.
         settings: the settings on which the lines depend. A value that JSON cannot hold is compared by its type.
+        part (*optional*): the number of a process, whose lines are in `OUTPUT.partial-PART`, in any order.
 
     Raises:
         MSDError: when `output` exists, or was begun with other settings.
     """
 
-    def __init__(self, output: Path, settings: dict[str, Any]):
+    def __init__(self, output: Path, settings: dict[str, Any], part: int | None = None):
         check_unwritten(output)
-        self.output, self.path = output, _partial(output)
+        self.output, self.path = output, partial_path(output, part)
         output.parent.mkdir(parents=True, exist_ok=True)
         remove_temporary_files(output)
         settings = json.loads(json.dumps(settings, default=lambda value: type(value).__name__))
@@ -89,10 +90,15 @@ class Journal:
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The lines so far, without the settings."""
+        return (record for _, record in self.placed_records())
+
+    def placed_records(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The lines so far, each with its place in the file, in bytes."""
         with open(self.path, "rb") as file:
-            next(file)
+            place = len(next(file))
             for line in file:
-                yield json.loads(line)
+                yield place, json.loads(line)
+                place += len(line)
 
     def finish(self, key: str) -> None:
         """Writes the value under `key` of each line that has it to the final file, and removes the journal."""
@@ -143,7 +149,7 @@ def check_unwritten(output: Path) -> None:
 def is_written(output: Path) -> bool:
     """Whether a complete `output` exists."""
     # `output` and its journal both exist if the run was killed between the last two steps of `finish`.
-    return output.exists() and not _partial(output).exists()
+    return output.exists() and not partial_path(output).exists()
 
 
 def _to_json(record: Any) -> str:
@@ -151,8 +157,9 @@ def _to_json(record: Any) -> str:
     return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
-def _partial(output: Path) -> Path:
-    return output.with_name(f"{output.name}.partial")
+def partial_path(output: Path, part: int | None = None) -> Path:
+    """The file of the lines so far: of all of them, or of a process."""
+    return output.with_name(f"{output.name}.partial{'' if part is None else f'-{part}'}")
 
 
 def _shorten(value: Any) -> str:
@@ -160,4 +167,4 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 24 else text[:20] + "..."
 
 
-__all__ = ["Journal", "check_unwritten", "is_written"]
+__all__ = ["Journal", "check_unwritten", "is_written", "partial_path"]

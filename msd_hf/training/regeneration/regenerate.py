@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -14,6 +14,7 @@ from transformers import BatchFeature, PreTrainedModel
 from transformers.utils import logging
 
 from ...errors import MSDDataError, MSDError, errors_name_sample
+from ...processes.group import ALONE, Processes
 from ..data.conversations import Conversations
 from ..data.encoding import ConversationEncoder
 from ..data.skipped import SkippedSamples
@@ -23,6 +24,7 @@ from ..interruption import resumable
 from .answered_chat import AnsweredChat, EntryWriter
 from .answers import AnswerGenerator
 from .journal import Journal, check_unwritten
+from .parts import Parts, remove_parts
 
 
 logger = logging.get_logger(__name__)
@@ -61,6 +63,7 @@ def regenerate(
     temperature: float = 0.0,
     seed: int = 0,
     strict: bool = False,
+    processes: Processes = ALONE,
     **generate_arguments: Any,
 ) -> RegenerateReport:
     """
@@ -82,6 +85,8 @@ def regenerate(
         temperature: 0 for greedy decoding, above 0 for sampling.
         seed: seed of sampling.
         strict: stop at a broken sample instead of leaving it out.
+        processes: the processes that share the work, [`~msd_hf.processes.group.launched`]. All of them make this call,
+            with an `output` in a folder that all machines see. The file is the one that a single process writes.
         generate_arguments: further arguments of `generate`, such as `top_p` or `repetition_penalty`.
 
     Raises:
@@ -90,7 +95,7 @@ def regenerate(
         MSDDataError: with `strict`, at a broken sample.
     """
     output = Path(output)
-    check_output(output)
+    processes.from_first(lambda: check_output(output))
     if batch_size < 1:
         raise MSDError(f"`batch_size` must be at least 1, got {batch_size}.")
     encoder = ConversationEncoder(processor)
@@ -105,29 +110,77 @@ def regenerate(
         "strict": strict,
         **generator.settings,
     }
-    check_answer_space(output, conversations, max_new_tokens)
+    processes.check_equal({name: str(value) for name, value in settings.items() if name != "logits_processor"})
+    processes.from_first(lambda: check_answer_space(output, conversations, max_new_tokens, processes))
     chats = _Windows(generator, encoder, conversations, batch_size, seed, strict)
     writer = EntryWriter(output, conversations.image_folder)
     was_training = target.training
     target.eval()
     try:
-        with Journal(output, settings) as journal, resumable(lambda: _place(journal, len(conversations))):
-            if journal.num_done:
-                logger.info("Resuming after sample %d of %d.", journal.num_done, len(conversations))
-            with tqdm(total=len(conversations), initial=journal.num_done, desc="regenerating") as bar:
-                for index, chat in chats.answered_from(journal.num_done):
-                    journal.append({"skipped": chat} if isinstance(chat, str) else {"sample": writer(index, chat)})
-                    bar.update()
-            counts = Counter(_outcome(record) for record in journal.records())
-            num_cut, num_samples = counts.pop("cut", 0), counts.pop("complete", 0)
-            if num_samples + num_cut == 0:
-                journal.discard()
-                reasons = ", ".join(f"{reason} {count}" for reason, count in counts.items())
-                raise MSDError(f"None of {len(conversations):,} samples can be used ({reasons or 'no data'}).")
-            journal.finish("sample")
+        if not processes.is_alone:
+            _write_part(output, settings, chats, writer, processes)
+        return processes.from_first(lambda: _write_output(output, settings, chats, writer, processes.is_alone))
     finally:
         target.train(was_training)
+
+
+def _write_part(
+    output: Path, settings: dict[str, Any], chats: _Windows, writer: EntryWriter, processes: Processes
+) -> None:
+    """Answers this process's share of the samples that no earlier run has answered."""
+
+    def find_missing() -> list[int]:
+        with Journal(output, settings) as journal:
+            return _missing(journal, Parts(output, settings), len(chats.conversations))
+
+    missing = processes.from_first(find_missing)
+    windows = processes.share(chats.windows(missing))
+    total = sum(len(window) for window in windows)
+    with Journal(output, settings, processes.index) as part, resumable(lambda: _place(part, total)):
+        with tqdm(total=total, desc="regenerating", disable=not processes.is_first) as bar:
+            for index, chat in chats.answered(windows, set(missing)):
+                part.append({"index": index, **_record(index, chat, writer)})
+                bar.update()
+        processes.gather(None)  # waits for the others
+
+
+def _write_output(
+    output: Path, settings: dict[str, Any], chats: _Windows, writer: EntryWriter, is_alone: bool
+) -> RegenerateReport:
+    """Answers the samples that are missing yet, and writes all of them in order."""
+    total = len(chats.conversations)
+    with Journal(output, settings) as journal, resumable(lambda: _place(journal, total)):
+        parts = Parts(output, settings)
+        missing = _missing(journal, parts, total)
+        if missing and not is_alone:
+            raise MSDError(
+                f"Sample {missing[0]} was answered, but is not beside {str(output)!r}: all machines need the same "
+                "folder."
+            )
+        if journal.num_done:
+            logger.info("Resuming after sample %d of %d.", journal.num_done, total)
+        answered = chats.answered(chats.windows(missing), set(missing))
+        with tqdm(total=total, initial=journal.num_done, desc="regenerating", disable=not is_alone) as bar:
+            for index in range(journal.num_done, total):
+                journal.append(parts.record(index) if index in parts else _record(*next(answered), writer))
+                bar.update()
+        counts = Counter(_outcome(record) for record in journal.records())
+        num_cut, num_samples = counts.pop("cut", 0), counts.pop("complete", 0)
+        remove_parts(output)  # the journal has their lines now
+        if num_samples + num_cut == 0:
+            journal.discard()
+            reasons = ", ".join(f"{reason} {count}" for reason, count in counts.items())
+            raise MSDError(f"None of {total:,} samples can be used ({reasons or 'no data'}).")
+        journal.finish("sample")
     return RegenerateReport(output, num_samples + num_cut, num_cut, skipped=dict(counts))
+
+
+def _missing(journal: Journal, parts: Parts, total: int) -> list[int]:
+    return [index for index in range(journal.num_done, total) if index not in parts]
+
+
+def _record(index: int, chat: AnsweredChat | str, writer: EntryWriter) -> dict[str, Any]:
+    return {"skipped": chat} if isinstance(chat, str) else {"sample": writer(index, chat)}
 
 
 def check_output(output: Path) -> None:
@@ -143,7 +196,9 @@ def check_output(output: Path) -> None:
     check_writable(output.parent)
 
 
-def check_answer_space(output: Path, conversations: Conversations, max_new_tokens: int) -> None:
+def check_answer_space(
+    output: Path, conversations: Conversations, max_new_tokens: int, processes: Processes = ALONE
+) -> None:
     """
     Checks that the disk has room for the longest possible answers to the prompts of `conversations`, as far as at most
     64 evenly spaced samples tell. The target is not needed.
@@ -164,8 +219,9 @@ def check_answer_space(output: Path, conversations: Conversations, max_new_token
             3 * image.width * image.height for image in conversation.images if not isinstance(image, Path)
         )
     needed = num_bytes * len(conversations) // max(num_probes, 1)
-    # The journal and the file that is made of it exist at the same time.
-    check_space(output.parent, 2 * needed, "The answers", "Use fewer samples, or another disk.")
+    # The journal and the file that is made of it exist at the same time; several processes have parts too.
+    copies = 2 if processes.is_alone else 3
+    check_space(output.parent, copies * needed, "The answers", "Use fewer samples, or another disk.")
 
 
 def _place(journal: Journal, total: int) -> str:
@@ -196,14 +252,15 @@ class _Windows:
         self.processor, self.renderer = encoder.processor, encoder.renderer
         self.batch_size, self.seed, self.skipped = batch_size, seed, SkippedSamples(strict)
 
-    def answered_from(self, first: int) -> Iterator[tuple[int, AnsweredChat | str]]:
-        """Yields the index of each sample from `first` on, with its chat or the reason why it was skipped."""
+    def windows(self, missing: Sequence[int]) -> list[range]:
+        """The windows that hold the missing samples, in order."""
         size = self.batch_size * _BATCHES_PER_WINDOW
-        total = len(self.conversations)
-        if first == total:
-            return
-        for start in range(first - first % size, total, size):
-            indices = range(start, min(start + size, total))
+        starts = sorted({index - index % size for index in missing})
+        return [range(start, min(start + size, len(self.conversations))) for start in starts]
+
+    def answered(self, windows: Sequence[range], missing: Collection[int]) -> Iterator[tuple[int, AnsweredChat | str]]:
+        """Answers windows. Yields the index of each missing sample, with its chat or the reason why it was skipped."""
+        for indices in windows:
             window = self._open(indices)
             for turn in count():
                 prompts = self._prompts(window)
@@ -214,7 +271,7 @@ class _Windows:
                     answers = self.generator([prompts[index] for index in batch], seeds)
                     for index, answer in zip(batch, answers, strict=True):
                         window[index].answer(*answer)
-            for index in indices[max(0, first - start) :]:
+            for index in filter(missing.__contains__, indices):
                 chat = window[index]
                 yield index, "empty turn" if isinstance(chat, AnsweredChat) and not chat.is_answered else chat
 

@@ -1,0 +1,1 @@
+"""The processes, on one machine or several, that share one job."""
