@@ -49,6 +49,10 @@ def bench(
     toy: Annotated[
         bool, typer.Option("--toy", help="Use the bundled toy pair and held-out questions of the toy world.")
     ] = False,
+    lmms_eval: Annotated[
+        list[Path] | None,
+        typer.Option("--lmms-eval", help="Results of lmms-eval, a folder or files: print scores, tau and speedup."),
+    ] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Questions.")] = 65,
     min_answer_tokens: Annotated[int, typer.Option(min=1, help="Leave out questions with shorter answers.")] = 1,
     baseline: Annotated[
@@ -91,8 +95,12 @@ def bench(
     from ..evaluation.plots import check_matplotlib
     from ..evaluation.report import print_report, write_report
 
-    if sum((shape is not None, toy, data is not None)) != 1:
-        raise MSDError("Give one of --data, --toy and --shape.")
+    if sum((shape is not None, toy, data is not None, bool(lmms_eval))) != 1:
+        raise MSDError("Give one of --data, --toy, --shape and --lmms-eval.")
+    if lmms_eval:
+        if output is not None or plots or compile or update_card is not None:
+            raise MSDError("--lmms-eval only prints: leave out --output, --plots, --compile and --update-card.")
+        return _print_lmms_results(lmms_eval)
     if plots:
         if output is None:
             raise MSDError("--plots needs a folder: add --output.")
@@ -168,6 +176,19 @@ def bench(
         print_next("bench", "--target", target, "--draft", draft, "--data", data, "--output", "REPORT")
     else:
         print_next("train", "--target", target, "--draft", draft, "--text-data", data, "--output-dir", "DRAFT")
+
+
+def _print_lmms_results(paths: list[Path]) -> None:
+    from ..evaluation.lmms_results import read_runs
+    from ..evaluation.lmms_table import compare_runs, lmms_tables
+    from ..evaluation.report import print_table
+
+    comparisons = compare_runs(read_runs(paths))
+    for table in lmms_tables(comparisons):
+        print_table(table, console)
+    for note in (note for comparison in comparisons for note in comparison.notes()):
+        console.print(note, soft_wrap=True)
+    print_next("bench", "--target", "TARGET", "--draft", "DRAFT", "--data", "CONVERSATIONS.json")
 
 
 def _bench_shape(

@@ -21,15 +21,20 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     """Prints the settings, the tables and the warnings of a report."""
     console.print(_describe(report), soft_wrap=True)
     for table in report_tables(report):
-        shown = Table(title=table.title, title_justify="left", show_edge=False, pad_edge=False)
-        for number, name in enumerate(table.header):
-            shown.add_column(name, justify="right" if number else "left")
-        for row in table.rows:
-            shown.add_row(*row)
         console.print()
-        console.print(shown)
+        print_table(table, console)
     for warning in report.get("warnings", ()):
         console.print(Text("\nWarning: ", style="bold yellow") + Text(warning), soft_wrap=True)
+
+
+def print_table(table: ReportTable, console: Console) -> None:
+    """Prints one table."""
+    shown = Table(title=table.title, title_justify="left", show_edge=False, pad_edge=False)
+    for number, name in enumerate(table.header):
+        shown.add_column(name, justify="right" if number else "left")
+    for row in table.rows:
+        shown.add_row(*row)
+    console.print(shown)
 
 
 def write_report(report: Mapping[str, Any], folder: Path, plots: bool) -> list[Path]:
@@ -96,4 +101,4 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-__all__ = ["print_report", "to_markdown", "write_report"]
+__all__ = ["print_report", "print_table", "to_markdown", "write_report"]
