@@ -186,6 +186,7 @@ def _print_lmms_results(paths: list[Path]) -> None:
     comparisons = compare_runs(read_runs(paths))
     for table in lmms_tables(comparisons):
         print_table(table, console)
+        console.print()
     for note in (note for comparison in comparisons for note in comparison.notes()):
         console.print(note, soft_wrap=True)
     print_next("bench", "--target", "TARGET", "--draft", "DRAFT", "--data", "CONVERSATIONS.json")

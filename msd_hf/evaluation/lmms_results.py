@@ -14,7 +14,7 @@ from ..errors import MSDError, describe_error
 RESULTS_SUFFIX = "_results.json"
 MODEL_PREFIX = "msd_"  # of the models that record, see `msd_hf/engines/lmms_eval`
 # Settings of a run that decide what is asked and how it is answered.
-_SETTINGS = ("limit", "offset", "gen_kwargs", "torch_seed")
+SETTINGS = ("limit", "offset", "gen_kwargs", "torch_seed")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LmmsRun:
         model (`str`): name of the model of lmms-eval.
         arguments (`tuple[str, ...]`): `--model_args`, sorted, without the draft.
         draft (`str`, *optional*): the draft; `None` for a run of the target alone.
-        settings (`tuple`): further settings that both runs of a comparison must share.
+        settings (`tuple[str, ...]`): `--limit`, `--offset`, `--gen_kwargs` and the seed; empty where none was given.
         scores (`dict[str, dict[str, float]]`): task -> metric -> score.
         samples (`dict[str, list[LmmsSample]]`): task -> samples; empty if the run did not log them.
     """
@@ -53,7 +53,7 @@ class LmmsRun:
     model: str
     arguments: tuple[str, ...]
     draft: str | None
-    settings: tuple[Any, ...]
+    settings: tuple[str, ...]
     scores: dict[str, dict[str, float]]
     samples: dict[str, list[LmmsSample]]
 
@@ -108,7 +108,7 @@ def _read_run(file: Path) -> Iterator[LmmsRun]:
             model=config["model"],
             arguments=tuple(argument for argument in arguments if not argument.startswith("draft=")),
             draft=next((text.partition("=")[2] for text in arguments if text.startswith("draft=")), None),
-            settings=tuple(str(config.get(name)) for name in _SETTINGS),
+            settings=tuple(",".join(_arguments(config.get(name))) for name in SETTINGS),
             scores=scores,
             samples={task: _samples(file.with_name(f"{date}_samples_{task}.jsonl")) for task in scores},
         )
@@ -116,10 +116,11 @@ def _read_run(file: Path) -> Iterator[LmmsRun]:
         raise MSDError(f"{file} cannot be read as results of lmms-eval: {describe_error(error)}") from error
 
 
-def _arguments(given: str | Mapping[str, Any]) -> list[str]:
+def _arguments(given: Any) -> list[str]:
+    """The parts of `name=value,name=value`, which may also be given as a mapping, sorted."""
     if isinstance(given, Mapping):
         return sorted(f"{name}={value}" for name, value in given.items())
-    return sorted(part.strip() for part in given.split(",") if part.strip())
+    return sorted(part.strip() for part in str(given or "").split(",") if part.strip())
 
 
 def _scores(figures: Mapping[str, Any]) -> dict[str, float]:
@@ -146,4 +147,4 @@ def _sample(entry: Mapping[str, Any]) -> LmmsSample:
     return LmmsSample((entry["doc_id"], entry.get("doc_hash")), json.dumps(answer), counts if has_record else None)
 
 
-__all__ = ["MODEL_PREFIX", "RESULTS_SUFFIX", "LmmsRun", "LmmsSample", "read_runs"]
+__all__ = ["MODEL_PREFIX", "RESULTS_SUFFIX", "SETTINGS", "LmmsRun", "LmmsSample", "read_runs"]

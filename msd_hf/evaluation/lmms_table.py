@@ -8,22 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import MSDError
-from .lmms_results import LmmsRun, LmmsSample
+from .lmms_results import SETTINGS, LmmsRun, LmmsSample
 from .report_tables import ReportTable
 
 
-HEADER = (
-    "task",
-    "metric",
-    "alone",
-    "draft",
-    "equal",
-    "same answers",
-    "tokens",
-    "tau",
-    "speedup",
-    "whole evaluation",
-)
+SCORE_HEADER = ("task", "metric", "alone", "draft", "equal")
+SPEED_HEADER = ("task", "same answers", "tokens", "tau", "speedup", "whole evaluation")
 _UNKNOWN = "-"
 
 
@@ -128,30 +118,45 @@ def compare_runs(runs: Sequence[LmmsRun]) -> list[TaskComparison]:
 
 
 def lmms_tables(comparisons: Iterable[TaskComparison]) -> list[ReportTable]:
-    """One table for each draft, target and setting, with a row for each metric of each task."""
-    rows: dict[str, list[list[str]]] = {}
+    """Two tables for each target, draft and setting: the scores, and the speed of each task."""
+    groups: dict[str, list[TaskComparison]] = {}
     for comparison in comparisons:
-        run = comparison.drafted
-        described = [*run.arguments, f"draft={run.draft}"]
-        described += [f"{name}={value}" for name, value in zip(("limit", "offset", "gen_kwargs"), run.settings, strict=False) if value not in ("None", "0", "")]
-        rows.setdefault(f"{run.model}: {', '.join(described)}", []).extend(_rows(comparison))
-    return [ReportTable(title, HEADER, found) for title, found in rows.items()]
+        groups.setdefault(_described(comparison.drafted), []).append(comparison)
+    tables = []
+    for title, group in groups.items():
+        tables.append(ReportTable(title, SCORE_HEADER, [row for one in group for row in _score_rows(one)]))
+        tables.append(ReportTable("Speed with the draft", SPEED_HEADER, [_speed_row(one) for one in group]))
+    return tables
 
 
-def _rows(comparison: TaskComparison) -> list[list[str]]:
-    figures = [
+def _described(run: LmmsRun) -> str:
+    settings = zip(SETTINGS[:-1], run.settings, strict=False)  # the seed is hardly ever set
+    given = [f"{name} {value}" for name, value in settings if value]
+    return f"{run.model}: {', '.join([*run.arguments, f'draft={run.draft}', *given])}"
+
+
+def _score_rows(comparison: TaskComparison) -> list[list[str]]:
+    return [
+        [
+            comparison.task,
+            metric,
+            _UNKNOWN if before is None else f"{before:.4g}",
+            f"{after:.4g}",
+            _equal(before, after),
+        ]
+        for metric, before, after in comparison.scores()
+    ]
+
+
+def _speed_row(comparison: TaskComparison) -> list[str]:
+    return [
+        comparison.task,
         comparison.same_answers(),
         _number(comparison.tokens(), "{:.1f}".format),
         _number(comparison.tau(), "{:.2f}".format),
         _number(comparison.speedup("seconds"), "{:.2f}".format),
         _number(comparison.speedup("evaluation_seconds"), "{:.2f}".format),
     ]
-    rows = []
-    for metric, before, after in comparison.scores():
-        alone = _UNKNOWN if before is None else f"{before:.4g}"
-        rows.append([comparison.task, metric, alone, f"{after:.4g}", _equal(before, after), *figures])
-        figures = [""] * len(figures)  # they belong to the task, not to the metric
-    return rows
 
 
 def _equal(before: float | None, after: float) -> str:

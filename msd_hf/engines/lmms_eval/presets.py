@@ -39,7 +39,9 @@ class Preset:
 
     def messages(self, messages: Sequence[dict[str, Any]], post_prompt: str) -> list[dict[str, Any]]:
         """The messages of a question with the request in the last text of the user, and without a system prompt."""
-        kept = [{**message, "content": list(message["content"])} for message in messages if message["role"] != "system"]
+        kept = [
+            {**message, "content": list(message["content"])} for message in messages if message["role"] != "system"
+        ]
         for message in reversed(kept):
             parts = message["content"]
             for index in reversed(range(len(parts))):
@@ -68,7 +70,8 @@ class Preset:
 
 PRESETS = {
     "paper": Preset(
-        request="\nFor the following question, provide a detailed explanation of your reasoning leading to the answer.",
+        request="\nFor the following question, provide a detailed explanation of your reasoning leading to the "
+        "answer.",
         max_new_tokens=512,
         num_samples=100,
     )

@@ -92,7 +92,9 @@ class WithDraft:
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[Any]:
         """Answers requests of several rounds, with the draft but without records."""
         if self._preset is not None:
-            raise MSDUnsupportedError("`preset` is for tasks of one question: leave it out for tasks of several rounds.")
+            raise MSDUnsupportedError(
+                "`preset` is for tasks of one question: leave it out for tasks of several rounds."
+            )
         return super().generate_until_multi_round(requests)  # type: ignore[misc]
 
     def _asked(self, request: Instance, number: int, journal: Journal) -> Instance:
