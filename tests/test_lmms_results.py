@@ -70,7 +70,7 @@ def test_runs_of_other_settings_or_targets_are_not_compared(tmp_path):
 def test_the_order_of_arguments_does_not_matter_and_the_last_run_counts(tmp_path):
     write_run(tmp_path, "1", f"{TARGET},dtype=float32", 0.1)
     write_run(tmp_path, "2", f"dtype=float32,{TARGET}", 0.2)
-    write_run(tmp_path, "3", {"draft": "d", "dtype": "float32", "pretrained": "org/target"}, 0.2)
+    write_run(tmp_path, "3", {"pretrained": "org/target", "draft": "d", "dtype": "float32"}, 0.2)
     assert [row[2:] for row in lmms_tables([compared(tmp_path)])[0].rows] == [["0.2", "0.2", "yes"]]
 
 
