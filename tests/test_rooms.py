@@ -31,6 +31,7 @@ ROOMS = (
     "hook",
     "training",
     "evaluation",
+    "engines",
     "toy",
     "web",
     "cli",

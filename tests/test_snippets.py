@@ -26,6 +26,7 @@ from transformers import AutoModelForImageTextToText
 
 import msd_hf
 from msd_hf import cli
+from msd_hf.engines.lmms_eval.manifests import CHAT_CLASSES, SIMPLE_CLASSES
 from msd_hf.images import read_image
 from msd_hf.prompts import build_inputs
 from msd_hf.toy import DEMO_IMAGE, DRAFT_DIR, TARGET_DIR
@@ -53,7 +54,7 @@ SHORT = {
 }
 # Commands that are read only, by a part of them: they take long, need a GPU or change the checkout.
 LONG = ("--shape", "--baseline compiled", "toy.build", "toy.stranger", "examples/studies/", "accelerate launch", "pip")
-LONG = (*LONG, "...", "report/report.json", "pytest", "features/")
+LONG = (*LONG, "...", "report/report.json", "pytest", "features/", "lmms-eval", "examples/engines/")
 # These run with `-m slow`: a quicker command of the same kind runs always.
 SLOW = ("msd-hf bench", "toy.evaluate", "toy.agreement", "stranger/data", "--max-steps 100", "toy/")
 
@@ -174,6 +175,10 @@ def test_options_of_a_command_exist(command, inside, run):
         assert_named(ROOT / words[1], options)
     elif words[:2] == ["python", "-m"] and words[2].startswith("msd_hf"):
         assert_named(Path(ROOT, *words[2].split(".")).with_suffix(".py"), options)
+    elif words[0] == "lmms-eval":
+        assert words[words.index("--model") + 1] in {**CHAT_CLASSES, **SIMPLE_CLASSES}
+    elif words[0].endswith(".sh"):
+        assert (ROOT / words[0]).exists()
     else:
         assert words[:3] in (["python", "-m", "pip"], ["python", "-m", "pytest"]) or words[1] == "-c"
 

@@ -49,6 +49,10 @@ def bench(
     toy: Annotated[
         bool, typer.Option("--toy", help="Use the bundled toy pair and held-out questions of the toy world.")
     ] = False,
+    lmms_eval: Annotated[
+        list[Path] | None,
+        typer.Option("--lmms-eval", help="Results of lmms-eval, a folder or files: print scores, tau and speedup."),
+    ] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Questions.")] = 65,
     min_answer_tokens: Annotated[int, typer.Option(min=1, help="Leave out questions with shorter answers.")] = 1,
     baseline: Annotated[
@@ -130,8 +134,13 @@ def bench(
     from ..evaluation.report import print_report
     from ..processes.group import launched
 
-    if sum((shape is not None, toy, data is not None)) != 1:
-        raise MSDError("Give one of --data, --toy and --shape.")
+    if sum((shape is not None, toy, data is not None, bool(lmms_eval))) != 1:
+        raise MSDError("Give one of --data, --toy, --shape and --lmms-eval.")
+    if lmms_eval:
+        if any(option is not None for option in (output, html, update_card)) or plots or compile or no_texts:
+            raise MSDError("--lmms-eval only prints what lmms-eval has measured: leave the options of a report out.")
+        _print_lmms_results(lmms_eval)
+        return
     if data is None and (split or subset):
         raise MSDError("--split and --subset are for a data set of --data.")
     if compile and shape is None:
@@ -203,6 +212,19 @@ def bench(
         print_next("bench", *measured.given, "--output", "REPORT")
     else:
         print_next("bench", "--compare", output, "OTHER_REPORT")
+
+
+def _print_lmms_results(paths: list[Path]) -> None:
+    from ..evaluation.lmms_results import read_runs
+    from ..evaluation.lmms_table import compare_runs, lmms_tables
+    from ..evaluation.report import print_tables
+
+    comparisons = compare_runs(read_runs(paths))
+    print_tables(lmms_tables(comparisons), console)
+    console.print()
+    for note in (note for comparison in comparisons for note in comparison.notes()):
+        console.print(note, soft_wrap=True)
+    print_next("bench", "--target", "TARGET", "--draft", "DRAFT", "--data", "PROMPTS.json")
 
 
 def _check_report(output: Path | None, plots: bool, html: Path | None) -> None:

@@ -1,0 +1,1 @@
+"""The same draft in other engines and harnesses; a folder for each."""
