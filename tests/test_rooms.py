@@ -28,6 +28,7 @@ ROOMS = (
     "drafting",
     "decoding",
     "hook",
+    "engines",
     "training",
     "evaluation",
     "toy",

@@ -1,0 +1,1 @@
+"""The draft in other engines: one folder an engine."""
