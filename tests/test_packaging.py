@@ -16,7 +16,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 EXTRAS = PROJECT["optional-dependencies"]
 MODULES = {"huggingface-hub": "huggingface_hub", "pyyaml": "yaml", "pillow": "PIL"}
 # Imported where a target, a draft or an option needs it; `tokenizers` and `jinja2` come with transformers.
-OPTIONAL = {"datasets", "PIL", "matplotlib", "triton", "tokenizers", "jinja2"}
+OPTIONAL = {"datasets", "PIL", "matplotlib", "triton", "tokenizers", "jinja2", "vllm"}
 
 
 def names(requirements):
@@ -42,7 +42,7 @@ def test_the_version_has_its_section_in_the_changelog():
 
 def test_all_holds_every_extra_that_fits_every_build_of_torch():
     (everything,) = (Requirement(text) for text in EXTRAS["all"])
-    assert everything.extras == EXTRAS.keys() - {"all", "vision", "docs", "test", "studies", "dev"}
+    assert everything.extras == EXTRAS.keys() - {"all", "vision", "vllm", "docs", "test", "studies", "dev"}
     assert "torchvision" in names(EXTRAS["vision"])
     assert "torchvision" not in {name for extra in everything.extras for name in names(EXTRAS[extra])}
     # The suite runs where only a CPU build of torch is installed.

@@ -9,6 +9,8 @@ a GPU is read only: its options must exist. `-m slow` runs those of a minute.
 from __future__ import annotations
 
 import doctest
+import json
+import os
 import re
 import runpy
 import shlex
@@ -53,7 +55,7 @@ SHORT = {
 }
 # Commands that are read only, by a part of them: they take long, need a GPU or change the checkout.
 LONG = ("--shape", "--baseline compiled", "toy.build", "toy.stranger", "examples/studies/", "accelerate launch", "pip")
-LONG = (*LONG, "...", "report/report.json", "pytest", "features/")
+LONG = (*LONG, "...", "report/report.json", "pytest", "features/", "vllm_cpu.sh", "vllm serve")
 # These run with `-m slow`: a quicker command of the same kind runs always.
 SLOW = ("msd-hf bench", "toy.evaluate", "toy.agreement", "stranger/data", "--max-steps 100", "toy/")
 
@@ -172,6 +174,12 @@ def test_options_of_a_command_exist(command, inside, run):
         found.make_context(words[place - 1], words[place:])  # fails for an unknown option or a missing one
     elif words[0] == "python" and words[1].endswith(".py"):
         assert_named(ROOT / words[1], options)
+    elif words[0].endswith(".sh"):
+        script = ROOT / words[0]
+        assert os.access(script, os.X_OK)
+        assert_named(script.with_name("vllm_check.py"), options)
+    elif words[0] == "vllm":
+        assert json.loads(words[words.index("--speculative-config") + 1])["method"] == "eagle"
     elif words[:2] == ["python", "-m"] and words[2].startswith("msd_hf"):
         assert_named(Path(ROOT, *words[2].split(".")).with_suffix(".py"), options)
     else:

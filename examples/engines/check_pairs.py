@@ -1,6 +1,6 @@
 """
-Small pairs for `vllm_check.py`, trained on the toy world of `msd_hf` in a few minutes: a LLaVA of another size than the
-bundled one, whose draft does not normalise its input, and a Qwen2-VL with M-RoPE and biases.
+Small pairs for `vllm_check.py`, trained on the toy world of `msd_hf` in a few minutes: a LLaVA of another size than
+the bundled one, whose draft does not normalise its input, and a Qwen2-VL with M-RoPE and biases.
 
     python examples/engines/check_pairs.py DIR
 

@@ -1,6 +1,6 @@
 """
-Serves small pairs with vLLM and compares: tokens with those of vLLM alone, tau with that of `generate` drafting chains of
-the same length on the same prompts. Greedy, float32. `vllm_cpu.sh` makes an environment and runs it.
+Serves small pairs with vLLM and compares: tokens with those of vLLM alone, tau with that of `generate` drafting chains
+of the same length on the same prompts. Greedy, float32. `vllm_cpu.sh` makes an environment and runs it.
 
     python examples/engines/vllm_check.py [--work DIR] [--only NAME ...] [--prompts 24]
 
@@ -22,20 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-
-# vLLM reads these when it is imported. Without them its CPU build asks for more memory and cores than it needs here.
-for name, value in {
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-}.items():
-    os.environ.setdefault(name, value)
-
 from check_pairs import KINDS, build
 from rich.console import Console
 from rich.table import Table
@@ -51,6 +37,14 @@ from msd_hf.prompts import build_chat_inputs
 from msd_hf.toy import DRAFT_DIR, TARGET_DIR, TEXT_KINDS, VISUAL_KINDS, make_prompts
 
 
+# vLLM reads these when it is imported.
+ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else it takes all cores
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
 CHAIN = 5  # tokens of a draft
 MAX_NEW_TOKENS = 100
 LARGEST_LOSS = 0.03  # of tau, relative to our own chain
@@ -344,6 +338,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="pairs, or rows as PAIR: ROW, by parts of their names")
     parser.add_argument("--prompts", type=int, default=24, help="questions of each kind")
     args = parser.parse_args()
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     with tempfile.TemporaryDirectory() as temporary:
         check = Check(Path(temporary), args.work or Path(temporary) / "pairs", args.prompts, args.only)
         check_all(check)

@@ -64,7 +64,7 @@ def export(
     export_draft(model, output, head, vocab_size, overwrite)
     size = "" if model.draft_vocab is None else f", {len(model.draft_vocab):,} rows of the target's head"
     console.print(f"Wrote {output} ({model.num_parameters():,} parameters{size}).", soft_wrap=True)
-    if model.generation_config.max_visual_rows is not None:
+    if getattr(model.generation_config, "max_visual_rows", None) is not None:
         console.print("vLLM feeds the draft every visual position: `max_visual_rows` does not count there.")
     named = model.config.target_name_or_path
     speculative = {"method": "eagle", "model": str(output), "num_speculative_tokens": 5}
