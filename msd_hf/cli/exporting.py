@@ -55,7 +55,7 @@ def export(
         check_target_kind(config)
         check_pair(config, model.config)
         vocab_size = config.get_text_config(decoder=True).vocab_size
-    if model.draft_vocab is not None:
+    if model.draft_vocab is not None and target is not None:
         loaded = load_target(target)
         other = why_another_target(model.config, loaded)
         if other is not None:

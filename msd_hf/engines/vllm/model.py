@@ -83,6 +83,8 @@ class MSDDraftForVLLM(nn.Module):
 
     supports_multimodal_embeddings = True  # vLLM hands over the embeddings of images
     has_own_embed_tokens = False
+    lm_head: Any  # the target's, or rows of it
+    is_visual: torch.Tensor
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
@@ -150,6 +152,7 @@ class MSDDraftForVLLM(nn.Module):
             The draft's states `[T, H]` twice: for the head, and for the next step.
         """
         if inputs_embeds is None:
+            assert input_ids is not None
             inputs_embeds = self.embed_input_ids(input_ids)
         if self.mends_positions:
             self._mend(positions)
@@ -160,7 +163,8 @@ class MSDDraftForVLLM(nn.Module):
         metadata = get_forward_context().attn_metadata
         if metadata is None:  # a run that only measures memory
             return
-        metadata = metadata[self.model.layers[0].self_attn.attn.layer_name]
+        first: Any = self.model.layers[0]
+        metadata = metadata[first.self_attn.attn.layer_name]
         num_tokens = metadata.num_actual_tokens
         # In place: the runner reads the buffer again to find the slots of the next step.
         positions[:num_tokens] = sequence_positions(metadata, num_tokens)
