@@ -343,6 +343,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         check = Check(Path(temporary), args.work or Path(temporary) / "pairs", args.prompts, args.only)
         check_all(check)
+    if not check.rows:
+        sys.exit(f"Error: --only {' '.join(args.only)} names no row.")
     check.console.print(check.table())
     if check.failed:
         sys.exit("\n".join(check.failed))

