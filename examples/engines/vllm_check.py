@@ -26,7 +26,7 @@ from check_pairs import KINDS, build
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 
 from msd_hf import MSDDraftModel
@@ -47,6 +47,7 @@ ENVIRONMENT = {
 }
 CHAIN = 5  # tokens of a draft
 MAX_NEW_TOKENS = 100
+TEXT_ONLY = "text only"  # the name of a pair without a vision tower
 LARGEST_LOSS = 0.03  # of tau, relative to our own chain
 
 
@@ -110,6 +111,14 @@ def for_vllm(source: Path, folder: Path) -> Path:
         }
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def load(pair: Pair) -> tuple[Any, Any]:
+    """The target in transformers, and its processor or tokenizer."""
+    if pair.name != TEXT_ONLY:
+        return load_target_and_processor(pair.target, "float32")
+    target = AutoModelForCausalLM.from_pretrained(pair.target, dtype="float32")
+    return target, AutoTokenizer.from_pretrained(pair.target)
 
 
 def text_only(source: Path, folder: Path) -> Path:
@@ -244,8 +253,8 @@ class Check:
         if not self.wants(pair.name, variant):
             return
         draft = draft or pair.draft
-        limits = {} if pair.name == "text only" else {"limit_mm_per_prompt": {"image": 2}}
-        target, processor = load_target_and_processor(pair.target, "float32")
+        limits = {} if pair.name == TEXT_ONLY else {"limit_mm_per_prompt": {"image": 2}}
+        target, processor = load(pair)
         folder = self.work / f"{pair.name} {variant}"
         export_draft(draft, folder, head_of(target), target.config.get_text_config().vocab_size)
         asked = {kind: questions(kind, self.num_prompts) for kind in kinds}
@@ -316,9 +325,9 @@ def check_all(check: Check) -> None:
         enable_chunked_prefill=True,
         max_num_batched_tokens=64,
     )
-    if check.wants("text only"):
-        folder = text_only(TARGET_DIR, check.work / "text only")
-        check.run(check.pair("text only", folder, draft, folder), "Llama", ("text",))
+    if check.wants(TEXT_ONLY):
+        folder = text_only(TARGET_DIR, check.work / TEXT_ONLY)
+        check.run(check.pair(TEXT_ONLY, folder, draft, folder), "Llama", ("text",))
     for kind in KINDS:
         if not check.wants(kind):
             continue
