@@ -1,6 +1,7 @@
 """`msd-hf export --to vllm` writes a folder that vLLM reads, or says why the draft cannot be served. Needs no vLLM."""
 
 import json
+import subprocess
 import sys
 import types
 
@@ -150,6 +151,12 @@ def test_the_plugin_registers_the_class_once_by_its_name(monkeypatch):
     plugin.register()
     plugin.register()
     assert registered == {"EagleMSDDraft": "msd_hf.engines.vllm.model:MSDDraftForVLLM"}
+
+
+def test_importing_the_plugin_loads_neither_vllm_nor_torch():
+    code = "import sys, msd_hf.engines.vllm; print({'vllm', 'torch', 'transformers'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"
 
 
 def test_positions_count_within_each_sequence():

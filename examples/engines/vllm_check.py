@@ -327,7 +327,8 @@ def check_all(check: Check) -> None:
     )
     if check.wants(TEXT_ONLY):
         folder = text_only(TARGET_DIR, check.work / TEXT_ONLY)
-        check.run(check.pair(TEXT_ONLY, folder, draft, folder), "Llama", ("text",))
+        of_llama = MSDDraftModel.from_pretrained(DRAFT_DIR, target_model_type="llama")
+        check.run(check.pair(TEXT_ONLY, folder, of_llama, folder), "Llama", ("text",))
     for kind in KINDS:
         if not check.wants(kind):
             continue
