@@ -19,7 +19,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 MODULES = {"huggingface-hub": "huggingface_hub", "pyyaml": "yaml", "pillow": "PIL"}
 # Imported where a target, a draft or an option needs it; `tokenizers` and `jinja2` come with transformers.
 OPTIONAL = {"datasets", "PIL", "matplotlib", "triton", "tokenizers", "jinja2", "gradio"}
-ENGINES = {"lmms_eval"}  # imported by modules that the engine itself loads
+ENGINES = {"lmms_eval", "vllm"}  # imported by modules that the engine itself loads
 
 
 def names(requirements):
@@ -45,7 +45,16 @@ def test_the_version_has_its_section_in_the_changelog():
 
 def test_all_holds_every_extra_that_fits_every_build_of_torch():
     (everything,) = (Requirement(text) for text in EXTRAS["all"])
-    assert everything.extras == EXTRAS.keys() - {"all", "vision", "lmms-eval", "docs", "test", "studies", "dev"}
+    assert everything.extras == EXTRAS.keys() - {
+        "all",
+        "vision",
+        "vllm",
+        "lmms-eval",
+        "docs",
+        "test",
+        "studies",
+        "dev",
+    }
     assert "torchvision" in names(EXTRAS["vision"])
     assert "torchvision" not in {name for extra in everything.extras for name in names(EXTRAS[extra])}
     # The suite runs where only a CPU build of torch is installed.

@@ -9,6 +9,8 @@ a GPU is read only: its options must exist. `-m slow` runs those of a minute.
 from __future__ import annotations
 
 import doctest
+import json
+import os
 import re
 import runpy
 import shlex
@@ -54,7 +56,7 @@ SHORT = {
 }
 # Commands that are read only, by a part of them: they take long, need a GPU or change the checkout.
 LONG = ("--shape", "--baseline compiled", "toy.build", "toy.stranger", "examples/studies/", "accelerate launch", "pip")
-LONG = (*LONG, "...", "report/report.json", "pytest", "features/", "lmms-eval", "examples/engines/")
+LONG = (*LONG, "...", "report/report.json", "pytest", "features/", "lmms-eval", "examples/engines/", "vllm serve")
 # These run with `-m slow`: a quicker command of the same kind runs always.
 SLOW = ("msd-hf bench", "toy.evaluate", "toy.agreement", "stranger/data", "--max-steps 100", "toy/")
 
@@ -173,12 +175,17 @@ def test_options_of_a_command_exist(command, inside, run):
         found.make_context(words[place - 1], words[place:])  # fails for an unknown option or a missing one
     elif words[0] == "python" and words[1].endswith(".py"):
         assert_named(ROOT / words[1], options)
+    elif words[0].endswith(".sh"):
+        script = ROOT / words[0]
+        assert os.access(script, os.X_OK)
+        if script.name == "vllm_cpu.sh":
+            assert_named(script.with_name("vllm_check.py"), options)
+    elif words[0] == "vllm":
+        assert json.loads(words[words.index("--speculative-config") + 1])["method"] == "eagle"
     elif words[:2] == ["python", "-m"] and words[2].startswith("msd_hf"):
         assert_named(Path(ROOT, *words[2].split(".")).with_suffix(".py"), options)
     elif words[0] == "lmms-eval":
         assert words[words.index("--model") + 1] in {**CHAT_CLASSES, **SIMPLE_CLASSES}
-    elif words[0].endswith(".sh"):
-        assert (ROOT / words[0]).exists()
     else:
         assert words[:3] in (["python", "-m", "pip"], ["python", "-m", "pytest"]) or words[1] == "-c"
 

@@ -19,9 +19,14 @@ def print_next(*arguments: object) -> None:
     Args:
         arguments: of the next command. A word in capitals stands for what only the user knows.
     """
+    print_command("msd-hf", *arguments)
+
+
+def print_command(*words: object) -> None:
+    """Prints the next command as [`print_next`] does, also one of another program."""
     if sys.stdout is not None:  # closed by the caller
         sys.stdout.flush()
-    _console.print(one_line(f"next: {shlex.join(['msd-hf', *map(str, arguments)])}"))
+    _console.print(one_line(f"next: {shlex.join(map(str, words))}"))
 
 
-__all__ = ["print_next"]
+__all__ = ["print_command", "print_next"]
