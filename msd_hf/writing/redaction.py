@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import PurePath
 from typing import Any
@@ -72,23 +72,26 @@ def redact(value: Any, name: str = "", secrets: Iterable[str] = ()) -> Any:
         name: the name of the setting. Each text and integer under a secret name becomes `"<redacted>"`.
         secrets: further texts to remove wherever they occur.
     """
-    secrets = tuple(secrets)
+    return _redact(value, name, _with_environment(secrets))
+
+
+def _redact(value: Any, name: str, secrets: tuple[str, ...]) -> Any:
     is_secret = is_secret_name(name)
     if isinstance(value, Mapping):
         return {
-            redact_text(key, secrets) if isinstance(key, str) else key: redact(
+            _redact_text(key, secrets) if isinstance(key, str) else key: _redact(
                 item, name if is_secret else str(key), secrets
             )
             for key, item in value.items()
         }
     if isinstance(value, (list, tuple, set, frozenset)):
-        items = [redact(item, name, secrets) for item in value]
+        items = [_redact(item, name, secrets) for item in value]
         return tuple(items) if isinstance(value, tuple) else items
     if isinstance(value, Enum):  # some of them are texts too
         return value
     if is_secret and isinstance(value, (str, bytes, int, PurePath)) and not isinstance(value, bool):
         return REDACTED if value != "" else value
-    return redact_text(str(value), secrets) if isinstance(value, (str, PurePath)) else value
+    return _redact_text(str(value), secrets) if isinstance(value, (str, PurePath)) else value
 
 
 def redact_text(text: str, secrets: Iterable[str] = ()) -> str:
@@ -98,12 +101,15 @@ def redact_text(text: str, secrets: Iterable[str] = ()) -> str:
     Removed are `secrets`, the values of environment variables with secret names, credentials and queries of URLs, the
     value behind a secret name (`token=...`), and texts that look like an access token.
     """
-    secrets = tuple(secrets)
-    for secret in sorted({*secrets, *_environment_secrets()}, key=len, reverse=True):
+    return _redact_text(text, _with_environment(secrets))
+
+
+def _redact_text(text: str, secrets: tuple[str, ...]) -> str:
+    for secret in secrets:
         text = text.replace(secret, REDACTED)
     if text.lstrip()[:1] in ("{", "["):
         try:
-            return json.dumps(redact(json.loads(text), secrets=secrets), ensure_ascii=False)
+            return json.dumps(_redact(json.loads(text), "", secrets), ensure_ascii=False)
         except (ValueError, RecursionError):
             pass
     if _leaves_working_directory(text):
@@ -142,10 +148,12 @@ def command_secrets(arguments: Sequence[str]) -> set[str]:
     return {value for value in found if len(value) >= _SHORTEST_SECRET}
 
 
-def _environment_secrets() -> Iterator[str]:
-    for name, value in os.environ.items():
-        if len(value) >= _SHORTEST_SECRET and is_secret_name(name):
-            yield value
+def _with_environment(secrets: Iterable[str]) -> tuple[str, ...]:
+    """These secrets and those of the environment, the longest first: one may be a part of another."""
+    environment = {
+        value for name, value in os.environ.items() if len(value) >= _SHORTEST_SECRET and is_secret_name(name)
+    }
+    return tuple(sorted({*secrets, *environment}, key=len, reverse=True))
 
 
 def _redact_pair(match: re.Match[str]) -> str:
