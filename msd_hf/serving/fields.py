@@ -1,0 +1,122 @@
+"""The fields of a request beside its messages: those of msd_hf, and those that the server would have to ignore."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ..errors import shown
+from ..limits import LARGEST_SEED
+from .call import Call
+from .refusals import RequestError, refused
+
+
+FIELD = "msd_hf"  # of a request: {"draft": false}; of `usage` in its reply: the acceptance
+# transformers' server passes over these fields. They may have the value that changes nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "text": ({"format": {"type": "text"}},),
+    "modalities": (["text"],),
+    "audio": (),
+    "functions": ([],),
+    "function_call": ("none",),
+    "tool_choice": ("auto", "none"),
+    "web_search_options": (),
+    "background": (False,),
+    "previous_response_id": (),
+    "prompt": (),
+    "max_tool_calls": (),
+    "include": ([],),
+}
+_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+_NUMBERS = ("temperature", "top_p", "frequency_penalty")
+# Names by which a template could be replaced, or pictures fetched.
+_RESERVED = ("messages", "tools", "documents", "chat_template", "images", "videos", "audio", "text", "tokenize")
+
+
+def take_own_fields(body: dict[str, Any], call: Call) -> None:
+    """
+    Takes out of a request what transformers' server does not know (`msd_hf`) or would apply too early (`seed`).
+
+    Raises:
+        RequestError: when one of them has a wrong value.
+    """
+    own = body.pop(FIELD, None)
+    if own is not None:
+        if not isinstance(own, dict) or own.keys() - {"draft"} or not isinstance(own.get("draft", True), bool):
+            raise refused(f'`{FIELD}` must be {{"draft": true}} or {{"draft": false}}, not {shown(own)}.', FIELD)
+        call.wants_draft = own.get("draft", True)
+    seed = body.pop("seed", None)
+    if seed is not None:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
+            raise refused(f"`seed` must be a number from 0 to {LARGEST_SEED}, not {shown(seed)}.", "seed")
+        call.seed = seed
+
+
+def check_model(body: dict[str, Any], name: str) -> None:
+    """
+    Checks the model that a request asks for, and sets it if the request names none.
+
+    Raises:
+        RequestError: when it is not the one that is served.
+    """
+    asked = body.setdefault("model", name)
+    if asked != name:
+        raise unknown_model(asked, name)
+
+
+def unknown_model(asked: Any, name: str) -> RequestError:
+    """The error of a request for another model: status 404."""
+    message = f"There is no model {shown(asked, 200)} here: this server answers as {name!r}."
+    return RequestError(404, message, "model_not_found", "model")
+
+
+def check_fields(body: dict[str, Any], template: str) -> None:
+    """
+    Checks the fields of a request that change its answer.
+
+    Args:
+        body: the request.
+        template: the chat template of the target.
+
+    Raises:
+        RequestError: for a field that is not supported, or a value that cannot be used.
+    """
+    for name in body.keys() & _NEUTRAL.keys():
+        if body[name] is not None and body[name] not in _NEUTRAL[name]:
+            raise refused(f"`{name}` is not supported: leave it out, not {shown(body[name])}.", name)
+    for name in _TOKENS:
+        value = body.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise refused(f"`{name}` must be a number of tokens above 0, not {shown(value)}.", name)
+    for name in _NUMBERS:
+        value = body.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise refused(f"`{name}` must be a number, not {shown(value)}.", name)
+    stream, stop = body.get("stream"), body.get("stop")
+    if stream is not None and not isinstance(stream, bool):
+        raise refused(f"`stream` must be true or false, not {shown(stream)}.", "stream")
+    texts = stop if isinstance(stop, list) else [stop]
+    if stop is not None and not (texts and all(isinstance(text, str) and text for text in texts)):
+        raise refused(f"`stop` must be a text or a list of texts, not {shown(stop)}.", "stop")
+    _check_template_arguments(body.get("chat_template_kwargs"), template)
+
+
+def _check_template_arguments(given: Any, template: str) -> None:
+    if given is None:
+        return
+    field = "chat_template_kwargs"
+    if not isinstance(given, dict):
+        raise refused(f"`{field}` must be an object, not {shown(given)}.", field)
+    for name, value in given.items():
+        # What the template does not use would go to the processor, which may take sizes of pictures and files.
+        is_used = name not in _RESERVED and name.isidentifier() and re.search(rf"\b{name}\b", template)
+        if not is_used or not isinstance(value, (bool, str)):
+            raise refused(f"`{field}.{name}` must be a text or true or false that the chat template uses.", field)
+
+
+__all__ = ["FIELD", "check_fields", "check_model", "take_own_fields", "unknown_model"]
