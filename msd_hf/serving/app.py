@@ -8,14 +8,14 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from transformers.cli.serving.server import build_server
 from transformers.utils import logging
 
 from ..prompts import build_inputs, check_chat_template, move_inputs
 from .call import current_call
-from .fields import unknown_model
+from .fields import check_model, unknown_model
 from .gate import Gate
 from .generation import Generation, PairGenerationState
 from .handlers import PairChatHandler, PairResponseHandler
@@ -27,8 +27,8 @@ from .replies import CHAT, RESPONSES
 
 logger = logging.get_logger(__name__)
 
-# The others of transformers' server load and unload models, or transcribe.
-_ROUTES = (CHAT, RESPONSES, "/v1/models", "/health", "/load_model")
+# Of transformers' server. Its others load and unload models, or transcribe.
+_ROUTES = (CHAT, RESPONSES, "/v1/models", "/health")
 
 
 def build_app(pair: ServedPair, limits: ServingLimits | None = None) -> Gate:
@@ -55,19 +55,24 @@ def build_app(pair: ServedPair, limits: ServingLimits | None = None) -> Gate:
     app = build_server(manager, generation_state=state, **handlers)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in _ROUTES]
     gate = Gate(app, limits)
-    _add_routes(app, pair, gate)
+    _add_routes(app, pair, manager, gate)
     _add_error_handlers(app)
     _end_with(app, generation)
     _warm_up(pair, generation)
     return gate
 
 
-def _add_routes(app: FastAPI, pair: ServedPair, gate: Gate) -> None:
+def _add_routes(app: FastAPI, pair: ServedPair, manager: PairManager, gate: Gate) -> None:
     @app.get("/v1/models/{name:path}")
     def model(name: str) -> dict[str, Any]:
         if name != pair.name:
             raise unknown_model(name, pair.name)
         return {"id": name, "object": "model", "created": 0, "owned_by": "msd_hf"}
+
+    @app.post("/load_model")
+    async def load_model(body: dict[str, Any]) -> StreamingResponse:  # `transformers chat` begins with it
+        check_model(body, pair.name)
+        return StreamingResponse(manager.load_model_streaming(), media_type="text/event-stream")
 
     @app.get("/metrics")
     def metrics() -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -32,8 +33,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "max_tool_calls": (),
     "include": ([],),
 }
-_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-_NUMBERS = ("temperature", "top_p", "frequency_penalty")
+LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+_NUMBERS = {"temperature": (0, math.inf), "top_p": (0, 1), "frequency_penalty": (-2, 2)}
 # Names by which a template could be replaced, or pictures fetched.
 _RESERVED = ("messages", "tools", "documents", "chat_template", "images", "videos", "audio", "text", "tokenize")
 
@@ -89,14 +90,16 @@ def check_fields(body: dict[str, Any], template: str) -> None:
     for name in body.keys() & _NEUTRAL.keys():
         if body[name] is not None and body[name] not in _NEUTRAL[name]:
             raise refused(f"`{name}` is not supported: leave it out, not {shown(body[name])}.", name)
-    for name in _TOKENS:
+    for name in LENGTHS:
         value = body.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise refused(f"`{name}` must be a number of tokens above 0, not {shown(value)}.", name)
-    for name in _NUMBERS:
+    for name, (least, most) in _NUMBERS.items():
         value = body.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise refused(f"`{name}` must be a number, not {shown(value)}.", name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if value is not None and not (is_number and least <= value <= most):
+            kind = f"from {least} to {most}" if math.isfinite(most) else f"not below {least}"
+            raise refused(f"`{name}` must be a number {kind}, and was {shown(value)}.", name)
     stream, stop = body.get("stream"), body.get("stop")
     if stream is not None and not isinstance(stream, bool):
         raise refused(f"`stream` must be true or false, not {shown(stream)}.", "stream")
@@ -119,4 +122,4 @@ def _check_template_arguments(given: Any, template: str) -> None:
             raise refused(f"`{field}.{name}` must be a text or true or false that the chat template uses.", field)
 
 
-__all__ = ["FIELD", "check_fields", "check_model", "take_own_fields", "unknown_model"]
+__all__ = ["FIELD", "LENGTHS", "check_fields", "check_model", "take_own_fields", "unknown_model"]

@@ -110,7 +110,7 @@ class Generation(GenerateManager):
         if left < 1:
             message = f"The prompt is too long: it has {call.prompt_tokens:,} tokens, and prompt and answer may have "
             raise refused(f"{message}{self._max_length:,}.", code="context_length_exceeded")
-        if not call.sets_length:
+        if not call.sets_length:  # a request that asks for no length gets what is left
             gen_config.max_new_tokens = min(gen_config.max_new_tokens, left)
         if gen_config.max_new_tokens > left:
             raise refused(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any, ClassVar
 
 from fastapi import HTTPException
@@ -14,8 +13,9 @@ from transformers.cli.serving.utils import BaseHandler, Modality
 
 from ..errors import describe_error, is_about_input
 from .call import Call, current_call
-from .fields import check_fields, check_model, take_own_fields
+from .fields import LENGTHS, check_fields, check_model, take_own_fields
 from .generation import PairGenerationState
+from .generation_settings import check_generation_config
 from .limits import ServingLimits
 from .messages import RequestMessages
 from .pair import PairManager, ServedPair
@@ -84,6 +84,9 @@ class PairHandler(BaseHandler):
         take_own_fields(body, call)
         self._validate_request(body)
         check_fields(body, str(self._pair.processor.chat_template))
+        given = check_generation_config(body.get("generation_config"))
+        lengths = given.get("max_new_tokens"), *(body.get(name) for name in LENGTHS)
+        call.sets_length = any(length is not None for length in lengths)
         self._read_messages(body, RequestMessages(self._limits, self._takes_images, self._most_characters))
 
     def _read_messages(self, body: dict[str, Any], messages: RequestMessages) -> None:
@@ -92,23 +95,12 @@ class PairHandler(BaseHandler):
     def _build_generation_config(
         self, body: dict[str, Any], model_generation_config: Any, use_cb: bool = False
     ) -> Any:
-        given = json.loads(body["generation_config"]) if body.get("generation_config") is not None else {}
         config = super()._build_generation_config(body, model_generation_config, use_cb=use_cb)
         if body.get("temperature") is not None:  # transformers' server samples only if the target's config says so
             config.do_sample = body["temperature"] > 0
             config.temperature = body["temperature"] or None
-        sets_length = given.get("max_new_tokens") is not None or any(
-            body.get(name) is not None for name in ("max_tokens", "max_completion_tokens", "max_output_tokens")
-        )
-        current_call.get().sets_length = sets_length
-        if not sets_length:
+        if not current_call.get().sets_length:
             config.max_new_tokens = self._limits.max_new_tokens
-        for name in ("num_beams", "num_return_sequences"):
-            if getattr(config, name, None) not in (None, 1):
-                raise refused(f"`generation_config`: `{name}` must be 1, not {getattr(config, name)!r}.")
-        if not isinstance(config.max_new_tokens, int) or config.max_new_tokens < 1:
-            raise refused(f"`generation_config`: `max_new_tokens` must be above 0, not {config.max_new_tokens!r}.")
-        config.return_dict_in_generate = False
         return config
 
 

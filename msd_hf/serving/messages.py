@@ -47,6 +47,8 @@ class RequestMessages:
             raise refused(f"`input` must be a text or a list of items, not {shown(given)}.", "input")
         if all(isinstance(item, dict) and "role" not in item and item.get("type") not in _ITEMS for item in given):
             return self._content(given, "input")
+        if isinstance(given[0], dict) and "role" not in given[0]:  # transformers' server would pass over it
+            raise refused(f"input[0] must be a message, as others follow, not {shown(given[0])}.", "input[0]")
         return [self._item(item, f"input[{index}]") for index, item in enumerate(given)]
 
     def text(self, text: Any, place: str) -> str | None:

@@ -10,8 +10,6 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.cli.serving.model_manager import ModelManager
 
-from .fields import unknown_model
-
 
 @dataclass(frozen=True)
 class ServedPair:
@@ -44,11 +42,9 @@ class PairManager(ModelManager):
         self.force_model = pair.name
         self._pair = pair
 
-    # Of an instance here: the name that a request gives is checked where transformers' server would look it up.
-    def process_model_name(self, model_id: str) -> str:  # type: ignore[override]
-        """Returns the name. Raises [`RequestError`] (404) for another model."""
-        if model_id != self._pair.name:
-            raise unknown_model(model_id, self._pair.name)
+    @staticmethod
+    def process_model_name(model_id: str) -> str:
+        """Returns the name as it is, without a revision. Requests for other models have been refused before."""
         return model_id
 
     def load_model_and_processor(self, *args: Any, **kwargs: Any) -> tuple[PreTrainedModel, Any]:
