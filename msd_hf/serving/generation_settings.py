@@ -10,37 +10,15 @@ from .refusals import refused
 
 
 FIELD = "generation_config"
-_ALLOWED = frozenset(
-    [
-        "max_new_tokens",
-        "min_new_tokens",
-        "max_time",
-        "stop_strings",
-        "do_sample",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "top_h",
-        "typical_p",
-        "epsilon_cutoff",
-        "eta_cutoff",
-        "repetition_penalty",
-        "no_repeat_ngram_size",
-        "bad_words_ids",
-        "renormalize_logits",
-        "forced_eos_token_id",
-        "remove_invalid_values",
-        "exponential_decay_length_penalty",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "sequence_bias",
-        "pad_token_id",
-        "bos_token_id",
-        "eos_token_id",
-        "transformers_version",
-    ]
-)
+# fmt: off
+_ALLOWED = frozenset((
+    "max_new_tokens", "min_new_tokens", "max_time", "stop_strings", "do_sample", "temperature", "top_k", "top_p",
+    "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "no_repeat_ngram_size",
+    "bad_words_ids", "renormalize_logits", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "sequence_bias",
+    "pad_token_id", "bos_token_id", "eos_token_id", "transformers_version",
+))
+# fmt: on
 # Others choose caches, other ways of decoding, or code of the Hub. They may have the value that changes nothing.
 _NEUTRAL: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
 

@@ -9,9 +9,12 @@ from transformers.utils import logging
 
 from ..terminal import one_line
 from .call import Call
+from .replies import CHAT, RESPONSES
 
 
 logger = logging.get_logger(__name__)
+
+_PATHS = (CHAT, RESPONSES, "/load_model")
 
 
 class ServerMetrics:
@@ -42,6 +45,8 @@ class ServerMetrics:
 
     def note(self, path: str, status: int, seconds: float, call: Call) -> None:
         """Counts and logs a request that has ended. Its texts are not logged."""
+        if path not in _PATHS:  # each label takes memory
+            path = "other"
         self._requests.labels(path, str(status)).inc()
         self._seconds.observe(seconds)
         line = f"{status} {path} in {seconds:.2f} s"
