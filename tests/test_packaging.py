@@ -17,6 +17,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 MODULES = {"huggingface-hub": "huggingface_hub", "pyyaml": "yaml", "pillow": "PIL"}
 # Imported where a target, a draft or an option needs it; `tokenizers` and `jinja2` come with transformers.
 OPTIONAL = {"datasets", "PIL", "matplotlib", "triton", "tokenizers", "jinja2"}
+OPTIONAL |= {"fastapi", "starlette", "uvicorn", "prometheus_client"}  # of `[serve]`
 
 
 def names(requirements):

@@ -30,6 +30,7 @@ ROOMS = (
     "hook",
     "training",
     "evaluation",
+    "serving",
     "toy",
     "cli",
 )

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from .call import Call, current_call
 from .limits import ServingLimits
 from .metrics import ServerMetrics
-from .refusals import RequestError, server_error
+from .refusals import RequestError, server_error, server_stops
 from .replies import error_event
 
 
@@ -90,6 +90,7 @@ class _Passage:
         self._call = Call(asyncio.get_running_loop())
         self._started = time.perf_counter()
         self._status: int | None = None
+        self._is_read = False  # the whole body
         self._has_ended = False
         self._is_stream = False
 
@@ -106,6 +107,8 @@ class _Passage:
             self._status = CLIENT_LEFT
         except RequestError as error:
             await self._refuse(error, drains=error.status == 413)
+        except asyncio.CancelledError:  # by the server, at its end; this task has nothing else to do
+            await self._refuse(server_stops())
         except Exception as error:
             logger.error("A request failed.", exc_info=error)
             if self._status is None:
@@ -165,10 +168,11 @@ class _Passage:
             message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise _ClientLeft
+            self._is_read = not message.get("more_body", False)
             body += message.get("body", b"")
             if len(body) > self._limits.max_body_bytes:
                 raise too_large
-            if not message.get("more_body", False):
+            if self._is_read:
                 return bytes(body)
 
     def _declared_size(self) -> int:
@@ -212,11 +216,10 @@ class _Passage:
             await asyncio.wait_for(self._discard(_DRAIN_TIMES * self._limits.max_body_bytes), _DRAIN_SECONDS)
 
     async def _discard(self, most_bytes: int) -> None:
-        while most_bytes > 0:
+        while most_bytes > 0 and not self._is_read:
             message = await self._receive()
             most_bytes -= len(message.get("body", b""))
-            if not message.get("more_body", False):
-                return
+            self._is_read = not message.get("more_body", False)
 
     def _note(self) -> None:
         seconds = time.perf_counter() - self._started

@@ -16,7 +16,7 @@ from ..decoding.run_stats import last_run
 from ..errors import MSDError
 from ..prompts import move_inputs
 from .call import Call, CallCancelled, current_call
-from .refusals import RequestError, refused, server_error
+from .refusals import RequestError, refused, server_error, server_stops
 from .streamers import CallListener, CallStreamer
 
 
@@ -172,7 +172,7 @@ def _as_request_error(error: BaseException) -> RequestError:
     if isinstance(error, RequestError):
         return error
     if isinstance(error, CallCancelled):
-        return RequestError(503, "The request was given up because the server is stopping.", "server_stopping")
+        return server_stops()  # in the other cases nobody listens any more
     if isinstance(error, (MSDError, ValueError)):
         return refused(str(error))
     logger.error("A request failed.", exc_info=error)

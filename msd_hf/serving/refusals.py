@@ -43,4 +43,9 @@ def server_error() -> RequestError:
     return RequestError(500, "The server failed; its log says why.", "internal_error")
 
 
-__all__ = ["RequestError", "refused", "server_error"]
+def server_stops() -> RequestError:
+    """The server ends before the answer does."""
+    return RequestError(503, "The server is stopping.", "server_stopping")
+
+
+__all__ = ["RequestError", "refused", "server_error", "server_stops"]
