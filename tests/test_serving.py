@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -15,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import huggingface_hub.constants
 import pytest
 import torch
+from pages import ROOT, blocks
 
 from msd_hf import MSDDraftModel
 from msd_hf.errors import MSDError
@@ -325,6 +328,33 @@ def test_transformers_chat(server, answers, monkeypatch, capsys, tmp_path):
     Chat(NAME, server, ["do_sample=False", "max_new_tokens=120"])
     printed = capsys.readouterr().out
     assert answers[COUNT].strip() in printed and printed.count("tok/s") == 2
+
+
+@pytest.fixture
+def page(server, tmp_path, monkeypatch):
+    """Returns the code of SERVING.md in a language, for this server, in a folder with the picture that it names."""
+    monkeypatch.chdir(tmp_path)
+    read_image(DEMO_IMAGE).save("photo.jpg")
+
+    def code(language):
+        (found,) = blocks(ROOT / "examples" / "SERVING.md", language)
+        return found.replace("http://127.0.0.1:8000", server).replace("llava-hf/llava-1.5-7b-hf", NAME)
+
+    return code
+
+
+def test_the_python_of_the_page(page, capsys):
+    exec(compile(page("python"), "SERVING.md", "exec"), {})
+    assert "'tau'" in capsys.readouterr().out
+
+
+def test_the_curl_of_the_page(page, answers):
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    command = page("shell").partition("transformers chat")[0]
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    text = json.loads(result.stdout)["output"][0]["content"][0]["text"]
+    assert text.startswith(answers[COUNT])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
