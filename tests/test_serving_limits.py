@@ -26,6 +26,7 @@ from msd_hf.serving.refusals import RequestError
 
 try:
     check_installed()
+    from msd_hf.serving import gate as gate_module
     from msd_hf.serving.call import CallCancelled, current_call
     from msd_hf.serving.gate import CLIENT_LEFT, Gate
     from msd_hf.serving.server import open_socket
@@ -129,6 +130,20 @@ class TestGate:
         event = json.loads(connection.text.split("\n\n")[1].removeprefix("data: "))
         assert (event.get("error") or event)["code"] == "timeout" and not connection.sent[-1]["more_body"]
         assert path == PATH or event["type"] == "error"
+
+    def test_a_client_that_stops_reading_loses_its_place(self, monkeypatch):
+        monkeypatch.setattr(gate_module, "_SEND_SECONDS", 0.05)
+
+        async def stalled(message):
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()
+
+        async def run():
+            gate, connection = Gate(endless_stream, ServingLimits(timeout=0.05)), Connection(body())
+            await asyncio.wait_for(gate(connection.scope, connection.receive, stalled), 5)
+            return gate.metrics.text().decode()
+
+        assert "msd_hf_requests_running 0.0" in asyncio.run(run())
 
     @pytest.mark.parametrize("app", [endless, endless_stream])
     def test_a_client_that_leaves_cancels_its_call(self, app):

@@ -2,8 +2,8 @@
 The code in README and the pages runs as it is written, with the bundled pair in place of published models, small data
 in place of large files, and few steps.
 
-`SHARING.md` runs from top to bottom in `test_sharing_page.py`, and `SERVING.md` in `test_serving.py`, against servers. A
-command that takes minutes or needs a GPU is read only: its options must exist. `-m slow` runs those of a minute.
+`SHARING.md` runs from top to bottom in `test_sharing_page.py`, and `SERVING.md` in `test_serving.py`, against servers.
+A command that takes minutes or needs a GPU is read only: its options must exist. `-m slow` runs those of a minute.
 """
 
 from __future__ import annotations

@@ -34,7 +34,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "include": ([],),
 }
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-_NUMBERS = {"temperature": (0, math.inf), "top_p": (0, 1), "frequency_penalty": (-2, 2)}
+_NUMBERS = {"temperature": (0, 100), "top_p": (0, 1), "frequency_penalty": (-0.9, 2)}
+LEAST_TEMPERATURE = 0.001  # above 0; scores are divided by it and must stay finite
+_MOST_BIAS, _MOST_BIASED = 100, 1024
+_MOST_STOPS, _LONGEST_STOP = 8, 256  # each takes memory for every token of the vocabulary
 # Names by which a template could be replaced, or pictures fetched.
 _RESERVED = ("messages", "tools", "documents", "chat_template", "images", "videos", "audio", "text", "tokenize")
 
@@ -96,17 +99,39 @@ def check_fields(body: dict[str, Any], template: str) -> None:
             raise refused(f"`{name}` must be a number of tokens above 0, not {shown(value)}.", name)
     for name, (least, most) in _NUMBERS.items():
         value = body.get(name)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if value is not None and not (is_number and least <= value <= most):
-            kind = f"from {least} to {most}" if math.isfinite(most) else f"not below {least}"
-            raise refused(f"`{name}` must be a number {kind}, and was {shown(value)}.", name)
-    stream, stop = body.get("stream"), body.get("stop")
+        if value is not None and not (is_number(value) and least <= value <= most):
+            raise refused(f"`{name}` must be a number from {least} to {most}, and was {shown(value)}.", name)
+    if 0 < (body.get("temperature") or 0) < LEAST_TEMPERATURE:
+        raise refused(f"`temperature` must be 0, or not below {LEAST_TEMPERATURE}.", "temperature")
+    _check_biases(body.get("logit_bias"))
+    check_stop(body.get("stop"), "stop")
+    stream = body.get("stream")
     if stream is not None and not isinstance(stream, bool):
         raise refused(f"`stream` must be true or false, not {shown(stream)}.", "stream")
-    texts = stop if isinstance(stop, list) else [stop]
-    if stop is not None and not (texts and all(isinstance(text, str) and text for text in texts)):
-        raise refused(f"`stop` must be a text or a list of texts, not {shown(stop)}.", "stop")
     _check_template_arguments(body.get("chat_template_kwargs"), template)
+
+
+def check_stop(stop: Any, field: str) -> None:
+    """Checks texts that end an answer. Raises [`RequestError`]."""
+    texts = stop if isinstance(stop, list) else [stop]
+    are_texts = all(isinstance(text, str) and 0 < len(text) <= _LONGEST_STOP for text in texts)
+    if stop is not None and not (are_texts and 0 < len(texts) <= _MOST_STOPS):
+        message = f"`{field}` must be a text of at most {_LONGEST_STOP} characters, or a list of at most {_MOST_STOPS}"
+        raise refused(f"{message} of them, not {shown(stop)}.", field)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _check_biases(biases: Any) -> None:
+    if biases is None:
+        return
+    is_right = isinstance(biases, dict) and len(biases) <= _MOST_BIASED and all(key.isdecimal() for key in biases)
+    if not is_right or not all(is_number(value) and abs(value) <= _MOST_BIAS for value in biases.values()):
+        message = f"`logit_bias` must map at most {_MOST_BIASED} ids of tokens to numbers from -{_MOST_BIAS} to"
+        raise refused(f"{message} {_MOST_BIAS}, not {shown(biases)}.", "logit_bias")
 
 
 def _check_template_arguments(given: Any, template: str) -> None:
@@ -122,4 +147,14 @@ def _check_template_arguments(given: Any, template: str) -> None:
             raise refused(f"`{field}.{name}` must be a text or true or false that the chat template uses.", field)
 
 
-__all__ = ["FIELD", "LENGTHS", "check_fields", "check_model", "take_own_fields", "unknown_model"]
+__all__ = [
+    "FIELD",
+    "LEAST_TEMPERATURE",
+    "LENGTHS",
+    "check_fields",
+    "check_model",
+    "check_stop",
+    "is_number",
+    "take_own_fields",
+    "unknown_model",
+]

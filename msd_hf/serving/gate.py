@@ -25,6 +25,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 CLIENT_LEFT = 499  # in the log alone, as other servers write it
 _DRAIN_SECONDS, _DRAIN_TIMES = 5.0, 4
+_SEND_SECONDS = 5.0
 
 
 class _ClientLeft(Exception):
@@ -206,7 +207,10 @@ class _Passage:
             await self._forward({"type": "http.response.start", "status": error.status, "headers": headers})
         else:
             body = error_event(self._scope["path"], error).encode() if self._is_stream else b""
-        await self._forward({"type": "http.response.body", "body": body, "more_body": False})
+        # A client that stopped reading would hold its place for good.
+        end = self._forward({"type": "http.response.body", "body": body, "more_body": False})
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(end, _SEND_SECONDS)
 
     async def _drain(self) -> None:
         """Reads on for a moment: many clients read a reply only when they have sent all."""
