@@ -145,7 +145,6 @@ class _Passage:
             if work.done():
                 work.result()
                 return
-            self._call.cancel()
             if watch.done():
                 raise _ClientLeft
         finally:
