@@ -124,15 +124,13 @@ class _Passage:
             body = await asyncio.wait_for(self._read_body(), self._left())
         except asyncio.TimeoutError:
             raise RequestError(408, f"The request took longer than {self._limits.timeout:g} s.", "timeout") from None
-        gone = asyncio.Event()
         messages = [{"type": "http.request", "body": body, "more_body": False}]
         del body
 
         async def replay() -> Message:
             if messages:
                 return messages.pop()
-            await gone.wait()
-            return {"type": "http.disconnect"}
+            return await asyncio.Future()  # nothing more comes; the gate ends the application when its client leaves
 
         token = current_call.set(self._call)  # the task copies it
         work = asyncio.ensure_future(self._app(self._scope, replay, self._forward))
@@ -148,7 +146,6 @@ class _Passage:
             if watch.done():
                 raise _ClientLeft
         finally:
-            gone.set()
             watch.cancel()
             work.cancel()
             await asyncio.wait({work, watch}, timeout=1)
