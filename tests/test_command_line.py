@@ -207,5 +207,7 @@ class TestDoctor:
 
 def test_commands_are_listed_in_the_help(run):
     out = run("--help")[1]
-    assert all(name in out for name in ("demo", "generate", "bench", "doctor", "train", "--install-completion"))
+    assert all(
+        name in out for name in ("demo", "generate", "serve", "bench", "doctor", "train", "--install-completion")
+    )
     assert cli.app.info.name == "msd-hf"

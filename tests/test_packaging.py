@@ -20,6 +20,7 @@ MODULES = {"huggingface-hub": "huggingface_hub", "pyyaml": "yaml", "pillow": "PI
 # Imported where a target, a draft or an option needs it; `tokenizers` and `jinja2` come with transformers.
 OPTIONAL = {"datasets", "PIL", "matplotlib", "triton", "tokenizers", "jinja2", "gradio"}
 ENGINES = {"lmms_eval", "vllm"}  # imported by modules that the engine itself loads
+OPTIONAL |= {"fastapi", "starlette", "uvicorn", "prometheus_client"}  # of `[serve]`
 
 
 def names(requirements):

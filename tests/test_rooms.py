@@ -32,6 +32,7 @@ ROOMS = (
     "training",
     "evaluation",
     "engines",
+    "serving",
     "toy",
     "web",
     "cli",

@@ -2,8 +2,8 @@
 The code in README and the pages runs as it is written, with the bundled pair in place of published models, small data
 in place of large files, and few steps.
 
-`SHARING.md` runs from top to bottom in `test_sharing_page.py`, against a server. A command that takes minutes or needs
-a GPU is read only: its options must exist. `-m slow` runs those of a minute.
+`SHARING.md` runs from top to bottom in `test_sharing_page.py`, and `SERVING.md` in `test_serving.py`, against servers.
+A command that takes minutes or needs a GPU is read only: its options must exist. `-m slow` runs those of a minute.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ SHORT = {
 # Commands that are read only, by a part of them: they take long, need a GPU or change the checkout.
 LONG = ("--shape", "--baseline compiled", "toy.build", "toy.stranger", "examples/studies/", "accelerate launch", "pip")
 LONG = (*LONG, "...", "report/report.json", "pytest", "features/", "lmms-eval", "examples/engines/", "vllm serve")
+LONG = (*LONG, "msd-hf serve")
 # These run with `-m slow`: a quicker command of the same kind runs always.
 SLOW = ("msd-hf bench", "toy.evaluate", "toy.agreement", "stranger/data", "--max-steps 100", "toy/")
 
@@ -101,7 +102,7 @@ def python_snippets():
     return [
         pytest.param(code, id=f"{path.name}-{number}")
         for path in PAGES
-        if path.name != "SHARING.md"
+        if path.name not in ("SHARING.md", "SERVING.md")
         for number, code in enumerate(blocks(path, "python"))
     ]
 

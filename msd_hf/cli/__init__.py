@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from . import answer, bench, checkpoints, doctor, exporting, publishing, train, training_data
+from . import answer, bench, checkpoints, doctor, exporting, publishing, serve, train, training_data
 from .failures import exit_status
 
 
@@ -41,6 +41,7 @@ def _options(
 
 app.command()(answer.demo)
 app.command()(answer.generate)
+app.command()(serve.serve)
 app.command()(bench.bench)
 app.command()(checkpoints.convert)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 console = make_console()
 
 
-def _check_finite(value: float) -> float:
+def check_finite(value: float) -> float:
     if not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
     return value
@@ -32,7 +32,7 @@ OptionalTarget = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder, if it holds only a draft.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length limit of the answer, in tokens.")]
 Temperature = Annotated[
-    float, typer.Option(min=0.0, callback=_check_finite, help="0 for greedy decoding, above 0 for sampling.")
+    float, typer.Option(min=0.0, callback=check_finite, help="0 for greedy decoding, above 0 for sampling.")
 ]
 MaxVisualRows = Annotated[
     str | None,
