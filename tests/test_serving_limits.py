@@ -17,6 +17,7 @@ from PIL import Image
 
 from msd_hf.errors import MSDError
 from msd_hf.serving import installed, remote_images
+from msd_hf.serving.fields import check_fields
 from msd_hf.serving.images import RequestImages
 from msd_hf.serving.installed import check_installed
 from msd_hf.serving.limits import ServingLimits
@@ -400,6 +401,24 @@ class TestMessages:
         part = {"type": "image_url", "image_url": {"url": data_url(png())}}
         with pytest.raises(RequestError, match="reads text only"):
             self.messages(takes_images=False).chat([{"role": "user", "content": [part]}])
+
+
+class TestFields:
+    template = "{{ messages }}{{ images }}{% if enable_thinking %}{% endif %}{{ size }}"
+
+    def check(self, **given):
+        check_fields({"chat_template_kwargs": given}, self.template)
+
+    def test_what_the_template_uses_is_taken(self):
+        self.check(enable_thinking=False)
+
+    @pytest.mark.parametrize(
+        "given",
+        [{"images": "http://127.0.0.1"}, {"messages": "a"}, {"chat_template": "a"}, {"size": 10**6}, {"other": True}],
+    )
+    def test_what_reaches_the_processor_is_not(self, given):
+        with pytest.raises(RequestError, match="that the chat template uses"):
+            self.check(**given)
 
 
 class TestInstalled:
