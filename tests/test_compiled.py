@@ -295,6 +295,15 @@ def test_buffers_are_kept_for_reuse_when_a_prefill_fails():
     assert all(spare_buffers(target, draft))
 
 
+def test_two_calls_never_get_the_same_spare_buffers():
+    """One call may begin inside of another, or in another thread."""
+    target, draft = build_pair()
+    generate(target, draft, tiny.make_prompt(0, 8), return_dict_in_generate=False)
+    spare = state_of(target, draft).target_buffers
+    num_layers = target.config.text_config.num_hidden_layers
+    assert all(spare.take(num_layers)) and not any(spare.take(num_layers))
+
+
 @traced_if_slow
 def test_a_prompt_is_prefilled_into_existing_buffers():
     target, draft = build_pair()

@@ -323,8 +323,8 @@ FAULTS = {
         Fault(
             "a pause has no bound",
             "tree/experience.py",
-            "min(2 * self._pause, _LONGEST_PAUSE)",
-            "2 * self._pause",
+            "min(growth * self._pause, _LONGEST_PAUSE)",
+            "growth * self._pause",
             PAUSES,
         ),
     ],
@@ -353,9 +353,30 @@ FAULTS = {
         Fault(
             "pauses become four times as long",
             "tree/experience.py",
-            "min(2 * self._pause, _LONGEST_PAUSE)",
-            "min(4 * self._pause, _LONGEST_PAUSE)",
+            "_GROWTH, _GROWTH_IF_USELESS = 2, 4",
+            "_GROWTH, _GROWTH_IF_USELESS = 4, 4",
             PAUSES,
+        ),
+        Fault(
+            "a useless draft is tried as often as another",
+            "tree/experience.py",
+            "_GROWTH, _GROWTH_IF_USELESS = 2, 4",
+            "_GROWTH, _GROWTH_IF_USELESS = 2, 2",
+            PAUSES,
+        ),
+        Fault(
+            "rows that end leave a batch whose prompts are unread",
+            "drafting/drafter.py",
+            "        self.read_prompt()\n        self._slots.keep_rows",
+            "        self._slots.keep_rows",
+            "tests/test_paused_drafting.py",
+        ),
+        Fault(
+            "a chat forgets a prompt that was put off",
+            "decoding/loop.py",
+            "        _read_prompt(call)\n        call.drafter.feed_pending",
+            "        call.drafter.feed_pending",
+            "tests/test_paused_drafting.py",
         ),
         Fault(
             "the longest pause is four times as long",
