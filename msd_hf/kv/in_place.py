@@ -20,6 +20,11 @@ from ..errors import MSDCacheError
 MIN_ROOM = 64
 ROOM = 1 / 8
 
+# A layer without a buffer is extended by a single token as `DynamicLayer` does it while its keys take no more bytes than
+# this. To copy so little takes less time than to write into a buffer and to look at a part of it. A pair whose drafting
+# pauses runs in such steps alone.
+_CHEAP_COPY = 128 * 1024
+
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -52,6 +57,10 @@ class InPlaceLayer(DynamicLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> KeysAndValues:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        elif self._buffers is None and key_states.shape[-2] == 1 and self.keys.nbytes <= _CHEAP_COPY:
+            self.keys = torch.cat([self.keys, key_states], dim=-2)
+            self.values = torch.cat([self.values, value_states], dim=-2)
+            return self.keys, self.values
         start, length = self.get_seq_length(), key_states.shape[-2]
         if start == 0 and self._holds_as_it_came(key_states) and self._holds_as_it_came(value_states):
             # Keeps the first block as it came, without a buffer. `_reserve` would make one with no free slots, so
