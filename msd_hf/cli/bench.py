@@ -131,8 +131,9 @@ def bench(
         return
     from transformers.utils import logging
 
+    from ..evaluation.bench_journal import remove_journal
     from ..evaluation.report import print_report
-    from ..processes.group import launched
+    from ..processes.group import GO_ON, launched
 
     if sum((shape is not None, toy, data is not None, bool(lmms_eval))) != 1:
         raise MSDError("Give one of --data, --toy, --shape and --lmms-eval.")
@@ -182,10 +183,13 @@ def bench(
             has_texts=not no_texts,
             has_trees=html is not None and not no_texts,
             processes=processes,
+            journal_folder=output,
         )
-    with processes.together("Nothing is kept of a benchmark: start it again."):
+    with processes.together(GO_ON if output is not None else "Nothing is kept without --output: start it again."):
         report = measured.run()
     if not processes.is_first:
+        if output is not None:
+            remove_journal(output, processes.index)
         return
     print_report(report, console)
     written: list[Path] = []
@@ -198,6 +202,8 @@ def bench(
         from ..evaluation.report import write_report
 
         written += write_report(report, output, plots)
+        if shape is None:
+            remove_journal(output)
     if html is not None:
         from ..evaluation.html_report import write_page
 

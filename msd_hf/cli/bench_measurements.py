@@ -41,6 +41,7 @@ class PairBench:
         has_texts: whether the report holds questions and answers.
         has_trees: whether it also holds the candidate trees of a few prompts.
         processes: the processes that share the prompts.
+        journal_folder: where the results of each prompt are kept until the report is written.
     """
 
     target: str | None
@@ -63,6 +64,7 @@ class PairBench:
     has_texts: bool
     has_trees: bool
     processes: Processes
+    journal_folder: Path | None
     pictures: Mapping[str, Sequence[Image]] = field(default_factory=dict, init=False)
 
     @property
@@ -129,6 +131,7 @@ class PairBench:
             tokenizer=getattr(processor, "tokenizer", processor) if self.has_texts else None,
             num_recorded=NUM_TREES if self.has_trees else 0,
             processes=self.processes,
+            journal_folder=self.journal_folder,
         )
 
     def _prompts(self, processor: Any) -> list[BenchPrompt]:

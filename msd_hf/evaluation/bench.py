@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
-from transformers import BatchFeature, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..draft.modeling_msd import MSDDraftModel
 from ..errors import MSDError
@@ -16,31 +16,16 @@ from .bench_prompts import BenchPrompt
 from .comparison import Comparison, compare
 from .differences import Difference, describe_difference, first_difference
 from .methods import Method, check_methods
-from .observation import Observation, observe
+from .observation import observe
+from .prompt_result import NAMELESS, PromptResult
 from .timed_run import timed_generate
 
 
+if TYPE_CHECKING:
+    from .bench_journal import BenchJournal
+
+
 WARM_UP_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class PromptResult:
-    """
-    The results of all methods on one prompt.
-
-    Args:
-        prompt: the prompt.
-        prompt_length: number of its tokens, expanded images included.
-        comparison: the timed runs.
-        observations: an extra, observed run of each method.
-        differences: the first difference from the target alone, for each method whose output differs.
-    """
-
-    prompt: BenchPrompt
-    prompt_length: int
-    comparison: Comparison
-    observations: Mapping[str, Observation]
-    differences: Mapping[str, Difference]
 
 
 @dataclass
@@ -68,6 +53,7 @@ def run_bench(
     min_answer_tokens: int = 1,
     seed: int | None = None,
     processes: Processes = ALONE,
+    journal: BenchJournal | None = None,
     **generate_arguments: Any,
 ) -> BenchResult:
     """
@@ -83,6 +69,7 @@ def run_bench(
         seed (*optional*): seed that is set before each run.
         processes: the processes that share the prompts, [`~msd_hf.processes.group.launched`]. All of them make this
             call, and get the results of all prompts.
+        journal (*optional*): has the results of an earlier run that was killed, and keeps those of this one.
         generate_arguments: arguments of `generate`; `max_new_tokens` is required.
 
     Raises:
@@ -90,13 +77,15 @@ def run_bench(
     """
     check_methods(methods, target, generate_arguments)
     arguments: dict[str, Any] = {"seed": seed, **generate_arguments}
-    own: dict[int, PromptResult | None] = {}
-    numbers = processes.share(range(len(prompts)))
+    own = {} if journal is None else journal.results()
+    numbers = [number for number in processes.share(range(len(prompts))) if number not in own]
+    is_warm = False
     bar = {"desc": "benchmark", "unit": "run", "leave": False, "disable": not processes.is_first}
     with tqdm(total=len(numbers) * len(methods), **bar) as progress:
         for number in numbers:
             inputs = prompts[number].make_inputs().to(target.device, dtype=target.dtype)
-            if not own:
+            if not is_warm:
+                is_warm = True
                 short = {**arguments, "max_new_tokens": min(WARM_UP_TOKENS, arguments["max_new_tokens"])}
                 compare(target, draft, inputs, 1, methods=methods, **short)
             own[number] = None
@@ -104,24 +93,24 @@ def run_bench(
                 answer = timed_generate(target, inputs, **arguments)
                 if len(answer.tokens) < min_answer_tokens:
                     progress.update(len(methods))
+                    if journal is not None:
+                        journal.add(number, None)
                     continue
             comparison = compare(target, draft, inputs, repeats, methods=methods, **arguments)
             observations = {}
             for method in methods:
                 observations[method.name] = observe(target, inputs, draft, method, **arguments)
                 progress.update()
-            own[number] = PromptResult(
-                _NAMELESS,
+            result = own[number] = PromptResult(
+                NAMELESS,
                 inputs["input_ids"].shape[1],
                 comparison,
                 observations,
                 _differences(target, inputs, comparison, generate_arguments),
             )
+            if journal is not None:
+                journal.add(number, result)
     return _joined(methods, prompts, processes.gather(own), min_answer_tokens)
-
-
-# Stands for the prompt of a result on its way from one process to another, since its function cannot travel.
-_NAMELESS = BenchPrompt("", "", BatchFeature)
 
 
 def _joined(
@@ -156,4 +145,4 @@ def _differences(
     return differences
 
 
-__all__ = ["BenchResult", "PromptResult", "run_bench"]
+__all__ = ["BenchResult", "run_bench"]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -13,8 +17,10 @@ from ..draft.modeling_msd import MSDDraftModel
 from ..hub.fingerprint import identify_target
 from ..hub.names import public_name
 from ..processes.group import ALONE, Processes
+from ..training.interruption import resumable
 from ..tree.settings import TreeSettings
 from .bench import BenchResult, run_bench
+from .bench_journal import BenchJournal
 from .bench_prompts import BenchPrompt
 from .environment import describe_environment
 from .methods import Method
@@ -38,6 +44,7 @@ def report_pair(
     tokenizer: Any = None,
     num_recorded: int = 0,
     processes: Processes = ALONE,
+    journal_folder: Path | None = None,
 ) -> dict[str, Any]:
     """
     Measures a target and its draft on prompts and makes the report. [`run_bench`] measures, [`summarize`] makes the
@@ -49,16 +56,17 @@ def report_pair(
         tokenizer (*optional*): the target's. With it the report holds questions and answers.
         num_recorded: prompts, of all groups in turn, whose candidate trees the report holds. Needs `tokenizer`.
         processes: the processes that share the prompts, and all get the report.
+        journal_folder (*optional*): where the results are kept prompt by prompt. The same call goes on there if it was
+            killed. The caller removes them with [`~msd_hf.evaluation.bench_journal.remove_journal`].
 
     Raises:
-        MSDError: when no answer is long enough.
+        MSDError: when no answer is long enough, or `journal_folder` holds results of other arguments.
     """
     arguments: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         arguments |= {"temperature": temperature, "seed": seed}
     if ignore_eos:
         arguments["eos_token_id"] = None
-    result = run_bench(target, draft, prompts, methods, repeats, min_answer_tokens, processes=processes, **arguments)
     settings = {
         "max_new_tokens": max_new_tokens,
         "min_answer_tokens": min_answer_tokens,
@@ -68,10 +76,29 @@ def report_pair(
         **({"ignore_eos": True} if ignore_eos else {}),
         **_describe_draft(draft),
     }
+    environment, pair = describe_environment(target, processes.number), _describe_pair(target, draft)
+    described = {**environment, **pair, **settings}
+    with ExitStack() as stack:
+        journal = None
+        if journal_folder is not None:
+            terms = _terms(described, prompts, methods)
+            journal = stack.enter_context(BenchJournal(journal_folder, terms, processes.index))
+            stack.enter_context(resumable(lambda: journal.place))
+        result = run_bench(
+            target,
+            draft,
+            prompts,
+            methods,
+            repeats,
+            min_answer_tokens,
+            processes=processes,
+            journal=journal,
+            **arguments,
+        )
     report = {
         "kind": "pair",
-        "environment": describe_environment(target, processes.number),
-        "pair": _describe_pair(target, draft),
+        "environment": environment,
+        "pair": pair,
         "settings": settings,
         **summarize(result, tokenizer),
     }
@@ -80,6 +107,16 @@ def report_pair(
             _record(target, draft, prompt, tokenizer, arguments) for prompt in _in_turns(result, num_recorded)
         ]
     return report
+
+
+def _terms(described: Mapping[str, Any], prompts: Sequence[BenchPrompt], methods: Sequence[Method]) -> dict[str, Any]:
+    """What the results of a prompt depend on."""
+    names = [(prompt.name, prompt.group, prompt.question) for prompt in prompts]
+    return {
+        **{name: value for name, value in described.items() if name != "command"},
+        "methods": [method.name for method in methods],
+        "prompts": hashlib.sha256(json.dumps(names).encode()).hexdigest(),
+    }
 
 
 def report_shape(

@@ -7,9 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 from ..decoding.result import mean_acceptance_length
-from .bench import BenchResult, PromptResult
+from .bench import BenchResult
 from .methods import VANILLA, Method
 from .metrics import acceptance_by_depth, acceptance_histogram, spread
+from .prompt_result import PromptResult
 from .round_timing import RoundTiming
 
 

@@ -20,9 +20,9 @@ from ..errors import MSDCacheError
 MIN_ROOM = 64
 ROOM = 1 / 8
 
-# A layer without a buffer is extended by a single token as `DynamicLayer` does it while its keys take no more bytes than
-# this. To copy so little takes less time than to write into a buffer and to look at a part of it. A pair whose drafting
-# pauses runs in such steps alone.
+# While the keys of a layer without a buffer take no more bytes than this, `DynamicLayer`'s way adds a single token: to
+# copy so little takes less time than to write into a buffer and to look at a part of it. A pair whose drafting pauses
+# runs in such steps alone.
 _CHEAP_COPY = 128 * 1024
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
