@@ -12,6 +12,7 @@ from .arguments import MSDTrainingArguments
 from .losses import LossSums, add_uniform_noise, loss_sums, weighted_loss
 from .rows import DraftRows, draft_rows
 from .unrolling import unrolled_states
+from .visual_row_dropout import unread_rows
 
 
 class DraftObjective:
@@ -48,6 +49,8 @@ class DraftObjective:
         noisy_states = None
         if draft.training and recipe.noise > 0:
             noisy_states = self._add_noise(rows.hidden_states, batch["attention_mask"].sum(1), batch["numbers"])
+        if draft.training and args.visual_row_dropout > 0:
+            rows.unread = unread_rows(rows.visual_mask, batch["numbers"], args.visual_row_dropout, args.seed)
         num_passes = recipe.unroll_passes if draft.training else 1
         weights = [args.unroll_decay**pass_index for pass_index in range(num_passes)]
         trained = rows.trained

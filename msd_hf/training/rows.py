@@ -26,6 +26,8 @@ class DraftRows:
             row j of the draft's output should equal.
         trained (`torch.BoolTensor` of shape `[B, L]`): the rows that count in the loss.
         reads (`TargetReads`): the hidden states of the target that lie side by side in `hidden_states`.
+        unread (`torch.BoolTensor` of shape `[B, L]`, *optional*): visual rows that no other row sees, as if the draft
+            had a budget of visual rows.
     """
 
     inputs_embeds: torch.Tensor
@@ -34,6 +36,7 @@ class DraftRows:
     goals: torch.Tensor
     trained: torch.Tensor
     reads: TargetReads
+    unread: torch.Tensor | None = None
 
 
 def draft_rows(

@@ -74,6 +74,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "trained_rows",
         "unroll_passes",
         "unroll_decay",
+        "visual_row_dropout",
         "init_from_last_layer",
         "target_layers",
         "decouple_visual_tokens",

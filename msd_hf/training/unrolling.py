@@ -42,7 +42,8 @@ def unrolled_states(
             # outputs of the target's layers, because the draft's own output stands for the last hidden state alone.
             hidden_states = torch.cat([hidden_states[:, :1].to(states.dtype), states[:, :-1]], dim=1)
             layer_states = None
-            mask = unrolled_mask(length, pass_index, hidden_states.dtype, device)
+        if states is not None or rows.unread is not None:
+            mask = unrolled_mask(length, pass_index, hidden_states.dtype, device, rows.unread)
         states = draft(
             inputs_embeds=rows.inputs_embeds,
             hidden_states=hidden_states,
@@ -56,15 +57,28 @@ def unrolled_states(
         yield states
 
 
-def unrolled_mask(length: int, pass_index: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The additive mask `[1, 1, L, (pass_index + 1) * L]` of pass `pass_index` >= 1 over the keys of all passes."""
+def unrolled_mask(
+    length: int, pass_index: int, dtype: torch.dtype, device: torch.device, unread: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    The additive mask `[B, 1, L, (pass_index + 1) * L]` of a pass over the keys of all passes so far.
+
+    Args:
+        length: number of rows, L.
+        pass_index: number of the pass, from 0.
+        unread (`torch.BoolTensor` of shape `[B, L]`, *optional*): rows of pass 0 that no other row sees. Without
+            them the mask is the same for all samples, and B is 1.
+    """
     rows = torch.arange(length, device=device)
-    distance = rows.unsqueeze(1) - rows  # [L, L], from key to query
-    blocks = [distance >= pass_index]
-    blocks += [distance == pass_index - earlier for earlier in range(1, pass_index + 1)]
-    visible = torch.cat(blocks, dim=1)
+    distance = (rows.unsqueeze(1) - rows).unsqueeze(0)  # [1, L, L], from key to query
+    first = distance >= pass_index
+    if unread is not None:
+        # A row that sees no key at all would have no output, so an unread row sees itself.
+        first = first & ~(unread.unsqueeze(1) & (distance > 0))
+    blocks = [first]
+    blocks += [(distance == pass_index - earlier).expand_as(first) for earlier in range(1, pass_index + 1)]
     # The first `pass_index` rows see no key of pass 0. They are not trained in this pass.
-    return additive_mask(visible, dtype).unsqueeze(0).unsqueeze(0)
+    return additive_mask(torch.cat(blocks, dim=2), dtype).unsqueeze(1)
 
 
 __all__ = ["unrolled_mask", "unrolled_states"]
