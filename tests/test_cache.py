@@ -55,6 +55,14 @@ def test_behaves_like_a_dynamic_layer_under_everything_generate_does(max_slots):
             assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
 
 
+@pytest.mark.parametrize(("length", "has_buffer"), [(20, False), (4000, True)])
+def test_a_single_token_copies_a_small_layer_only(length, has_buffer):
+    layer = InPlaceLayer()
+    layer.update(*states(length))
+    layer.update(*states(1))
+    assert (layer.keys._base is not None) == has_buffer and layer.get_seq_length() == length + 1
+
+
 def test_grows_without_copying_what_it_holds():
     layer = InPlaceLayer(max_slots=320)
     prompt = states(200)

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.text import Text
-from transformers.generation.streamers import BaseStreamer
 
+from ..decoding.verified_streamer import VerifiedStreamer
 from ..web.pieces import Pieces
 
 
 ACCEPTED_STYLE = "bold green"
 
 
-class AcceptanceStreamer(BaseStreamer):
+class AcceptanceStreamer(VerifiedStreamer):
     """
     Prints text as it is generated. Accepted draft tokens are green, or stand between ‹ and › if the terminal has no
     colours.
@@ -26,21 +26,13 @@ class AcceptanceStreamer(BaseStreamer):
     """
 
     def __init__(self, tokenizer: Any, console: Console):
+        super().__init__()
         self.console = console
         self._coloured = console.is_terminal and not console.no_color
         self._pieces = Pieces(tokenizer)
         self._in_draft = False
-        self._is_prompt = True
-
-    def put(self, value: torch.Tensor) -> None:
-        """Receives the prompt, which is not shown, and tokens of `generate` without a draft."""
-        if self._is_prompt:
-            self._is_prompt = False
-        else:
-            self.put_verified(value.reshape(-1), 0)
 
     def put_verified(self, tokens: torch.Tensor, num_draft_tokens: int) -> None:
-        """Receives the tokens of one verification. The first `num_draft_tokens` of them were drafted."""
         for index, token in enumerate(tokens.tolist()):
             self._print(self._pieces.add(token), accepted=index < num_draft_tokens)
 

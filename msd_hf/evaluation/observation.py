@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
+from ..decoding.verified_streamer import VerifiedStreamer
 from ..draft.modeling_msd import MSDDraftModel
 from .memory import PeakMemory
 from .methods import Method
@@ -51,26 +51,20 @@ def observe(
         PhaseTimer(target.device) as timer,
     ):
         target.generate(**inputs, **{**generate_arguments, **arguments}, streamer=recorder)
-    # The streamer got the prompt first, then the token of the prefill.
-    lengths = recorder.lengths[2:]
+    lengths = recorder.lengths[1:]  # the first token is that of the prefill
     timing = RoundTiming.from_phases(timer.inside("decode"), len(lengths)) if method.has_own_loop else None
     return Observation(lengths, timing, memory.num_bytes)
 
 
-class _RoundRecorder(BaseStreamer):
+class _RoundRecorder(VerifiedStreamer):
     """A streamer that counts the tokens of each round."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.lengths: list[int] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.lengths.append(value.numel())
 
     def put_verified(self, tokens: torch.Tensor, num_draft_tokens: int) -> None:
         self.lengths.append(tokens.numel())
-
-    def end(self) -> None:
-        pass
 
 
 __all__ = ["Observation", "observe"]

@@ -67,7 +67,7 @@ def _add_routes(app: FastAPI, pair: ServedPair, manager: PairManager, gate: Gate
     def model(name: str) -> dict[str, Any]:
         if name != pair.name:
             raise unknown_model(name, pair.name)
-        return {"id": name, "object": "model", "created": 0, "owned_by": "msd_hf"}
+        return manager.list_models()[0]
 
     @app.post("/load_model")
     async def load_model(body: dict[str, Any]) -> StreamingResponse:  # `transformers chat` begins with it

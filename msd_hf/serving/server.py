@@ -11,6 +11,7 @@ import uvicorn
 from transformers.utils import logging
 
 from ..errors import MSDError
+from .sockets import bound_socket
 
 
 _SHUTDOWN_SECONDS = 5  # for answers that are being written
@@ -28,13 +29,9 @@ def open_socket(host: str, port: int) -> socket.socket:
         MSDError: when it cannot be had.
     """
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        opened = socket.socket(family)
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        opened.bind(address)
+        return bound_socket(host, port)
     except OSError as error:
         raise MSDError(f"--host {host} --port {port} cannot be used: {error.strerror or error}.") from error
-    return opened
 
 
 def make_server(app: Any) -> uvicorn.Server:

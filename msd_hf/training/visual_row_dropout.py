@@ -27,11 +27,12 @@ def unread_rows(visual_mask: torch.Tensor, numbers: torch.Tensor, share: float, 
     Returns:
         `torch.BoolTensor` of shape `[B, L]`.
     """
-    unread = torch.zeros_like(visual_mask, device="cpu")
+    visual = visual_mask.cpu()
+    unread = torch.zeros_like(visual)
     for row, number in enumerate(numbers.tolist()):
         draw = random.Random(f"visual rows/{seed}/{number}")
         has_budget, size = draw.random() < share, draw.random()
-        places = visual_mask[row].nonzero().squeeze(1).cpu()
+        places = visual[row].nonzero().squeeze(1)
         if has_budget and len(places):
             unread[row, places] = True
             unread[row, places[evenly_spaced(len(places), round(len(places) ** size))]] = False

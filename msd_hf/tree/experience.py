@@ -136,7 +136,6 @@ class Experience:
         self._pause = _PAUSE
         self._pause_left = 0
         self._rounds_to_judge = _ROUNDS_TO_JUDGE
-        self._is_useless = False  # whether nothing was accepted when drafting was judged last
 
     # ---- estimates ----
 
@@ -227,6 +226,11 @@ class Experience:
         """Whether the next round does not draft, unless it is to measure a size."""
         return self._pause_left > 0
 
+    @property
+    def _is_useless(self) -> bool:
+        """Whether drafting was tried and nothing was accepted."""
+        return self._drafted_tokens.value == 1.0
+
     def drafting_pays(self) -> bool:
         """Whether this round should draft. When drafting does not pay, it pauses, and is then judged again."""
         if self._pause_left > 0:
@@ -241,7 +245,6 @@ class Experience:
         if rate is None or plain is None or rate >= 1.0 / plain:
             self._pause = _PAUSE
             return True
-        self._is_useless = self._drafted_tokens.value == 1.0
         growth = _GROWTH_IF_USELESS if self._is_useless else _GROWTH
         self._pause_left, self._pause = self._pause, min(growth * self._pause, _LONGEST_PAUSE)
         return False

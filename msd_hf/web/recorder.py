@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
+from ..decoding.verified_streamer import VerifiedStreamer
 from ..evaluation.clock import synchronize
 from ..observer import observing
 from ..tree.candidate import CandidateTree
@@ -71,8 +71,9 @@ class _Stopped(Exception):
     """Ends a call that nobody waits for."""
 
 
-class _RecordedCall(BaseStreamer):
+class _RecordedCall(VerifiedStreamer):
     def __init__(self, target: PreTrainedModel, inputs: Mapping[str, Any], seed: int, arguments: Mapping[str, Any]):
+        super().__init__()
         self.rounds: list[_RawRound] = []
         self.done, self.stopped = threading.Event(), threading.Event()
         self.started = time.perf_counter()
@@ -80,7 +81,6 @@ class _RecordedCall(BaseStreamer):
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, args=(target, inputs, seed, arguments), daemon=True)
         self._tree: tuple[list[int], list[int]] | None = None
-        self._is_prompt = True
 
     def _run(
         self, target: PreTrainedModel, inputs: Mapping[str, Any], seed: int, arguments: Mapping[str, Any]
@@ -100,22 +100,12 @@ class _RecordedCall(BaseStreamer):
             self.seconds = time.perf_counter() - self.started
             self.done.set()
 
-    def put(self, value: torch.Tensor) -> None:
-        """Receives the prompt, then tokens of `generate` without a draft."""
-        if self._is_prompt:
-            self._is_prompt = False
-        else:
-            self.put_verified(value.reshape(-1), 0)
-
     def put_verified(self, tokens: torch.Tensor, num_draft_tokens: int) -> None:
-        """Receives the tokens of one verification."""
         if self.stopped.is_set():
             raise _Stopped
         seconds = time.perf_counter() - self.started
         self.rounds.append(_RawRound(seconds, tokens.tolist(), num_draft_tokens, self._tree))
         self._tree = None
-
-    def end(self) -> None: ...
 
     def _note_tree(self, tree: CandidateTree, logits: torch.Tensor) -> None:
         self._tree = tree.tokens[0].tolist(), tree.parents[0].tolist()

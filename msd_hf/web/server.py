@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import MSDError
 from ..images import read_image
+from ..serving.sockets import bound_socket
 from ..toy import DEMO_IMAGE
 from .page import STYLE, build_page
 from .race import RacePair, answers
@@ -38,13 +38,10 @@ def check_server(host: str, port: int | None) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise MSDError('The page needs gradio: pip install "msd-hf[demo]", or leave --web out.')
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as server:
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            server.bind(address)
-    except (OSError, UnicodeError) as error:
+        bound_socket(host, port or 0).close()
+    except OSError as error:
         place = f"--host {host!r}" if port is None else f"--host {host!r} --port {port}"
-        reason = getattr(error, "strerror", None) or error
+        reason = error.strerror or error
         raise MSDError(f"{place} cannot be served from: {reason}. Choose another one.") from error
 
 
