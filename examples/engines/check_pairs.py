@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from msd_hf.toy.dataset import IMAGE_TAG
-from msd_hf.toy.draft import save_draft, train_draft
+from msd_hf.toy.draft import save_draft, toy_samples, train_draft
 from msd_hf.toy.processor import CHAT_TEMPLATE, IMAGE_SIDE, PATCH_SIZE, build_processor
 from msd_hf.toy.target import build_untrained, join_configs, scale_projector, train_target
 from msd_hf.toy.training import Budget
@@ -147,7 +147,9 @@ def build(
     processor.save_pretrained(folder / "target")
     # Without a copy of the target's last layer, the draft of a LLaMA does not normalise its input.
     start = {"init_from_last_layer": kind != "llava"}
-    trainer = train_draft(model, processor, folder / "work", draft_steps, num_samples, SEED, BATCH_SIZE, **start)
+    trainer = train_draft(
+        model, processor, folder / "work", draft_steps, toy_samples(num_samples, SEED), SEED, BATCH_SIZE, **start
+    )
     save_draft(trainer, folder / "draft")
     return folder
 

@@ -11,7 +11,7 @@ A stopped build continues after its last finished stage. Needs `pip install -e "
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +38,7 @@ from msd_hf.toy import make_samples, render
 from msd_hf.toy.build import DEEP_RATE, build_draft_folder, print_accuracy
 from msd_hf.toy.evaluate import toy_prompts
 from msd_hf.toy.processor import CHAT_TEMPLATE, build_processor
+from msd_hf.toy.stages import stage
 from msd_hf.toy.target import build_untrained, deepen, save_target, train_target
 from msd_hf.toy.training import Budget
 from msd_hf.toy.vision import pretrain_vision_tower
@@ -150,14 +151,6 @@ def freeze_vision(model: Qwen3_5ForConditionalGeneration) -> None:
     """Freezes the vision tower, without the projection to the decoder."""
     model.model.visual.requires_grad_(False)
     model.model.visual.merger.requires_grad_(True)
-
-
-def stage(folder: Path, make: Callable[[], Any]) -> Any:
-    """A stage of the training: its model from `folder` if it ended before, else `make`'s, which is saved there."""
-    if not (folder / "config.json").is_file():
-        make().save_pretrained(folder)
-        console.print(f"finished: {folder.name}")
-    return load_target(folder, "float32")
 
 
 @app.command()

@@ -49,6 +49,10 @@ def bench(
     toy: Annotated[
         bool, typer.Option("--toy", help="Use the bundled toy pair and held-out questions of the toy world.")
     ] = False,
+    hard: Annotated[
+        bool,
+        typer.Option("--hard", help="The same with the hard world: many visual tokens, answers that have to look."),
+    ] = False,
     lmms_eval: Annotated[
         list[Path] | None,
         typer.Option("--lmms-eval", help="Results of lmms-eval, a folder or files: print scores, tau and speedup."),
@@ -125,7 +129,8 @@ def bench(
     if reports and not compare:
         raise MSDError(f"{str(reports[0])!r} is given without an option: add --compare to compare reports.")
     if compare:
-        if any(option is not None for option in (target, draft, data, shape, output, html, update_card)) or toy:
+        given = (target, draft, data, shape, output, html, update_card)
+        if toy or hard or any(option is not None for option in given):
             raise MSDError("--compare reads reports and measures nothing: leave the other options out.")
         _compare(reports or [])
         return
@@ -135,8 +140,8 @@ def bench(
     from ..evaluation.report import print_report
     from ..processes.group import GO_ON, launched
 
-    if sum((shape is not None, toy, data is not None, bool(lmms_eval))) != 1:
-        raise MSDError("Give one of --data, --toy, --shape and --lmms-eval.")
+    if sum((shape is not None, toy, hard, data is not None, bool(lmms_eval))) != 1:
+        raise MSDError("Give one of --data, --toy, --hard, --shape and --lmms-eval.")
     if lmms_eval:
         if any(option is not None for option in (output, html, update_card)) or plots or compile or no_texts:
             raise MSDError("--lmms-eval only prints what lmms-eval has measured: leave the options of a report out.")
@@ -166,6 +171,7 @@ def bench(
             target=target,
             draft=draft,
             data=data,
+            world="hard" if hard else "toy",
             split=split,
             subset=subset,
             image_folder=image_folder,

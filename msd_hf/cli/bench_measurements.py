@@ -35,9 +35,10 @@ _Number = TypeVar("_Number", int, float)
 @dataclass
 class PairBench:
     """
-    A pair on prompts. The fields are the options of the command; without `data` it is the bundled pair.
+    A pair on prompts. The fields are the options of the command; without `data` it is a bundled pair.
 
     Args:
+        world: the bundled pair and its questions, `"toy"` or `"hard"`.
         has_texts: whether the report holds questions and answers.
         has_trees: whether it also holds the candidate trees of a few prompts.
         processes: the processes that share the prompts.
@@ -47,6 +48,7 @@ class PairBench:
     target: str | None
     draft: str | None
     data: str | None
+    world: str
     split: str | None
     subset: str | None
     image_folder: Path | None
@@ -71,7 +73,7 @@ class PairBench:
     def data_name(self) -> str:
         """The name of the data in a card."""
         if self.data is None:
-            return "toy world"
+            return f"{self.world} world"
         path = Path(self.data)
         return path.stem if path.suffix in (".json", ".jsonl", ".txt") else path.name
 
@@ -102,11 +104,11 @@ class PairBench:
         from ..hub.names import target_or_named
         from ..loading import load_config, load_processor, load_target
         from ..target.support import check_pair
-        from ..toy import DRAFT_DIR, TARGET_DIR
 
         methods = choose_methods(DEFAULT_BASELINES if self.baselines is None else self.baselines)
         if self.data is None:
-            self.target, self.draft = self.target or str(TARGET_DIR), self.draft or str(DRAFT_DIR)
+            target_folder, draft_folder = self._bundled_pair()
+            self.target, self.draft = self.target or str(target_folder), self.draft or str(draft_folder)
         if self.draft is None:
             raise MSDError("--data needs a --draft, and its --target if the draft does not name it.")
         draft = MSDDraftModel.from_pretrained(self.draft)
@@ -134,13 +136,22 @@ class PairBench:
             journal_folder=self.journal_folder,
         )
 
+    def _bundled_pair(self) -> tuple[Path, Path]:
+        from .. import toy
+        from ..toy import hard
+
+        world = toy if self.world == "toy" else hard
+        return world.TARGET_DIR, world.DRAFT_DIR
+
     def _prompts(self, processor: Any) -> list[BenchPrompt]:
         from ..evaluation.bench_prompts import first_questions
         from ..toy.evaluate import toy_prompts
+        from ..toy.hard.bench_prompts import hard_prompts
         from ..training.data.conversations import load_conversations
 
         if self.data is None:
-            return toy_prompts(processor, self.num_prompts, self.seed)
+            make = toy_prompts if self.world == "toy" else hard_prompts
+            return make(processor, self.num_prompts, self.seed)
         conversations = load_conversations(
             self.data, self.image_folder, split=self.split, subset=self.subset, needs_answer=False
         )

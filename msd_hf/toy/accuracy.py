@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from itertools import groupby
+from typing import Any, Protocol, cast
 
 import torch
+from PIL import Image
 from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -16,6 +18,24 @@ from .dataset import Prompt, make_prompts
 from .text_questions import TEXT_KINDS
 from .turns import has_facts
 from .visual_questions import VISUAL_KINDS
+
+
+class AnyPrompt(Protocol):
+    """A question of a world: a chat whose images the processor gets separately, its kind, and what is correct."""
+
+    @property
+    def messages(self) -> list[dict[str, Any]]: ...
+    @property
+    def images(self) -> tuple[Image.Image, ...]: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def answer(self) -> str: ...
+    @property
+    def facts(self) -> tuple[str, ...]: ...
+
+
+KIND_GROUPS: dict[str, Collection[str]] = {"visual": VISUAL_KINDS, "text": TEXT_KINDS}
 
 
 @dataclass(frozen=True)
@@ -42,7 +62,7 @@ def make_evaluation_prompts(prompts_per_kind: int, seed: int, split: str = "test
 def generate_answers(
     model: PreTrainedModel,
     processor: Any,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[AnyPrompt],
     batch_size: int = 40,
     max_new_tokens: int = 140,
 ) -> list[str]:
@@ -51,12 +71,15 @@ def generate_answers(
     model.eval()
     # Type checkers do not see that the model fulfils the protocol that is the type of `self` in `generate`.
     generate = cast(Any, model).generate
-    # Sorted by kind, because prompts of one kind have similar lengths and need little padding.
-    order = sorted(range(len(prompts)), key=lambda i: (prompts[i].image is None, prompts[i].kind))
-    for start in tqdm(range(0, len(order), batch_size), desc="answering"):
-        chosen = order[start : start + batch_size]
+    batches = []
+    # All images of a batch have one size. Prompts of one kind have similar lengths and need little padding.
+    order = sorted(range(len(prompts)), key=lambda i: (_image_size(prompts[i]), prompts[i].kind))
+    for _, group in groupby(order, key=lambda i: _image_size(prompts[i])):
+        same = list(group)
+        batches += [same[start : start + batch_size] for start in range(0, len(same), batch_size)]
+    for chosen in tqdm(batches, desc="answering"):
         texts = [processor.apply_chat_template(prompts[i].messages, add_generation_prompt=True) for i in chosen]
-        images = [image for i in chosen if (image := prompts[i].image) is not None]
+        images = [image for i in chosen for image in prompts[i].images]
         inputs = processor(text=texts, images=images or None, padding=True, return_tensors="pt").to(model.device)
         output = generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         generated = output[:, inputs["input_ids"].size(1) :]
@@ -65,7 +88,11 @@ def generate_answers(
     return [answers[i] for i in range(len(prompts))]
 
 
-def score_answers(prompts: Sequence[Prompt], answers: Sequence[str]) -> dict[str, Score]:
+def _image_size(prompt: AnyPrompt) -> tuple[int, int]:
+    return prompt.images[0].size if prompt.images else (0, 0)
+
+
+def score_answers(prompts: Sequence[AnyPrompt], answers: Sequence[str]) -> dict[str, Score]:
     """The score of each kind of question. An answer is correct if it has all facts of its prompt."""
     if len(prompts) != len(answers):
         raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers.")
@@ -84,14 +111,13 @@ def total_score(scores: dict[str, Score]) -> Score:
     return Score(sum(s.correct for s in parts), sum(s.exact for s in parts), sum(s.total for s in parts))
 
 
-def accuracy_table(scores: dict[str, Score]) -> Table:
-    """A printable table of the scores of `score_answers`."""
+def accuracy_table(scores: dict[str, Score], groups: Mapping[str, Collection[str]]) -> Table:
+    """A printable table of the scores of `score_answers`. `groups` names groups of kinds of questions."""
     table = Table(title="Held-out questions answered")
     table.add_column("question kind")
     for name in ("correct", "word for word", "questions"):
         table.add_column(name, justify="right")
-    groups = (("visual", VISUAL_KINDS), ("text", TEXT_KINDS))
-    for group, kinds in groups:
+    for group, kinds in groups.items():
         chosen = {kind: score for kind, score in scores.items() if kind in kinds}
         if not chosen:
             continue

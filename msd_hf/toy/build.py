@@ -15,8 +15,8 @@ from ..draft.folder import DRAFT_FOLDER
 from ..errors import MSDError, errors_end_script
 from ..loading import load_target, load_target_and_processor
 from ..writing.destination import check_destination
-from .accuracy import accuracy_table, generate_answers, make_evaluation_prompts, score_answers
-from .draft import save_draft, train_draft
+from .accuracy import KIND_GROUPS, accuracy_table, generate_answers, make_evaluation_prompts, score_answers
+from .draft import save_draft, toy_samples, train_draft
 from .evaluate import evaluate_pair
 from .processor import build_processor
 from .target import (
@@ -113,7 +113,7 @@ def print_accuracy(target: Any, processor: Any, prompts_per_kind: int, seed: int
     """Prints the accuracy of generated answers on the test split, by kind of question."""
     prompts = make_evaluation_prompts(prompts_per_kind, seed)
     answers = generate_answers(target, processor, prompts)
-    console.print(accuracy_table(score_answers(prompts, answers)))
+    console.print(accuracy_table(score_answers(prompts, answers), KIND_GROUPS))
     lengths = [len(processor.tokenizer(answer)["input_ids"]) for answer in answers]
     console.print(f"mean answer length {sum(lengths) / len(lengths):.1f} tokens")
 
@@ -123,7 +123,9 @@ def build_draft_folder(
 ) -> None:
     """Trains a new draft for the target in `output`, and saves it in the same folder."""
     target, processor = load_target_and_processor(output / "target")
-    trainer = train_draft(target, processor, output / "work", num_steps, num_samples, seed, batch_size)
+    trainer = train_draft(
+        target, processor, output / "work", num_steps, toy_samples(num_samples, seed), seed, batch_size
+    )
     console.print(f"draft of {trainer.model.num_parameters():,} parameters")
     save_draft(trainer, output / "draft", overwrite)
 

@@ -42,6 +42,11 @@ class Prompt:
         return "text" if self.image is None else "visual"
 
     @property
+    def images(self) -> tuple[Image.Image, ...]:
+        """The image, or nothing."""
+        return () if self.image is None else (self.image,)
+
+    @property
     def messages(self) -> list[dict[str, Any]]:
         """The chat for `processor.apply_chat_template`. The processor gets the image separately."""
         parts: list[dict[str, str]] = [{"type": "image"}] if self.image is not None else []

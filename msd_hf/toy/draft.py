@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +33,38 @@ from .training import Budget
 TREE: dict[str, Any] = {"num_assistant_tokens": "auto", "tree_depth": 40, "tree_top_k": 4}
 
 
+def toy_samples(num_samples: int, seed: int) -> dict[SampleKind, Sequence[dict[str, Any]]]:
+    """`num_samples` training conversations of the toy world, half of them visual."""
+    return {kind: ToySamples("train", num_samples // 2, seed, kind) for kind in SAMPLE_KINDS}
+
+
 def train_draft(
     target: PreTrainedModel,
     processor: Any,
     work: str | Path,
     max_steps: int,
-    num_samples: int,
+    samples: Mapping[SampleKind, Sequence[dict[str, Any]]],
     seed: int = 0,
     batch_size: int = 16,
+    forward_batch_size: int = 32,
     **arguments: Any,
 ) -> MSDTrainer:
     """
-    Trains a new draft by the recommended recipe; returns the trainer, whose model is the draft.
+    Trains a new draft, by default by the recommended recipe; returns the trainer, whose model is the draft.
 
     Args:
         target, processor: the target and its processor.
         work: folder for answers and features. Answers and features that it already holds are used again.
         max_steps: training steps.
-        num_samples: training conversations, half of them visual.
-        seed: seed of data, weights and the order of samples.
+        samples: the training conversations, in LLaVA style, of each kind.
+        seed: seed of the weights and the order of samples.
         batch_size: conversations per step.
+        forward_batch_size: conversations of a forward of the target.
         arguments: further arguments of `MSDTrainingArguments`.
     """
+    arguments.setdefault("recipe", "recommended")
     args = MSDTrainingArguments(
         output_dir=str(work),
-        recipe="recommended",
         max_steps=max_steps,
         per_device_train_batch_size=batch_size,
         max_grad_norm=1.0,
@@ -68,7 +76,7 @@ def train_draft(
     )
     draft = new_draft(target, args)
     caches = {
-        kind: _make_features(target, processor, Path(work), kind, num_samples // 2, seed, draft, args)
+        kind: _make_features(target, processor, Path(work), kind, samples[kind], forward_batch_size, draft, args)
         for kind in SAMPLE_KINDS
     }
     optimizer = build_optimizer(draft)
@@ -90,17 +98,17 @@ def _make_features(
     processor: Any,
     work: Path,
     kind: SampleKind,
-    num_samples: int,
-    seed: int,
+    samples: Sequence[dict[str, Any]],
+    batch_size: int,
     draft: MSDDraftModel,
     args: MSDTrainingArguments,
 ) -> FeatureCache:
-    conversations = load_conversations(ToySamples("train", num_samples, seed, kind))
+    conversations = load_conversations(samples)
     if args.target_written_answers:
         path = work / "answers" / f"{kind}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_file():
-            regenerate(target, processor, conversations, path, max_new_tokens=160, batch_size=64)
+            regenerate(target, processor, conversations, path, max_new_tokens=160, batch_size=2 * batch_size)
         conversations = load_conversations(path)
     folder = work / "features" / kind
     extract_features(
@@ -109,7 +117,7 @@ def _make_features(
         conversations,
         folder,
         storage="float16",
-        batch_size=32,
+        batch_size=batch_size,
         feature_layers=draft.config.target_layers,
     )
     return FeatureCache(folder)

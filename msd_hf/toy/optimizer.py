@@ -77,7 +77,7 @@ def build_optimizer(model: nn.Module, adamw_rate: float = 3e-3, muon_rate: float
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        inside = "layers." in name or "blocks." in name  # of a decoder, or of a vision tower of Qwen
+        inside = any(part in name for part in ("layers.", "layer.", "blocks."))  # of a decoder or a vision tower
         (hidden if inside and parameter.ndim == 2 else others).append(parameter)
     groups = [
         {"params": hidden, "lr": muon_rate, "weight_decay": 0.01, "muon": True},

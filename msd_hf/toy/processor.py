@@ -65,6 +65,7 @@ def train_tokenizer(
     vocabulary_size: int,
     special_tokens: list[str],
     pre_tokenizer: pre_tokenizers.PreTokenizer,
+    model_max_length: int = 2048,
     **roles: Any,
 ) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE tokenizer; `roles` says which special token is the `pad_token`, the `eos_token`, ..."""
@@ -82,7 +83,7 @@ def train_tokenizer(
         tokenizer_object=tokenizer,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        model_max_length=2048,
+        model_max_length=model_max_length,
         **roles,
     )
 

@@ -31,7 +31,7 @@ from ..errors import errors_end_script
 from ..loading import load_target
 from ..terminal import make_console
 from ..writing.destination import check_destination
-from .accuracy import accuracy_table, generate_answers, make_evaluation_prompts, score_answers
+from .accuracy import KIND_GROUPS, accuracy_table, generate_answers, make_evaluation_prompts, score_answers
 from .dataset import IMAGE_TAG, iterate_samples
 from .processor import join_processor, train_tokenizer
 from .target import TARGET_FOLDER, build_untrained, join_configs, save_target, scale_projector, train_target
@@ -98,7 +98,7 @@ def build_stranger(
     save_target(model, processor, output / "target")
     prompts = make_evaluation_prompts(prompts_per_kind, seed)
     answers = generate_answers(load_target(output / "target"), processor, prompts)
-    console.print(accuracy_table(score_answers(prompts, answers)))
+    console.print(accuracy_table(score_answers(prompts, answers), KIND_GROUPS))
     for prompt, answer in list(zip(prompts, answers, strict=True))[::prompts_per_kind]:
         console.print(Text(prompt.question, style="bold") + Text(f" {answer}"))
 

@@ -132,13 +132,14 @@ def render(scene: Scene) -> Image.Image:
         row, column = divmod(item.cell, GRID)
         x = (column * _CELL + _CELL / 2 + item.offset[0]) * _SUPERSAMPLING
         y = (row * _CELL + _CELL / 2 + item.offset[1]) * _SUPERSAMPLING
-        _draw_shape(draw, item.shape, x, y, _RADIUS[item.size] * _SUPERSAMPLING, COLOURS[item.colour])
+        draw_shape(draw, item.shape, x, y, _RADIUS[item.size] * _SUPERSAMPLING, COLOURS[item.colour])
     return image.reduce(_SUPERSAMPLING)
 
 
-def _draw_shape(
-    draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: tuple[int, int, int]
+def draw_shape(
+    draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: tuple[int, ...]
 ) -> None:
+    """Draws a shape of `SHAPES` around (x, y), in pixels."""
     if shape == "circle":
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
     elif shape == "square":

@@ -1,0 +1,118 @@
+"""Trains the pair of the hard world from scratch: `python -m msd_hf.toy.hard.build --output DIR`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers.utils import logging
+
+from ...draft.folder import DRAFT_FOLDER
+from ...errors import errors_end_script
+from ...loading import load_processor, load_target, load_target_and_processor
+from ...terminal import make_console
+from ...writing.destination import check_destination
+from ..accuracy import accuracy_table, generate_answers, score_answers
+from ..draft import save_draft, train_draft
+from ..stages import stage
+from ..target import TARGET_FOLDER, deepen, save_target
+from ..training import Budget
+from .dataset import KIND_GROUPS, HardSamples, SampleKind, make_evaluation_prompts
+from .processor import build_processor
+from .target import build_shallow_target, build_target_config, scale_projector, train_target
+from .vision import pretrain_vision_tower
+
+
+console = make_console(width=100)
+
+# Learning rate of the deepened model, relative to the rates of `build_optimizer`.
+DEEP_RATE = 0.3
+VISUAL: tuple[SampleKind, ...] = ("small", "large", "album")
+
+
+def build_pair(
+    output: Annotated[Path, typer.Option(help="Folder that `target` and `draft` are written to.")],
+    vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision tower alone.")] = 1400,
+    shallow_steps: Annotated[int, typer.Option(min=1, help="Steps of a target of five layers.")] = 2400,
+    deep_steps: Annotated[int, typer.Option(min=1, help="Steps of the target with all layers.")] = 300,
+    draft_steps: Annotated[int, typer.Option(min=1, help="Steps of the draft's training.")] = 1200,
+    draft_samples: Annotated[int, typer.Option(min=2, help="Conversations of the draft, half of them visual.")] = 3000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Conversations per step of the draft.")] = 8,
+    prompts_per_kind: Annotated[int, typer.Option(min=1, help="Held-out questions of each kind in the test.")] = 20,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace `draft` if it holds the draft of a small pair.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of data and initial weights.")] = 0,
+) -> None:
+    """Train and save a target and its draft, and measure the target on held-out questions. A stopped build continues
+    after its last finished stage; a folder `target` that is there is kept."""
+    check_destination(output / "draft", DRAFT_FOLDER, overwrite)
+    logging.set_verbosity_info()
+    budgets = Budget(vision_steps), Budget(shallow_steps), Budget(deep_steps)
+    build_target_folder(output, *budgets, seed)
+    print_accuracy(output / "target", prompts_per_kind, seed)
+    build_draft_folder(output, draft_steps, draft_samples, batch_size, seed, overwrite)
+
+
+def build_target_folder(output: Path, vision: Budget, shallow: Budget, deep: Budget, seed: int = 0) -> None:
+    """Trains the vision tower, then a shallow target, then the target with all layers; saves it as `target`."""
+    folder, work = output / "target", output / "work"
+    if folder.exists():
+        return
+    check_destination(folder, TARGET_FOLDER, False)
+    processor = build_processor(seed)
+
+    def see() -> Any:
+        model = build_shallow_target(processor, seed)
+        probes = pretrain_vision_tower(model.model.vision_tower, processor, vision, seed)
+        console.print("vision tower:", {name: f"{value:.1%}" for name, value in probes.items()})
+        scale_projector(model, processor, seed)
+        return model
+
+    def learn() -> Any:
+        model = stage(work / "vision", see)
+        model.model.vision_tower.requires_grad_(False)
+        train_target(model, processor, shallow, seed)
+        return model
+
+    model = deepen(stage(work / "shallow", learn), build_target_config(processor))
+    model.model.vision_tower.requires_grad_(False)
+    console.print(f"{model.num_parameters():,} parameters, {torch.get_num_threads()} threads")
+    train_target(model, processor, deep, seed + 1, DEEP_RATE)
+    save_target(model, processor, folder)
+
+
+def print_accuracy(folder: Path, prompts_per_kind: int, seed: int) -> None:
+    """Prints the accuracy of generated answers on the test split, by kind of question."""
+    prompts = make_evaluation_prompts(prompts_per_kind, seed)
+    answers = generate_answers(load_target(folder), load_processor(folder), prompts, max_new_tokens=200)
+    console.print(accuracy_table(score_answers(prompts, answers), KIND_GROUPS))
+
+
+def draft_samples(num_samples: int, seed: int) -> dict[Any, HardSamples]:
+    """`num_samples` training conversations of the hard world, half of them visual."""
+    return {
+        "text": HardSamples("train", num_samples // 2, seed, "text"),
+        "visual": HardSamples("train", num_samples // 2, seed, *VISUAL),
+    }
+
+
+def build_draft_folder(
+    output: Path, num_steps: int, num_samples: int, batch_size: int, seed: int, overwrite: bool = False
+) -> None:
+    """Trains a new draft for the target in `output`, and saves it in the same folder."""
+    target, processor = load_target_and_processor(output / "target")
+    samples = draft_samples(num_samples, seed)
+    # One conversation a forward, because pictures of several sizes do not fit into one.
+    trainer = train_draft(
+        target, processor, output / "work", num_steps, samples, seed, batch_size, forward_batch_size=1
+    )
+    console.print(f"draft of {trainer.model.num_parameters():,} parameters")
+    save_draft(trainer, output / "draft", overwrite)
+
+
+if __name__ == "__main__":
+    with errors_end_script():
+        typer.run(build_pair)

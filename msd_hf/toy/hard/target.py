@@ -1,0 +1,109 @@
+"""The target of the hard world: a LLaVA with a Dinov2 tower, which takes pictures of any size, and 20 layers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import Dinov2Config, LlamaConfig, LlavaConfig, LlavaProcessor
+
+from ...training.data.conversations import load_conversations
+from ...training.data.encoding import ConversationEncoder
+from ..target import NUM_LAYERS, NUM_SEED_LAYERS, build_untrained, collate_samples, join_configs
+from ..training import Budget, train
+from .dataset import NUM_TURNS, HardSamples, SampleKind
+from .picture import make_picture, render
+from .processor import MAX_LENGTH
+from .vision import PATCH_SIZE
+
+
+HIDDEN_SIZE = 128
+NUM_VISION_LAYERS = 3
+IMAGE_SIDE = 144  # pixels of a large picture; the position embeddings are interpolated to the sizes of others
+# Conversations of a batch, and how often a batch is of the kind. All pictures of a batch have one size.
+_BATCHES: dict[SampleKind, tuple[int, int]] = {"text": (24, 4), "small": (20, 4), "large": (8, 3), "album": (8, 3)}
+_POOL = 12  # batches whose samples are sorted by length together
+
+
+def build_target_config(processor: LlavaProcessor, num_layers: int = NUM_LAYERS) -> LlavaConfig:
+    """Builds the configuration of the target (4M parameters) for a processor's vocabulary and special tokens."""
+    tokenizer = processor.tokenizer
+    vision = Dinov2Config(
+        hidden_size=HIDDEN_SIZE,
+        mlp_ratio=2,
+        num_hidden_layers=NUM_VISION_LAYERS,
+        num_attention_heads=4,
+        image_size=IMAGE_SIDE,
+        patch_size=PATCH_SIZE,
+        initializer_range=HIDDEN_SIZE**-0.5,
+        use_mask_token=False,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=256,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=HIDDEN_SIZE // 4,
+        max_position_embeddings=MAX_LENGTH,
+        initializer_range=HIDDEN_SIZE**-0.5,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return join_configs(processor, vision, text)
+
+
+def build_shallow_target(processor: LlavaProcessor, seed: int = 0) -> Any:
+    """Builds an untrained target with few layers, to be trained first and then deepened."""
+    return build_untrained(build_target_config(processor, NUM_SEED_LAYERS), seed)
+
+
+@torch.no_grad()
+def scale_projector(model: Any, processor: LlavaProcessor, seed: int = 0) -> None:
+    """Scales the untrained projector in place so that image features have the size of token embeddings, 1."""
+    rng = random.Random(f"hard/projector/{seed}")
+    images = [render(make_picture(rng, "train", 3)) for _ in range(32)]
+    pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-1][:, 1:]
+    projector = model.model.multi_modal_projector
+    projector.linear_1.weight.div_(projector.linear_1(states).pow(2).mean().sqrt())
+    projector.linear_2.weight.div_(projector(states).pow(2).mean().sqrt())
+
+
+def stream_batches(processor: LlavaProcessor, seed: int) -> Iterator[dict[str, list[dict[str, torch.Tensor]]]]:
+    """Yields batches of encoded training conversations without end, each of one kind and of similar lengths."""
+    encoder = ConversationEncoder(processor, MAX_LENGTH)
+    rng = random.Random(f"hard/batches/{seed}")
+    pools: dict[SampleKind, list[list[dict[str, torch.Tensor]]]] = {kind: [] for kind in NUM_TURNS}
+    used = dict.fromkeys(NUM_TURNS, 0)
+    while True:
+        kind = rng.choices(list(_BATCHES), [share for _, share in _BATCHES.values()])[0]
+        if not pools[kind]:
+            size = _BATCHES[kind][0]
+            samples = HardSamples("train", used[kind] + size * _POOL, seed, kind)[used[kind] :]
+            encoded = [encoder(conversation) for conversation in load_conversations(samples)]
+            used[kind] += len(encoded)
+            encoded.sort(key=lambda item: len(item["input_ids"]))
+            pools[kind] = [encoded[start : start + size] for start in range(0, len(encoded), size)]
+            rng.shuffle(pools[kind])
+        yield {"samples": pools[kind].pop()}
+
+
+def train_target(model: Any, processor: LlavaProcessor, budget: Budget, seed: int = 0, rate: float = 1.0) -> float:
+    """Trains what is not frozen of a model in place on new conversations; returns the mean training loss. `rate` is
+    relative to the learning rates of `build_optimizer`."""
+    pad_token_id = processor.tokenizer.pad_token_id
+    return train(
+        model,
+        lambda: stream_batches(processor, seed),
+        lambda items: collate_samples(items[0]["samples"], pad_token_id),
+        budget,
+        1,
+        seed,
+        rate,
+    )
