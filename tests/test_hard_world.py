@@ -104,7 +104,9 @@ def test_synonyms_replace_each_word_by_another():
     assert len(set(SYNONYMS.values())) == len(SYNONYMS)
 
 
-@pytest.mark.parametrize(("kind", "tokens"), [("text", 0), ("small", 144), ("large", 576), ("album", 64)])
+@pytest.mark.parametrize(
+    ("kind", "tokens"), [("text", 0), ("small", 144), ("large", 576), ("album", 64), ("gallery", 576)]
+)
 def test_pictures_become_as_many_tokens_as_they_have_patches(processor, kind, tokens):
     encoder = ConversationEncoder(processor, 4096)
     samples = HardSamples("train", 4, 0, kind)

@@ -94,10 +94,11 @@ class Draft(Protocol):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
+        last_row_only: bool = False,
     ) -> Any:
         """Runs the draft over a prompt, or over a few nodes. `hidden_states` `[B, T, H]` are results of `read_target`
-        or of the draft; the result has a `last_hidden_state` of this shape. The draft decides how to feed visual
-        positions."""
+        or of the draft; the result has a `last_hidden_state` of this shape, or `[B, 1, H]` with `last_row_only`. The
+        draft decides how to feed visual positions."""
 
 
 _KINDS: dict[Any, type] = {}  # configuration class -> model class

@@ -21,6 +21,7 @@ from ..tree.settings import TREE_SETTINGS
 from .configuration_msd import MSDDraftConfig
 from .hub_mixin import DraftHubMixin
 from .interface import TargetReads, register_draft
+from .last_row import last_row_of_layer
 from .loading import check_draft_vocab, check_loading_info, errors_of_quantised_weights, prepare_loading
 from .plain_forward import PlainForward, PlainLayer
 from .plain_modules import TensorFunction
@@ -347,10 +348,15 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
             `torch.Tensor` of shape `[B, T, H]`.
         """
         hidden_states = self._with_layers(hidden_states, layer_states)
-        fused = self.fc(torch.cat([inputs_embeds, hidden_states], dim=-1))
         if visual_mask is None or not self.config.decouple_visual_tokens:
-            return fused
-        return torch.where(visual_mask.unsqueeze(-1), inputs_embeds, fused)
+            return self.fc(torch.cat([inputs_embeds, hidden_states], dim=-1))
+        if torch.is_grad_enabled():
+            fused = self.fc(torch.cat([inputs_embeds, hidden_states], dim=-1))
+            return torch.where(visual_mask.unsqueeze(-1), inputs_embeds, fused)
+        is_text = ~visual_mask
+        fused = inputs_embeds.clone()
+        fused[is_text] = self.fc(torch.cat([inputs_embeds[is_text], hidden_states[is_text]], dim=-1))
+        return fused
 
     @property
     def is_plain(self) -> bool:
@@ -382,6 +388,7 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         layer_states: torch.Tensor | None = None,
+        last_row_only: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
@@ -394,10 +401,13 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
             position_ids (`torch.LongTensor` of shape `[B, T]`, *optional*): default: the next slots of the cache.
             past_key_values (`Cache`, *optional*): keys and values of S earlier rows; extended in place.
             use_cache (`bool`, *optional*): make a cache when none is given.
+            last_row_only (`bool`, defaults to `False`): compute the output of the last row alone, which is all that
+                drafting needs of a prompt. The cache is the same.
 
         Returns:
-            [`~transformers.modeling_outputs.BaseModelOutputWithPast`] with `last_hidden_state` of shape `[B, T, H]`.
-            Its row j, given to the target's head, predicts the token at position j + 2.
+            [`~transformers.modeling_outputs.BaseModelOutputWithPast`] with `last_hidden_state` of shape `[B, T, H]`,
+            or `[B, 1, H]` with `last_row_only`. Its row j, given to the target's head, predicts the token at position
+            j + 2.
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -405,15 +415,19 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(states.shape[1], device=states.device).unsqueeze(0) + past_length
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=states,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **{CACHE_NAME: past_key_values},
-        )
         position_embeddings = self.rotary_emb(states, position_ids=position_ids)
-        for layer in self.layers:
+        layers = list(self.layers)
+        last_layer = layers.pop() if last_row_only and self.is_plain and not self.training else None
+        causal_mask = None
+        if layers:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                **{CACHE_NAME: past_key_values},
+            )
+        for layer in layers:
             states = layer(
                 states,
                 attention_mask=causal_mask,
@@ -423,6 +437,10 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
                 **{CACHE_NAME: past_key_values},
                 **kwargs,
             )
+        if last_layer is not None:
+            states = last_row_of_layer(last_layer, states, attention_mask, position_embeddings, past_key_values)
+        elif last_row_only:
+            states = states[:, -1:].clone()  # a view would keep the states of all rows
         return BaseModelOutputWithPast(last_hidden_state=states, **{CACHE_NAME: past_key_values})
 
 

@@ -31,9 +31,10 @@ _LEVELS_AHEAD = 16  # levels whose positions are made along with those of accept
 
 @dataclass
 class _Prompt:
-    """The draft's pass over a prompt: the draft's outputs `[B, L, H]`, from the target's hidden states `[B, L, W]`."""
+    """The draft's pass over a prompt: its output at the last row `[B, 1, H]`, and the target's hidden states
+    `[B, L, W]` that it read."""
 
-    states: torch.Tensor
+    last_state: torch.Tensor
     hidden_states: torch.Tensor
 
 
@@ -192,18 +193,19 @@ class Drafter(ABC):
             mask = tree_attention_mask(visible, self._slots.context, self._dtype)
         self._slots.begin()
         with phase("draft forward"):
-            states = self.draft(
+            last_state = self.draft(
                 inputs_embeds=self._to_draft(inputs_embeds),
                 hidden_states=self.draft.read_target(self._to_draft(hidden_states)),
                 visual_mask=visual_mask.to(device),
                 attention_mask=mask,
                 position_ids=position_ids,
                 past_key_values=self.cache,
+                last_row_only=True,
             ).last_hidden_state
         self._slots.commit_prompt(prompt_mask)
         self._next_positions = position_ids[:, -1:] + 1
         self._last_position = prefill.num_slots
-        return _Prompt(states, hidden_states)
+        return _Prompt(last_state, hidden_states)
 
     def _feed(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """

@@ -46,8 +46,8 @@ class GrowingDrafter(Drafter):
 
     def prefill(self, prefill: TargetPrefill, tokens: torch.Tensor, past: ChatMemory | None = None) -> None:
         prompt = self._feed_prompt(prefill, tokens, past)
-        # Copies, because a view would keep the states of the whole prompt alive.
-        self._last_state = prompt.states[:, -1:].clone()
+        self._last_state = prompt.last_state
+        # A copy, because a view would keep the states of the whole prompt alive.
         self.last_hidden_state = prompt.hidden_states[:, -1:].clone()
 
     @torch.inference_mode()  # faster, as in `propose`

@@ -21,7 +21,7 @@ from ..target import TARGET_FOLDER, deepen, save_target
 from ..training import Budget
 from .dataset import KIND_GROUPS, HardSamples, SampleKind, make_evaluation_prompts
 from .processor import build_processor
-from .target import build_shallow_target, build_target_config, scale_projector, train_target
+from .target import DEEP_BATCHES, build_shallow_target, build_target_config, scale_projector, train_target
 from .vision import pretrain_vision_tower
 
 
@@ -29,7 +29,7 @@ console = make_console(width=100)
 
 # Learning rate of the deepened model, relative to the rates of `build_optimizer`.
 DEEP_RATE = 0.3
-VISUAL: tuple[SampleKind, ...] = ("small", "large", "album")
+VISUAL: tuple[SampleKind, ...] = ("small", "large", "album", "large", "album", "gallery")
 
 
 def build_pair(
@@ -80,7 +80,7 @@ def build_target_folder(output: Path, vision: Budget, shallow: Budget, deep: Bud
     model = deepen(stage(work / "shallow", learn), build_target_config(processor))
     model.model.vision_tower.requires_grad_(False)
     console.print(f"{model.num_parameters():,} parameters, {torch.get_num_threads()} threads")
-    train_target(model, processor, deep, seed + 1, DEEP_RATE)
+    train_target(model, processor, deep, seed + 1, DEEP_RATE, DEEP_BATCHES)
     save_target(model, processor, folder)
 
 

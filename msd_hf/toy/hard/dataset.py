@@ -19,10 +19,17 @@ from .visual_questions import PICTURE_KINDS, make_picture_turns
 
 IMAGE_TAG = "<image>"
 # What a conversation is about, with the range of its number of turns. A small picture has 144 visual tokens, a large
-# one 576, an album 64 a picture.
-SampleKind = Literal["text", "small", "large", "album"]
-NUM_TURNS: dict[SampleKind, tuple[int, int]] = {"text": (2, 4), "small": (3, 5), "large": (4, 6), "album": (3, 5)}
-_GRIDS: dict[SampleKind, int] = {"small": 3, "large": 6, "album": 2}
+# one 576; an album has 2 to 16 pictures of 64, a gallery 4 large ones, 2,304 together.
+SampleKind = Literal["text", "small", "large", "album", "gallery"]
+NUM_TURNS: dict[SampleKind, tuple[int, int]] = {
+    "text": (2, 4),
+    "small": (3, 5),
+    "large": (4, 6),
+    "album": (3, 5),
+    "gallery": (3, 4),
+}
+_GRIDS: dict[SampleKind, int] = {"small": 3, "large": 6, "album": 2, "gallery": 6}
+_GALLERY_SIZE = 4
 
 
 @dataclass(frozen=True)
@@ -57,12 +64,15 @@ def _first_turn(question: str, num_images: int) -> str:
 
 
 def make_album(rng: random.Random, split: str, kind: SampleKind, num_pictures: int | None = None) -> list[Picture]:
-    """The pictures of a conversation: none for `"text"`, one for `"small"` and `"large"`, else 2 to 16."""
+    """The pictures of a conversation: none for `"text"`, one for `"small"` and `"large"`. The number of pictures of
+    an album or a gallery can be given."""
     if kind == "text":
         return []
-    if num_pictures is None:
-        num_pictures = rng.randint(2, 10) if kind == "album" and rng.random() < 0.7 else rng.randint(2, 16)
-    return [make_picture(rng, split, _GRIDS[kind]) for _ in range(num_pictures if kind == "album" else 1)]
+    if num_pictures is None and kind == "album":
+        num_pictures = rng.randint(2, 10) if rng.random() < 0.7 else rng.randint(2, 16)
+    elif kind in ("small", "large"):
+        num_pictures = 1
+    return [make_picture(rng, split, _GRIDS[kind]) for _ in range(num_pictures or _GALLERY_SIZE)]
 
 
 def make_turns(
@@ -71,7 +81,9 @@ def make_turns(
     """Makes `number` questions with answers."""
     if kind == "text":
         return make_text_turns(rng, split, number)
-    return make_album_turns(rng, pictures, number) if kind == "album" else make_picture_turns(rng, pictures[0], number)
+    if kind in ("album", "gallery"):
+        return make_album_turns(rng, pictures, number)
+    return make_picture_turns(rng, pictures[0], number)
 
 
 def make_sample(split: str, index: int, seed: int, kind: SampleKind) -> dict[str, Any]:

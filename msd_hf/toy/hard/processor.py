@@ -6,7 +6,7 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPImageProcessorPil, LlavaProcessor
 
 from ..processor import BOS_TOKEN, EOS_TOKEN, PAD_TOKEN, train_tokenizer
-from .dataset import IMAGE_TAG, NUM_TURNS, make_sample
+from .dataset import IMAGE_TAG, SampleKind, make_sample
 from .vision import PATCH_SIZE
 
 
@@ -45,7 +45,7 @@ def build_processor(seed: int = 0, num_samples: int = 4000) -> LlavaProcessor:
     A picture keeps its size and becomes one `<image>` token a patch of 6x6 pixels: 64 in an album, 144 small, 576
     large.
     """
-    kinds = list(NUM_TURNS)
+    kinds: tuple[SampleKind, ...] = ("text", "small", "large", "album")
     samples = (make_sample("train", index, seed, kinds[index % len(kinds)]) for index in range(num_samples))
     roles = {"human": "USER:", "gpt": " ASSISTANT:"}
     texts = (

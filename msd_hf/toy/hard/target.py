@@ -13,7 +13,7 @@ from ...training.data.conversations import load_conversations
 from ...training.data.encoding import ConversationEncoder
 from ..target import NUM_LAYERS, NUM_SEED_LAYERS, build_untrained, collate_samples, join_configs
 from ..training import Budget, train
-from .dataset import NUM_TURNS, HardSamples, SampleKind
+from .dataset import HardSamples, SampleKind
 from .picture import make_picture, render
 from .processor import MAX_LENGTH
 from .vision import PATCH_SIZE
@@ -23,7 +23,9 @@ HIDDEN_SIZE = 128
 NUM_VISION_LAYERS = 3
 IMAGE_SIDE = 144  # pixels of a large picture; the position embeddings are interpolated to the sizes of others
 # Conversations of a batch, and how often a batch is of the kind. All pictures of a batch have one size.
-_BATCHES: dict[SampleKind, tuple[int, int]] = {"text": (24, 4), "small": (20, 4), "large": (8, 3), "album": (8, 3)}
+Batches = dict[SampleKind, tuple[int, int]]
+SHALLOW_BATCHES: Batches = {"text": (24, 4), "small": (20, 4), "large": (8, 3), "album": (8, 3)}
+DEEP_BATCHES: Batches = {"text": (24, 3), "small": (20, 2), "large": (8, 4), "album": (8, 3), "gallery": (2, 2)}
 _POOL = 12  # batches whose samples are sorted by length together
 
 
@@ -75,16 +77,18 @@ def scale_projector(model: Any, processor: LlavaProcessor, seed: int = 0) -> Non
     projector.linear_2.weight.div_(projector(states).pow(2).mean().sqrt())
 
 
-def stream_batches(processor: LlavaProcessor, seed: int) -> Iterator[dict[str, list[dict[str, torch.Tensor]]]]:
+def stream_batches(
+    processor: LlavaProcessor, seed: int, batches: Batches = SHALLOW_BATCHES
+) -> Iterator[dict[str, list[dict[str, torch.Tensor]]]]:
     """Yields batches of encoded training conversations without end, each of one kind and of similar lengths."""
     encoder = ConversationEncoder(processor, MAX_LENGTH)
     rng = random.Random(f"hard/batches/{seed}")
-    pools: dict[SampleKind, list[list[dict[str, torch.Tensor]]]] = {kind: [] for kind in NUM_TURNS}
-    used = dict.fromkeys(NUM_TURNS, 0)
+    pools: dict[SampleKind, list[list[dict[str, torch.Tensor]]]] = {kind: [] for kind in batches}
+    used = dict.fromkeys(batches, 0)
     while True:
-        kind = rng.choices(list(_BATCHES), [share for _, share in _BATCHES.values()])[0]
+        kind = rng.choices(list(batches), [share for _, share in batches.values()])[0]
         if not pools[kind]:
-            size = _BATCHES[kind][0]
+            size = batches[kind][0]
             samples = HardSamples("train", used[kind] + size * _POOL, seed, kind)[used[kind] :]
             encoded = [encoder(conversation) for conversation in load_conversations(samples)]
             used[kind] += len(encoded)
@@ -94,13 +98,20 @@ def stream_batches(processor: LlavaProcessor, seed: int) -> Iterator[dict[str, l
         yield {"samples": pools[kind].pop()}
 
 
-def train_target(model: Any, processor: LlavaProcessor, budget: Budget, seed: int = 0, rate: float = 1.0) -> float:
+def train_target(
+    model: Any,
+    processor: LlavaProcessor,
+    budget: Budget,
+    seed: int = 0,
+    rate: float = 1.0,
+    batches: Batches = SHALLOW_BATCHES,
+) -> float:
     """Trains what is not frozen of a model in place on new conversations; returns the mean training loss. `rate` is
     relative to the learning rates of `build_optimizer`."""
     pad_token_id = processor.tokenizer.pad_token_id
     return train(
         model,
-        lambda: stream_batches(processor, seed),
+        lambda: stream_batches(processor, seed, batches),
         lambda items: collate_samples(items[0]["samples"], pad_token_id),
         budget,
         1,
