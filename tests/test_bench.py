@@ -16,6 +16,7 @@ from transformers import BatchFeature
 from msd_hf.compiled import compile as compiled
 from msd_hf.decoding.device_rounds import DeviceRounds
 from msd_hf.errors import MSDDataError, MSDError
+from msd_hf.evaluation import bench as bench_module
 from msd_hf.evaluation import comparison as comparison_module
 from msd_hf.evaluation import methods as methods_module
 from msd_hf.evaluation.bench import run_bench
@@ -26,6 +27,7 @@ from msd_hf.evaluation.methods import (
     AUTO,
     CHAIN,
     COMPILED,
+    COMPILED_GENERATE,
     METHODS,
     PROMPT_LOOKUP,
     TREE,
@@ -150,6 +152,33 @@ def test_compiled_trees_are_of_one_shape(own, depth, used, monkeypatch):
     alone, run = (timed_generate(target, prompt(*TEXT), draft, method, **ARGUMENTS) for method in (VANILLA, COMPILED))
     assert run.tokens == alone.tokens and len(served) == 1
     assert draft.generation_config.num_assistant_tokens == own
+
+
+def test_compiled_generate_asks_for_a_static_cache_and_is_answered_before_it_is_timed(monkeypatch):
+    target = pair(0).target
+    with COMPILED_GENERATE.prepared(target, None) as arguments:
+        assert arguments["cache_implementation"] == "static"
+        assert arguments["compile_config"]._compile_all_devices  # else `generate` compiles on a GPU alone
+    calls = []
+    own = bench_module.timed_generate
+    monkeypatch.setattr(
+        bench_module, "timed_generate", lambda *args, **kwargs: calls.append(args[3]) or own(*args, **kwargs)
+    )
+    monkeypatch.setattr(
+        target, "_valid_auto_compile_criteria", lambda *args: False
+    )  # a compilation takes half a minute
+    report = report_pair(target, pair(0).draft, prompts(TEXT), [VANILLA, COMPILED_GENERATE], 1, max_new_tokens=8)
+    assert calls == [COMPILED_GENERATE]
+    assert report["methods"]["compiled-generate"]["agreement"]["share"] == 1.0
+
+
+@pytest.mark.slow
+def test_compiled_generate_gives_the_same_tokens():
+    target = copy.deepcopy(pair(0).target)
+    alone, run = (
+        timed_generate(target, prompt(*TEXT), None, method, **ARGUMENTS) for method in (VANILLA, COMPILED_GENERATE)
+    )
+    assert run.tokens == alone.tokens and hasattr(target, "_compiled_call")
 
 
 def test_a_useless_draft_is_the_same_one_in_all_runs():

@@ -1,17 +1,17 @@
 """
-The effect of each part of the training, on the toy world: a table, a JSON file and a plot for each study.
+The effect of each part of the training: a table, a JSON file and a plot for each study.
 
     python examples/studies/ablation.py --study paper     # {decoupled, not} x {text, visual, mixed, two-stage}
     python examples/studies/ablation.py --study recipes   # the paper's, each addition to it, and the recommended one
 
-Every draft is trained for the same number of steps on cached features of the same conversations, with the same
-optimizer, and measured on held-out prompts: tau, and speedup from runs in turns. The output folder keeps finished
-parts, so that a stopped run resumes. Needs `pip install -e ".[bench]"`.
+`--world` chooses pictures of 36 (`toy`), 576 (`large`) or 2,304 visual tokens (`gallery`). Every draft is trained on
+cached features of the same conversations, with the same optimizer, for the same number of steps or of tokens, and
+measured on held-out prompts: tau, with 95% intervals by a bootstrap over prompts and seeds, and the contrasts of the
+paper. The output folder keeps finished parts, so that a stopped run resumes. Needs `pip install -e ".[bench]"`.
 """
 
 import json
 import statistics
-from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
+import numpy
 import torch
+from ablation_worlds import WORLDS, World
+from bootstrap import Interval, difference, tau_interval
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
@@ -27,12 +30,8 @@ from transformers import AutoConfig, HfArgumentParser
 from transformers.utils import logging
 
 from msd_hf import MSDDraftModel
-from msd_hf.evaluation import METHODS, Comparison, compare, mean_acceptance_length, timed_generate
+from msd_hf.evaluation import METHODS, Comparison, compare, timed_generate
 from msd_hf.loading import load_target_and_processor
-from msd_hf.prompts import build_inputs
-from msd_hf.toy import TARGET_DIR
-from msd_hf.toy.accuracy import make_evaluation_prompts
-from msd_hf.toy.dataset import ToySamples
 from msd_hf.training import (
     FeatureCache,
     MSDTrainer,
@@ -41,14 +40,18 @@ from msd_hf.training import (
     load_conversations,
     regenerate,
 )
+from msd_hf.training.new_draft import new_draft
 
 
 KINDS = ("text", "visual")
+CURRICULA = ("text", "visual", "mixed", "two-stage")
 TREE_METHOD = METHODS["tree"]
-# The fastest fixed tree of the toy pair on two CPU cores.
+# A fixed tree, so that tau does not depend on what a machine finds to pay.
 TREE_SETTINGS = {"num_assistant_tokens": 24, "tree_depth": 6, "tree_top_k": 4}
 # The same for all runs. A draft of 0.2M parameters takes larger and fewer steps than the draft of a 7B model.
-OPTIMIZER = {"learning_rate": 2e-3, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 16}
+OPTIMIZER = {"learning_rate": 2e-3, "lr_scheduler_type": "cosine"}
+MAX_LENGTH = 4096  # tokens of a conversation
+ORIGINAL_LAYER, OUR_LAYER = "original layer", "input norm"
 
 
 @dataclass
@@ -56,11 +59,25 @@ class AblationArguments:
     study: str = field(
         default="paper", metadata={"choices": ["paper", "recipes"], "help": "Which drafts are trained."}
     )
+    world: str = field(
+        default="toy", metadata={"choices": list(WORLDS), "help": "What they are trained and asked on."}
+    )
     output: str = field(default="ablation", metadata={"help": "Folder for features, drafts and results."})
-    steps: int = field(default=400, metadata={"help": "Training steps of each draft."})
+    steps: int | None = field(default=None, metadata={"help": "Training steps of each draft. Default: the world's."})
+    equal: str = field(
+        default="steps",
+        metadata={
+            "choices": ["steps", "tokens"],
+            "help": "Whether all drafts see as many samples, or as many tokens as --steps of the mixed ones have.",
+        },
+    )
+    layer: str = field(
+        default=ORIGINAL_LAYER,
+        metadata={"choices": [ORIGINAL_LAYER, OUR_LAYER], "help": "The draft's layer: without or with an input norm."},
+    )
     samples: int = field(default=1024, metadata={"help": "Training conversations of each kind."})
     seeds: int = field(default=2, metadata={"help": "Drafts with different seeds for each row of the table."})
-    prompts_per_kind: int = field(default=2, metadata={"help": "Held-out questions of each of the 13 kinds."})
+    prompts_per_kind: int = field(default=2, metadata={"help": "Held-out questions of each kind."})
     speedup: bool = field(
         default=True, metadata={"help": "Measure speedup too, which needs an otherwise idle machine; else tau alone."}
     )
@@ -75,27 +92,43 @@ class Run:
     Args:
         name: name in the table.
         seed: seed of the training.
+        steps: training steps.
+        batch_size: conversations of a step.
         answers: `"data"` or `"target"`: who wrote the answers.
         storage: number format of the feature cache.
+        has_input_norm: whether the draft's layer normalises its input; `None`: as the arguments say.
         arguments: training arguments that differ from the paper's.
     """
 
     name: str
     seed: int
+    steps: int
+    batch_size: int
     answers: str = "data"
     storage: str = "float16"
+    has_input_norm: bool | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
 
+    def folder(self, output: Path) -> Path:
+        """The folder of the draft."""
+        norm = "" if self.has_input_norm is None else f"-norm{int(self.has_input_norm)}"
+        name = self.name.replace(", ", "-").replace(" ", "_")
+        return output / "drafts" / f"{name}{norm}-{self.steps}-seed{self.seed}"
 
-def list_runs(study: str, num_seeds: int) -> list[Run]:
+
+def list_runs(args: AblationArguments, output: Path) -> list[Run]:
+    world = WORLDS[args.world]
+    steps = args.steps or world.steps
     runs = []
-    for seed in range(num_seeds):
-        if study == "paper":
+    for seed in range(args.seeds):
+        if args.study == "paper":
+            norm = args.layer == OUR_LAYER
             for decoupled in (True, False):
-                for curriculum in ("text", "visual", "mixed", "two-stage"):
+                for curriculum in CURRICULA:
                     name = f"{'decoupled' if decoupled else 'not decoupled'}, {curriculum}"
                     arguments = {"decouple_visual_tokens": decoupled, "curriculum": curriculum}
-                    runs.append(Run(name, seed, arguments=arguments))
+                    own_steps = steps if args.equal == "steps" else equal_tokens(steps, curriculum, output)
+                    runs.append(Run(name, seed, own_steps, world.batch_size, has_input_norm=norm, arguments=arguments))
         else:
             additions = {
                 "start from the last layer": {"init_from_last_layer": True},
@@ -103,21 +136,35 @@ def list_runs(study: str, num_seeds: int) -> list[Run]:
                 "unrolled training": {"unroll_passes": 3},
                 "several layers": {"target_layers": "auto"},
             }
-            runs.append(Run("paper", seed))
-            runs.append(Run("paper + target-written answers", seed, "target"))
-            runs += [Run(f"paper + {name}", seed, arguments=arguments) for name, arguments in additions.items()]
-            runs.append(Run("paper, features in 8 bits", seed, storage="int8"))
-            runs.append(Run("recommended", seed, arguments={"recipe": "recommended"}))
+            size = {"steps": steps, "batch_size": world.batch_size}
+            runs.append(Run("paper", seed, **size))
+            runs.append(Run("paper + target-written answers", seed, **size, answers="target"))
+            runs += [Run(f"paper + {name}", seed, **size, arguments=more) for name, more in additions.items()]
+            runs.append(Run("paper, features in 8 bits", seed, **size, storage="int8"))
+            runs.append(Run("recommended", seed, **size, arguments={"recipe": "recommended"}))
     return runs
 
 
-def make_arguments(run: Run, folder: Path, steps: int) -> MSDTrainingArguments:
+def equal_tokens(steps: int, curriculum: str, output: Path) -> int:
+    """As many steps as give a curriculum the tokens that `steps` of mixed samples have. Two stages and mixed samples
+    have half of both kinds."""
+    lengths = {}
+    for kind in KINDS:
+        cache = FeatureCache(output / Cache(kind, "data", "float16", ()).folder)
+        lengths[kind] = cache.index.num_tokens / len(cache)
+    mean = sum(lengths.values()) / len(lengths)
+    return round(steps * mean / lengths.get(curriculum, mean))
+
+
+def make_arguments(run: Run, folder: Path) -> MSDTrainingArguments:
     return MSDTrainingArguments(
         output_dir=str(folder),
-        max_steps=steps,
-        warmup_steps=steps // 20,
+        max_steps=run.steps,
+        warmup_steps=run.steps // 20,
+        per_device_train_batch_size=run.batch_size,
         seed=run.seed,
         save_strategy="no",
+        max_length=MAX_LENGTH,
         report_to="none",
         disable_tqdm=True,
         logging_steps=50,
@@ -125,40 +172,42 @@ def make_arguments(run: Run, folder: Path, steps: int) -> MSDTrainingArguments:
     )
 
 
-def write_answers(job: tuple[str, Path, int]) -> None:
+def write_answers(job: tuple[str, str, Path, int]) -> None:
     """Lets the target answer the questions of one kind of conversation."""
-    kind, output, num_samples = job
+    kind, world_name, output, num_samples = job
     path = answers_path(output, kind)
     if path.is_file():
         return
     torch.set_num_threads(1)
-    target, processor = load_target_and_processor(TARGET_DIR)
+    world = WORLDS[world_name]
+    target, processor = load_target_and_processor(world.target)
     path.parent.mkdir(parents=True, exist_ok=True)
-    conversations = load_conversations(ToySamples("train", num_samples, 0, kind))
-    regenerate(target, processor, conversations, path, max_new_tokens=160, batch_size=64)
+    conversations = load_conversations(world.samples(kind, num_samples))
+    regenerate(target, processor, conversations, path, max_new_tokens=160, batch_size=2 * world.forward_batch_size)
 
 
 def answers_path(output: Path, kind: str) -> Path:
     return output / "answers" / f"{kind}.jsonl"
 
 
-def extract(job: tuple["Cache", Path, int]) -> None:
+def extract(job: tuple["Cache", str, Path, int]) -> None:
     """Extracts the features of one kind of conversation, with the answers of the data or of the target."""
-    cache, output, num_samples = job
+    cache, world_name, output, num_samples = job
     torch.set_num_threads(1)
-    target, processor = load_target_and_processor(TARGET_DIR)
+    world = WORLDS[world_name]
+    target, processor = load_target_and_processor(world.target)
     written = cache.answers == "target"
-    data = answers_path(output, cache.kind) if written else ToySamples("train", num_samples, 0, cache.kind)
-    conversations = load_conversations(data)
+    data = answers_path(output, cache.kind) if written else world.samples(cache.kind, num_samples)
     extract_features(
         target,
         processor,
-        conversations,
+        load_conversations(data),
         output / cache.folder,
         storage=cache.storage,
-        batch_size=32,
+        batch_size=world.forward_batch_size,
         feature_layers=list(cache.layers) or None,
         all_hidden_states=True,
+        max_length=MAX_LENGTH,
     )
 
 
@@ -175,117 +224,184 @@ class Cache(NamedTuple):
         return "-".join(["features/" + self.kind, self.answers, self.storage, *map(str, self.layers)])
 
 
-def needed_caches(run: Run, output: Path) -> dict[str, Cache]:
-    num_layers = AutoConfig.from_pretrained(TARGET_DIR).text_config.num_hidden_layers
-    layers = tuple(make_arguments(run, output, 1).layers_of(num_layers) or ())
+def needed_caches(run: Run, world: World, output: Path) -> dict[str, Cache]:
+    num_layers = AutoConfig.from_pretrained(world.target).text_config.num_hidden_layers
+    layers = tuple(make_arguments(run, output).layers_of(num_layers) or ())
     return {kind: Cache(kind, run.answers, run.storage, layers) for kind in KINDS}
 
 
-def train(job: tuple[Run, Path, int]) -> None:
+def train(job: tuple[Run, str, Path]) -> None:
     """Trains one draft, unless it exists."""
-    run, output, steps = job
-    folder = draft_folder(output, run, steps)
+    run, world_name, output = job
+    folder = run.folder(output)
     if (folder / "training_provenance.json").is_file():
         return
     torch.set_num_threads(1)
-    target, processor = load_target_and_processor(TARGET_DIR)
-    caches = {kind: FeatureCache(output / cache.folder) for kind, cache in needed_caches(run, output).items()}
+    world = WORLDS[world_name]
+    target, processor = load_target_and_processor(world.target)
+    caches = {kind: FeatureCache(output / cache.folder) for kind, cache in needed_caches(run, world, output).items()}
+    args = make_arguments(run, folder)
+    draft = new_draft(target, args)
+    if run.has_input_norm is not None:
+        torch.manual_seed(run.seed)
+        config = draft.config
+        config.input_layernorm = run.has_input_norm
+        draft = MSDDraftModel(config)
     trainer = MSDTrainer(
+        model=draft,
         target=target,
         processing_class=processor,
-        args=make_arguments(run, folder, steps),
+        args=args,
         text_dataset=caches["text"],
         visual_dataset=caches["visual"],
     )
     trainer.train()
     for name, value in TREE_SETTINGS.items():
         setattr(trainer.model.generation_config, name, value)
+    trainer.model.generation_config.max_visual_rows = None  # the study is about what the draft makes of them
     trainer.save_model()
 
 
-def draft_folder(output: Path, run: Run, steps: int) -> Path:
-    return output / "drafts" / f"{run.name.replace(', ', '-').replace(' ', '_')}-{steps}-seed{run.seed}"
+class Measurement(NamedTuple):
+    """The tokens, the rounds and, if it was measured, the speedup of each prompt, and whether outputs are equal."""
+
+    groups: list[str]
+    tokens: list[int]
+    rounds: list[int]
+    speedups: list[float]
+    identical: list[bool]
 
 
-def measure(runs: list[Run], args: AblationArguments, output: Path) -> list[dict[str, Any]]:
-    """Measures tau and speedup of every draft, one after another on the same prompts."""
-    target, processor = load_target_and_processor(TARGET_DIR)
-    prompts = make_evaluation_prompts(args.prompts_per_kind, seed=0)
-    results = []
-    for run in tqdm(runs, desc="measuring"):
-        draft = MSDDraftModel.from_pretrained(draft_folder(output, run, args.steps))
-        result: dict[str, Any] = {"name": run.name, "seed": run.seed}
-        groups = defaultdict(list)
-        for prompt in prompts:
-            inputs = build_inputs(processor, prompt.question, prompt.image)
-            arguments = {"max_new_tokens": 140, "do_sample": False}
-            if args.speedup:
-                comparison = compare(target, draft, inputs, repeats=1, **arguments)
-            else:
-                run_with_draft = timed_generate(target, inputs, draft, TREE_METHOD, **arguments)
-                comparison = Comparison({TREE_METHOD.name: [run_with_draft]})
-            groups[prompt.sample_kind].append(comparison)
-            groups["all"].append(comparison)
-        for group, comparisons in groups.items():
-            lengths = [comparison.runs[TREE_METHOD.name][0].acceptance_lengths for comparison in comparisons]
-            result[f"tau_{group}"] = mean_acceptance_length(lengths)
-            if args.speedup:
-                result[f"speedup_{group}"] = statistics.median(comparison.speedup() for comparison in comparisons)
-                result[f"identical_{group}"] = statistics.mean(comparison.identical() for comparison in comparisons)
-        results.append(result)
-    return results
+def measure(job: tuple[Run, str, Path, int, bool]) -> Measurement:
+    """Measures a draft, unless that was done."""
+    run, world_name, output, prompts_per_kind, has_speedup = job
+    path = run.folder(output) / f"measured-{prompts_per_kind}{'-speedup' if has_speedup else ''}.json"
+    if path.is_file():
+        return Measurement(**json.loads(path.read_text(encoding="utf-8")))
+    if not has_speedup:
+        torch.set_num_threads(1)
+    target, processor = load_target_and_processor(WORLDS[world_name].target)
+    draft = MSDDraftModel.from_pretrained(run.folder(output))
+    result = Measurement([], [], [], [], [])
+    arguments = {"max_new_tokens": 140, "do_sample": False}
+    for prompt in WORLDS[world_name].prompts(processor, prompts_per_kind):
+        inputs = prompt.make_inputs()
+        if has_speedup:
+            comparison = compare(target, draft, inputs, repeats=1, **arguments)
+            result.speedups.append(comparison.speedup())
+            result.identical.append(comparison.identical())
+        else:
+            with_draft = timed_generate(target, inputs, draft, TREE_METHOD, **arguments)
+            comparison = Comparison({TREE_METHOD.name: [with_draft]})
+        lengths = comparison.runs[TREE_METHOD.name][0].acceptance_lengths
+        result.groups.append(prompt.group)
+        result.tokens.append(sum(lengths))
+        result.rounds.append(len(lengths))
+    path.write_text(json.dumps(result._asdict()) + "\n", encoding="utf-8")
+    return result
 
 
-def report(results: list[dict[str, Any]], args: AblationArguments, output: Path, console: Console) -> None:
-    names = list(dict.fromkeys(result["name"] for result in results))
-    figures = ("tau", "speedup") if args.speedup else ("tau",)
-    columns = [f"{figure}_{group}" for figure in figures for group in (*KINDS, "all")]
-    table = Table(title=f"{args.study}: {args.steps} steps, mean (least - most) of {args.seeds} seeds")
-    for column in ("draft", *columns):
-        table.add_column(column.replace("_", " "), justify="left" if column == "draft" else "right")
-    for name in names:
-        cells = []
-        for column in columns:
-            values = [result[column] for result in results if result["name"] == name]
-            cells.append(f"{statistics.mean(values):.2f} ({min(values):.2f} - {max(values):.2f})")
+class Counts(NamedTuple):
+    """Tokens and rounds of the drafts of one row of the table, `[seeds, prompts]`."""
+
+    tokens: numpy.ndarray
+    rounds: numpy.ndarray
+
+    @classmethod
+    def of(cls, measured: list[Measurement], group: str) -> "Counts":
+        places = [place for place, name in enumerate(measured[0].groups) if group in (name, "all")]
+        tokens = numpy.array([[result.tokens[place] for place in places] for result in measured])
+        return cls(tokens, numpy.array([[result.rounds[place] for place in places] for result in measured]))
+
+
+def contrasts(names: list[str]) -> dict[str, tuple[str, str]]:
+    """The differences that the paper speaks of: decoupling at each curriculum, two stages against the others."""
+    pairs = {f"decoupling, {c}": (f"decoupled, {c}", f"not decoupled, {c}") for c in CURRICULA}
+    pairs |= {f"two-stage less {c}": ("decoupled, two-stage", f"decoupled, {c}") for c in CURRICULA[:-1]}
+    return {title: pair for title, pair in pairs.items() if set(pair) <= set(names)}
+
+
+def report(measured: dict[str, list[Measurement]], args: AblationArguments, output: Path, console: Console) -> None:
+    world = WORLDS[args.world]
+    groups = [group for group in (*KINDS, "all") if group == "all" or group in next(iter(measured.values()))[0].groups]
+    taus: dict[str, dict[str, Interval]] = {}
+    title = f"{args.study}, {world.visual_tokens} visual tokens, {args.layer}, equal {args.equal}, {args.seeds} seeds"
+    table = Table(title=f"{title}: tau (95% interval)")
+    for column in ("draft", *groups, *(["speedup", "identical"] if args.speedup else [])):
+        table.add_column(column, justify="left" if column == "draft" else "right")
+    for name, results in measured.items():
+        taus[name] = {group: tau_interval(*Counts.of(results, group)) for group in groups}
+        cells = [str(taus[name][group]) for group in groups]
+        if args.speedup:
+            cells.append(f"{statistics.median(value for result in results for value in result.speedups):.2f}")
+            cells.append(f"{statistics.mean(value for result in results for value in result.identical):.0%}")
         table.add_row(name, *cells)
     console.print(table)
-    path = output / f"{args.study}.json"
-    path.write_text(json.dumps({"steps": args.steps, "results": results}, indent=1) + "\n", encoding="utf-8")
-    size = (4 + 4.5 * len(figures), 0.5 * len(names) + 1.5)
-    plot, grid = plt.subplots(1, len(figures), figsize=size, sharey=True, layout="constrained", squeeze=False)
-    axes = grid[0]
-    for axis, figure_name in zip(axes, figures, strict=True):
-        for offset, group in ((-0.2, "text"), (0.2, "visual")):
-            rows = [[r[f"{figure_name}_{group}"] for r in results if r["name"] == name] for name in names]
-            places = [number + offset for number in range(len(names))]
-            axis.barh(places, [statistics.mean(row) for row in rows], height=0.36, label=f"{group} prompts")
-            for place, row in zip(places, rows, strict=True):
-                axis.plot(row, [place] * len(row), "k.", markersize=3)
-        axis.set_xlabel(figure_name)
-        axis.axvline(1, color="grey", linewidth=0.8)
-    axes[0].set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
-    axes[0].legend()
-    plot.savefig(output / f"{args.study}.png", dpi=120)
+    found = {}
+    for what, (first, second) in contrasts(list(measured)).items():
+        found[what] = {
+            group: difference(Counts.of(measured[first], group), Counts.of(measured[second], group))
+            for group in groups
+        }
+    if found:
+        table = Table(title="differences of tau (95% interval)")
+        for column in ("contrast", *groups):
+            table.add_column(column, justify="left" if column == "contrast" else "right")
+        for what, intervals in found.items():
+            table.add_row(what, *(str(intervals[group]) for group in groups))
+        console.print(table)
+    name = f"{args.study}-{args.world}-{args.layer.replace(' ', '_')}-{args.equal}"
+    path = output / f"{name}.json"
+    content = {
+        "arguments": {key: value for key, value in vars(args).items() if key != "output"},
+        "tau": {name: {group: vars(interval) for group, interval in row.items()} for name, row in taus.items()},
+        "contrasts": {name: {group: vars(interval) for group, interval in row.items()} for name, row in found.items()},
+        "measured": {name: [result._asdict() for result in results] for name, results in measured.items()},
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    plot_taus(taus, [group for group in groups if group != "all"], path.with_suffix(".png"))
     console.print(f"Written: {path} and {path.with_suffix('.png')}")
+
+
+def plot_taus(taus: dict[str, dict[str, Interval]], groups: list[str], path: Path) -> None:
+    plot, axis = plt.subplots(figsize=(8.5, 0.5 * len(taus) + 1.5), layout="constrained")
+    for offset, group in zip((-0.2, 0.2), groups, strict=False):
+        places = [number + offset for number in range(len(taus))]
+        rows = [row[group] for row in taus.values()]
+        errors = [[row.value - row.low for row in rows], [row.high - row.value for row in rows]]
+        axis.barh(places, [row.value for row in rows], xerr=errors, height=0.36, label=f"{group} prompts")
+    axis.set_xlabel("tau")
+    axis.axvline(1, color="grey", linewidth=0.8)
+    axis.set_yticks(range(len(taus)), list(taus))
+    axis.invert_yaxis()
+    axis.legend()
+    plot.savefig(path, dpi=120)
 
 
 def main() -> None:
     (args,) = HfArgumentParser(AblationArguments).parse_args_into_dataclasses()
     logging.disable_progress_bar()
-    output = Path(args.output)
-    runs = list_runs(args.study, args.seeds)
-    caches = sorted({cache for run in runs for cache in needed_caches(run, output).values()})
+    output = Path(args.output) / args.world
+    world = WORLDS[args.world]
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+        plain = [Cache(kind, "data", "float16", ()) for kind in KINDS]  # they tell how long samples are
+        list(pool.map(extract, [(cache, args.world, output, args.samples) for cache in plain]))
+        runs = list_runs(args, output)
+        caches = sorted({cache for run in runs for cache in needed_caches(run, world, output).values()})
         if any(cache.answers == "target" for cache in caches):
-            list(pool.map(write_answers, [(kind, output, args.samples) for kind in KINDS]))
-        extract_jobs = [(cache, output, args.samples) for cache in caches]
+            list(pool.map(write_answers, [(kind, args.world, output, args.samples) for kind in KINDS]))
+        extract_jobs = [(cache, args.world, output, args.samples) for cache in caches]
         list(tqdm(pool.map(extract, extract_jobs), total=len(caches), desc="features"))
-        train_jobs = [(run, output, args.steps) for run in runs]
+        train_jobs = [(run, args.world, output) for run in runs]
         list(tqdm(pool.map(train, train_jobs), total=len(runs), desc="training"))
-    # After all training, so that times are measured on an idle machine.
-    report(measure(runs, args, output), args, output, Console(width=160))
+        measure_jobs = [(run, args.world, output, args.prompts_per_kind, args.speedup) for run in runs]
+        # Times are measured after all training, one draft after another.
+        mapped = map(measure, measure_jobs) if args.speedup else pool.map(measure, measure_jobs)
+        results = list(tqdm(mapped, total=len(runs), desc="measuring"))
+    measured: dict[str, list[Measurement]] = {}
+    for run, result in zip(runs, results, strict=True):
+        measured.setdefault(run.name, []).append(result)
+    report(measured, args, output, Console(width=160))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # The keys of `METHODS` in `evaluation/methods.py`, whose import takes seconds.
 BASELINES = (
     "vanilla",
+    "compiled-generate",
     "prompt-lookup",
     "assisted-chain",
     "chain",

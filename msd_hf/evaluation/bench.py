@@ -96,6 +96,9 @@ def run_bench(
                     if journal is not None:
                         journal.add(number, None)
                     continue
+            for method in methods:
+                if method.is_compiled:
+                    timed_generate(target, inputs, draft, method, **arguments)
             comparison = compare(target, draft, inputs, repeats, methods=methods, **arguments)
             observations = {}
             for method in methods:

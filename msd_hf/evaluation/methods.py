@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from packaging import version
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CompileConfig, PreTrainedConfig, PreTrainedModel
 
 from ..decoding.pair import companion_of
 from ..draft.modeling_msd import MSDDraftModel
@@ -45,6 +45,8 @@ class Method:
         copies_prompt: whether candidates are copied from the prompt. The tokens of visual positions are suppressed
             then, because the target would look for the images that belong to them.
         make_draft: makes the draft for a target; `None` for the user's draft.
+        is_compiled: whether `generate` runs the target's forward under `torch.compile`, with a static cache. Each
+            prompt is answered once before it is timed, because another length of the cache is compiled anew.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Method:
     tree: Mapping[str, Any] = field(default_factory=dict)
     copies_prompt: bool = False
     make_draft: Callable[[PreTrainedModel], MSDDraftModel] | None = None
+    is_compiled: bool = False
 
     @property
     def has_own_loop(self) -> bool:
@@ -71,8 +74,12 @@ class Method:
             MSDError: when the method needs a draft and there is none.
         """
         if not self.drafted:
-            suppressed = visual_token_ids(target.config) if self.copies_prompt else []
-            yield {**self.arguments, **({"suppress_tokens": suppressed} if suppressed else {})}
+            arguments = dict(self.arguments)
+            if self.copies_prompt and (suppressed := visual_token_ids(target.config)):
+                arguments["suppress_tokens"] = suppressed
+            if self.is_compiled and target.device.type == "cpu":
+                arguments["compile_config"] = _compile_on_cpu()
+            yield arguments
             return
         if self.make_draft is not None:
             draft = self.make_draft(target)
@@ -97,6 +104,12 @@ class Method:
 
 
 VANILLA = Method("vanilla", "`generate` alone")
+COMPILED_GENERATE = Method(
+    "compiled-generate",
+    '`generate(cache_implementation="static")` alone, its forward under `torch.compile`, warm',
+    arguments={"cache_implementation": "static"},
+    is_compiled=True,
+)
 PROMPT_LOOKUP = Method(
     "prompt-lookup",
     "`generate(prompt_lookup_num_tokens=10)`: candidates are copied from the text so far",
@@ -164,9 +177,27 @@ USELESS_DRAFT = Method(
 
 METHODS = {
     method.name: method
-    for method in (VANILLA, PROMPT_LOOKUP, ASSISTED_CHAIN, CHAIN, TREE, DEFAULT_SIZE, AUTO, COMPILED, USELESS_DRAFT)
+    for method in (
+        VANILLA,
+        COMPILED_GENERATE,
+        PROMPT_LOOKUP,
+        ASSISTED_CHAIN,
+        CHAIN,
+        TREE,
+        DEFAULT_SIZE,
+        AUTO,
+        COMPILED,
+        USELESS_DRAFT,
+    )
 }
 DEFAULT_BASELINES = ("prompt-lookup", "chain")
+
+
+def _compile_on_cpu() -> CompileConfig:
+    """Settings by which `generate` compiles on a CPU too. Some forwards break into several graphs there."""
+    config = CompileConfig(mode="default", fullgraph=False)
+    config._compile_all_devices = True
+    return config
 
 
 def visual_token_ids(config: PreTrainedConfig) -> list[int]:
@@ -214,6 +245,7 @@ __all__ = [
     "AUTO",
     "CHAIN",
     "COMPILED",
+    "COMPILED_GENERATE",
     "DEFAULT_BASELINES",
     "DEFAULT_SIZE",
     "METHODS",

@@ -118,6 +118,7 @@ def _make_features(
         folder,
         storage="float16",
         batch_size=batch_size,
+        max_length=args.max_length,
         feature_layers=draft.config.target_layers,
     )
     return FeatureCache(folder)

@@ -20,7 +20,7 @@ from ..stages import stage
 from ..target import TARGET_FOLDER, deepen, save_target
 from ..training import Budget
 from .dataset import KIND_GROUPS, HardSamples, SampleKind, make_evaluation_prompts
-from .processor import build_processor
+from .processor import MAX_LENGTH, build_processor
 from .target import DEEP_BATCHES, build_shallow_target, build_target_config, scale_projector, train_target
 from .vision import pretrain_vision_tower
 
@@ -107,7 +107,7 @@ def build_draft_folder(
     samples = draft_samples(num_samples, seed)
     # One conversation a forward, because pictures of several sizes do not fit into one.
     trainer = train_draft(
-        target, processor, output / "work", num_steps, samples, seed, batch_size, forward_batch_size=1
+        target, processor, output / "work", num_steps, samples, seed, batch_size, 1, max_length=MAX_LENGTH
     )
     console.print(f"draft of {trainer.model.num_parameters():,} parameters")
     save_draft(trainer, output / "draft", overwrite)

@@ -141,21 +141,35 @@ def make_evaluation_prompts(prompts_per_kind: int, seed: int, split: str = "test
 
 
 def make_prompts(
-    split: str, num_prompts: int, seed: int, kind: str, num_pictures: int | None = None
+    split: str,
+    num_prompts: int,
+    seed: int,
+    kind: str,
+    about: SampleKind | None = None,
+    num_pictures: int | None = None,
 ) -> list[HardPrompt]:
-    """Makes `num_prompts` questions of one kind, a key of `KINDS`: about text, a large picture, or an album of
-    `num_pictures` pictures (2 to 16 by default)."""
+    """
+    Makes `num_prompts` questions of one kind.
+
+    Args:
+        kind: a key of `KINDS`.
+        about: what the questions are about, instead of what `KINDS` says.
+        num_pictures: the number of pictures of an album or a gallery.
+    """
     check_split(split)
     if kind not in KINDS:
         raise ValueError(f"Unknown question kind {kind!r}: choose one of {', '.join(KINDS)}.")
+    about = about or KINDS[kind]
+    fitting = {"text": ("text",), "large": ("small", "large"), "album": ("album", "gallery")}[KINDS[kind]]
+    if about not in fitting:
+        raise ValueError(f"Questions of kind {kind!r} are about one of {', '.join(fitting)}, got {about!r}.")
     rng = random.Random(f"hard/{split}/prompts/{seed}/{kind}")
-    about = KINDS[kind]
     prompts = []
     for _ in range(num_prompts):
         pictures = make_album(rng, split, about, num_pictures)
         if about == "text":
             turn = make_text_task(rng, split, kind).turn
-        elif about == "album":
+        elif kind in ALBUM_KINDS:
             turn = ALBUM_KINDS[kind](rng, pictures)
         else:
             turn = PICTURE_KINDS[kind](rng, pictures[0])
