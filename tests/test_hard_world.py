@@ -14,7 +14,7 @@ from msd_hf.toy.hard import KINDS, HardSamples, Picture, Thing, make_picture, ma
 from msd_hf.toy.hard.dataset import NUM_TURNS, make_album
 from msd_hf.toy.hard.picture import CELL, NUM_THINGS, ORDINALS
 from msd_hf.toy.hard.processor import build_processor
-from msd_hf.toy.hard.target import build_target_config, stream_batches
+from msd_hf.toy.hard.target import DEEP_LESSON, build_target_config, stream_batches
 from msd_hf.toy.hard.text_questions import SYNONYMS
 from msd_hf.toy.hard.vision import cell_labels
 from msd_hf.toy.hard.visual_questions import PICTURE_KINDS
@@ -142,7 +142,7 @@ def test_unknown_names_are_rejected():
 
 def test_batches_hold_pictures_of_one_size_and_give_a_loss(processor):
     model = build_untrained(build_target_config(processor, num_layers=1))
-    batches = stream_batches(processor, seed=0)
+    batches = stream_batches(processor, 0, DEEP_LESSON)
     seen = set()
     for _ in range(6):
         samples = next(batches)["samples"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,11 +19,19 @@ from ...writing.destination import check_destination
 from ..accuracy import accuracy_table, generate_answers, score_answers
 from ..draft import save_draft, train_draft
 from ..stages import stage
-from ..target import TARGET_FOLDER, deepen, save_target
+from ..target import deepen, save_target
 from ..training import Budget
 from .dataset import KIND_GROUPS, HardSamples, SampleKind, make_evaluation_prompts
 from .processor import MAX_LENGTH, build_processor
-from .target import DEEP_BATCHES, build_shallow_target, build_target_config, scale_projector, train_target
+from .target import (
+    DEEP_LESSON,
+    LESSONS,
+    Batches,
+    build_shallow_target,
+    build_target_config,
+    scale_features,
+    train_target,
+)
 from .vision import pretrain_vision_tower
 
 
@@ -35,7 +45,9 @@ VISUAL: tuple[SampleKind, ...] = ("small", "large", "album", "large", "album", "
 def build_pair(
     output: Annotated[Path, typer.Option(help="Folder that `target` and `draft` are written to.")],
     vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision tower alone.")] = 1400,
-    shallow_steps: Annotated[int, typer.Option(min=1, help="Steps of a target of five layers.")] = 2400,
+    first_steps: Annotated[int, typer.Option(min=1, help="Steps of five layers on tiny pictures.")] = 1200,
+    second_steps: Annotated[int, typer.Option(min=1, help="The same on small pictures and albums.")] = 1000,
+    third_steps: Annotated[int, typer.Option(min=1, help="The same on large pictures and albums.")] = 1000,
     deep_steps: Annotated[int, typer.Option(min=1, help="Steps of the target with all layers.")] = 300,
     draft_steps: Annotated[int, typer.Option(min=1, help="Steps of the draft's training.")] = 1200,
     draft_samples: Annotated[int, typer.Option(min=2, help="Conversations of the draft, half of them visual.")] = 3000,
@@ -50,37 +62,40 @@ def build_pair(
     after its last finished stage; a folder `target` that is there is kept."""
     check_destination(output / "draft", DRAFT_FOLDER, overwrite)
     logging.set_verbosity_info()
-    budgets = Budget(vision_steps), Budget(shallow_steps), Budget(deep_steps)
-    build_target_folder(output, *budgets, seed)
+    build_target_folder(output, vision_steps, (first_steps, second_steps, third_steps), deep_steps, seed)
     print_accuracy(output / "target", prompts_per_kind, seed)
     build_draft_folder(output, draft_steps, draft_samples, batch_size, seed, overwrite)
 
 
-def build_target_folder(output: Path, vision: Budget, shallow: Budget, deep: Budget, seed: int = 0) -> None:
-    """Trains the vision tower, then a shallow target, then the target with all layers; saves it as `target`."""
+def build_target_folder(
+    output: Path, vision_steps: int, lesson_steps: Sequence[int], deep_steps: int, seed: int = 0
+) -> None:
+    """Trains the vision tower, then a shallow target by the lessons, then the target with all layers; saves it as
+    `target`."""
     folder, work = output / "target", output / "work"
     if folder.exists():
         return
-    check_destination(folder, TARGET_FOLDER, False)
     processor = build_processor(seed)
 
     def see() -> Any:
         model = build_shallow_target(processor, seed)
-        probes = pretrain_vision_tower(model.model.vision_tower, processor, vision, seed)
+        probes = pretrain_vision_tower(model.model.vision_tower, processor, Budget(vision_steps), seed)
         console.print("vision tower:", {name: f"{value:.1%}" for name, value in probes.items()})
-        scale_projector(model, processor, seed)
+        scale_features(model, processor, seed)
         return model
 
-    def learn() -> Any:
-        model = stage(work / "vision", see)
+    def learn(model: Any, lesson: Batches, steps: int, number: int) -> Any:
         model.model.vision_tower.requires_grad_(False)
-        train_target(model, processor, shallow, seed)
+        train_target(model, processor, lesson, Budget(steps), seed + number)
         return model
 
-    model = deepen(stage(work / "shallow", learn), build_target_config(processor))
+    model = stage(work / "vision", see)
+    for number, (lesson, steps) in enumerate(zip(LESSONS, lesson_steps, strict=True), 1):
+        model = stage(work / f"lesson-{number}", partial(learn, model, lesson, steps, number))
+    model = deepen(model, build_target_config(processor))
     model.model.vision_tower.requires_grad_(False)
     console.print(f"{model.num_parameters():,} parameters, {torch.get_num_threads()} threads")
-    train_target(model, processor, deep, seed + 1, DEEP_RATE, DEEP_BATCHES)
+    train_target(model, processor, DEEP_LESSON, Budget(deep_steps), seed + len(LESSONS) + 1, DEEP_RATE)
     save_target(model, processor, folder)
 
 

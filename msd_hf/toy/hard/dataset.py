@@ -18,17 +18,18 @@ from .visual_questions import PICTURE_KINDS, make_picture_turns
 
 
 IMAGE_TAG = "<image>"
-# What a conversation is about, with the range of its number of turns. A small picture has 144 visual tokens, a large
-# one 576; an album has 2 to 16 pictures of 64, a gallery 4 large ones, 2,304 together.
-SampleKind = Literal["text", "small", "large", "album", "gallery"]
+# What a conversation is about, with the range of its number of turns. A tiny picture has 64 visual tokens, a small one
+# 144, a large one 576; an album has 2 to 16 pictures of 64, a gallery 4 large ones, 2,304 together.
+SampleKind = Literal["text", "tiny", "small", "large", "album", "gallery"]
 NUM_TURNS: dict[SampleKind, tuple[int, int]] = {
     "text": (2, 4),
+    "tiny": (3, 5),
     "small": (3, 5),
     "large": (4, 6),
     "album": (3, 5),
     "gallery": (3, 4),
 }
-_GRIDS: dict[SampleKind, int] = {"small": 3, "large": 6, "album": 2, "gallery": 6}
+_GRIDS: dict[SampleKind, int] = {"tiny": 2, "small": 3, "large": 6, "album": 2, "gallery": 6}
 _GALLERY_SIZE = 4
 
 
@@ -64,13 +65,13 @@ def _first_turn(question: str, num_images: int) -> str:
 
 
 def make_album(rng: random.Random, split: str, kind: SampleKind, num_pictures: int | None = None) -> list[Picture]:
-    """The pictures of a conversation: none for `"text"`, one for `"small"` and `"large"`. The number of pictures of
-    an album or a gallery can be given."""
+    """The pictures of a conversation: none for `"text"`, one for `"tiny"`, `"small"` and `"large"`. The number of
+    pictures of an album or a gallery can be given."""
     if kind == "text":
         return []
     if num_pictures is None and kind == "album":
         num_pictures = rng.randint(2, 10) if rng.random() < 0.7 else rng.randint(2, 16)
-    elif kind in ("small", "large"):
+    elif kind in ("tiny", "small", "large"):
         num_pictures = 1
     return [make_picture(rng, split, _GRIDS[kind]) for _ in range(num_pictures or _GALLERY_SIZE)]
 
@@ -160,7 +161,7 @@ def make_prompts(
     if kind not in KINDS:
         raise ValueError(f"Unknown question kind {kind!r}: choose one of {', '.join(KINDS)}.")
     about = about or KINDS[kind]
-    fitting = {"text": ("text",), "large": ("small", "large"), "album": ("album", "gallery")}[KINDS[kind]]
+    fitting = {"text": ("text",), "large": ("tiny", "small", "large"), "album": ("album", "gallery")}[KINDS[kind]]
     if about not in fitting:
         raise ValueError(f"Questions of kind {kind!r} are about one of {', '.join(fitting)}, got {about!r}.")
     rng = random.Random(f"hard/{split}/prompts/{seed}/{kind}")

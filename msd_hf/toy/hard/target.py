@@ -24,8 +24,13 @@ NUM_VISION_LAYERS = 3
 IMAGE_SIDE = 144  # pixels of a large picture; the position embeddings are interpolated to the sizes of others
 # Conversations of a batch, and how often a batch is of the kind. All pictures of a batch have one size.
 Batches = dict[SampleKind, tuple[int, int]]
-SHALLOW_BATCHES: Batches = {"text": (24, 4), "small": (20, 4), "large": (8, 3), "album": (8, 3)}
-DEEP_BATCHES: Batches = {"text": (24, 3), "small": (20, 2), "large": (8, 4), "album": (8, 3), "gallery": (2, 2)}
+# One after the other. A model that has not learned to look yet finds a thing among a few, and later among many.
+LESSONS: tuple[Batches, ...] = (
+    {"text": (24, 2), "tiny": (24, 5)},
+    {"text": (24, 3), "tiny": (24, 1), "small": (16, 3), "album": (8, 3)},
+    {"text": (24, 3), "small": (16, 2), "large": (8, 4), "album": (8, 3)},
+)
+DEEP_LESSON: Batches = {"text": (24, 3), "small": (16, 2), "large": (8, 4), "album": (8, 3), "gallery": (2, 2)}
 _POOL = 12  # batches whose samples are sorted by length together
 
 
@@ -66,19 +71,36 @@ def build_shallow_target(processor: LlavaProcessor, seed: int = 0) -> Any:
 
 
 @torch.no_grad()
-def scale_projector(model: Any, processor: LlavaProcessor, seed: int = 0) -> None:
-    """Scales the untrained projector in place so that image features have the size of token embeddings, 1."""
+def scale_features(model: Any, processor: LlavaProcessor, seed: int = 0) -> None:
+    """
+    Scales tower and untrained projector in place so that both give features of the size of token embeddings, 1.
+
+    A projector of large features has small weights, which the first steps of training would destroy.
+    """
     rng = random.Random(f"hard/projector/{seed}")
     images = [render(make_picture(rng, "train", 3)) for _ in range(32)]
     pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-    states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-1][:, 1:]
-    projector = model.model.multi_modal_projector
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+
+    def features() -> torch.Tensor:
+        return tower(pixel_values, output_hidden_states=True).hidden_states[-1][:, 1:]
+
+    # The layers normalise what they read, so this scales the whole residual stream and changes nothing else.
+    size = features().pow(2).mean().sqrt()
+    embeddings = tower.embeddings
+    scaled = [embeddings.cls_token, embeddings.position_embeddings, *embeddings.patch_embeddings.parameters()]
+    scaled += [
+        getattr(layer, name).lambda1 for layer in tower.encoder.layer for name in ("layer_scale1", "layer_scale2")
+    ]
+    for parameter in scaled:
+        parameter.div_(size)
+    states = features()
     projector.linear_1.weight.div_(projector.linear_1(states).pow(2).mean().sqrt())
     projector.linear_2.weight.div_(projector(states).pow(2).mean().sqrt())
 
 
 def stream_batches(
-    processor: LlavaProcessor, seed: int, batches: Batches = SHALLOW_BATCHES
+    processor: LlavaProcessor, seed: int, batches: Batches
 ) -> Iterator[dict[str, list[dict[str, torch.Tensor]]]]:
     """Yields batches of encoded training conversations without end, each of one kind and of similar lengths."""
     encoder = ConversationEncoder(processor, MAX_LENGTH)
@@ -101,17 +123,17 @@ def stream_batches(
 def train_target(
     model: Any,
     processor: LlavaProcessor,
+    lesson: Batches,
     budget: Budget,
     seed: int = 0,
     rate: float = 1.0,
-    batches: Batches = SHALLOW_BATCHES,
 ) -> float:
-    """Trains what is not frozen of a model in place on new conversations; returns the mean training loss. `rate` is
-    relative to the learning rates of `build_optimizer`."""
+    """Trains what is not frozen of a model in place on new conversations of a lesson; returns the mean training loss.
+    `rate` is relative to the learning rates of `build_optimizer`."""
     pad_token_id = processor.tokenizer.pad_token_id
     return train(
         model,
-        lambda: stream_batches(processor, seed, batches),
+        lambda: stream_batches(processor, seed, lesson),
         lambda items: collate_samples(items[0]["samples"], pad_token_id),
         budget,
         1,
