@@ -113,10 +113,10 @@ def test_chunks_give_the_plain_loss_and_gradient(num_rows, chunk_size):
 
 
 def test_another_term_is_one_entry_of_the_table(monkeypatch):
-    def total_variation(logits, goal_logits):
-        return (logits.softmax(-1) - goal_logits.softmax(-1)).abs().sum() / 2
+    def total_variation(logits, labels):
+        return (logits.softmax(-1) - labels).abs().sum(-1) / 2
 
-    monkeypatch.setitem(losses.LOSS_TERMS, "variation", LossTerm(total_variation, "token_loss_weight", "logits"))
+    monkeypatch.setitem(losses.LOSS_TERMS, "variation", LossTerm(total_variation, "token_loss_weight", "tokens"))
     torch.manual_seed(0)
     states = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
     goals = torch.randn(11, 6, dtype=torch.float64)
@@ -124,7 +124,7 @@ def test_another_term_is_one_entry_of_the_table(monkeypatch):
     loss = weighted_loss(loss_sums(states, goals, head, chunk_size=4).terms, Recipe(token_loss_weight=0.3))
     plain = functional.smooth_l1_loss(states, goals, reduction="none").mean(-1).sum()
     plain = plain + 0.3 * functional.cross_entropy(head(states), head(goals).softmax(-1), reduction="sum")
-    plain = plain + 0.3 * total_variation(head(states), head(goals))
+    plain = plain + 0.3 * total_variation(head(states), head(goals).softmax(-1)).sum()
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(torch.autograd.grad(loss, states), torch.autograd.grad(plain, states))
 

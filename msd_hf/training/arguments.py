@@ -68,6 +68,8 @@ class MSDTrainingArguments(TrainingArguments):
             included.
         feature_loss_weight (`float`, *optional*): weight of the Smooth-L1 loss on hidden states; paper: 1.0.
         token_loss_weight (`float`, *optional*): weight of the cross-entropy on tokens; paper: 0.1.
+        accepted_length_loss_weight (`float`, *optional*): weight of the loss on the expected accepted length: the
+            number of drafted tokens, one for each of `unroll_passes`, that are expected to be refused. Paper: 0.
         noise (`float`, *optional*): range of the uniform noise on hidden states in a sample of 512 tokens; paper: 0.2.
         trained_rows (`str`, *optional*): the positions in the loss: `"answer"`, those of the assistant's tokens, or
             `"drafted"`, those that generation drafts from ([`~msd_hf.training.rows.trained_rows`]). Paper: `"answer"`.
@@ -137,6 +139,9 @@ class MSDTrainingArguments(TrainingArguments):
     )
     token_loss_weight: float | None = field(
         default=None, metadata={"help": "Weight of the cross-entropy on tokens. Paper: 0.1."}
+    )
+    accepted_length_loss_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the loss on the expected accepted length. Paper: 0."}
     )
     noise: float | None = field(default=None, metadata={"help": "Range of the noise on hidden states. Paper: 0.2."})
     trained_rows: str | None = field(

@@ -9,7 +9,8 @@ import torch
 from ..prompts import move_inputs
 from ..target.adapter import TargetAdapter
 from .arguments import MSDTrainingArguments
-from .losses import LossSums, add_uniform_noise, loss_sums, weighted_loss
+from .chains import Chains
+from .losses import LossSums, add_uniform_noise, loss_sums, used_terms, weighted_loss
 from .rows import DraftRows, draft_rows
 from .unrolling import unrolled_states
 from .visual_row_dropout import unread_rows
@@ -42,7 +43,7 @@ class DraftObjective:
 
         Returns:
             The weighted sum of all loss terms over all passes (a scalar with a gradient), and the unweighted sums of
-            the first pass.
+            the first pass; those of terms over chains are of all passes.
         """
         args, recipe = self.args, self.recipe
         rows = self.make_rows(batch, dtype)
@@ -54,16 +55,24 @@ class DraftObjective:
         num_passes = recipe.unroll_passes if draft.training else 1
         weights = [args.unroll_decay**pass_index for pass_index in range(num_passes)]
         trained = rows.trained
+        names = used_terms(recipe)
         total, first = torch.zeros((), device=trained.device), None
+        chains: dict[str, Chains] = {}
         for pass_index, states in enumerate(unrolled_states(draft, rows, num_passes, noisy_states)):
             if pass_index > 0:
                 # Generation reaches this depth at row j only from row j - `pass_index`, which must be trained too.
                 trained = trained & _shift_right(rows.trained, pass_index)
-            sums = loss_sums(states[trained], rows.goals[trained].to(states), self.adapter.head, args.head_chunk_size)
+            sums = loss_sums(
+                states[trained], rows.goals[trained].to(states), self.adapter.head, args.head_chunk_size, names
+            )
+            for name, acceptance in sums.acceptances.items():
+                chains.setdefault(name, Chains()).add(acceptance, trained)
             total = total + weights[pass_index] / sum(weights) * weighted_loss(sums.terms, recipe)
             first = sums if first is None else first
         assert first is not None
-        return total, first
+        lengths = {name: chain.missing for name, chain in chains.items()}
+        first.terms |= lengths
+        return total + weighted_loss(lengths, recipe), first
 
     def make_rows(self, batch: dict[str, Any], dtype: torch.dtype) -> DraftRows:
         """Makes the draft's rows of a batch. The target runs only if the batch does not hold its hidden states."""

@@ -42,6 +42,7 @@ _ARGUMENTS = (
     "max_length",
     "feature_loss_weight",
     "token_loss_weight",
+    "accepted_length_loss_weight",
     "noise",
     "trained_rows",
     "unroll_passes",

@@ -70,6 +70,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "parts of a recipe": (
         "feature_loss_weight",
         "token_loss_weight",
+        "accepted_length_loss_weight",
         "noise",
         "trained_rows",
         "unroll_passes",

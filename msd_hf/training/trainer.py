@@ -30,7 +30,7 @@ from .data.encoding import ConversationEncoder
 from .features.cache import FeatureCache
 from .features.fingerprint import draft_fingerprint, target_fingerprint
 from .given_data import open_held_out, open_training_data, processor_of
-from .losses import weighted_loss
+from .losses import used_terms, weighted_loss
 from .meters import LossMeter
 from .mixture import Mixture, MixtureCollator
 from .new_draft import new_draft
@@ -150,7 +150,8 @@ class MSDTrainer(ResumableTrainer):
             self._target_hash = target_fingerprint(target)
             shard_target(target, self.args.device)
         self.objective = DraftObjective(TargetAdapter(target, model.config.target_layers), self.args)
-        self._train_meter, self._eval_meter = LossMeter(), LossMeter()
+        names = used_terms(args.make_recipe())
+        self._train_meter, self._eval_meter = LossMeter(names), LossMeter(names)
         self._visual_counts = VisualCounts()
         self._skipped: dict[tuple[str, int], str] = {}
         self._held_out_skipped: dict[tuple[str, int], str] = {}
