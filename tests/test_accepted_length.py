@@ -55,17 +55,24 @@ def missing_by_hand(target, draft, input_ids, trained, num_passes, labels_of):
     return missing
 
 
+def greedy(logits):
+    return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits)
+
+
+@pytest.mark.parametrize("temperature, labels_of", [(1.0, lambda logits: logits.softmax(-1)), (0.0, greedy)])
 @pytest.mark.parametrize("num_passes", [1, 3])
 @pytest.mark.parametrize("chunk_size", [2, 100])
-def test_the_loss_and_its_gradient_equal_a_sum_over_chains(parts, num_passes, chunk_size):
+def test_the_loss_and_its_gradient_equal_a_sum_over_chains(parts, num_passes, chunk_size, temperature, labels_of):
     target, draft, batch, trained, objective = parts
     compute = objective(
-        **OTHERS, accepted_length_loss_weight=0.5, unroll_passes=num_passes, head_chunk_size=chunk_size
+        **OTHERS,
+        accepted_length_loss_weight=0.5,
+        label_temperature=temperature,
+        unroll_passes=num_passes,
+        head_chunk_size=chunk_size,
     )
     total, sums = compute(draft, batch, draft.dtype)
-    expected = missing_by_hand(
-        target, draft, batch["input_ids"], trained, num_passes, lambda logits: logits.softmax(-1)
-    )
+    expected = missing_by_hand(target, draft, batch["input_ids"], trained, num_passes, labels_of)
     torch.testing.assert_close(total, 0.5 * expected)
     torch.testing.assert_close(sums.terms["accepted_length_loss"], expected)
     names, parameters = zip(*draft.named_parameters(), strict=True)
@@ -91,6 +98,8 @@ def test_without_a_weight_nothing_is_computed(parts):
     assert sums.terms.keys() == {"feature_loss", "token_loss"} and not sums.acceptances
 
 
-def test_a_negative_weight_is_refused(parts):
-    with pytest.raises(MSDError, match="`accepted_length_loss_weight` must not be negative"):
-        parts[-1](accepted_length_loss_weight=-1.0)
+@pytest.mark.parametrize("name", ["accepted_length_loss_weight", "label_temperature"])
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_a_negative_value_is_refused(parts, name, value):
+    with pytest.raises(MSDError, match=f"`{name}` must not be negative"):
+        parts[-1](**{name: value})

@@ -129,6 +129,21 @@ def test_another_term_is_one_entry_of_the_table(monkeypatch):
     torch.testing.assert_close(torch.autograd.grad(loss, states), torch.autograd.grad(plain, states))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+def test_labels_are_the_probabilities_of_generation(temperature):
+    torch.manual_seed(0)
+    states, goals = torch.randn(2, 11, 6, dtype=torch.float64)
+    head = torch.nn.Linear(6, 13).double()
+    names = ("token_loss", "accepted_length_loss")
+    sums = loss_sums(states, goals, head, 4, names, temperature)
+    logits = head(goals)
+    labels = (logits / max(temperature, 1e-9)).softmax(-1)  # a temperature near 0 is greedy decoding
+    plain = -(labels * head(states).log_softmax(-1)).sum()
+    torch.testing.assert_close(sums.terms["token_loss"], plain)
+    accepted = torch.minimum(head(states).softmax(-1), labels).sum(-1)
+    torch.testing.assert_close(sums.acceptances["accepted_length_loss"], accepted)
+
+
 def test_no_more_than_a_chunk_of_logits_exists():
     largest = 0
 

@@ -37,6 +37,7 @@ _AT_LEAST_1 = (
     "gradient_accumulation_steps",
 )
 _NOT_NEGATIVE = (
+    "label_temperature",
     "noise",
     "unroll_decay",
     "eval_prompts",
@@ -70,6 +71,9 @@ class MSDTrainingArguments(TrainingArguments):
         token_loss_weight (`float`, *optional*): weight of the cross-entropy on tokens; paper: 0.1.
         accepted_length_loss_weight (`float`, *optional*): weight of the loss on the expected accepted length: the
             number of drafted tokens, one for each of `unroll_passes`, that are expected to be refused. Paper: 0.
+        label_temperature (`float`, *optional*): temperature of the target's probabilities that the losses on tokens
+            compare with: best the one of generation. 0 takes the most likely token alone, as greedy decoding does.
+            Paper: 1.
         noise (`float`, *optional*): range of the uniform noise on hidden states in a sample of 512 tokens; paper: 0.2.
         trained_rows (`str`, *optional*): the positions in the loss: `"answer"`, those of the assistant's tokens, or
             `"drafted"`, those that generation drafts from ([`~msd_hf.training.rows.trained_rows`]). Paper: `"answer"`.
@@ -142,6 +146,9 @@ class MSDTrainingArguments(TrainingArguments):
     )
     accepted_length_loss_weight: float | None = field(
         default=None, metadata={"help": "Weight of the loss on the expected accepted length. Paper: 0."}
+    )
+    label_temperature: float | None = field(
+        default=None, metadata={"help": "Temperature of the target's probabilities as labels. Paper: 1; greedy: 0."}
     )
     noise: float | None = field(default=None, metadata={"help": "Range of the noise on hidden states. Paper: 0.2."})
     trained_rows: str | None = field(

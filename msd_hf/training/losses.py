@@ -95,6 +95,7 @@ def loss_sums(
     head: Callable[[torch.Tensor], torch.Tensor],
     chunk_size: int = 1024,
     names: Collection[str] | None = None,
+    label_temperature: float = 1.0,
 ) -> LossSums:
     """
     Computes loss terms, with gradients with respect to `states`. At most `chunk_size` rows of logits exist at a time,
@@ -106,6 +107,7 @@ def loss_sums(
         head: the target's head, `[r, H] -> [r, V]`. It gets no gradient.
         chunk_size: rows of logits at a time.
         names: the terms; default: all but those over chains.
+        label_temperature: argument of [`label_probabilities`].
     """
     dtype = _sum_dtype(states)
     terms = {name: LOSS_TERMS[name] for name in (used_terms(Recipe()) if names is None else names)}
@@ -115,7 +117,10 @@ def loss_sums(
         for name, term in terms.items()
         if term.compares == "states"
     }
-    agreement, *of_rows = _ChunkedLogitTerms.apply(states, goals, head, chunk_size, tuple(of_logits.values()))
+    labels_of = functools.partial(label_probabilities, temperature=label_temperature)
+    agreement, *of_rows = _ChunkedLogitTerms.apply(
+        states, goals, head, chunk_size, tuple(of_logits.values()), labels_of
+    )
     values |= zip(of_logits, of_rows, strict=True)
     return LossSums(
         {name: values[name].sum() for name, term in terms.items() if term.compares != "chains"},
@@ -123,6 +128,16 @@ def loss_sums(
         len(states),
         {name: values[name] for name, term in terms.items() if term.compares == "chains"},
     )
+
+
+def label_probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """
+    What the draft should predict: the target's probabilities `[R, V]` at a temperature, from its logits. At 0 the most
+    likely token has probability 1, as in greedy decoding.
+    """
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    return (logits / temperature).softmax(-1)
 
 
 def weighted_loss(terms: Mapping[str, Any], recipe: Recipe) -> Any:
@@ -137,14 +152,14 @@ class _ChunkedLogitTerms(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, states, goals, head, chunk_size, functions):
+    def forward(ctx, states, goals, head, chunk_size, functions, labels_of):
         values: list[list[torch.Tensor]] = [[] for _ in functions]
         agreement = torch.zeros(NUM_RANKS, dtype=torch.long, device=states.device)
         needs_gradient = ctx.needs_input_grad[0]
         gradients: list[list[torch.Tensor]] = [[] for _ in functions]
         for rows, goal_rows in zip(states.split(chunk_size), goals.split(chunk_size), strict=True):
             goal_logits = head(goal_rows).to(_sum_dtype(states))
-            labels = goal_logits.softmax(-1)
+            labels = labels_of(goal_logits)
             with torch.set_grad_enabled(needs_gradient):
                 rows = rows.detach().requires_grad_(needs_gradient)
                 logits = head(rows).to(goal_logits.dtype)
@@ -166,7 +181,7 @@ class _ChunkedLogitTerms(torch.autograd.Function):
     def backward(ctx, grad_agreement, *grad_values):
         pairs = zip(ctx.saved_tensors, grad_values, strict=True)
         parts = [(gradient * scale.unsqueeze(-1)).to(gradient.dtype) for gradient, scale in pairs]
-        return functools.reduce(operator.add, parts), None, None, None, None
+        return functools.reduce(operator.add, parts), None, None, None, None, None
 
 
 def _sum_dtype(states: torch.Tensor) -> torch.dtype:
@@ -191,6 +206,7 @@ __all__ = [
     "LossSums",
     "LossTerm",
     "add_uniform_noise",
+    "label_probabilities",
     "loss_sums",
     "used_terms",
     "weighted_loss",

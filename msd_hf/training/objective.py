@@ -63,7 +63,12 @@ class DraftObjective:
                 # Generation reaches this depth at row j only from row j - `pass_index`, which must be trained too.
                 trained = trained & _shift_right(rows.trained, pass_index)
             sums = loss_sums(
-                states[trained], rows.goals[trained].to(states), self.adapter.head, args.head_chunk_size, names
+                states[trained],
+                rows.goals[trained].to(states),
+                self.adapter.head,
+                args.head_chunk_size,
+                names,
+                recipe.label_temperature,
             )
             for name, acceptance in sums.acceptances.items():
                 chains.setdefault(name, Chains()).add(acceptance, trained)

@@ -12,8 +12,9 @@ class Recipe:
     (section 3.3).
 
     Args:
-        feature_loss_weight, token_loss_weight, accepted_length_loss_weight, noise, trained_rows, unroll_passes,
-            init_from_last_layer, target_layers, target_written_answers, warmup_steps: see [`MSDTrainingArguments`].
+        feature_loss_weight, token_loss_weight, accepted_length_loss_weight, label_temperature, noise, trained_rows,
+            unroll_passes, init_from_last_layer, target_layers, target_written_answers, warmup_steps: see
+            [`MSDTrainingArguments`].
         base_learning_rate (`float`): the peak learning rate at a hidden size of 4,096.
         scale_learning_rate (`bool`): whether a narrower draft has a higher rate, in proportion.
     """
@@ -21,6 +22,7 @@ class Recipe:
     feature_loss_weight: float = 1.0
     token_loss_weight: float = 0.1
     accepted_length_loss_weight: float = 0.0
+    label_temperature: float = 1.0
     noise: float = 0.2
     trained_rows: str = "answer"
     unroll_passes: int = 1

@@ -43,6 +43,7 @@ _ARGUMENTS = (
     "feature_loss_weight",
     "token_loss_weight",
     "accepted_length_loss_weight",
+    "label_temperature",
     "noise",
     "trained_rows",
     "unroll_passes",

@@ -71,6 +71,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "feature_loss_weight",
         "token_loss_weight",
         "accepted_length_loss_weight",
+        "label_temperature",
         "noise",
         "trained_rows",
         "unroll_passes",
