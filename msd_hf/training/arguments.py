@@ -82,6 +82,9 @@ class MSDTrainingArguments(TrainingArguments):
         unroll_decay (`float`, defaults to 0.8): weight of each pass relative to the pass before it.
         visual_row_dropout (`float`, defaults to 0.0): share of samples in which the draft reads a random number of the
             visual rows, evenly spaced, so that it gets used to every `max_visual_rows`.
+        hard_example_mixing (`float`, *optional*): share of the samples, from the second epoch on, that are drawn again
+            because the draft did badly on them: in proportion to the share of positions at which its most likely token
+            was not the target's. Needs data sets with a length. Paper: 0.
         init_from_last_layer (`bool`, *optional*): whether a new draft starts from the target's last layer.
         target_layers (`str`, *optional*): layers of the target that a new draft reads besides the last hidden state:
             numbers from 0, with commas; `"auto"` for one low, one middle and one high layer; or `"none"`.
@@ -160,6 +163,9 @@ class MSDTrainingArguments(TrainingArguments):
     unroll_decay: float = field(default=0.8, metadata={"help": "Weight of a pass relative to the one before."})
     visual_row_dropout: float = field(
         default=0.0, metadata={"help": "Share of samples in which only some visual rows, a random number, are read."}
+    )
+    hard_example_mixing: float | None = field(
+        default=None, metadata={"help": "Share of samples that are drawn again as they went badly. Paper: 0."}
     )
     init_from_last_layer: bool | None = field(
         default=None, metadata={"help": "Start a new draft from the target's last layer. Paper: no.", **_FLAG}
@@ -290,8 +296,9 @@ class MSDTrainingArguments(TrainingArguments):
         self.layers_of(num_layers=8)
         if self.trained_rows not in ROW_CHOICES:
             raise MSDError(f"`trained_rows` must be one of {', '.join(ROW_CHOICES)}, got {self.trained_rows!r}.")
-        if not 0 <= self.visual_row_dropout <= 1:
-            raise MSDError(f"`visual_row_dropout` must be between 0 and 1, got {self.visual_row_dropout}.")
+        for name in ("visual_row_dropout", "hard_example_mixing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise MSDError(f"`{name}` must be between 0 and 1, got {getattr(self, name)}.")
         for name in _AT_LEAST_1:
             if getattr(self, name) < 1:
                 raise MSDError(f"`{name}` must be at least 1, got {getattr(self, name)}.")

@@ -80,12 +80,14 @@ class LossSums:
         agreement (`torch.LongTensor` of shape `[3]`): number of rows at which the target's most likely token is the
             draft's most likely one, among the draft's two, and among its three.
         num_rows: number of rows.
+        agrees (`torch.BoolTensor` of shape `[R]`): the rows at which the draft's most likely token is the target's.
         acceptances: the values `[R]` of the terms over chains, by name.
     """
 
     terms: dict[str, torch.Tensor]
     agreement: torch.Tensor
     num_rows: int
+    agrees: torch.Tensor
     acceptances: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -118,14 +120,13 @@ def loss_sums(
         if term.compares == "states"
     }
     labels_of = functools.partial(label_probabilities, temperature=label_temperature)
-    agreement, *of_rows = _ChunkedLogitTerms.apply(
-        states, goals, head, chunk_size, tuple(of_logits.values()), labels_of
-    )
+    hits, *of_rows = _ChunkedLogitTerms.apply(states, goals, head, chunk_size, tuple(of_logits.values()), labels_of)
     values |= zip(of_logits, of_rows, strict=True)
     return LossSums(
         {name: values[name].sum() for name, term in terms.items() if term.compares != "chains"},
-        agreement,
+        hits.sum(0),
         len(states),
+        hits[:, 0],
         {name: values[name] for name, term in terms.items() if term.compares == "chains"},
     )
 
@@ -154,7 +155,7 @@ class _ChunkedLogitTerms(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, goals, head, chunk_size, functions, labels_of):
         values: list[list[torch.Tensor]] = [[] for _ in functions]
-        agreement = torch.zeros(NUM_RANKS, dtype=torch.long, device=states.device)
+        hits = []  # whether the target's most likely token is among the draft's 1, 2 and 3 most likely ones
         needs_gradient = ctx.needs_input_grad[0]
         gradients: list[list[torch.Tensor]] = [[] for _ in functions]
         for rows, goal_rows in zip(states.split(chunk_size), goals.split(chunk_size), strict=True):
@@ -171,9 +172,11 @@ class _ChunkedLogitTerms(torch.autograd.Function):
                     is_last = number == len(totals) - 1
                     gradients[number] += torch.autograd.grad(total, rows, retain_graph=not is_last)
             best = logits.detach().topk(min(NUM_RANKS, logits.shape[-1]), dim=-1).indices
-            hits = (best == goal_logits.argmax(-1, keepdim=True)).cumsum(-1)
-            agreement[: hits.shape[1]] += hits.sum(0)
+            is_best = best == goal_logits.argmax(-1, keepdim=True)
+            # A vocabulary of one or two tokens has fewer ranks.
+            hits.append(functional.pad(is_best.cumsum(-1), (0, NUM_RANKS - best.shape[1])).bool())
         ctx.save_for_backward(*(torch.cat(chunks) if chunks else torch.zeros_like(states) for chunks in gradients))
+        agreement = torch.cat(hits)
         ctx.mark_non_differentiable(agreement)
         return agreement, *(torch.cat(chunks) for chunks in values)
 

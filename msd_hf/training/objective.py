@@ -90,7 +90,7 @@ class DraftObjective:
             inputs_embeds = inputs_embeds.masked_scatter(visual_mask.unsqueeze(-1), visual_embeds)
         else:
             target = self.adapter.target
-            others = ("labels", "numbers", "is_visual", "skipped")
+            others = ("labels", "numbers", "places", "is_visual", "skipped")
             inputs = move_inputs({name: value for name, value in batch.items() if name not in others}, target)
             # The target runs in its own dtype, as in generation and in feature caches, even if the draft trains in
             # another one.

@@ -49,6 +49,7 @@ _ARGUMENTS = (
     "unroll_passes",
     "unroll_decay",
     "visual_row_dropout",
+    "hard_example_mixing",
     "init_from_last_layer",
     "target_layers",
     "target_written_answers",

@@ -77,6 +77,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "unroll_passes",
         "unroll_decay",
         "visual_row_dropout",
+        "hard_example_mixing",
         "init_from_last_layer",
         "target_layers",
         "decouple_visual_tokens",
