@@ -79,6 +79,8 @@ class MSDTrainingArguments(TrainingArguments):
             `"drafted"`, those that generation drafts from ([`~msd_hf.training.rows.trained_rows`]). Paper: `"answer"`.
         unroll_passes (`int`, *optional*): passes of the draft in each step. All passes but the first read the draft's
             own outputs. Paper: 1.
+        final_unroll_passes (`int`, *optional*): passes at the end of the run, to which they grow from `unroll_passes`;
+            each number of passes has an equal part of the run. Paper: they stay.
         unroll_decay (`float`, defaults to 0.8): weight of each pass relative to the pass before it.
         visual_row_dropout (`float`, defaults to 0.0): share of samples in which the draft reads a random number of the
             visual rows, evenly spaced, so that it gets used to every `max_visual_rows`.
@@ -159,6 +161,9 @@ class MSDTrainingArguments(TrainingArguments):
     )
     unroll_passes: int | None = field(
         default=None, metadata={"help": "Passes a step; all but the first read the draft's own outputs. Paper: 1."}
+    )
+    final_unroll_passes: int | None = field(
+        default=None, metadata={"help": "Passes a step at the end of the run, to which they grow. Default: they stay."}
     )
     unroll_decay: float = field(default=0.8, metadata={"help": "Weight of a pass relative to the one before."})
     visual_row_dropout: float = field(
@@ -311,11 +316,17 @@ class MSDTrainingArguments(TrainingArguments):
         for name, most in _AT_MOST.items():
             if (getattr(self, name) or 0) > most:
                 raise MSDError(f"`{name}` must be at most {most:,}, got {getattr(self, name)}.")
-        if self.gradient_checkpointing and self.make_recipe().unroll_passes > 1:
+        recipe = self.make_recipe()
+        if recipe.final_unroll_passes is not None and recipe.final_unroll_passes < recipe.unroll_passes:
             raise MSDError(
-                "`gradient_checkpointing` cannot be combined with `unroll_passes` above 1: later passes attend to "
-                "the keys of earlier ones, which checkpointing would throw away. The draft has one layer: do without "
-                "checkpointing."
+                f"`final_unroll_passes` must be at least `unroll_passes`, {recipe.unroll_passes}, got "
+                f"{recipe.final_unroll_passes}."
+            )
+        if self.gradient_checkpointing and recipe.passes_at(1.0) > 1:
+            raise MSDError(
+                "`gradient_checkpointing` cannot be combined with `unroll_passes` above 1, nor with such "
+                "`final_unroll_passes`: later passes attend to the keys of earlier ones, which checkpointing would "
+                "throw away. The draft is small: do without checkpointing."
             )
 
 

@@ -31,7 +31,9 @@ class DraftObjective:
         self.args = args
         self.recipe = args.make_recipe()
 
-    def __call__(self, draft: Any, batch: dict[str, Any], dtype: torch.dtype) -> tuple[torch.Tensor, LossSums]:
+    def __call__(
+        self, draft: Any, batch: dict[str, Any], dtype: torch.dtype, progress: float = 0.0
+    ) -> tuple[torch.Tensor, LossSums]:
         """
         Computes the loss of one batch.
 
@@ -40,6 +42,7 @@ class DraftObjective:
                 mode one pass without noise.
             batch: a batch of [`MixtureCollator`].
             dtype: dtype of the draft.
+            progress: share of the run that is done, on which the number of passes depends.
 
         Returns:
             The weighted sum of all loss terms over all passes (a scalar with a gradient), and the unweighted sums of
@@ -52,7 +55,7 @@ class DraftObjective:
             noisy_states = self._add_noise(rows.hidden_states, batch["attention_mask"].sum(1), batch["numbers"])
         if draft.training and args.visual_row_dropout > 0:
             rows.unread = unread_rows(rows.visual_mask, batch["numbers"], args.visual_row_dropout, args.seed)
-        num_passes = recipe.unroll_passes if draft.training else 1
+        num_passes = recipe.passes_at(progress) if draft.training else 1
         weights = [args.unroll_decay**pass_index for pass_index in range(num_passes)]
         trained = rows.trained
         names = used_terms(recipe)

@@ -13,8 +13,8 @@ class Recipe:
 
     Args:
         feature_loss_weight, token_loss_weight, accepted_length_loss_weight, label_temperature, noise, trained_rows,
-            unroll_passes, hard_example_mixing, init_from_last_layer, target_layers, target_written_answers,
-            warmup_steps: see [`MSDTrainingArguments`].
+            unroll_passes, final_unroll_passes, hard_example_mixing, init_from_last_layer, target_layers,
+            target_written_answers, warmup_steps: see [`MSDTrainingArguments`].
         base_learning_rate (`float`): the peak learning rate at a hidden size of 4,096.
         scale_learning_rate (`bool`): whether a narrower draft has a higher rate, in proportion.
     """
@@ -26,6 +26,7 @@ class Recipe:
     noise: float = 0.2
     trained_rows: str = "answer"
     unroll_passes: int = 1
+    final_unroll_passes: int | None = None
     hard_example_mixing: float = 0.0
     init_from_last_layer: bool = False
     target_layers: str = "none"
@@ -35,6 +36,12 @@ class Recipe:
     # 2203.03466).
     base_learning_rate: float = 5e-5
     scale_learning_rate: bool = False
+
+    def passes_at(self, progress: float) -> int:
+        """The passes of a step after this share of the run. They grow from `unroll_passes` to `final_unroll_passes`;
+        each number has an equal part of the run."""
+        first, last = self.unroll_passes, self.final_unroll_passes
+        return first if last is None else min(last, first + int(progress * (last - first + 1)))
 
     def learning_rate(self, hidden_size: int) -> float:
         """The peak learning rate for a draft with this hidden size."""

@@ -47,6 +47,7 @@ _ARGUMENTS = (
     "noise",
     "trained_rows",
     "unroll_passes",
+    "final_unroll_passes",
     "unroll_decay",
     "visual_row_dropout",
     "hard_example_mixing",

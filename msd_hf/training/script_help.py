@@ -75,6 +75,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "noise",
         "trained_rows",
         "unroll_passes",
+        "final_unroll_passes",
         "unroll_decay",
         "visual_row_dropout",
         "hard_example_mixing",

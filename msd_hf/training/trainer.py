@@ -212,7 +212,8 @@ class MSDTrainer(ResumableTrainer):
         counted = self._skipped if model.training else self._held_out_skipped
         for kind, index, reason in inputs.get("skipped", ()):
             counted.setdefault((kind, index), reason)
-        loss, sums = self.objective(model, inputs, self.model.dtype)
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        loss, sums = self.objective(model, inputs, self.model.dtype, progress)
         meter = self._train_meter if model.training else self._eval_meter
         meter.add(sums, inputs["is_visual"])
         if model.training:
