@@ -30,6 +30,7 @@ _PICKLED = (type(None), bool, int, float, str, list, tuple, dict, Enum, torch.de
 _AT_LEAST_1 = (
     "max_length",
     "unroll_passes",
+    "draft_layers",
     "head_chunk_size",
     "eval_max_new_tokens",
     "per_device_train_batch_size",
@@ -87,7 +88,9 @@ class MSDTrainingArguments(TrainingArguments):
         hard_example_mixing (`float`, *optional*): share of the samples, from the second epoch on, that are drawn again
             because the draft did badly on them: in proportion to the share of positions at which its most likely token
             was not the target's. Needs data sets with a length. Paper: 0.
-        init_from_last_layer (`bool`, *optional*): whether a new draft starts from the target's last layer.
+        draft_layers (`int`, *optional*): decoder layers of a new draft. Paper: 1.
+        init_from_last_layer (`bool`, *optional*): whether the layers of a new draft start as copies of the last layers
+            of the target.
         target_layers (`str`, *optional*): layers of the target that a new draft reads besides the last hidden state:
             numbers from 0, with commas; `"auto"` for one low, one middle and one high layer; or `"none"`.
         target_written_answers (`bool`, *optional*): whether `msd-hf train` first lets the target answer the prompts
@@ -172,6 +175,7 @@ class MSDTrainingArguments(TrainingArguments):
     hard_example_mixing: float | None = field(
         default=None, metadata={"help": "Share of samples that are drawn again as they went badly. Paper: 0."}
     )
+    draft_layers: int | None = field(default=None, metadata={"help": "Decoder layers of a new draft. Paper: 1."})
     init_from_last_layer: bool | None = field(
         default=None, metadata={"help": "Start a new draft from the target's last layer. Paper: no.", **_FLAG}
     )

@@ -29,6 +29,7 @@ def new_draft(target: PreTrainedModel, args: MSDTrainingArguments) -> MSDDraftMo
         MSDError: when the draft cannot be made as the user asked.
     """
     overrides: dict[str, Any] = {
+        "num_hidden_layers": args.make_recipe().draft_layers,
         "decouple_visual_tokens": args.decouple_visual_tokens,
         "target_layers": args.layers_of(len(decoder_of(target).layers)),
     }

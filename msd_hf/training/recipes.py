@@ -13,7 +13,7 @@ class Recipe:
 
     Args:
         feature_loss_weight, token_loss_weight, accepted_length_loss_weight, label_temperature, noise, trained_rows,
-            unroll_passes, final_unroll_passes, hard_example_mixing, init_from_last_layer, target_layers,
+            unroll_passes, final_unroll_passes, hard_example_mixing, draft_layers, init_from_last_layer, target_layers,
             target_written_answers, warmup_steps: see [`MSDTrainingArguments`].
         base_learning_rate (`float`): the peak learning rate at a hidden size of 4,096.
         scale_learning_rate (`bool`): whether a narrower draft has a higher rate, in proportion.
@@ -28,6 +28,7 @@ class Recipe:
     unroll_passes: int = 1
     final_unroll_passes: int | None = None
     hard_example_mixing: float = 0.0
+    draft_layers: int = 1
     init_from_last_layer: bool = False
     target_layers: str = "none"
     target_written_answers: bool = False

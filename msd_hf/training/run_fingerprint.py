@@ -51,6 +51,7 @@ _ARGUMENTS = (
     "unroll_decay",
     "visual_row_dropout",
     "hard_example_mixing",
+    "draft_layers",
     "init_from_last_layer",
     "target_layers",
     "target_written_answers",

@@ -79,6 +79,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "unroll_decay",
         "visual_row_dropout",
         "hard_example_mixing",
+        "draft_layers",
         "init_from_last_layer",
         "target_layers",
         "decouple_visual_tokens",
