@@ -268,7 +268,9 @@ def _facts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
         "target's revision": _text(config.get("target_revision") or "not recorded"),
         "kind of target": _text(config.get("target_model_type") or "not recorded"),
         "draft": f"{num_layers} layer{'s' if num_layers != 1 else ''} of width {config.get('hidden_size')}",
-        "reads": "the target's last hidden states" + (f", and layers {layers}" if layers else ""),
+        "reads": "the target's last hidden states"
+        + (f", and layers {layers}" if layers else "")
+        + (", and one vector of all images" if config.get("global_image_vector") else ""),
         "vocabulary": "the target's"
         if size is None
         else f"{_count(size)} of the target's {_count(vocab_size)} tokens",

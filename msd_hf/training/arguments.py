@@ -91,6 +91,8 @@ class MSDTrainingArguments(TrainingArguments):
         draft_layers (`int`, *optional*): decoder layers of a new draft. Paper: 1.
         init_from_last_layer (`bool`, *optional*): whether the layers of a new draft start as copies of the last layers
             of the target.
+        global_image_vector (`bool`, *optional*): whether a new draft adds one vector, pooled from all visual rows that
+            it has read, to the input of each text row. Paper: no.
         target_layers (`str`, *optional*): layers of the target that a new draft reads besides the last hidden state:
             numbers from 0, with commas; `"auto"` for one low, one middle and one high layer; or `"none"`.
         target_written_answers (`bool`, *optional*): whether `msd-hf train` first lets the target answer the prompts
@@ -178,6 +180,9 @@ class MSDTrainingArguments(TrainingArguments):
     draft_layers: int | None = field(default=None, metadata={"help": "Decoder layers of a new draft. Paper: 1."})
     init_from_last_layer: bool | None = field(
         default=None, metadata={"help": "Start a new draft from the target's last layer. Paper: no.", **_FLAG}
+    )
+    global_image_vector: bool | None = field(
+        default=None, metadata={"help": "A new draft adds one vector of all images to its inputs. Paper: no.", **_FLAG}
     )
     target_layers: str | None = field(
         default=None,

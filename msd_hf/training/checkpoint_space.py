@@ -27,6 +27,7 @@ def count_parameters(target_config: PreTrainedConfig, args: MSDTrainingArguments
     num_layers = target_config.get_text_config(decoder=True).num_hidden_layers
     overrides: dict[str, Any] = {
         "num_hidden_layers": args.make_recipe().draft_layers,
+        "global_image_vector": args.make_recipe().global_image_vector,
         "target_layers": args.layers_of(num_layers),
     }
     with torch.device("meta"):

@@ -13,8 +13,8 @@ class Recipe:
 
     Args:
         feature_loss_weight, token_loss_weight, accepted_length_loss_weight, label_temperature, noise, trained_rows,
-            unroll_passes, final_unroll_passes, hard_example_mixing, draft_layers, init_from_last_layer, target_layers,
-            target_written_answers, warmup_steps: see [`MSDTrainingArguments`].
+            unroll_passes, final_unroll_passes, hard_example_mixing, draft_layers, init_from_last_layer,
+            global_image_vector, target_layers, target_written_answers, warmup_steps: see [`MSDTrainingArguments`].
         base_learning_rate (`float`): the peak learning rate at a hidden size of 4,096.
         scale_learning_rate (`bool`): whether a narrower draft has a higher rate, in proportion.
     """
@@ -30,6 +30,7 @@ class Recipe:
     hard_example_mixing: float = 0.0
     draft_layers: int = 1
     init_from_last_layer: bool = False
+    global_image_vector: bool = False
     target_layers: str = "none"
     target_written_answers: bool = False
     warmup_steps: float = 2000

@@ -53,6 +53,7 @@ _ARGUMENTS = (
     "hard_example_mixing",
     "draft_layers",
     "init_from_last_layer",
+    "global_image_vector",
     "target_layers",
     "target_written_answers",
     "decouple_visual_tokens",

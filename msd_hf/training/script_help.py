@@ -81,6 +81,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "hard_example_mixing",
         "draft_layers",
         "init_from_last_layer",
+        "global_image_vector",
         "target_layers",
         "decouple_visual_tokens",
     ),
