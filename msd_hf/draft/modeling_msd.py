@@ -170,8 +170,9 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
         Args:
             target (`PreTrainedModel`): the target. For a model that hands `generate` on to a language model inside of
                 it, as BLIP-2 does, the draft fits that one.
-            init_from_last_layer (`bool`, defaults to `False`): the draft's layers start as copies of as many last
-                layers of the target, in their order, and `fc` passes the embedding on.
+            init_from_last_layer (`bool`, defaults to `False`): the draft's first layer starts as a copy of the
+                target's last one, and `fc` passes the embedding on. Further layers start as copies that add nothing to
+                their input.
             check (`bool`, defaults to `True`): refuse a target that `generate` would refuse with a draft.
             overrides: fields of [`MSDDraftConfig`] that differ from the target's decoder; see
                 [`MSDDraftConfig.from_target`] for sizes that the target lacks.
@@ -185,7 +186,7 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
         draft = cls(MSDDraftConfig.from_target(target, check=check, **overrides))
         target = generating_model(target)
         if init_from_last_layer:
-            draft._copy_last_layers(target)
+            draft._copy_last_layer(target)
         weight = getattr(head_of(target), "weight", None)
         dtype = target.dtype if weight is None or not weight.dtype.is_floating_point else weight.dtype
         return draft.to(device=target.device if weight is None else weight.device, dtype=dtype)
@@ -248,20 +249,10 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
         return rows
 
     @torch.no_grad()
-    def _copy_last_layers(self, target: PreTrainedModel) -> None:
-        layers: Any = decoder_of(target).layers
-        if len(layers) < len(self.layers):
-            raise MSDError(
-                f"`{type(target).__name__}` has {len(layers)} decoder layers, and the draft {len(self.layers)}, which "
-                "cannot all be copies of them. Give the draft fewer layers, or do without `init_from_last_layer`."
-            )
-        for own, layer in zip(self.layers, layers[-len(self.layers) :], strict=True):
-            self._copy_layer(own, layer, target)
-        self.fc.weight[:, : self.config.hidden_size].add_(torch.eye(self.config.hidden_size))
-
-    @staticmethod
-    def _copy_layer(copy: Any, layer: Any, target: PreTrainedModel) -> None:
-        source, own = layer.state_dict(), copy.state_dict()
+    def _copy_last_layer(self, target: PreTrainedModel) -> None:
+        layer: Any = decoder_of(target).layers[-1]
+        first: Any = self.layers[0]
+        source, own = layer.state_dict(), first.state_dict()
         unfit = [name for name in own if name not in source or source[name].shape != own[name].shape]
         if unfit:
             raise MSDError(
@@ -274,13 +265,21 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
                 f"The last layer of `{type(target).__name__}` has {', '.join(more)}, of which the draft's layer knows "
                 "nothing. Do without `init_from_last_layer`."
             )
-        copy.load_state_dict(source)
+        first.load_state_dict(source)
         for name in ("input_layernorm", "post_attention_layernorm"):
             # Some norms multiply by 1 + weight. Their output for an input of ones is the factor.
-            ours, theirs = getattr(copy, name), getattr(layer, name)
+            ours, theirs = getattr(first, name), getattr(layer, name)
             factor = theirs(torch.ones_like(theirs.weight))
             if not torch.allclose(factor, theirs.weight, atol=1e-3):
                 ours.weight.copy_(factor)
+        further: Any
+        for further in self.layers[1:]:
+            further.load_state_dict(first.state_dict())
+            for projection in (further.self_attn.o_proj, further.mlp.down_proj):
+                nn.init.zeros_(projection.weight)
+                if projection.bias is not None:
+                    nn.init.zeros_(projection.bias)
+        self.fc.weight[:, : self.config.hidden_size].add_(torch.eye(self.config.hidden_size))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):  # type: ignore[override]

@@ -89,8 +89,7 @@ class MSDTrainingArguments(TrainingArguments):
             because the draft did badly on them: in proportion to the share of positions at which its most likely token
             was not the target's. Needs data sets with a length. Paper: 0.
         draft_layers (`int`, *optional*): decoder layers of a new draft. Paper: 1.
-        init_from_last_layer (`bool`, *optional*): whether the layers of a new draft start as copies of the last layers
-            of the target.
+        init_from_last_layer (`bool`, *optional*): whether a new draft starts from the target's last layer.
         global_image_vector (`bool`, *optional*): whether a new draft adds one vector, pooled from all visual rows that
             it has read, to the input of each text row. Paper: no.
         target_layers (`str`, *optional*): layers of the target that a new draft reads besides the last hidden state:
