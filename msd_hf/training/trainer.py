@@ -163,6 +163,7 @@ class MSDTrainer(ResumableTrainer):
         self._metrics: dict[str, float] = {}
         self._restore_best_checkpoint = RestoreBestCheckpoint()
         self.add_callback(self._restore_best_checkpoint)
+        self._sampler: CurriculumSampler
         self._best_step: int | None = None  # step of the best checkpoint, if that was loaded at the end
 
     @property
@@ -177,7 +178,7 @@ class MSDTrainer(ResumableTrainer):
         sizes = mixture.sizes
         batch_size = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
         steps_per_epoch, num_steps = args.run_length(sizes, self._train_batch_size)
-        return CurriculumSampler(
+        self._sampler = CurriculumSampler(
             sizes.get("text", 0),
             sizes.get("visual", 0),
             args.make_curriculum(),
@@ -187,11 +188,15 @@ class MSDTrainer(ResumableTrainer):
             args.make_recipe().hard_example_mixing,
             None if self._hard_examples is None else self._hard_examples.draw,
         )
+        return self._sampler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        steps_per_epoch, _ = self.args.run_length(self.train_dataset.sizes, self._train_batch_size)
+        epoch = self.state.global_step // steps_per_epoch
+        # `Trainer` sets it too, but does not reach the sampler if several processes resume within an epoch.
+        self._sampler.set_epoch(epoch)
         if self._hard_examples is not None:
-            steps_per_epoch, _ = self.args.run_length(self.train_dataset.sizes, self._train_batch_size)
-            self._hard_examples.begin_epoch(self.state.global_step // steps_per_epoch, self.accelerator)
+            self._hard_examples.begin_epoch(epoch, self.accelerator)
         super()._run_epoch(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
