@@ -46,7 +46,7 @@ def _reason(draft: Any) -> str | None:
         )
     if config.global_image_vector:
         return (
-            "it adds a vector of all images to its inputs, which vLLM does not compute. Train one without "
+            "it adds a vector of all images to its inputs, for which vLLM has no place. Train one without "
             "`global_image_vector`."
         )
     if getattr(config, "quantization_config", None) is not None:
