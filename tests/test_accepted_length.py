@@ -103,3 +103,8 @@ def test_without_a_weight_nothing_is_computed(parts):
 def test_a_negative_value_is_refused(parts, name, value):
     with pytest.raises(MSDError, match=f"`{name}` must not be negative"):
         parts[-1](**{name: value})
+
+
+def test_a_temperature_that_would_overflow_is_refused(parts):
+    with pytest.raises(MSDError, match="`label_temperature` must be 0, which is greedy, or at least"):
+        parts[-1](label_temperature=1e-30)

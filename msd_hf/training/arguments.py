@@ -18,7 +18,7 @@ from ..errors import MSDError
 from ..limits import LARGEST_SEED, MOST_WORKERS
 from ..writing.redaction import redact, secret_values
 from .curriculum import CURRICULA, Curriculum, SampleKind
-from .losses import WEIGHT_NAMES
+from .losses import LEAST_TEMPERATURE, WEIGHT_NAMES
 from .recipes import RECIPES, Recipe
 from .rows import ROW_CHOICES
 
@@ -312,6 +312,11 @@ class MSDTrainingArguments(TrainingArguments):
         for name in ("visual_row_dropout", "hard_example_mixing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise MSDError(f"`{name}` must be between 0 and 1, got {getattr(self, name)}.")
+        temperature = self.make_recipe().label_temperature
+        if 0 < temperature < LEAST_TEMPERATURE:
+            raise MSDError(
+                f"`label_temperature` must be 0, which is greedy, or at least {LEAST_TEMPERATURE}; got {temperature}."
+            )
         for name in _AT_LEAST_1:
             if getattr(self, name) < 1:
                 raise MSDError(f"`{name}` must be at least 1, got {getattr(self, name)}.")

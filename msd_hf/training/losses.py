@@ -15,6 +15,7 @@ from .recipes import Recipe
 
 
 NUM_RANKS = 3  # agreement is counted among the draft's 1, 2 and 3 most likely tokens
+LEAST_TEMPERATURE = 0.01  # of labels above 0; dividing by less overflows
 _REFERENCE_LENGTH = 512  # number of tokens at which the noise has its nominal range, as in the original code
 
 
@@ -204,6 +205,7 @@ def add_uniform_noise(hidden_states: torch.Tensor, uniform: torch.Tensor, scale:
 
 
 __all__ = [
+    "LEAST_TEMPERATURE",
     "LOSS_TERMS",
     "WEIGHT_NAMES",
     "LossSums",
