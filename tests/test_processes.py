@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from processes_run import ANSWERS, SHARDS, do_all_jobs
+from safetensors.torch import load_file
 from training_runs import build_small_target
 from transformers import AutoProcessor
 
@@ -71,6 +73,25 @@ def test_two_processes_write_what_one_does(folder):
     for name in ("name", "group", "prompt_tokens", "new_tokens", "acceptance_lengths"):
         assert [prompt[name] for prompt in one["prompts"]] == [prompt[name] for prompt in two["prompts"]]
     assert one["methods"]["tree"]["tau"] == two["methods"]["tree"]["tau"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does_and_resume_within_an_epoch(tmp_path):
+    write_dataset(tmp_path, "train", 60, seed=0)
+
+    def train(name, *more, processes=2):
+        launch = ["-m", "accelerate.commands.launch", "--config_file", CONFIG, "--main_process_port", free_port()]
+        script = [Path(__file__).with_name("training_processes_run.py"), tmp_path, name, *more]
+        command = [sys.executable, *(launch if processes == 2 else ()), *script]
+        result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr[-3000:]
+        return load_file(tmp_path / name / "model.safetensors")
+
+    whole, resumed = train("whole"), train("resumed", tmp_path / "whole" / "checkpoint-3")
+    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
+    alone = train("alone", processes=1)
+    for name, weight in whole.items():  # sums of another order
+        torch.testing.assert_close(weight, alone[name], atol=1e-5, rtol=0)
 
 
 def test_a_killed_process_ends_the_other_with_one_line(tmp_path):

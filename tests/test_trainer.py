@@ -12,7 +12,7 @@ from msd_hf import MSDDraftModel
 from msd_hf.errors import MSDDataError, MSDError
 from msd_hf.evaluation import mean_acceptance_length
 from msd_hf.prompts import build_chat_inputs
-from msd_hf.training import RECIPES, FeatureCache, MSDTrainingArguments, extract_features, load_conversations
+from msd_hf.training import RECIPES, FeatureCache, MSDTrainingArguments, Recipe, extract_features, load_conversations
 from msd_hf.training.checkpointing import complete_checkpoints
 
 
@@ -348,6 +348,17 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(recipe, small_target, toy_pr
     assert read_before_saving == [(36, "auto")]
     saved = MSDDraftModel.from_pretrained(tmp_path / "cut")
     assert saved.config.trained_visual_rows == 36 and saved.generation_config.max_visual_rows == "auto"
+
+
+def test_the_trainer_says_how_far_the_run_is(small_target, toy_processor, training_data, tmp_path, monkeypatch):
+    seen = []
+    passes_at = Recipe.passes_at
+    monkeypatch.setattr(Recipe, "passes_at", lambda *args: seen.append(passes_at(*args)) or seen[-1])
+    arguments = {"max_steps": 3, "final_unroll_passes": 3, "gradient_accumulation_steps": 2, "curriculum": "text"}
+    trainer = make_trainer(small_target, toy_processor, training_data, tmp_path, **arguments)
+    seen.clear()
+    trainer.train()
+    assert seen == [1, 1, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("chosen", [None, 9])

@@ -113,10 +113,10 @@ def test_chunks_give_the_plain_loss_and_gradient(num_rows, chunk_size):
 
 
 def test_another_term_is_one_entry_of_the_table(monkeypatch):
-    def total_variation(logits, goal_logits):
-        return (logits.softmax(-1) - goal_logits.softmax(-1)).abs().sum() / 2
+    def total_variation(logits, labels):
+        return (logits.softmax(-1) - labels).abs().sum(-1) / 2
 
-    monkeypatch.setitem(losses.LOSS_TERMS, "variation", LossTerm(total_variation, "token_loss_weight", "logits"))
+    monkeypatch.setitem(losses.LOSS_TERMS, "variation", LossTerm(total_variation, "token_loss_weight", "tokens"))
     torch.manual_seed(0)
     states = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
     goals = torch.randn(11, 6, dtype=torch.float64)
@@ -124,9 +124,24 @@ def test_another_term_is_one_entry_of_the_table(monkeypatch):
     loss = weighted_loss(loss_sums(states, goals, head, chunk_size=4).terms, Recipe(token_loss_weight=0.3))
     plain = functional.smooth_l1_loss(states, goals, reduction="none").mean(-1).sum()
     plain = plain + 0.3 * functional.cross_entropy(head(states), head(goals).softmax(-1), reduction="sum")
-    plain = plain + 0.3 * total_variation(head(states), head(goals))
+    plain = plain + 0.3 * total_variation(head(states), head(goals).softmax(-1)).sum()
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(torch.autograd.grad(loss, states), torch.autograd.grad(plain, states))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+def test_labels_are_the_probabilities_of_generation(temperature):
+    torch.manual_seed(0)
+    states, goals = torch.randn(2, 11, 6, dtype=torch.float64)
+    head = torch.nn.Linear(6, 13).double()
+    names = ("token_loss", "accepted_length_loss")
+    sums = loss_sums(states, goals, head, 4, names, temperature)
+    logits = head(goals)
+    labels = (logits / max(temperature, 1e-9)).softmax(-1)  # a temperature near 0 is greedy decoding
+    plain = -(labels * head(states).log_softmax(-1)).sum()
+    torch.testing.assert_close(sums.terms["token_loss"], plain)
+    accepted = torch.minimum(head(states).softmax(-1), labels).sum(-1)
+    torch.testing.assert_close(sums.acceptances["accepted_length_loss"], accepted)
 
 
 def test_no_more_than_a_chunk_of_logits_exists():

@@ -5,6 +5,7 @@ import torch
 from tiny import build_draft, build_target
 from torch.nn import functional
 
+from msd_hf.errors import MSDError
 from msd_hf.target.adapter import TargetAdapter
 from msd_hf.training import MSDTrainingArguments
 from msd_hf.training.objective import DraftObjective
@@ -59,6 +60,18 @@ def test_later_passes_weigh_less_and_count_only_rows_that_generation_drafts(part
     evaluated, _ = objective(noise=0.0, unroll_passes=3)(draft.eval(), batch, draft.dtype)
     first = next(iter(unrolled_states(draft, rows, 1)))
     torch.testing.assert_close(evaluated, sums_by_hand(target, first, rows.goals, trained))
+
+
+def test_passes_grow_over_the_run(parts):
+    _, draft, batch, _, objective = parts
+    growing = objective(noise=0.0, unroll_passes=1, final_unroll_passes=3)
+    for progress, num_passes in ((0.0, 1), (0.33, 1), (0.34, 2), (0.66, 2), (0.67, 3), (1.0, 3)):
+        fixed, _ = objective(noise=0.0, unroll_passes=num_passes)(draft, batch, draft.dtype)
+        assert torch.equal(growing(draft, batch, draft.dtype, progress)[0], fixed), progress
+    with pytest.raises(MSDError, match="`final_unroll_passes` must be at least `unroll_passes`, 3, got 2"):
+        objective(unroll_passes=3, final_unroll_passes=2)
+    with pytest.raises(MSDError, match="`gradient_checkpointing` cannot be combined with"):
+        objective(unroll_passes=1, final_unroll_passes=2, gradient_checkpointing=True)
 
 
 def test_the_target_runs_in_its_own_dtype_under_mixed_precision(parts):

@@ -56,6 +56,8 @@ class DeviceRounds:
         with torch.inference_mode():  # the mode of all tensors of a drafting
             self._tokens = start.tokens.clone()  # [1, A]: the tokens of the last round, then padding
             self._hidden_states = start.hidden_states.clone()  # [1, A, W]
+            vector = start.image_vector
+            self._image_vector = None if vector is None else vector.clone()  # [1, 1, H]
             self._counts = torch.tensor(start.counts, device=device)  # [1]: how many tokens the last round emitted
             self._draft_lengths = torch.tensor(start.context.lengths, device=device)  # [1]
             self._draft_position = start.next_position.clone()  # [1, 1]
@@ -188,7 +190,13 @@ class DeviceRounds:
     def _draft_tree(self) -> CandidateTree:
         lengths = torch.stack([self._counts, self._draft_lengths])
         tree = self.drafter.draft_tree(
-            self._tokens, self._hidden_states, lengths, self._draft_position, self._room, cuda_graphs=False
+            self._tokens,
+            self._hidden_states,
+            lengths,
+            self._draft_position,
+            self._room,
+            self._image_vector,
+            cuda_graphs=False,
         )
         self._draft_lengths += self._counts
         self._draft_position += self._counts.unsqueeze(1)

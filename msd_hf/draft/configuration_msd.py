@@ -73,6 +73,9 @@ class MSDDraftConfig(PreTrainedConfig):
         target_layers (`list[int]`, *optional*):
             Decoder layers of the target, counted from 0, whose outputs the draft reads besides the last hidden state.
             Nodes of a growing tree do without them, as the target has not computed them yet. The paper uses none.
+        global_image_vector (`bool`, defaults to `False`):
+            Whether the draft pools the visual rows that it reads into one vector, which it adds to the input of every
+            text row behind them. The paper does not.
         draft_vocab_size (`int`, *optional*):
             Size of the draft's own vocabulary, from which it chooses candidates; see
             [`~MSDDraftModel.set_draft_vocab`]. `None`: the target's whole vocabulary.
@@ -125,6 +128,7 @@ class MSDDraftConfig(PreTrainedConfig):
     input_layernorm: bool = False
     decouple_visual_tokens: bool = True
     target_layers: list[int] | None = None
+    global_image_vector: bool = False
     draft_vocab_size: int | None = None
     trained_visual_rows: int | None = None
     target_model_type: str | None = None

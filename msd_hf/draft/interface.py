@@ -74,6 +74,13 @@ class Draft(Protocol):
         """Combines hidden states of the target `[B, T, W]` into one input of the draft, `[B, T, H]`. Returns its
         argument if the draft reads no layers."""
 
+    def image_vectors(
+        self, inputs_embeds: torch.Tensor, visual_mask: torch.Tensor, earlier: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """The vectors `[B, T, H]` that the forward adds to the text rows of a prompt; `earlier` are the embeddings
+        `[B, E, H]` of visual rows before it. The nodes of trees get the vector of the last row. `None` if the draft
+        has no such vectors; then its forward gets no argument `image_vectors`."""
+
     def plain_forward(self, convert: Callable[[nn.Module], TensorFunction] = ...) -> PlainForward:
         """The forward over a few nodes of a tree, with `convert(module)` in place of each module."""
 

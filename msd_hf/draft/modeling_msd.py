@@ -19,6 +19,7 @@ from ..decoders import decoder_of, head_of
 from ..errors import MSDError, MSDPairingError, MSDUnsupportedError
 from ..tree.settings import TREE_SETTINGS
 from .configuration_msd import MSDDraftConfig
+from .global_image import GlobalImage
 from .hub_mixin import DraftHubMixin
 from .interface import TargetReads, register_draft
 from .last_row import last_row_of_layer
@@ -77,7 +78,8 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
     """
     A draft for multimodal speculative decoding, passed to the target's `generate` as `assistant_model`.
 
-    It owns `fc`, `layers` and, with `target_layers`, `feature_proj`. The token embedding and the language-model head
+    It owns `fc`, `layers`, with `target_layers` also `feature_proj`, and with `global_image_vector` also
+    `global_image`. The token embedding and the language-model head
     are the target's, and are not saved with the draft.
 
     Settings are attributes of `draft.generation_config`, and are saved with the draft. None of them changes tokens:
@@ -120,6 +122,9 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
             if config.target_layers
             else None
         )
+        self.global_image = (
+            GlobalImage(config.hidden_size, config.rms_norm_eps) if config.global_image_vector else None
+        )
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.draft_vocab: torch.Tensor | None
         size = config.draft_vocab_size
@@ -133,6 +138,8 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
         self.post_init()
         if self.feature_proj is not None:
             nn.init.zeros_(self.feature_proj.weight)  # a new draft starts with the last hidden state alone
+        if self.global_image is not None:
+            nn.init.zeros_(self.global_image.proj.weight)  # and without a vector
 
     def generate(self, *args: Any, **kwargs: Any):
         """
@@ -165,7 +172,8 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
             target (`PreTrainedModel`): the target. For a model that hands `generate` on to a language model inside of
                 it, as BLIP-2 does, the draft fits that one.
             init_from_last_layer (`bool`, defaults to `False`): the draft's first layer starts as a copy of the
-                target's last one, and `fc` passes the embedding on.
+                target's last one, and `fc` passes the embedding on. Further layers start as copies that add nothing to
+                their input.
             check (`bool`, defaults to `True`): refuse a target that `generate` would refuse with a draft.
             overrides: fields of [`MSDDraftConfig`] that differ from the target's decoder; see
                 [`MSDDraftConfig.from_target`] for sizes that the target lacks.
@@ -244,7 +252,8 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
     @torch.no_grad()
     def _copy_last_layer(self, target: PreTrainedModel) -> None:
         layer: Any = decoder_of(target).layers[-1]
-        source, own = layer.state_dict(), self.layers[0].state_dict()
+        first: Any = self.layers[0]
+        source, own = layer.state_dict(), first.state_dict()
         unfit = [name for name in own if name not in source or source[name].shape != own[name].shape]
         if unfit:
             raise MSDError(
@@ -257,13 +266,20 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
                 f"The last layer of `{type(target).__name__}` has {', '.join(more)}, of which the draft's layer knows "
                 "nothing. Do without `init_from_last_layer`."
             )
-        self.layers[0].load_state_dict(source)
+        first.load_state_dict(source)
         for name in ("input_layernorm", "post_attention_layernorm"):
             # Some norms multiply by 1 + weight. Their output for an input of ones is the factor.
-            ours, theirs = getattr(self.layers[0], name), getattr(layer, name)
+            ours, theirs = getattr(first, name), getattr(layer, name)
             factor = theirs(torch.ones_like(theirs.weight))
             if not torch.allclose(factor, theirs.weight, atol=1e-3):
                 ours.weight.copy_(factor)
+        further: Any
+        for further in self.layers[1:]:
+            further.load_state_dict(first.state_dict())
+            for projection in (further.self_attn.o_proj, further.mlp.down_proj):
+                nn.init.zeros_(projection.weight)
+                if projection.bias is not None:
+                    nn.init.zeros_(projection.bias)
         self.fc.weight[:, : self.config.hidden_size].add_(torch.eye(self.config.hidden_size))
 
     @classmethod
@@ -325,12 +341,20 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
             return hidden_states
         return hidden_states + self.feature_proj(layer_states)
 
+    def image_vectors(
+        self, inputs_embeds: torch.Tensor, visual_mask: torch.Tensor, earlier: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """The vectors `[B, T, H]` that [`~MSDDraftModel.fuse`] adds to text rows, by the arguments of
+        [`~msd_hf.draft.global_image.GlobalImage`]; `None` for a draft without `global_image_vector`."""
+        return None if self.global_image is None else self.global_image(inputs_embeds, visual_mask, earlier)
+
     def fuse(
         self,
         inputs_embeds: torch.Tensor,
         hidden_states: torch.Tensor,
         visual_mask: torch.Tensor | None = None,
         layer_states: torch.Tensor | None = None,
+        image_vectors: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         The input of the first layer: `fc([embedding ; hidden state])` at text positions, and the embedding alone at
@@ -343,19 +367,28 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
             visual_mask (`torch.BoolTensor` of shape `[B, T]`, *optional*): true at row j if position j + 1 is visual.
             layer_states (`torch.Tensor` of shape `[B, T, K * H]`, *optional*): outputs of the K `target_layers` at
                 position j; `None` if `hidden_states` are the draft's own outputs.
+            image_vectors (`torch.Tensor` of shape `[B, T, H]` or `[B, 1, H]`, *optional*): added at text positions.
 
         Returns:
             `torch.Tensor` of shape `[B, T, H]`.
         """
         hidden_states = self._with_layers(hidden_states, layer_states)
         if visual_mask is None or not self.config.decouple_visual_tokens:
-            return self.fc(torch.cat([inputs_embeds, hidden_states], dim=-1))
+            fused = self.fc(torch.cat([inputs_embeds, hidden_states], dim=-1))
+            if image_vectors is None:
+                return fused
+            return fused + image_vectors * (1 if visual_mask is None else ~visual_mask.unsqueeze(-1))
         if torch.is_grad_enabled():
             fused = self.fc(torch.cat([inputs_embeds, hidden_states], dim=-1))
+            if image_vectors is not None:
+                fused = fused + image_vectors
             return torch.where(visual_mask.unsqueeze(-1), inputs_embeds, fused)
         is_text = ~visual_mask
+        text = self.fc(torch.cat([inputs_embeds[is_text], hidden_states[is_text]], dim=-1))
+        if image_vectors is not None:
+            text = text + image_vectors.expand_as(inputs_embeds)[is_text]
         fused = inputs_embeds.clone()
-        fused[is_text] = self.fc(torch.cat([inputs_embeds[is_text], hidden_states[is_text]], dim=-1))
+        fused[is_text] = text
         return fused
 
     @property
@@ -389,13 +422,16 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
         use_cache: bool | None = None,
         layer_states: torch.Tensor | None = None,
         last_row_only: bool = False,
+        image_vectors: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
         Runs the draft over T positions.
 
         Args:
-            inputs_embeds, hidden_states, visual_mask, layer_states: arguments of [`~MSDDraftModel.fuse`].
+            inputs_embeds, hidden_states, visual_mask, layer_states, image_vectors: arguments of
+                [`~MSDDraftModel.fuse`]. Without `image_vectors`, a draft with `global_image_vector` makes them of the
+                visual rows in `visual_mask`.
             attention_mask (`torch.Tensor`, *optional*): `[B, S + T]` with 1 for slots that may be seen, or an additive
                 mask `[B, 1, T, S + T]` in the draft's dtype. Without one, attention is causal.
             position_ids (`torch.LongTensor` of shape `[B, T]`, *optional*): default: the next slots of the cache.
@@ -411,7 +447,9 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        states = self.fuse(inputs_embeds, hidden_states, visual_mask, layer_states)
+        if image_vectors is None and visual_mask is not None:
+            image_vectors = self.image_vectors(inputs_embeds, visual_mask)
+        states = self.fuse(inputs_embeds, hidden_states, visual_mask, layer_states, image_vectors)
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(states.shape[1], device=states.device).unsqueeze(0) + past_length

@@ -81,6 +81,7 @@ class PlainForward:
         attention_mask: torch.Tensor | None,
         cache: Cache,
         attend: Attention = grouped_sdpa,
+        image_vector: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Runs T nodes of each row through the layers.
@@ -93,6 +94,7 @@ class PlainForward:
             attention_mask (`torch.Tensor` of shape `[B, 1, T, S]`, *optional*): additive mask.
             cache (`Cache`): the draft's cache, which is extended by the nodes.
             attend (`Callable`): computes attention.
+            image_vector (`torch.Tensor` of shape `[B, 1, H]`, *optional*): added to the input of the first layer.
 
         Returns:
             The last hidden states, `[B, T, H]`.
@@ -100,6 +102,8 @@ class PlainForward:
         batch_size, length, _ = inputs_embeds.shape
         # All nodes are rows of one matrix; otherwise each projection would flatten its input again.
         states = self.fuse(inputs_embeds.flatten(0, 1), hidden_states.flatten(0, 1))
+        if image_vector is not None:
+            states = (states.view(batch_size, length, -1) + image_vector).flatten(0, 1)
         for number, layer in enumerate(self.layers):
             states = _layer(layer, number, states, (batch_size, length), cos, sin, attention_mask, cache, attend)
         return states.view(batch_size, length, -1)

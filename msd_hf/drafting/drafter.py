@@ -85,6 +85,7 @@ class Drafter(ABC):
         self._pending: list[tuple[torch.Tensor, torch.Tensor, Sequence[int]]] = []  # arguments of `accept`
         self._slots: CacheTransaction  # transaction over `cache`
         self._next_positions: torch.Tensor  # [B, P]: the next P positions of each row
+        self._image_vector: torch.Tensor | None = None  # [B, 1, H], see `Draft.image_vectors`
         self._last_position = 0  # upper bound of the positions of all rows
 
     @abstractmethod
@@ -148,6 +149,8 @@ class Drafter(ABC):
             for tokens, states, counts in self._pending
         ]
         self._next_positions = self._next_positions[list(places)]
+        if self._image_vector is not None:
+            self._image_vector = self._image_vector[list(places)]
 
     def _prepare_cache(self) -> None:  # noqa: B027 (a drafter without preparation is complete)
         """Called before the prompt is fed into `cache`."""
@@ -180,11 +183,18 @@ class Drafter(ABC):
                 prompt_mask, length = kept.mask, visual_mask.shape[1]
                 if past is not None:
                     past.keep(held_rows)
+        inputs_embeds, visual_mask = self._to_draft(inputs_embeds), visual_mask.to(device)
+        # Padding may be copies of visual rows.
+        pooled_mask = visual_mask if prompt_mask is None else visual_mask & prompt_mask.bool()
+        held_embeds = None if past is None else past.visual_embeds
+        vectors = self.draft.image_vectors(inputs_embeds, pooled_mask, held_embeds)
+        if vectors is not None:
+            self._image_vector = vectors[:, -1:].clone()
         num_held = 0
         if past is not None:
             if past.draft_cache is not None:
                 self.cache, num_held = past.draft_cache, len(past.rows)
-            past.add(rows[0], visual_mask[0])
+            past.add(rows[0], visual_mask[0], None if vectors is None else inputs_embeds)
         self._prepare_cache()
         self._slots = CacheTransaction(self.cache, ContextSlots([num_held] * batch_size))
         mask = prompt_mask
@@ -194,13 +204,14 @@ class Drafter(ABC):
         self._slots.begin()
         with phase("draft forward"):
             last_state = self.draft(
-                inputs_embeds=self._to_draft(inputs_embeds),
+                inputs_embeds=inputs_embeds,
                 hidden_states=self.draft.read_target(self._to_draft(hidden_states)),
-                visual_mask=visual_mask.to(device),
+                visual_mask=visual_mask,
                 attention_mask=mask,
                 position_ids=position_ids,
                 past_key_values=self.cache,
                 last_row_only=True,
+                **({} if vectors is None else {"image_vectors": vectors}),
             ).last_hidden_state
         self._slots.commit_prompt(prompt_mask)
         self._next_positions = position_ids[:, -1:] + 1
@@ -250,7 +261,9 @@ class Drafter(ABC):
                 embeds = self._embedding(tokens)
             else:
                 embeds = self._to_draft(self.target.embed(tokens))
-            return self._drafting_step(embeds, hidden_states, position_ids, attention_mask, self.cache, last_position)
+            return self._drafting_step(
+                embeds, hidden_states, position_ids, attention_mask, self.cache, last_position, self._image_vector
+            )
 
     def _positions_ahead(self, count: int) -> torch.Tensor:
         """The next positions of each row, `[B, count]`."""

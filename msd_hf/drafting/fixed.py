@@ -45,6 +45,7 @@ class FixedState:
         next_position (`torch.LongTensor` of shape `[B, 1]`): position of the first token of each row.
         last_position (`int`): upper bound of the positions of all rows.
         context (`ContextSlots`): the slots of the draft's cache that hold the context.
+        image_vector (`torch.Tensor` of shape `[B, 1, H]`, *optional*): see [`Draft.image_vectors`].
     """
 
     tokens: torch.Tensor
@@ -53,6 +54,7 @@ class FixedState:
     next_position: torch.Tensor
     last_position: int
     context: ContextSlots
+    image_vector: torch.Tensor | None
 
 
 @dataclass
@@ -145,9 +147,12 @@ class FixedDrafter(Drafter):
             part.clone(memory_format=torch.contiguous_format)
             for part in (state.tokens, state.hidden_states, state.next_position)
         )
+        image_vector = state.image_vector
+        if image_vector is not None:
+            image_vector = image_vector.clone(memory_format=torch.contiguous_format)
         lengths = torch.tensor([counts, context.lengths], device=self.device)
         with phase("draft forward"):
-            tree = self.draft_tree(tokens, hidden_states, lengths, next_position, room)
+            tree = self.draft_tree(tokens, hidden_states, lengths, next_position, room, image_vector)
         context.grow(counts)
         close_slots(self.cache, context.num_slots)
         self._last_position += max(counts)
@@ -164,6 +169,7 @@ class FixedDrafter(Drafter):
             self._positions_ahead(1),
             self._last_position,
             replace(self._slots.context),
+            self._image_vector,
         )
 
     def resume(
@@ -214,13 +220,14 @@ class FixedDrafter(Drafter):
         lengths: torch.Tensor,
         next_position: torch.Tensor,
         room: DraftRoom,
+        image_vector: torch.Tensor | None = None,
         cuda_graphs: bool = True,
     ) -> CandidateTree:
         """
         Feeds the emitted tokens and grows trees from the last of them, on the device alone.
 
         Args:
-            tokens, hidden_states, next_position: as in [`FixedState`].
+            tokens, hidden_states, next_position, image_vector: as in [`FixedState`].
             lengths (`torch.LongTensor` of shape `[2, B]`): for each row, the number of its tokens, and the number of
                 slots of its context.
             room (`DraftRoom`): the result of `reserve`.
@@ -230,7 +237,7 @@ class FixedDrafter(Drafter):
         capacity = room.buffers[0][0].shape[2]
         shape = (len(tokens), capacity, len(room.rotations), room.padding is None, settings)
         given = self.draft.read_target(hidden_states)
-        inputs = (tokens, given, lengths, next_position, room.padding, room.rotations, room.buffers)
+        inputs = (tokens, given, lengths, next_position, room.padding, room.rotations, room.buffers, image_vector)
         tokens, parents, depths, ancestors, scores = self._compiled.run(
             _draft_tree, shape, tokens.device, self.draft, self._head, settings, *inputs, cuda_graphs=cuda_graphs
         )
@@ -270,6 +277,7 @@ def _draft_tree(
     padding: torch.Tensor | None,
     rotations: torch.Tensor,
     buffers: Sequence[KeysAndValues],
+    image_vector: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     """Does the work of `FixedDrafter.draft_tree`, and is compiled as a whole. Returns the tensors of the tree."""
     counts, held = lengths.unbind(0)
@@ -288,7 +296,7 @@ def _draft_tree(
         def attend(queries, keys, values, mask, scale):
             return split_attention(queries, keys, values, mask, scale, live_slots)
 
-        return plain_forward(embeds, states, cos, sin, mask.unsqueeze(1), cache, attend)
+        return plain_forward(embeds, states, cos, sin, mask.unsqueeze(1), cache, attend, image_vector)
 
     # An accepted token sees the context, the tokens before it and itself.
     visible = slots <= (held.unsqueeze(1) + steps[:num_tokens]).unsqueeze(2)  # [B, A, S]

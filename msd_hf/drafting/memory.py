@@ -34,6 +34,8 @@ class DraftMemory:
         visual (`list[bool]`): which of `rows` are visual, the token at position j + 1 being one of an image.
         tokens (`list[int]`): the tokens of the P slots of the target's cache, and the token after them.
         last_hidden_state (`torch.Tensor` of shape `[1, 1, W]`): hidden state of the target at position P - 1.
+        visual_embeds (`torch.Tensor` of shape `[1, E, H]`, *optional*): embeddings of the visual rows, for a draft
+            with `image_vectors`.
     """
 
     draft: weakref.ref[Any]
@@ -42,11 +44,13 @@ class DraftMemory:
     visual: list[bool]
     tokens: list[int]
     last_hidden_state: torch.Tensor
+    visual_embeds: torch.Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DraftMemory:
         cache = copy.deepcopy(self.cache, memo)
         rows, visual, tokens = list(self.rows), list(self.visual), list(self.tokens)
-        return DraftMemory(self.draft, cache, rows, visual, tokens, self.last_hidden_state.clone())
+        embeds = None if self.visual_embeds is None else self.visual_embeds.clone()
+        return DraftMemory(self.draft, cache, rows, visual, tokens, self.last_hidden_state.clone(), embeds)
 
     def __reduce__(self):  # a pickled cache keeps `None` in place of the memory
         return type(None), ()
@@ -66,6 +70,7 @@ class ChatMemory:
         draft_cache (`Cache`, *optional*): the draft's cache, which holds `rows`.
         rows (`list[int]`): the draft's rows that are still valid.
         visual (`list[bool]`): which of them are visual.
+        visual_embeds (`torch.Tensor` of shape `[1, E, H]`, *optional*): embeddings of the visual ones.
         hidden_state (`torch.Tensor` of shape `[1, 1, W]`, *optional*): hidden state of the target at position S - 1,
             if the draft has to be fed row S - 1 (again), because another token follows now.
     """
@@ -75,7 +80,9 @@ class ChatMemory:
         self.draft_cache: Cache | None = None
         self.rows: list[int] = []
         self.visual: list[bool] = []
+        self.visual_embeds: torch.Tensor | None = None
         self._fed: tuple[torch.Tensor, torch.Tensor]
+        self._fed_embeds: torch.Tensor | None = None
         self.hidden_state: torch.Tensor | None = None
         num_past = cache.get_seq_length()
         memory = getattr(cache, _ATTRIBUTE, None)
@@ -100,6 +107,8 @@ class ChatMemory:
         kept = bisect_left(memory.rows, min(common - 1, num_past))
         truncate(memory.cache, kept)
         self.draft_cache, self.rows, self.visual = memory.cache, memory.rows[:kept], memory.visual[:kept]
+        if memory.visual_embeds is not None:
+            self.visual_embeds = memory.visual_embeds[:, : sum(self.visual)]
         is_whole = num_past == len(memory.tokens) - 1
         if is_whole and (not self.rows or self.rows[-1] < num_past - 1):
             self.hidden_state = memory.last_hidden_state
@@ -109,12 +118,17 @@ class ChatMemory:
         if self.draft_cache is not None and len(places) < len(self.rows):
             for layer in self.draft_cache.layers:
                 layer.keep_slots(0, torch.tensor([places], device=layer.device))
+        if self.visual_embeds is not None:
+            left = set(places)
+            held = [place for place, is_visual in enumerate(self.visual) if is_visual]
+            self.visual_embeds = self.visual_embeds[:, [number for number, place in enumerate(held) if place in left]]
         self.rows, self.visual = [self.rows[place] for place in places], [self.visual[place] for place in places]
 
-    def add(self, rows: torch.Tensor, visual: torch.Tensor) -> None:
-        """Notes the rows of the prompt that the draft is fed `[L]`, and which of them are visual `[L]`. They are read
-        by `remember` alone: most calls leave nothing, and need not wait for the device."""
-        self._fed = rows, visual
+    def add(self, rows: torch.Tensor, visual: torch.Tensor, embeds: torch.Tensor | None = None) -> None:
+        """Notes the rows of the prompt that the draft is fed `[L]`, which of them are visual `[L]`, and for a draft
+        with `image_vectors` their embeddings `[1, L, H]`. They are read by `remember` alone: most calls leave nothing,
+        and need not wait for the device."""
+        self._fed, self._fed_embeds = (rows, visual), embeds
 
     def remember(self, cache: Cache, draft_cache: Cache, emitted: list[int], last_hidden_state: torch.Tensor) -> None:
         """
@@ -134,8 +148,14 @@ class ChatMemory:
         # A drafter may have taken the last row of the prompt back, to feed it again.
         rows = [*known, *range(first_new, num_slots)][: draft_cache.get_seq_length()]
         visual = [*self.visual, *fed_visual, *[False] * (len(rows) - len(known))][: len(rows)]
+        embeds = self._fed_embeds
+        if embeds is not None:
+            embeds = embeds[:, self._fed[1]]
+            if self.visual_embeds is not None:
+                embeds = torch.cat([self.visual_embeds, embeds], dim=1)
+        tokens = [*self._tokens, *emitted]
         memory = DraftMemory(
-            weakref.ref(self.draft), draft_cache, rows, visual, [*self._tokens, *emitted], last_hidden_state.clone()
+            weakref.ref(self.draft), draft_cache, rows, visual, tokens, last_hidden_state.clone(), embeds
         )
         setattr(cache, _ATTRIBUTE, memory)
 

@@ -37,6 +37,7 @@ class DraftingStep:
         attention_mask: torch.Tensor | None,
         cache: Cache,
         last_position: int,
+        image_vector: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Runs the draft over T nodes of each row, which get slots in the cache.
@@ -46,23 +47,26 @@ class DraftingStep:
             position_ids (`torch.LongTensor` of shape `[B, T]` or `[B, 1]`): positions of the nodes; `[B, 1]` if all
                 positions of a row are the same.
             last_position (`int`): upper bound of `position_ids`, known without reading them back from the device.
+            image_vector (`torch.Tensor` of shape `[B, 1, H]`, *optional*): see [`Draft.image_vectors`].
 
         Returns:
             The last hidden states, `[B, T, H]`.
         """
         if self._forward is None:
+            vectors: dict[str, Any] = {} if image_vector is None else {"image_vectors": image_vector}
             return self.draft(
                 inputs_embeds=inputs_embeds,
                 hidden_states=hidden_states,
                 attention_mask=attention_mask,
                 position_ids=position_ids.expand(hidden_states.shape[:2]),
                 past_key_values=cache,
+                **vectors,
             ).last_hidden_state
         if last_position >= len(self._rotations):
             num_positions = max(2 * last_position, _MIN_POSITIONS)
             self._rotations = rotary_table(self.draft.rotary_emb, num_positions, inputs_embeds)
         cos, sin = self._rotations[position_ids.unsqueeze(1)].unbind(3)
-        return self._forward(inputs_embeds, hidden_states, cos, sin, attention_mask, cache)
+        return self._forward(inputs_embeds, hidden_states, cos, sin, attention_mask, cache, image_vector=image_vector)
 
 
 def rotary_table(rotary_emb: Any, num_positions: int, like: torch.Tensor) -> torch.Tensor:

@@ -262,13 +262,15 @@ def _license_sentence(license: Any, target: Any) -> str:
 
 def _facts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     size, vocab_size = config.get("draft_vocab_size"), config.get("vocab_size")
-    layers = config.get("target_layers")
+    layers, num_layers = config.get("target_layers"), config.get("num_hidden_layers")
     facts = {
         "target": _text(config.get("target_name_or_path") or "not recorded"),
         "target's revision": _text(config.get("target_revision") or "not recorded"),
         "kind of target": _text(config.get("target_model_type") or "not recorded"),
-        "draft": f"{config.get('num_hidden_layers')} layer of width {config.get('hidden_size')}",
-        "reads": "the target's last hidden states" + (f", and layers {layers}" if layers else ""),
+        "draft": f"{num_layers} layer{'s' if num_layers != 1 else ''} of width {config.get('hidden_size')}",
+        "reads": "the target's last hidden states"
+        + (f", and layers {layers}" if layers else "")
+        + (", and one vector of all images" if config.get("global_image_vector") else ""),
         "vocabulary": "the target's"
         if size is None
         else f"{_count(size)} of the target's {_count(vocab_size)} tokens",

@@ -18,7 +18,7 @@ from ..errors import MSDError
 from ..limits import LARGEST_SEED, MOST_WORKERS
 from ..writing.redaction import redact, secret_values
 from .curriculum import CURRICULA, Curriculum, SampleKind
-from .losses import WEIGHT_NAMES
+from .losses import LEAST_TEMPERATURE, WEIGHT_NAMES
 from .recipes import RECIPES, Recipe
 from .rows import ROW_CHOICES
 
@@ -30,6 +30,7 @@ _PICKLED = (type(None), bool, int, float, str, list, tuple, dict, Enum, torch.de
 _AT_LEAST_1 = (
     "max_length",
     "unroll_passes",
+    "draft_layers",
     "head_chunk_size",
     "eval_max_new_tokens",
     "per_device_train_batch_size",
@@ -37,6 +38,7 @@ _AT_LEAST_1 = (
     "gradient_accumulation_steps",
 )
 _NOT_NEGATIVE = (
+    "label_temperature",
     "noise",
     "unroll_decay",
     "eval_prompts",
@@ -68,15 +70,28 @@ class MSDTrainingArguments(TrainingArguments):
             included.
         feature_loss_weight (`float`, *optional*): weight of the Smooth-L1 loss on hidden states; paper: 1.0.
         token_loss_weight (`float`, *optional*): weight of the cross-entropy on tokens; paper: 0.1.
+        accepted_length_loss_weight (`float`, *optional*): weight of the loss on the expected accepted length: the
+            number of drafted tokens, one for each of `unroll_passes`, that are expected to be refused. Paper: 0.
+        label_temperature (`float`, *optional*): temperature of the target's probabilities that the losses on tokens
+            compare with: best the one of generation. 0 takes the most likely token alone, as greedy decoding does.
+            Paper: 1.
         noise (`float`, *optional*): range of the uniform noise on hidden states in a sample of 512 tokens; paper: 0.2.
         trained_rows (`str`, *optional*): the positions in the loss: `"answer"`, those of the assistant's tokens, or
             `"drafted"`, those that generation drafts from ([`~msd_hf.training.rows.trained_rows`]). Paper: `"answer"`.
         unroll_passes (`int`, *optional*): passes of the draft in each step. All passes but the first read the draft's
             own outputs. Paper: 1.
+        final_unroll_passes (`int`, *optional*): passes at the end of the run, to which they grow from `unroll_passes`;
+            each number of passes has an equal part of the run. Paper: they stay.
         unroll_decay (`float`, defaults to 0.8): weight of each pass relative to the pass before it.
         visual_row_dropout (`float`, defaults to 0.0): share of samples in which the draft reads a random number of the
             visual rows, evenly spaced, so that it gets used to every `max_visual_rows`.
+        hard_example_mixing (`float`, *optional*): share of the samples, from the second epoch on, that are drawn again
+            because the draft did badly on them: in proportion to the share of positions at which its most likely token
+            was not the target's. Needs data sets with a length. Paper: 0.
+        draft_layers (`int`, *optional*): decoder layers of a new draft. Paper: 1.
         init_from_last_layer (`bool`, *optional*): whether a new draft starts from the target's last layer.
+        global_image_vector (`bool`, *optional*): whether a new draft adds one vector, pooled from all visual rows that
+            it has read, to the input of each text row. Paper: no.
         target_layers (`str`, *optional*): layers of the target that a new draft reads besides the last hidden state:
             numbers from 0, with commas; `"auto"` for one low, one middle and one high layer; or `"none"`.
         target_written_answers (`bool`, *optional*): whether `msd-hf train` first lets the target answer the prompts
@@ -138,6 +153,12 @@ class MSDTrainingArguments(TrainingArguments):
     token_loss_weight: float | None = field(
         default=None, metadata={"help": "Weight of the cross-entropy on tokens. Paper: 0.1."}
     )
+    accepted_length_loss_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the loss on the expected accepted length. Paper: 0."}
+    )
+    label_temperature: float | None = field(
+        default=None, metadata={"help": "Temperature of the target's probabilities as labels. Paper: 1; greedy: 0."}
+    )
     noise: float | None = field(default=None, metadata={"help": "Range of the noise on hidden states. Paper: 0.2."})
     trained_rows: str | None = field(
         default=None, metadata={"help": "Rows in the loss: answer (paper) or drafted.", "choices": list(ROW_CHOICES)}
@@ -145,12 +166,22 @@ class MSDTrainingArguments(TrainingArguments):
     unroll_passes: int | None = field(
         default=None, metadata={"help": "Passes a step; all but the first read the draft's own outputs. Paper: 1."}
     )
+    final_unroll_passes: int | None = field(
+        default=None, metadata={"help": "Passes a step at the end of the run, to which they grow. Default: they stay."}
+    )
     unroll_decay: float = field(default=0.8, metadata={"help": "Weight of a pass relative to the one before."})
     visual_row_dropout: float = field(
         default=0.0, metadata={"help": "Share of samples in which only some visual rows, a random number, are read."}
     )
+    hard_example_mixing: float | None = field(
+        default=None, metadata={"help": "Share of samples that are drawn again as they went badly. Paper: 0."}
+    )
+    draft_layers: int | None = field(default=None, metadata={"help": "Decoder layers of a new draft. Paper: 1."})
     init_from_last_layer: bool | None = field(
         default=None, metadata={"help": "Start a new draft from the target's last layer. Paper: no.", **_FLAG}
+    )
+    global_image_vector: bool | None = field(
+        default=None, metadata={"help": "A new draft adds one vector of all images to its inputs. Paper: no.", **_FLAG}
     )
     target_layers: str | None = field(
         default=None,
@@ -278,8 +309,14 @@ class MSDTrainingArguments(TrainingArguments):
         self.layers_of(num_layers=8)
         if self.trained_rows not in ROW_CHOICES:
             raise MSDError(f"`trained_rows` must be one of {', '.join(ROW_CHOICES)}, got {self.trained_rows!r}.")
-        if not 0 <= self.visual_row_dropout <= 1:
-            raise MSDError(f"`visual_row_dropout` must be between 0 and 1, got {self.visual_row_dropout}.")
+        for name in ("visual_row_dropout", "hard_example_mixing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise MSDError(f"`{name}` must be between 0 and 1, got {getattr(self, name)}.")
+        temperature = self.make_recipe().label_temperature
+        if 0 < temperature < LEAST_TEMPERATURE:
+            raise MSDError(
+                f"`label_temperature` must be 0, which is greedy, or at least {LEAST_TEMPERATURE}; got {temperature}."
+            )
         for name in _AT_LEAST_1:
             if getattr(self, name) < 1:
                 raise MSDError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -292,11 +329,17 @@ class MSDTrainingArguments(TrainingArguments):
         for name, most in _AT_MOST.items():
             if (getattr(self, name) or 0) > most:
                 raise MSDError(f"`{name}` must be at most {most:,}, got {getattr(self, name)}.")
-        if self.gradient_checkpointing and self.make_recipe().unroll_passes > 1:
+        recipe = self.make_recipe()
+        if recipe.final_unroll_passes is not None and recipe.final_unroll_passes < recipe.unroll_passes:
             raise MSDError(
-                "`gradient_checkpointing` cannot be combined with `unroll_passes` above 1: later passes attend to "
-                "the keys of earlier ones, which checkpointing would throw away. The draft has one layer: do without "
-                "checkpointing."
+                f"`final_unroll_passes` must be at least `unroll_passes`, {recipe.unroll_passes}, got "
+                f"{recipe.final_unroll_passes}."
+            )
+        if self.gradient_checkpointing and recipe.passes_at(1.0) > 1:
+            raise MSDError(
+                "`gradient_checkpointing` cannot be combined with `unroll_passes` above 1, nor with such "
+                "`final_unroll_passes`: later passes attend to the keys of earlier ones, which checkpointing would "
+                "throw away. The draft is small: do without checkpointing."
             )
 
 

@@ -25,7 +25,11 @@ _EXAMPLE_LIMIT = 3
 def count_parameters(target_config: PreTrainedConfig, args: MSDTrainingArguments) -> int:
     """Number of parameters of the new draft that `args` describe, without its weights."""
     num_layers = target_config.get_text_config(decoder=True).num_hidden_layers
-    overrides: dict[str, Any] = {"target_layers": args.layers_of(num_layers)}
+    overrides: dict[str, Any] = {
+        "num_hidden_layers": args.make_recipe().draft_layers,
+        "global_image_vector": args.make_recipe().global_image_vector,
+        "target_layers": args.layers_of(num_layers),
+    }
     with torch.device("meta"):
         return MSDDraftModel(MSDDraftConfig.from_target(target_config, **overrides)).num_parameters()
 

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..draft.folder import PROVENANCE_NAME
 from ..errors import MSDError
+from .hard_examples import HARD_EXAMPLES_NAME
 
 
 logger = logging.get_logger(__name__)
@@ -25,6 +26,7 @@ _CHECKPOINT_FILES = (
     _STAGING_NAME,
     "config.json",
     "generation_config.json",
+    HARD_EXAMPLES_NAME,
     "model*.safetensors*",
     "optimizer*",
     "pytorch_model*",

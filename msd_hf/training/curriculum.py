@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -94,6 +94,9 @@ class CurriculumSampler(Sampler[Draw]):
         epoch_length: number of samples in an epoch.
         num_samples: number of samples in the whole run, over which the stages are spread.
         seed: seed of the random choices.
+        hard_example_mixing: share of the samples that `draw_hard` chooses.
+        draw_hard: chooses the place of a sample of a kind that went badly; `None` while there is none. It must give
+            the same place for the same random numbers throughout an epoch.
 
     Raises:
         MSDError: when the curriculum needs a kind of sample and its data set is empty.
@@ -107,6 +110,8 @@ class CurriculumSampler(Sampler[Draw]):
         epoch_length: int,
         num_samples: int,
         seed: int = 0,
+        hard_example_mixing: float = 0.0,
+        draw_hard: Callable[[SampleKind, random.Random], int | None] | None = None,
     ):
         self.sizes: dict[SampleKind, int | None] = {"text": num_text, "visual": num_visual}
         for kind, size in self.sizes.items():
@@ -119,6 +124,8 @@ class CurriculumSampler(Sampler[Draw]):
         self.epoch_length = epoch_length
         self.num_samples = num_samples
         self.seed = seed
+        self.hard_example_mixing = hard_example_mixing
+        self.draw_hard = draw_hard
         self.epoch = 0
         self._orders: dict[SampleKind, tuple[int, list[int]]] = {}
         self._counted, self._counts = 0, dict.fromkeys(SAMPLE_KINDS, 0)  # draws of each kind before number `_counted`
@@ -146,6 +153,11 @@ class CurriculumSampler(Sampler[Draw]):
         size = self.sizes[kind]
         if size is None:
             return Draw(number, kind, self._num_before(number, kind))
+        if self.draw_hard is not None:
+            draws = random.Random(f"hard examples/{self.seed}/{number}")
+            place = self.draw_hard(kind, draws) if draws.random() < self.hard_example_mixing else None
+            if place is not None:
+                return Draw(number, kind, place)
         turn, position = divmod(number, size)
         if self._orders.get(kind, (None,))[0] != turn:
             order = list(range(size))

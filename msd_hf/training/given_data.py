@@ -67,6 +67,8 @@ def open_training_data(text: Any, visual: Any, both: Any, args: MSDTrainingArgum
             f"`dataloader_num_workers` to 0, got {args.dataloader_num_workers}."
         )
     args.run_length(dict.fromkeys(streamed), args.train_batch_size)  # a stream needs `max_steps`
+    if args.make_recipe().hard_example_mixing > 0:
+        _check_draws_again(data, args)
     return data
 
 
@@ -83,6 +85,21 @@ def open_held_out(data: Any) -> Any:
     if isinstance(opened, StreamedConversations):
         len(opened)  # says that a stream has none
     return opened
+
+
+def _check_draws_again(data: Mapping[SampleKind, Any], args: MSDTrainingArguments) -> None:
+    if any(isinstance(dataset, StreamedConversations) for dataset in data.values()):
+        raise MSDError(
+            "`hard_example_mixing` draws samples again, and a streamed data set has them in its order alone: set it "
+            "to 0, or give data sets with a length."
+        )
+    sizes: dict[SampleKind, int | None] = {kind: len(dataset) for kind, dataset in data.items() if dataset is not None}
+    epoch, run = args.run_length(sizes, args.train_batch_size)
+    if run <= epoch:
+        raise MSDError(
+            f"`hard_example_mixing` draws again what went badly in the epochs before, and this run of {run} steps has "
+            f"one epoch of {epoch}: set it to 0, or train for several epochs."
+        )
 
 
 def _opened(data: Any) -> Any:

@@ -94,6 +94,7 @@ class MixtureCollator:
 
     - `labels` `[B, L]`: token ids at trained rows, -100 elsewhere,
     - `numbers` `[B]`: the number of each sample in the run,
+    - `places` `[B]`: the place of each sample in its data set,
     - `is_visual` `[B]`: whether each sample is visual,
     - `skipped`: kind, index and reason of each sample that was skipped.
     """
@@ -110,6 +111,7 @@ class MixtureCollator:
         trained = trained_rows(batch.pop("assistant_mask"), batch["attention_mask"], self.rows)
         batch["labels"] = batch["input_ids"].masked_fill(~trained, -100)
         batch["numbers"] = torch.tensor([draw.number for draw in draws])
+        batch["places"] = torch.tensor([draw.place for draw in draws])
         batch["is_visual"] = torch.tensor([draw.kind == "visual" for draw in draws])
         batch["skipped"] = skipped
         return batch

@@ -29,7 +29,9 @@ def new_draft(target: PreTrainedModel, args: MSDTrainingArguments) -> MSDDraftMo
         MSDError: when the draft cannot be made as the user asked.
     """
     overrides: dict[str, Any] = {
+        "num_hidden_layers": args.make_recipe().draft_layers,
         "decouple_visual_tokens": args.decouple_visual_tokens,
+        "global_image_vector": args.make_recipe().global_image_vector,
         "target_layers": args.layers_of(len(decoder_of(target).layers)),
     }
     with torch.random.fork_rng(devices=[]):

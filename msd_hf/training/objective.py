@@ -9,7 +9,8 @@ import torch
 from ..prompts import move_inputs
 from ..target.adapter import TargetAdapter
 from .arguments import MSDTrainingArguments
-from .losses import LossSums, add_uniform_noise, loss_sums, weighted_loss
+from .chains import Chains
+from .losses import LossSums, add_uniform_noise, loss_sums, used_terms, weighted_loss
 from .rows import DraftRows, draft_rows
 from .unrolling import unrolled_states
 from .visual_row_dropout import unread_rows
@@ -30,7 +31,9 @@ class DraftObjective:
         self.args = args
         self.recipe = args.make_recipe()
 
-    def __call__(self, draft: Any, batch: dict[str, Any], dtype: torch.dtype) -> tuple[torch.Tensor, LossSums]:
+    def __call__(
+        self, draft: Any, batch: dict[str, Any], dtype: torch.dtype, progress: float = 0.0
+    ) -> tuple[torch.Tensor, LossSums]:
         """
         Computes the loss of one batch.
 
@@ -39,10 +42,11 @@ class DraftObjective:
                 mode one pass without noise.
             batch: a batch of [`MixtureCollator`].
             dtype: dtype of the draft.
+            progress: share of the run that is done, on which the number of passes depends.
 
         Returns:
             The weighted sum of all loss terms over all passes (a scalar with a gradient), and the unweighted sums of
-            the first pass.
+            the first pass; those of terms over chains are of all passes.
         """
         args, recipe = self.args, self.recipe
         rows = self.make_rows(batch, dtype)
@@ -51,19 +55,32 @@ class DraftObjective:
             noisy_states = self._add_noise(rows.hidden_states, batch["attention_mask"].sum(1), batch["numbers"])
         if draft.training and args.visual_row_dropout > 0:
             rows.unread = unread_rows(rows.visual_mask, batch["numbers"], args.visual_row_dropout, args.seed)
-        num_passes = recipe.unroll_passes if draft.training else 1
+        num_passes = recipe.passes_at(progress) if draft.training else 1
         weights = [args.unroll_decay**pass_index for pass_index in range(num_passes)]
         trained = rows.trained
+        names = used_terms(recipe)
         total, first = torch.zeros((), device=trained.device), None
+        chains: dict[str, Chains] = {}
         for pass_index, states in enumerate(unrolled_states(draft, rows, num_passes, noisy_states)):
             if pass_index > 0:
                 # Generation reaches this depth at row j only from row j - `pass_index`, which must be trained too.
                 trained = trained & _shift_right(rows.trained, pass_index)
-            sums = loss_sums(states[trained], rows.goals[trained].to(states), self.adapter.head, args.head_chunk_size)
+            sums = loss_sums(
+                states[trained],
+                rows.goals[trained].to(states),
+                self.adapter.head,
+                args.head_chunk_size,
+                names,
+                recipe.label_temperature,
+            )
+            for name, acceptance in sums.acceptances.items():
+                chains.setdefault(name, Chains()).add(acceptance, trained)
             total = total + weights[pass_index] / sum(weights) * weighted_loss(sums.terms, recipe)
             first = sums if first is None else first
         assert first is not None
-        return total, first
+        lengths = {name: chain.missing for name, chain in chains.items()}
+        first.terms |= lengths
+        return total + weighted_loss(lengths, recipe), first
 
     def make_rows(self, batch: dict[str, Any], dtype: torch.dtype) -> DraftRows:
         """Makes the draft's rows of a batch. The target runs only if the batch does not hold its hidden states."""
@@ -76,7 +93,7 @@ class DraftObjective:
             inputs_embeds = inputs_embeds.masked_scatter(visual_mask.unsqueeze(-1), visual_embeds)
         else:
             target = self.adapter.target
-            others = ("labels", "numbers", "is_visual", "skipped")
+            others = ("labels", "numbers", "places", "is_visual", "skipped")
             inputs = move_inputs({name: value for name, value in batch.items() if name not in others}, target)
             # The target runs in its own dtype, as in generation and in feature caches, even if the draft trains in
             # another one.

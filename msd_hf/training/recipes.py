@@ -12,18 +12,25 @@ class Recipe:
     (section 3.3).
 
     Args:
-        feature_loss_weight, token_loss_weight, noise, trained_rows, unroll_passes, init_from_last_layer,
-            target_layers, target_written_answers, warmup_steps: see [`MSDTrainingArguments`].
+        feature_loss_weight, token_loss_weight, accepted_length_loss_weight, label_temperature, noise, trained_rows,
+            unroll_passes, final_unroll_passes, hard_example_mixing, draft_layers, init_from_last_layer,
+            global_image_vector, target_layers, target_written_answers, warmup_steps: see [`MSDTrainingArguments`].
         base_learning_rate (`float`): the peak learning rate at a hidden size of 4,096.
         scale_learning_rate (`bool`): whether a narrower draft has a higher rate, in proportion.
     """
 
     feature_loss_weight: float = 1.0
     token_loss_weight: float = 0.1
+    accepted_length_loss_weight: float = 0.0
+    label_temperature: float = 1.0
     noise: float = 0.2
     trained_rows: str = "answer"
     unroll_passes: int = 1
+    final_unroll_passes: int | None = None
+    hard_example_mixing: float = 0.0
+    draft_layers: int = 1
     init_from_last_layer: bool = False
+    global_image_vector: bool = False
     target_layers: str = "none"
     target_written_answers: bool = False
     warmup_steps: float = 2000
@@ -31,6 +38,12 @@ class Recipe:
     # 2203.03466).
     base_learning_rate: float = 5e-5
     scale_learning_rate: bool = False
+
+    def passes_at(self, progress: float) -> int:
+        """The passes of a step after this share of the run. They grow from `unroll_passes` to `final_unroll_passes`;
+        each number has an equal part of the run."""
+        first, last = self.unroll_passes, self.final_unroll_passes
+        return first if last is None else min(last, first + int(progress * (last - first + 1)))
 
     def learning_rate(self, hidden_size: int) -> float:
         """The peak learning rate for a draft with this hidden size."""

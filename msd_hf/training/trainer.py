@@ -30,7 +30,8 @@ from .data.encoding import ConversationEncoder
 from .features.cache import FeatureCache
 from .features.fingerprint import draft_fingerprint, target_fingerprint
 from .given_data import open_held_out, open_training_data, processor_of
-from .losses import weighted_loss
+from .hard_examples import HardExamples
+from .losses import used_terms, weighted_loss
 from .meters import LossMeter
 from .mixture import Mixture, MixtureCollator
 from .new_draft import new_draft
@@ -150,14 +151,19 @@ class MSDTrainer(ResumableTrainer):
             self._target_hash = target_fingerprint(target)
             shard_target(target, self.args.device)
         self.objective = DraftObjective(TargetAdapter(target, model.config.target_layers), self.args)
-        self._train_meter, self._eval_meter = LossMeter(), LossMeter()
+        names = used_terms(args.make_recipe())
+        self._train_meter, self._eval_meter = LossMeter(names), LossMeter(names)
         self._visual_counts = VisualCounts()
+        self._hard_examples = None
+        if args.make_recipe().hard_example_mixing > 0:
+            self._hard_examples = HardExamples({kind: size or 0 for kind, size in mixture.sizes.items()})
         self._skipped: dict[tuple[str, int], str] = {}
         self._held_out_skipped: dict[tuple[str, int], str] = {}
         self._skipped_before: Counter[str] = Counter()
         self._metrics: dict[str, float] = {}
         self._restore_best_checkpoint = RestoreBestCheckpoint()
         self.add_callback(self._restore_best_checkpoint)
+        self._sampler: CurriculumSampler
         self._best_step: int | None = None  # step of the best checkpoint, if that was loaded at the end
 
     @property
@@ -172,14 +178,26 @@ class MSDTrainer(ResumableTrainer):
         sizes = mixture.sizes
         batch_size = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
         steps_per_epoch, num_steps = args.run_length(sizes, self._train_batch_size)
-        return CurriculumSampler(
+        self._sampler = CurriculumSampler(
             sizes.get("text", 0),
             sizes.get("visual", 0),
             args.make_curriculum(),
             steps_per_epoch * batch_size,
             num_steps * batch_size,
             args.seed if args.data_seed is None else args.data_seed,
+            args.make_recipe().hard_example_mixing,
+            None if self._hard_examples is None else self._hard_examples.draw,
         )
+        return self._sampler
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        steps_per_epoch, _ = self.args.run_length(self.train_dataset.sizes, self._train_batch_size)
+        epoch = self.state.global_step // steps_per_epoch
+        # `Trainer` sets it too, but does not reach the sampler if several processes resume within an epoch.
+        self._sampler.set_epoch(epoch)
+        if self._hard_examples is not None:
+            self._hard_examples.begin_epoch(epoch, self.accelerator)
+        super()._run_epoch(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -199,7 +217,8 @@ class MSDTrainer(ResumableTrainer):
         counted = self._skipped if model.training else self._held_out_skipped
         for kind, index, reason in inputs.get("skipped", ()):
             counted.setdefault((kind, index), reason)
-        loss, sums = self.objective(model, inputs, self.model.dtype)
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        loss, sums = self.objective(model, inputs, self.model.dtype, progress)
         meter = self._train_meter if model.training else self._eval_meter
         meter.add(sums, inputs["is_visual"])
         if model.training:
@@ -207,6 +226,9 @@ class MSDTrainer(ResumableTrainer):
             if visual_mask is None:
                 visual_mask = self.objective.adapter.visual_mask(inputs["input_ids"])
             self._visual_counts.add(visual_mask)
+            if self._hard_examples is not None:
+                trained = inputs["labels"] != -100
+                self._hard_examples.add(trained, sums.agrees, inputs["places"], inputs["is_visual"])
         if num_items_in_batch is None:
             num_items_in_batch = sums.num_rows
         loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
@@ -314,6 +336,8 @@ class MSDTrainer(ResumableTrainer):
         self._metrics |= provenance.get("metrics", {})
         self._visual_counts.restore(provenance.get("data", {}).get("visual_positions", {}))
         self._set_visual_rows()  # as the save of this checkpoint did, because evaluations draft with it
+        if self._hard_examples is not None:
+            self._hard_examples.load(folder, self.accelerator.is_main_process)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -332,6 +356,11 @@ class MSDTrainer(ResumableTrainer):
     def _save(self, *args: Any, **kwargs: Any) -> None:
         self._set_visual_rows()
         super()._save(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._hard_examples is not None:
+            self._hard_examples.save(output_dir, self.accelerator, self.args.should_save)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.state: TrainerState = SavedState.of(self.state)

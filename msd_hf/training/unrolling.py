@@ -35,6 +35,9 @@ def unrolled_states(
     position_ids = torch.arange(length, device=device).expand(batch_size, -1)
     cache = DynamicCache() if num_passes > 1 else None
     states = None
+    visual_mask = rows.visual_mask
+    if rows.unread is not None:
+        visual_mask = visual_mask & ~rows.unread  # a vector of all images is one of the rows that are read
     for pass_index in range(num_passes):
         mask = None
         if states is not None:
@@ -47,7 +50,7 @@ def unrolled_states(
         states = draft(
             inputs_embeds=rows.inputs_embeds,
             hidden_states=hidden_states,
-            visual_mask=rows.visual_mask,
+            visual_mask=visual_mask,
             layer_states=layer_states,
             attention_mask=mask,
             position_ids=position_ids,

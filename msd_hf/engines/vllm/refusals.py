@@ -44,6 +44,11 @@ def _reason(draft: Any) -> str | None:
             f"it reads the target's layers {list(config.target_layers)} besides the last, which vLLM does not hand to "
             "an EAGLE draft. Train one without `target_layers`."
         )
+    if config.global_image_vector:
+        return (
+            "it adds a vector of all images to its inputs, for which vLLM has no place. Train one without "
+            "`global_image_vector`."
+        )
     if getattr(config, "quantization_config", None) is not None:
         return "its weights are quantised. Export the draft that was quantised."
     if config.hidden_act != "silu":
