@@ -75,6 +75,10 @@ class Draft(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
+    @property
+    def reads_layers(self) -> bool:
+        """Whether the draft reads other hidden states of the target than the last one."""
+
     def reads_of(self, decoder: Any) -> TargetReads:
         """The hidden states that the draft reads of a target with this decoder."""
 

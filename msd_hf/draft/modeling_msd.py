@@ -223,6 +223,11 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         """The hidden states of the target that the draft reads."""
         return TargetReads(tuple(sorted(self.config.target_layers or ())), self.config.hidden_size)
 
+    @property
+    def reads_layers(self) -> bool:
+        """Whether the draft reads other hidden states of the target than the last one."""
+        return bool(self.config.target_layers)
+
     def reads_of(self, decoder: Any) -> TargetReads:
         """The hidden states that the draft reads of a target with this decoder."""
         return self.reads

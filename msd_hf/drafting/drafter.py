@@ -76,7 +76,7 @@ class Drafter(ABC):
         self._drafting_step = DraftingStep(draft)
         # Kept, because a model searches its weights for device and dtype, which takes as long as a small operation.
         self.device, self._dtype = draft.device, draft.dtype
-        self._reads_layers = bool(target.reads.layers)  # if not, `read_target` returns its argument
+        self._reads_layers = draft.reads_layers  # if not, `read_target` returns its argument
         self._embedding = embedding_function(draft, target)  # `None`: other device or dtype
         self._own_masks: dict[tuple[str, int, int], torch.Tensor] = {}
         self._steps = torch.arange(_LONGEST_KEPT, device=self.device)

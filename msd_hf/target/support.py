@@ -287,10 +287,10 @@ def check_pair(target_config: PreTrainedConfig, draft_config: Any) -> None:
     """
     text_config = target_config.get_text_config(decoder=True)
     advice = "Use the draft that was trained for this target."
-    if draft_config.hidden_size != text_config.hidden_size:
+    hidden_size = getattr(draft_config, "target_hidden_size", None) or draft_config.hidden_size
+    if hidden_size != text_config.hidden_size:
         raise MSDPairingError(
-            f"The draft's hidden size {draft_config.hidden_size} does not match the target's "
-            f"{text_config.hidden_size}. {advice}"
+            f"The draft's hidden size {hidden_size} does not match the target's {text_config.hidden_size}. {advice}"
         )
     for name, expected, got in (
         ("target", target_config.model_type, draft_config.target_model_type),
