@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
 
 from ..errors import MSDUnsupportedError
 from ..tree.settings import TREE_SETTINGS
@@ -105,6 +106,9 @@ class DraftPreTrainedModel(DraftHubMixin, PreTrainedModel):
                 ignore_mismatched_sizes=True,  # `check_loading_info` reports these keys with the others
                 **kwargs,
             )
+        # `save_pretrained` would give weights the names of the checkpoint back.
+        conversions = getattr(draft, "_weight_conversions", None) or []
+        draft._weight_conversions = [kept for kept in conversions if not isinstance(kept, WeightRenaming)]
         if accept_other_shapes:
             loading_info = {**loading_info, "mismatched_keys": set()}
         check_loading_info(pretrained_model_name_or_path, loading_info)

@@ -1,9 +1,10 @@
 """Reads the configuration of a checkpoint, of this package or of the repositories that drafts are published from.
 
-A checkpoint of the original MSD repository is a `config.json` with `model_type` `llava` or `qwen2_vl` and the fields of a LLaMA
-configuration, and a `pytorch_model.bin` or `model.safetensors` with the keys `fc.*`, `layers.0.*` and a copy of the
-target's embedding, `embed_tokens.weight`. The key names are those of `MSDDraftModel`, so only the configuration needs
-translation.
+A checkpoint of the original MSD repository is a `config.json` with `model_type` `llava` or `qwen2_vl` and the fields
+of a LLaMA configuration, and a `pytorch_model.bin` or `model.safetensors` with the keys `fc.*`, `layers.0.*` and a
+copy of the target's embedding, `embed_tokens.weight`. The key names are those of `MSDDraftModel`, so only the
+configuration needs translation. One of EAGLE-1 or EAGLE-2 has the same keys, and one of EAGLE-3 has others
+(`eagle3.conventions`).
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ _ORIGINAL_KINDS: dict[str, dict[str, Any]] = {
     },
     "qwen2_vl": {"target_text_model_type": "qwen2_vl_text", "attention_bias": True, "input_layernorm": True},
 }
+# Drafts of EAGLE-1 and EAGLE-2 have the model_type of their target's decoder. Their weights are those of an MSD draft.
+_EAGLE_MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
 MAX_LAYERS = 4  # the published drafts have one layer; a target has dozens
 _REQUIRED_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
 
@@ -57,9 +60,7 @@ class ReadDraft(NamedTuple):
     key_mapping: dict[str, str]
 
 
-def read_config(
-    name_or_path: str | Path, config_class: Any, overrides: Mapping[str, Any], **kwargs: Any
-) -> ReadDraft:
+def read_config(name_or_path: str | Path, config_class: Any, overrides: Mapping[str, Any], **kwargs: Any) -> ReadDraft:
     """
     Reads the configuration of a draft from a folder or the Hub.
 
@@ -78,6 +79,8 @@ def read_config(
     if fields.get("model_type") == config_class.model_type:
         return ReadDraft(config_class.from_dict(fields, name_or_path=str(path), **overrides), False, {})
     kind = kind_of(name_or_path, fields, kwargs)
+    if kind is None and config_class is MSDDraftConfig and str(fields.get("model_type")) in _ORIGINAL_KINDS:
+        kind = "msd"  # `config_from_original` says what is wrong
     if kind is None or KINDS[kind].config_class is not config_class:
         raise MSDCheckpointError(_not_this_kind(name_or_path, fields, config_class, kind))
     with errors_name_file(path, "the configuration of a draft"):
@@ -88,8 +91,8 @@ def read_config(
             config = config_class(**found)  # as in any `from_pretrained`, fields may be overridden by name
             for name, doubt in reading.doubts.items():
                 logger.warning(
-                    f"{str(name_or_path)!r}: `{name}` {doubt}. If the draft is slow, give another value to "
-                    f"`from_pretrained`: `{name}=...`. The output does not depend on it."
+                    f"{str(name_or_path)!r}: `{name}` {doubt}. The output does not depend on it; if the draft is "
+                    f"slow, give another value to `from_pretrained` (`{name}=...`)."
                 )
             return ReadDraft(config, True, key_mapping)
         if kind == "eagle":
@@ -101,9 +104,8 @@ def read_config(
 
 
 def _not_this_kind(name_or_path: str | Path, fields: Mapping[str, Any], config_class: Any, kind: str | None) -> str:
-    if kind is None:
-        known = {one.config_class.model_type: name for name, one in KINDS.items()}
-        kind = known.get(str(fields.get("model_type")))
+    own = [name for name, one in KINDS.items() if one.config_class.model_type == fields.get("model_type")]
+    kind = own[0] if own else kind
     expected = next(one.name for one in KINDS.values() if one.config_class is config_class)
     if kind is not None:
         return (
@@ -143,17 +145,19 @@ def kind_of(name_or_path: str | Path, fields: Mapping[str, Any], kwargs: Mapping
     Raises:
         MSDCheckpointError: when its files are damaged.
     """
-    is_original = fields.get("model_type") in _ORIGINAL_KINDS
     if not _may_be_draft(fields):
-        return "msd" if is_original else None  # `config_from_original` says what is wrong
+        return None
     names = {name: weight.shape for name, weight in weight_headers(name_or_path, kwargs).items()}
     if any(name.startswith("midlayer.") or name == "layers.0.hidden_norm.weight" for name in names):
         return "eagle3"
-    if is_original:
+    model_type = fields.get("model_type")
+    if not isinstance(model_type, str):
+        return None
+    if model_type in _ORIGINAL_KINDS:
         return "msd"
     fc = names.get("fc.weight", ())
-    is_fusion = len(fc) == 2 and fc[1] == 2 * fc[0]
-    return "eagle" if is_fusion and "layers.0.self_attn.q_proj.weight" in names else None
+    is_fusion = len(fc) == 2 and fc[1] == 2 * fc[0] and "layers.0.self_attn.q_proj.weight" in names
+    return "eagle" if is_fusion and model_type in _EAGLE_MODEL_TYPES else None
 
 
 def _may_be_draft(fields: Mapping[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils import CONFIG_NAME, logging
 
@@ -34,7 +34,13 @@ _OTHER_ENTRIES = (
 )
 
 
-class DraftConfigMixin:
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig as _Base
+else:
+    _Base = object
+
+
+class DraftConfigMixin(_Base):
     """Methods of a draft's configuration. The class is also a `PreTrainedConfig` with the fields of a LLaMA layer."""
 
     hidden_size: Any
@@ -50,8 +56,7 @@ class DraftConfigMixin:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        parent: Any = super()
-        parent.__post_init__(**kwargs)
+        super().__post_init__(**kwargs)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

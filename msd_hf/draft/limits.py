@@ -20,18 +20,18 @@ INTEGER_LIMITS: dict[str, tuple[int, int]] = {
     "head_dim": (2, 1024),
     "max_position_embeddings": (1, 2**31 - 1),
     "draft_vocab_size": (1, 2**24),
-    "target_hidden_size": (1, 2**16),
     "trained_visual_rows": (0, 2**24),
     "pad_token_id": (-1, 2**31 - 1),
     "bos_token_id": (-1, 2**31 - 1),
     "chunk_size_feed_forward": (0, 2**20),
 }
+# Of some kinds of drafts only.
+_MORE_LIMITS: dict[str, tuple[int, int]] = {"target_hidden_size": (1, 2**16)}
 # These may be `None`: they are not needed, or follow from others.
 OPTIONAL_INTEGERS = (
     "num_key_value_heads",
     "head_dim",
     "draft_vocab_size",
-    "target_hidden_size",
     "trained_visual_rows",
     "pad_token_id",
     "bos_token_id",
@@ -95,7 +95,10 @@ def check_limits(config: Any) -> None:
         ValueError: names the field, its value and what was expected.
     """
     for name, (least, most) in INTEGER_LIMITS.items():
-        if name not in OPTIONAL_INTEGERS or getattr(config, name, None) is not None:
+        if getattr(config, name) is not None or name not in OPTIONAL_INTEGERS:
+            _check_integer(name, getattr(config, name), least, most)
+    for name, (least, most) in _MORE_LIMITS.items():
+        if getattr(config, name, None) is not None:
             _check_integer(name, getattr(config, name), least, most)
     for name in BOOLEANS:
         if not isinstance(getattr(config, name, False), bool):  # each kind of draft has some of them

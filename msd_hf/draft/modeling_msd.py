@@ -18,7 +18,7 @@ from ..decoders import decoder_of, head_of
 from ..errors import MSDError, MSDPairingError
 from .base import DraftPreTrainedModel
 from .configuration_msd import MSDDraftConfig
-from .interface import TargetReads, register_draft
+from .interface import TargetReads
 from .loading import check_draft_vocab
 from .plain_forward import Fuse, PlainForward, PlainLayer
 from .plain_modules import TensorFunction
@@ -344,9 +344,6 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=states, **{CACHE_NAME: past_key_values})
-
-
-register_draft(MSDDraftConfig, MSDDraftModel)
 
 
 __all__ = ["MSDDraftModel", "MSDDraftPreTrainedModel"]

@@ -170,7 +170,9 @@ class Drafter(ABC):
             prompt_mask = prompt_mask[:, -length:]
         policy = self.draft.visual_positions
         if policy == "pooled":
-            inputs_embeds, hidden_states = (pooled(part, visual_mask) for part in (inputs_embeds, hidden_states))
+            # The row before a text that begins with an image is padding.
+            runs = visual_mask if prompt_mask is None else visual_mask & prompt_mask.to(visual_mask.device)
+            inputs_embeds, hidden_states = (pooled(part, runs) for part in (inputs_embeds, hidden_states))
         if self.max_visual_rows is not None or policy in ("pooled", "dropped"):
             held = () if past is None else past.visual
             choice = keep_visual_rows(visual_mask, prompt_mask, self.max_visual_rows, held, policy)

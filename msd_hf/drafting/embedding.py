@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..draft.interface import Draft
@@ -12,7 +14,7 @@ from ..target.adapter import TargetAdapter, TargetPrefill
 def embedding_function(draft: Draft, target: TargetAdapter) -> TensorFunction | None:
     """The function from tokens `[...]` to the embeddings that the draft reads; `None` if they are the target's, in
     another dtype or on another device."""
-    own = draft.own_embedding
+    own: Any = draft.own_embedding
     if own is None:
         return function_at(target.embedding, draft)
     embed, num_rows = function_of(own), own.num_embeddings
@@ -40,7 +42,7 @@ def prompt_embeds(draft: Draft, target: TargetAdapter, prefill: TargetPrefill, t
         token_embeds = target.embed(tokens.unsqueeze(1)).to(prefill.inputs_embeds)
         return torch.cat([prefill.inputs_embeds, token_embeds], dim=1)
     ids = torch.cat([target.tokens_of(prefill), tokens.unsqueeze(1)], dim=1)
-    embedding = draft.own_embedding if draft.own_embedding is not None else target.embedding
+    embedding: Any = draft.own_embedding if draft.own_embedding is not None else target.embedding
     ids = ids.to(embedding.weight.device).clamp(max=embedding.weight.shape[0] - 1)
     embeds = embedding(ids).to(draft.device)
     visual_mask = prefill.visual_mask.to(embeds.device)

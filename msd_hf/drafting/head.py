@@ -3,6 +3,8 @@ draft's own vocabulary."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional
 
@@ -35,7 +37,7 @@ class DraftHead:
         self.target = target
         self.draft = draft
         self._device = draft.device
-        own_head = draft.own_head
+        own_head: Any = draft.own_head
         takes_rows = own_head is None and draft.draft_vocab is not None
         self._rows = draft.head_rows(target.head_module) if takes_rows else None
         self._tokens: torch.Tensor | None = None  # [V']: the token id of each row

@@ -108,7 +108,7 @@ class TargetAdapter:
         else:
             self.reads = TargetReads(tuple(sorted(feature_layers or ())), self.text_config.hidden_size)
         num_layers = len(self.decoder.layers) if self.reads.layers else 0
-        if any(not (0 <= layer or layer == EMBEDDINGS) or layer >= num_layers for layer in self.reads.layers):
+        if any(not (layer >= 0 or layer == EMBEDDINGS) or layer >= num_layers for layer in self.reads.layers):
             raise MSDPairingError(
                 f"`target_layers` {list(self.reads.layers)} must lie between 0 and {num_layers - 1}, the layers of "
                 "this target."
@@ -205,10 +205,7 @@ class TargetAdapter:
             position = position_behind(self.decoder, num_slots)
             next_position = torch.full((batch_size, 1), position, device=inputs_embeds.device)
         tokens = input_ids[:, -length:] if input_ids.shape[1] >= length else None
-        if tokens is not None:
-            visual_mask = self.visual_mask(tokens)
-        else:
-            visual_mask = self._embedded_mask(inputs_embeds)
+        visual_mask = self._embedded_mask(inputs_embeds) if tokens is None else self.visual_mask(tokens)
         return TargetPrefill(
             logits=outputs.logits[:, -1],
             inputs_embeds=inputs_embeds,

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..decoders import decoder_of, head_of
-from ..draft.interface import register_target_check
 from ..draft.base import LENGTH_DEPENDENT_ROPE
+from ..draft.interface import register_target_check
 from ..errors import MSDPairingError, MSDUnsupportedError
 from ..recurrent.kernels import has_known_kernels
 from ..recurrent.replay import mixers_of

@@ -16,7 +16,6 @@ from ...errors import MSDCheckpointError
 from ...hub.names import public_name
 from ..translation import LLAMA_FIELDS, rope_of
 from ..weights import StoredWeight
-from .configuration import Eagle3DraftConfig
 
 
 _AUX_IDS = "eagle_aux_hidden_state_layer_ids"
@@ -166,8 +165,8 @@ def _read_norms(
     fields["norm_output"] = bool(options.get("norm_output"))
     if fields["norm_output"] and not is_speculators:
         doubts["norm_output"] = (
-            "is True; here and in speculators the draft is fed its normed output, in SpecForge the one before the norm "
-            "(False)"
+            "is True; here and in speculators the draft is fed its output after the final norm, in SpecForge the one "
+            "before it (False)"
         )
 
 

@@ -17,7 +17,7 @@ from ...compat import CACHE_NAME
 from ...decoders import head_of
 from ...errors import MSDCheckpointError, MSDPairingError
 from ..base import DraftPreTrainedModel
-from ..interface import TargetReads, register_draft
+from ..interface import TargetReads
 from ..plain_forward import PlainForward, PlainLayer
 from ..plain_modules import TensorFunction
 from ..target_sizes import generating_model
@@ -164,8 +164,8 @@ class Eagle3DraftModel(DraftPreTrainedModel):
         if len(set(chosen)) < self.config.num_parts or not 0 <= min(chosen) <= max(chosen) <= num_layers:
             where = "by default, 2, n // 2 and n - 3" if ids is None else "`eagle_aux_hidden_state_layer_ids`"
             raise MSDPairingError(
-                f"The draft reads the hidden states {list(chosen)} ({where}) of a target that has {num_layers} layers, "
-                f"expected {self.config.num_parts} different ones from 0 to {num_layers}. Load the draft with "
+                f"The draft reads the hidden states {list(chosen)} ({where}) of a target that has {num_layers} "
+                f"layers, expected {self.config.num_parts} different ones from 0 to {num_layers}. Load the draft with "
                 "`eagle_aux_hidden_state_layer_ids=[...]`, or use the one that was trained for this target."
             )
         # Hidden state i is the output of layer i - 1.
@@ -260,7 +260,8 @@ class Eagle3DraftModel(DraftPreTrainedModel):
         )
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         states, attention_input = self.fuse(inputs_embeds, hidden_states)
-        for number, layer in enumerate(self.layers):
+        layers: Any = self.layers
+        for number, layer in enumerate(layers):
             if number:
                 attention_input = layer.input_layernorm(states)
             states = layer(
@@ -287,7 +288,5 @@ def _first_input(
     residual = normed if config.norm_before_residual else hidden_states
     return residual, torch.cat([embedding_norm(inputs_embeds), normed], dim=-1)
 
-
-register_draft(Eagle3DraftConfig, Eagle3DraftModel)
 
 __all__ = ["Eagle3DraftModel"]
