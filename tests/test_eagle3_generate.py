@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+from itertools import product
 
 import pytest
 import tiny
 import torch
+from thinning import thinned
 from transformers import LlamaForCausalLM
 
 from msd_hf import Eagle3DraftModel, MSDPairingError, MSDUnsupportedError
 from msd_hf.compat import CACHE_NAME
+from msd_hf.target.adapter import TargetAdapter
 
 
-MAX_NEW_TOKENS = 24
+MAX_NEW_TOKENS = 10
 # Conventions of published drafts, in combinations.
 KINDS = {
     "flat": {"draft_vocab_size": 40},
@@ -81,27 +84,27 @@ def both(target, draft, inputs, **arguments):
     return alone, target.generate(**inputs, **arguments, assistant_model=draft)
 
 
-@pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prompt_with_and_without_images(kind, do_sample):
+def test_prompts_with_and_without_images(kind):
     draft, accepted = set_tree(draft_of(kind)), 0
-    for number, prompt in enumerate(PROMPTS):
+    for number, (prompt, do_sample) in enumerate(zip(PROMPTS, (False, True, False, True), strict=True)):
         alone, output = both(target_of(), draft, tiny.make_prompt(number, **prompt), do_sample=do_sample)
         assert output.sequences.tolist() == alone.sequences.tolist()
         accepted += sum(length - 1 for length in output.acceptance_lengths[0])
     assert accepted > 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tree", [{"top_k": 1}, {"nodes": "auto"}, {"nodes": 3, "depth": 1, "top_k": 2}])
+TREES = {"chain": {"top_k": 1}, "auto": {"nodes": "auto"}, "small": {"nodes": 3, "depth": 1, "top_k": 2}}
+
+
+@thinned("kind, tree", product(KINDS, TREES), strength=1)
 def test_chains_and_automatic_trees_on_text(kind, tree):
-    draft = set_tree(draft_of(kind, is_text=True), **tree)
+    draft = set_tree(draft_of(kind, is_text=True), **TREES[tree])
     alone, output = both(target_of(is_text=True), draft, tiny.make_prompt(1, 9))
     assert output.sequences.tolist() == alone.sequences.tolist()
 
 
-@pytest.mark.parametrize("do_sample", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@thinned("kind, do_sample", product(KINDS, [False, True]), strength=1)
 def test_a_ragged_batch(kind, do_sample):
     inputs = tiny.left_padded([tiny.make_prompt(number, **PROMPTS[number]) for number in (0, 1, 2)])
     alone, output = both(target_of(), set_tree(draft_of(kind)), inputs, do_sample=do_sample)
@@ -138,8 +141,7 @@ def test_a_prompt_given_as_embeddings(kind):
     assert output.sequences.tolist() == alone.sequences.tolist()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype, attention", [(torch.float32, "eager"), (torch.bfloat16, "sdpa")])
 def test_a_draft_of_another_dtype(dtype, attention):
     target = target_of()
     draft = set_tree(Eagle3DraftModel.from_target(target, **KINDS["speculators"]).to(dtype).eval())
@@ -173,8 +175,6 @@ def test_what_does_not_fit_is_refused_before_the_target_runs():
 
 def test_the_layers_are_those_that_transformers_counts():
     """The draft reads `hidden_states[i]` of the target's own outputs, 0 being the input of its first layer."""
-    from msd_hf.target.adapter import TargetAdapter
-
     target = target_of()
     draft = Eagle3DraftModel.from_target(target, eagle_aux_hidden_state_layer_ids=[0, 2, 5])
     inputs = tiny.make_prompt(1, **PROMPTS[1])

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 from msd_hf import AutoDraft, Eagle3DraftConfig, Eagle3DraftModel, MSDCheckpointError, MSDDraftModel
 from msd_hf.draft.auto import draft_class_of
 from msd_hf.hook.assistant import load_draft
+from msd_hf.hub.card import write_card
 from msd_hf.toy import DRAFT_DIR, TARGET_DIR
 
 
@@ -289,3 +290,19 @@ def test_saved_files_name_no_folder_of_this_machine(tmp_path):
     draft.save_pretrained(tmp_path / "ours")
     assert "secret" not in (tmp_path / "ours" / "config.json").read_text()
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["model_type"] == "eagle3_draft"
+
+
+def test_convert_and_card(run, tmp_path):
+    folder = write_checkpoint("eagle3_ckpt_flat_layers0_own_embed", tmp_path)
+    code, _, err = run("convert", folder, tmp_path / "ours")
+    assert code == 0, err
+    expected = AutoDraft.from_pretrained(folder)
+    converted = AutoDraft.from_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(outputs(converted), outputs(expected))
+    code, _, err = run("convert", folder, tmp_path / "ours")
+    assert code == 1 and "--overwrite" in err
+    assert run("convert", folder, tmp_path / "ours", "--overwrite")[0] == 0
+    card = write_card(tmp_path / "ours").read_text()
+    assert "hidden states [1, 3, 5] of the target" in card and "msd_hf.AutoDraft.from_pretrained" in card
+    code, _, err = run("export", tmp_path / "ours", tmp_path / "vllm", "--to", "vllm")
+    assert code == 1 and "is no MSD draft, for which the plugin is" in err

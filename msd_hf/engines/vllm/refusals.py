@@ -37,13 +37,18 @@ def check_exportable(draft: Any) -> None:
 
 def _reason(draft: Any) -> str | None:
     if type(draft) is not MSDDraftModel:
-        return f"a `{type(draft).__name__}` is none of this package's drafts."
+        return (
+            f"a `{type(draft).__name__}` is no MSD draft, for which the plugin is. vLLM serves published EAGLE-3 "
+            "drafts as they are."
+        )
     config: MSDDraftConfig = draft.config
     if config.target_layers:
         return (
             f"it reads the target's layers {list(config.target_layers)} besides the last, which vLLM does not hand to "
             "an EAGLE draft. Train one without `target_layers`."
         )
+    if not config.fc_bias:
+        return "its `fc` has no bias, and the plugin's has one."
     if getattr(config, "quantization_config", None) is not None:
         return "its weights are quantised. Export the draft that was quantised."
     if config.hidden_act != "silu":
