@@ -8,15 +8,22 @@ from itertools import product
 import pytest
 import tiny
 import torch
+from families import FAMILIES
+from recurrent_families import RECURRENT_FAMILIES
 from thinning import thinned
 from transformers import LlamaForCausalLM
 
 from msd_hf import Eagle3DraftModel, MSDPairingError, MSDUnsupportedError
 from msd_hf.compat import CACHE_NAME
+from msd_hf.decoders import decoder_of
+from msd_hf.draft.interface import VISUAL_POSITIONS
 from msd_hf.target.adapter import TargetAdapter
 
 
 MAX_NEW_TOKENS = 10
+ALL_FAMILIES = {**FAMILIES, **RECURRENT_FAMILIES}
+# Not those whose layers hand on several streams, or do not all run without an image.
+SERVED_FAMILIES = [name for name in ALL_FAMILIES if name not in ("hy_v4", "mllama")]
 # Conventions of published drafts, in combinations.
 KINDS = {
     "flat": {"draft_vocab_size": 40},
@@ -148,6 +155,27 @@ def test_a_draft_of_another_dtype(dtype, attention):
     draft.set_attn_implementation(attention)
     alone, output = both(target, draft, tiny.make_prompt(1, **PROMPTS[1]))
     assert output.sequences.tolist() == alone.sequences.tolist()
+
+
+def slow_unless(*names):
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in SERVED_FAMILIES]
+
+
+@pytest.mark.parametrize("name", slow_unless("qwen2_5_vl", "qwen3_vl", "gemma4", "qwen3_5"))
+def test_targets_of_every_family(name):
+    """With and without images; each family with one of the ways of feeding visual positions."""
+    family = ALL_FAMILIES[name]
+    target = family.build(0)
+    num_layers = len(decoder_of(target).layers)
+    fields = {
+        "eagle_aux_hidden_state_layer_ids": sorted({0, num_layers // 2, num_layers}),
+        "visual_positions": VISUAL_POSITIONS[SERVED_FAMILIES.index(name) % len(VISUAL_POSITIONS)],
+    }
+    draft = set_tree(Eagle3DraftModel.from_target(target, **fields).eval(), nodes=16, depth=3, top_k=4)
+    for num_images in (0, 2) if family.has_images else (0,):
+        inputs = family.inputs(num_images, num_images)
+        alone, output = both(target, draft, inputs, do_sample=num_images > 0)
+        assert output.sequences.tolist() == alone.sequences.tolist()
 
 
 def test_what_does_not_fit_is_refused_before_the_target_runs():

@@ -45,6 +45,10 @@ MAX_LAYERS = 4  # the published drafts have one layer; a target has dozens
 _REQUIRED_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
 
 
+# Values of a form that a user need not know.
+_EXAMPLES = {"rope_parameters": '{"rope_type": "default", "rope_theta": ...}'}
+
+
 class ReadDraft(NamedTuple):
     """
     What the files of a checkpoint say.
@@ -92,7 +96,7 @@ def read_config(name_or_path: str | Path, config_class: Any, overrides: Mapping[
             for name, doubt in reading.doubts.items():
                 logger.warning(
                     f"{str(name_or_path)!r}: `{name}` {doubt}. The output does not depend on it; if the draft is "
-                    f"slow, give another value to `from_pretrained` (`{name}=...`)."
+                    f"slow, give another value to `from_pretrained` (`{name}={_EXAMPLES.get(name, '...')}`)."
                 )
             return ReadDraft(config, True, key_mapping)
         if kind == "eagle":

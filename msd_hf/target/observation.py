@@ -16,6 +16,7 @@ from ..attention.block_selection import NodePlaces, choose_blocks, mask_of_block
 from ..attention.substitution import Substitution, substituted
 from ..compat import CACHE_NAME
 from ..draft.interface import EMBEDDINGS, TargetReads
+from ..errors import MSDUnsupportedError
 from ..recurrent.kernels import along_tree
 from ..recurrent.nodes import TreeNodes
 from ..recurrent.replay import MixerCall
@@ -68,10 +69,26 @@ class TargetObservation:
 
     @property
     def hidden_states(self) -> torch.Tensor:
-        """The states of the last forward that the draft reads, `[B, T, W]`; W is `TargetReads.width`."""
+        """
+        The states of the last forward that the draft reads, `[B, T, W]`; W is `TargetReads.width`.
+
+        Raises:
+            MSDUnsupportedError: when a layer that is read did not run, or hands on several streams.
+        """
         last = self.last_hidden_state
         assert last is not None
-        return self.reads.join([self.layer_states[layer].to(last.device) for layer in self.reads.layers], last)
+        states = []
+        for layer in self.reads.layers:
+            state = self.layer_states.get(layer)
+            if state is None or state.shape != last.shape:
+                what = "the input of the first layer" if layer == EMBEDDINGS else f"layer {layer} (counted from 0)"
+                reason = "did not run in this call" if state is None else "has several streams of states"
+                raise MSDUnsupportedError(
+                    f"The draft reads {what} of the target, which {reason}. Use a draft that reads other layers, or "
+                    "call `generate` without `assistant_model`."
+                )
+            states.append(state.to(last.device))
+        return self.reads.join(states, last)
 
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The decoder's inputs by name."""
