@@ -13,11 +13,19 @@ from golden_drafts import AUX_IDS, checkpoints, weights_of, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 
-from msd_hf import AutoDraft, Eagle3DraftConfig, Eagle3DraftModel, MSDCheckpointError, MSDDraftModel
+from msd_hf import (
+    AutoDraft,
+    Eagle3DraftConfig,
+    Eagle3DraftModel,
+    MSDCheckpointError,
+    MSDDraftModel,
+    MSDUnsupportedError,
+)
 from msd_hf.draft.auto import draft_class_of
 from msd_hf.hook.assistant import load_draft
 from msd_hf.hub.card import write_card
 from msd_hf.toy import DRAFT_DIR, TARGET_DIR
+from msd_hf.training import MSDTrainer
 
 
 FLAT, SPECULATORS = "eagle3_ckpt_flat_midlayer", "eagle3_ckpt_speculators_converted"
@@ -61,7 +69,7 @@ def test_every_weight_of_an_eagle3_checkpoint_is_loaded(name, use_bin, tmp_path)
     assert not draft.training
 
 
-@pytest.mark.parametrize("name", EAGLE3)
+@pytest.mark.parametrize("name", [FLAT, *EAGLE3[-3:], "eagle3_ckpt_flat_target_hidden48"])
 def test_round_trip(name, tmp_path):
     draft = AutoDraft.from_pretrained(write_checkpoint(name, tmp_path), dtype=torch.float64)
     draft.generation_config.num_assistant_tokens = 31
@@ -252,9 +260,12 @@ def test_a_model_that_is_no_draft(tmp_path):
         vocab_size=60, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    for folder in (tmp_path, TARGET_DIR):
+    for folder, expected in (
+        (tmp_path, r"is no draft of a known kind .* its model_type, 'llama'\."),
+        (TARGET_DIR, r"Give the draft's folder or repository, not the target's\."),
+    ):
         assert draft_class_of(folder) is None
-        with pytest.raises(MSDCheckpointError, match=r"is no draft of a known kind .* its model_type, 'll"):
+        with pytest.raises(MSDCheckpointError, match=expected):
             AutoDraft.from_pretrained(folder)
     with pytest.raises(OSError, match="nothing"):
         AutoDraft.from_pretrained(tmp_path / "nothing")
@@ -306,3 +317,16 @@ def test_convert_and_card(run, tmp_path):
     assert "hidden states [1, 3, 5] of the target" in card and "msd_hf.AutoDraft.from_pretrained" in card
     code, _, err = run("export", tmp_path / "ours", tmp_path / "vllm", "--to", "vllm")
     assert code == 1 and "is no MSD draft, for which the plugin is" in err
+
+
+def test_a_kind_that_is_not_served_is_named(tmp_path):
+    folder = write_checkpoint("eagle1_ckpt_text", tmp_path)
+    change_weights(folder, put("imadpt.q", torch.ones(2, 4, 16)))
+    with pytest.raises(MSDCheckpointError, match="is a ViSpec draft, a kind that msd_hf does not serve"):
+        AutoDraft.from_pretrained(folder)
+
+
+def test_the_trainer_names_the_kind_that_it_trains():
+    target = tiny.build_target(num_layers=7)
+    with pytest.raises(MSDUnsupportedError, match="trains MSD drafts, `model` is a `Eagle3DraftModel`"):
+        MSDTrainer(model=Eagle3DraftModel.from_target(target), target=target)

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from ..errors import MSDCheckpointError, shown
-from .checkpoints import KINDS, kind_of
+from .checkpoints import KINDS, is_original, kind_of
 from .configuration_msd import MSDDraftConfig
 from .eagle3.configuration import Eagle3DraftConfig
 from .eagle3.modeling import Eagle3DraftModel
@@ -71,9 +71,12 @@ class AutoDraft:
             model_class = draft_class_of(pretrained_model_name_or_path, **kwargs)
         if model_class is None:
             path = require_file(pretrained_model_name_or_path, CONFIG_NAME, location_of(kwargs))
+            model_type = read_json(path).get("model_type")
+            if is_original(model_type):  # a whole target of this kind: the sentence of its class is clearer
+                return MSDDraftModel.from_pretrained(pretrained_model_name_or_path, **kwargs)
             raise MSDCheckpointError(
                 f"{str(pretrained_model_name_or_path)!r} is no draft of a known kind (MSD, EAGLE-1, EAGLE-2, EAGLE-3) "
-                f"by its weights or its model_type, {shown(read_json(path).get('model_type'))}."
+                f"by its weights or its model_type, {shown(model_type)}."
             )
         return model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
 

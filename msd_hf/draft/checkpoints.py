@@ -40,7 +40,7 @@ _ORIGINAL_KINDS: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"target_text_model_type": "qwen2_vl_text", "attention_bias": True, "input_layernorm": True},
 }
 # Drafts of EAGLE-1 and EAGLE-2 have the model_type of their target's decoder. Their weights are those of an MSD draft.
-_EAGLE_MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
+_EAGLE_MODEL_TYPES = ("llama", "llava_next", "mistral", "mixtral", "qwen2", "qwen2_5_vl", "qwen3")
 MAX_LAYERS = 4  # the published drafts have one layer; a target has dozens
 _REQUIRED_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
 
@@ -83,7 +83,7 @@ def read_config(name_or_path: str | Path, config_class: Any, overrides: Mapping[
     if fields.get("model_type") == config_class.model_type:
         return ReadDraft(config_class.from_dict(fields, name_or_path=str(path), **overrides), False, {})
     kind = kind_of(name_or_path, fields, kwargs)
-    if kind is None and config_class is MSDDraftConfig and str(fields.get("model_type")) in _ORIGINAL_KINDS:
+    if kind is None and config_class is MSDDraftConfig and is_original(fields.get("model_type")):
         kind = "msd"  # `config_from_original` says what is wrong
     if kind is None or KINDS[kind].config_class is not config_class:
         raise MSDCheckpointError(_not_this_kind(name_or_path, fields, config_class, kind))
@@ -147,21 +147,28 @@ def kind_of(name_or_path: str | Path, fields: Mapping[str, Any], kwargs: Mapping
         kwargs (`Mapping`): arguments of `from_pretrained`.
 
     Raises:
-        MSDCheckpointError: when its files are damaged.
+        MSDCheckpointError: when its files are damaged, or it is a draft of a kind that is not served.
     """
     if not _may_be_draft(fields):
         return None
     names = {name: weight.shape for name, weight in weight_headers(name_or_path, kwargs).items()}
     if any(name.startswith("midlayer.") or name == "layers.0.hidden_norm.weight" for name in names):
         return "eagle3"
+    if "imadpt.q" in names:
+        raise MSDCheckpointError(f"{str(name_or_path)!r} is a ViSpec draft, a kind that msd_hf does not serve.")
     model_type = fields.get("model_type")
     if not isinstance(model_type, str):
         return None
-    if model_type in _ORIGINAL_KINDS:
+    if is_original(model_type):
         return "msd"
     fc = names.get("fc.weight", ())
     is_fusion = len(fc) == 2 and fc[1] == 2 * fc[0] and "layers.0.self_attn.q_proj.weight" in names
     return "eagle" if is_fusion and model_type in _EAGLE_MODEL_TYPES else None
+
+
+def is_original(model_type: Any) -> bool:
+    """Whether drafts of the original MSD repository have this `model_type`, as whole targets have it, too."""
+    return isinstance(model_type, str) and model_type in _ORIGINAL_KINDS
 
 
 def _may_be_draft(fields: Mapping[str, Any]) -> bool:
@@ -236,4 +243,4 @@ def config_from_original(original: Mapping[str, Any], source: str = "config.json
         return MSDDraftConfig(**fields, target_model_type=model_type, **_ORIGINAL_KINDS[model_type])
 
 
-__all__ = ["KINDS", "ReadDraft", "config_from_original", "kind_of", "read_config", "weight_headers"]
+__all__ = ["KINDS", "ReadDraft", "config_from_original", "is_original", "kind_of", "read_config", "weight_headers"]
