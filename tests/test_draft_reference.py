@@ -68,7 +68,6 @@ CASES = [
     *((kind, "two images") for kind in KINDS),
     *(("plain", prompt) for prompt in PROMPTS if prompt != "two images"),
     *((kind, "two images") for kind in EAGLE3_KINDS),
-    ("eagle3 pooled", "padded"),
 ]
 NOT_COMPILED = ("reads a layer", *EAGLE3_KINDS)
 WAYS = [(*case, False) for case in CASES] + [(*case, True) for case in CASES if case[0] not in NOT_COMPILED]

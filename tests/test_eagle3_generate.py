@@ -118,7 +118,7 @@ def test_a_ragged_batch(kind, do_sample):
     assert output.sequences.tolist() == alone.sequences.tolist()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["speculators", "normed", "wide"])
 def test_turns_that_share_a_cache(kind):
     draft, caches, ids = set_tree(draft_of(kind)), [{}, {}], torch.zeros(1, 0, dtype=torch.long)
     for turn, images_at in enumerate([(2,), (), (3,)]):
