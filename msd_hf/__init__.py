@@ -2,7 +2,8 @@
 
 `import msd_hf` is enough for `generate(assistant_model=draft)` to work; `unregister()` takes it back.
 
-[`MSDDraftModel`] is a draft, and its `generation_config` holds its settings. `generate` returns an
+[`AutoDraft`] loads drafts of several kinds. [`MSDDraftModel`] is a draft, and its `generation_config` holds its
+settings. `generate` returns an
 [`MSDGenerateOutput`]. All errors are [`MSDError`]s. `msd_hf.training` trains drafts, `msd_hf.evaluation` measures
 them, and `msd_hf.toy` has a small pair to try everything with.
 """
@@ -19,12 +20,18 @@ if TYPE_CHECKING:
     from .decoding.pair import release
     from .decoding.result import MSDGenerateOutput
     from .decoding.run_stats import MSDRunStats, last_run
+    from .draft.auto import AutoDraft
     from .draft.configuration_msd import MSDDraftConfig
+    from .draft.eagle3.configuration import Eagle3DraftConfig
+    from .draft.eagle3.modeling import Eagle3DraftModel
     from .draft.modeling_msd import MSDDraftModel
     from .hook.register import register, unregister
 else:
     # Importing these needs torch and transformers, which takes seconds. A command's help needs neither.
     _MODULES = {
+        "AutoDraft": ".draft.auto",
+        "Eagle3DraftConfig": ".draft.eagle3.configuration",
+        "Eagle3DraftModel": ".draft.eagle3.modeling",
         "MSDDraftConfig": ".draft.configuration_msd",
         "MSDDraftModel": ".draft.modeling_msd",
         "MSDGenerateOutput": ".decoding.result",
@@ -53,6 +60,9 @@ else:
 register_at_first_use()
 
 __all__ = [
+    "AutoDraft",
+    "Eagle3DraftConfig",
+    "Eagle3DraftModel",
     "MSDCacheError",
     "MSDCheckpointError",
     "MSDDraftConfig",

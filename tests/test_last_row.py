@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 
-from msd_hf import MSDDraftConfig, MSDDraftModel
+from msd_hf import Eagle3DraftConfig, Eagle3DraftModel, MSDDraftConfig, MSDDraftModel
 from msd_hf.kv.in_place import InPlaceLayer
 
 
@@ -104,3 +104,28 @@ def test_fc_runs_over_text_rows_alone():
     assert torch.equal(states[inputs["visual_mask"]], inputs["inputs_embeds"][inputs["visual_mask"]])
     with torch.enable_grad():
         torch.testing.assert_close(draft.fuse(**inputs), states)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@torch.no_grad()
+def test_eagle3_drafts_compute_the_last_row_alone_too(num_layers, qk_norm):
+    torch.manual_seed(0)
+    config = Eagle3DraftConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        qk_norm=qk_norm,
+        draft_vocab_size=None,
+    )
+    draft = Eagle3DraftModel(config).double().eval()
+    inputs = make_inputs(2, 9)
+    caches = DynamicCache(config=config), DynamicCache(config=config)
+    whole = draft(**inputs, past_key_values=caches[0]).last_hidden_state
+    last = draft(**inputs, past_key_values=caches[1], last_row_only=True).last_hidden_state
+    torch.testing.assert_close(last, whole[:, -1:])
+    for ours, theirs in zip(keys_of(caches[1]), keys_of(caches[0]), strict=True):
+        torch.testing.assert_close(ours, theirs)

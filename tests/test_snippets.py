@@ -75,6 +75,9 @@ def world(tmp_path_factory):
         (folder / f"{name}.json").write_text(text)
     Image.open(DEMO_IMAGE).convert("RGB").save(folder / "photo.jpg")
     (folder / "msd_hf").symlink_to(ROOT / "msd_hf")
+    target = AutoModelForImageTextToText.from_pretrained(TARGET_DIR)
+    draft = msd_hf.Eagle3DraftModel.from_target(target, eagle_aux_hidden_state_layer_ids=[1, 2, 3])
+    draft.save_pretrained(folder / "some" / "eagle3-draft")
     return folder
 
 
@@ -116,8 +119,8 @@ def test_python(code, inside, given):
         exec(compile(code, "snippet", "exec"), dict(given))
 
 
-@pytest.mark.parametrize("owner", [msd_hf.MSDDraftModel, msd_hf.MSDDraftConfig])
-def test_examples_of_docstrings(owner, given):
+@pytest.mark.parametrize("owner", [msd_hf.MSDDraftModel, msd_hf.MSDDraftConfig, msd_hf.Eagle3DraftModel])
+def test_examples_of_docstrings(owner, given, inside):
     (example,) = (
         found for found in doctest.DocTestFinder(recurse=False).find(owner, owner.__name__) if found.examples
     )

@@ -257,7 +257,7 @@ def test_original_drafts_get_the_target_of_the_table(name, original_name, expect
         snapshot.parent.mkdir(parents=True)
         folder.rename(snapshot)
         given = snapshot
-    config, is_original = read_config(given, MSDDraftConfig, {})
+    config, is_original, _ = read_config(given, MSDDraftConfig, {})
     assert is_original and config.target_name_or_path == expected
 
 

@@ -6,7 +6,7 @@ from families import FAMILIES
 from tiny import build_draft, build_target, make_prompt
 
 from msd_hf import MSDDraftModel
-from msd_hf.errors import MSDError, MSDPairingError
+from msd_hf.errors import MSDError, MSDPairingError, MSDUnsupportedError
 from msd_hf.target.adapter import TargetAdapter
 from msd_hf.training import MSDTrainingArguments
 from msd_hf.training.new_draft import new_draft
@@ -70,6 +70,18 @@ def test_a_layer_that_the_target_lacks_is_refused():
     draft = build_draft(target, target_layers=[0, 2])
     with pytest.raises(MSDPairingError, match=r"`target_layers` \[0, 2\] must lie between 0 and 1"):
         target.generate(**make_prompt(0), assistant_model=draft, max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    "name, layer, reason", [("hy_v4", 0, "has several streams of states"), ("mllama", 1, "did not run in this call")]
+)
+def test_a_layer_without_a_state_for_each_token_is_refused(name, layer, reason):
+    target = FAMILIES[name].build(0)
+    draft = build_draft(target, target_layers=[layer])
+    with pytest.raises(
+        MSDUnsupportedError, match=rf"reads layer {layer} \(counted from 0\) of the target, which {reason}"
+    ):
+        target.generate(**FAMILIES[name].inputs(0), assistant_model=draft, max_new_tokens=4)
 
 
 def test_init_from_last_layer_copies_it():

@@ -35,6 +35,11 @@ ROTARY, CACHE = "tests/test_drafting_step.py", "tests/test_transaction.py tests/
 INTERRUPTED = f"{DECODING} {CACHE} -k interrupt"
 LATE, PAUSES = f"{COMPILED} -k late", f"{TREES} -k 'paus or trial or comes_back or learnt or paid'"
 SHOWN, WINDOW, INDEX = f"{DECODING} -k drafted_token", f"{DECODING} -k window", "tests/test_suffix_branch.py -k index"
+EAGLE3_GOLDEN, EAGLE3_LOADING = "tests/test_eagle3_golden.py", "tests/test_other_drafts.py"
+EAGLE3_GENERATE, EAGLE3_REFERENCE = (
+    "tests/test_eagle3_generate.py -k layers",
+    "tests/test_draft_reference.py -k eagle3",
+)
 
 # Most of these passed the whole suite once, when they were put in by hand. Their tests are younger.
 FAULTS = {
@@ -264,23 +269,23 @@ FAULTS = {
         ),
         Fault(
             "rope_type of an original draft is ignored",
-            "draft/checkpoints.py",
-            'scaling.get("rope_type", scaling.get("type"))',
-            'scaling.get("type")',
+            "draft/translation.py",
+            'scaling.pop("rope_type", scaling.pop("type", None))',
+            'scaling.pop("type", None)',
             CHECKS,
         ),
         Fault(
             "the old name of rope_type is ignored",
-            "draft/checkpoints.py",
-            'scaling.get("rope_type", scaling.get("type"))',
-            'scaling.get("rope_type")',
+            "draft/translation.py",
+            'scaling.pop("rope_type", scaling.pop("type", None))',
+            'scaling.pop("rope_type", None)',
             CHECKS,
         ),
         Fault(
             "a missing rms_norm_eps is ours",
             "draft/checkpoints.py",
-            '    fields.setdefault("rms_norm_eps", 1e-6)\n',
-            "",
+            '    fields.setdefault("rms_norm_eps", 1e-6)\n    with',
+            "    with",
             CHECKS,
         ),
     ],
@@ -295,8 +300,8 @@ FAULTS = {
         Fault(
             "the whole head has no cap of logits",
             "drafting/head.py",
-            "plain_head = function_at(target.head_module, draft) if target.logit_cap is None else None",
-            "plain_head = function_at(target.head_module, draft)",
+            "plain_head = None if self._is_capped else function_at(head, draft)",
+            "plain_head = function_at(head, draft)",
             HEAD,
         ),
         Fault(
@@ -511,8 +516,8 @@ FAULTS = {
         Fault(
             "a product in place has no cap of logits",
             "drafting/head.py",
-            "is_plain = self._rows is not None and self._rows[1] is None and target.logit_cap is None",
-            "is_plain = self._rows is not None and self._rows[1] is None",
+            "is_product = self._rows[1] is None and not self._is_capped",
+            "is_product = self._rows[1] is None",
             HEAD,
         ),
         Fault(
@@ -694,6 +699,106 @@ FAULTS = {
             "inputs = {name: value[list(rows)] for name, value in self.inputs.items()}",
             "inputs = self.inputs",
             UNUSUAL,
+        ),
+    ],
+    "EAGLE-3 drafts": [
+        Fault(
+            "the wrong hidden states are read",
+            "draft/eagle3/modeling.py",
+            "TargetReads(tuple(sorted(number - 1 for number in chosen))",
+            "TargetReads(tuple(sorted(min(number, num_layers - 1) for number in chosen))",
+            EAGLE3_GENERATE,
+        ),
+        Fault(
+            "the input of the first layer is its output",
+            "target/observation.py",
+            "            if layer == EMBEDDINGS:\n                states = args",
+            "            if False:\n                states = args",
+            EAGLE3_GENERATE,
+        ),
+        Fault(
+            "the norm before the residual is ignored",
+            "draft/eagle3/modeling.py",
+            "residual = normed if config.norm_before_residual else hidden_states",
+            "residual = hidden_states",
+            EAGLE3_GOLDEN,
+        ),
+        Fault(
+            "short steps leave out the norms of queries and keys",
+            "draft/plain_forward.py",
+            "queries, keys = layer.query_norm(queries), layer.key_norm(keys)",
+            "pass",
+            EAGLE3_REFERENCE,
+        ),
+        Fault(
+            "short steps leave out the final norm",
+            "draft/plain_forward.py",
+            "        if self.norm is not None:\n            states = self.norm(states)\n",
+            "",
+            EAGLE3_GOLDEN,
+        ),
+        Fault(
+            "the head reads states before the norm",
+            "drafting/head.py",
+            "                states = self._norm(states)\n",
+            "                pass\n",
+            EAGLE3_REFERENCE,
+        ),
+        Fault(
+            "rows of the head are taken for tokens",
+            "drafting/head.py",
+            "if draft.draft_vocab is not None and (self._rows is not None or own_head is not None):",
+            "if draft.draft_vocab is not None and self._rows is not None:",
+            EAGLE3_REFERENCE,
+        ),
+        Fault(
+            "the draft's own embedding is not read",
+            "drafting/embedding.py",
+            "    own: Any = draft.own_embedding\n",
+            "    own: Any = None\n",
+            EAGLE3_REFERENCE,
+        ),
+        Fault(
+            "placeholders are images",
+            "drafting/embedding.py",
+            'is_placeholder = draft.visual_positions == "placeholder"',
+            "is_placeholder = False",
+            EAGLE3_GOLDEN,
+        ),
+        Fault(
+            "a mean over an image takes padding in",
+            "drafting/drafter.py",
+            "runs = visual_mask if prompt_mask is None else",
+            "runs = visual_mask if True else",
+            EAGLE3_REFERENCE,
+        ),
+        Fault(
+            "dropped rows are read",
+            "drafting/visual_rows.py",
+            '    if policy == "dropped":\n        most = 0\n',
+            "    if False:\n        most = 0\n",
+            EAGLE3_REFERENCE,
+        ),
+        Fault(
+            "ids of outputs are those of hidden states",
+            "draft/eagle3/conventions.py",
+            "[number + 1 for number in ids]",
+            "list(ids)",
+            EAGLE3_LOADING,
+        ),
+        Fault(
+            "a saved draft has the names of its checkpoint",
+            "draft/base.py",
+            "[kept for kept in conversions if not isinstance(kept, WeightRenaming)]",
+            "conversions",
+            EAGLE3_LOADING,
+        ),
+        Fault(
+            "a map beyond the vocabulary is taken",
+            "draft/eagle3/modeling.py",
+            " or int(tokens.max()) >= self.config.vocab_size",
+            "",
+            EAGLE3_LOADING,
         ),
     ],
 }

@@ -149,7 +149,7 @@ def load_draft_and_processor(
 ) -> tuple[str, MSDDraftModel, Any]:
     """Loads what a target needs beside its weights, and checks that it all fits: the name of the target, which the
     draft may give, the draft, and the target's processor."""
-    from ..draft.modeling_msd import MSDDraftModel
+    from ..draft.auto import AutoDraft
     from ..hub.names import target_or_named
     from ..loading import load_config, load_processor, parse_device, parse_dtype
     from ..target.support import check_pair
@@ -158,7 +158,7 @@ def load_draft_and_processor(
     parse_device(device)
     if target_name is not None:
         load_config(target_name)
-    draft = MSDDraftModel.from_pretrained(draft_name)
+    draft = AutoDraft.from_pretrained(draft_name)
     if target_name is None:
         target_name = target_or_named(None, draft.config)
         console.print(f"target   {target_name}, which the draft names", soft_wrap=True)

@@ -98,7 +98,7 @@ class PairBench:
         Raises:
             MSDError: when an argument cannot be used.
         """
-        from ..draft.modeling_msd import MSDDraftModel
+        from ..draft.auto import AutoDraft
         from ..evaluation.html_report import NUM_TREES
         from ..evaluation.make_report import report_pair
         from ..evaluation.methods import DEFAULT_BASELINES, choose_methods
@@ -112,7 +112,7 @@ class PairBench:
             self.target, self.draft = self.target or str(target_folder), self.draft or str(draft_folder)
         if self.draft is None:
             raise MSDError("--data needs a --draft, and its --target if the draft does not name it.")
-        draft = MSDDraftModel.from_pretrained(self.draft)
+        draft = AutoDraft.from_pretrained(self.draft)
         set_visual_rows(draft, self.max_visual_rows)
         self.target = target_or_named(self.target, draft.config)
         check_pair(load_config(self.target), draft.config)

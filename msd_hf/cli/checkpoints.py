@@ -15,17 +15,17 @@ from .options import ImageFolder, OptionalTarget, Overwrite, Strict, console, pr
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder or Hub id of a draft of the original MSD repository.")],
+    source: Annotated[str, typer.Argument(help="Folder or Hub id of a published MSD, EAGLE or EAGLE-3 draft.")],
     destination: Annotated[Path, typer.Argument(help="Folder to write.")],
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a draft of the original repository in this package's format."""
+    """Write a published draft (MSD, EAGLE-1, EAGLE-2, EAGLE-3) in this package's format."""
+    from ..draft.auto import AutoDraft
     from ..draft.folder import DRAFT_FOLDER
-    from ..draft.modeling_msd import MSDDraftModel
     from ..writing.destination import check_destination, replaced_folder
 
     check_destination(destination, DRAFT_FOLDER, overwrite)
-    model = MSDDraftModel.from_pretrained(source)
+    model = AutoDraft.from_pretrained(source)
     with replaced_folder(destination, DRAFT_FOLDER, overwrite) as temporary:
         model.save_pretrained(temporary)
         _keep_documents(source, temporary)

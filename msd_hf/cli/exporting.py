@@ -33,7 +33,7 @@ def export(
     from transformers.utils import logging
 
     from ..decoders import head_of
-    from ..draft.modeling_msd import MSDDraftModel
+    from ..draft.auto import AutoDraft
     from ..engines.vllm.export import export_draft
     from ..engines.vllm.folder import EXPORT_FOLDER
     from ..engines.vllm.refusals import check_exportable, check_target_kind
@@ -45,7 +45,7 @@ def export(
 
     check_destination(output, EXPORT_FOLDER, overwrite)
     logging.disable_progress_bar()
-    model = MSDDraftModel.from_pretrained(draft)
+    model = AutoDraft.from_pretrained(draft)
     check_exportable(model)
     head = vocab_size = None
     if model.draft_vocab is not None:

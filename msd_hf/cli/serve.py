@@ -51,7 +51,7 @@ def serve(
     check_installed()
     from transformers.utils import logging
 
-    from ..draft.modeling_msd import MSDDraftModel
+    from ..draft.auto import AutoDraft
     from ..hub.names import public_name, target_or_named
     from ..loading import load_config, load_processor, load_target, parse_device, parse_dtype
     from ..prompts import check_chat_template
@@ -82,7 +82,7 @@ def serve(
     with socket:
         if target is not None:
             load_config(target)
-        loaded_draft = MSDDraftModel.from_pretrained(draft)
+        loaded_draft = AutoDraft.from_pretrained(draft)
         set_visual_rows(loaded_draft, max_visual_rows)
         if target is None:
             target = target_or_named(None, loaded_draft.config)

@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..compat import CACHE_NAME
 from ..compiled.compile import is_compiled
+from ..decoders import decoder_of
 from ..draft.interface import Draft
 from ..drafting.drafter import Drafter
 from ..drafting.fixed import FixedDrafter
@@ -99,7 +100,7 @@ def prepare_call(
     settings = TreeSettings.from_generation_config(draft.generation_config)
     if pair.is_chain:
         settings = settings.as_chain()
-    adapter = TargetAdapter(target, draft.reads.layers, pair.compiled)
+    adapter = TargetAdapter(target, draft.reads_of(decoder_of(target)), pair.compiled)
     adapter.masks_attention = pair.masks_attention
     cache = model_kwargs[CACHE_NAME]
     keeps_cache = _outlives_the_call(cache, generation_config)

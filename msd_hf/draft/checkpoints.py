@@ -1,24 +1,31 @@
-"""Reads the configuration of a checkpoint, of this package or of the original MSD repository.
+"""Reads the configuration of a checkpoint, of this package or of the repositories that drafts are published from.
 
-An original checkpoint is a `config.json` with `model_type` `llava` or `qwen2_vl` and the fields of a LLaMA
-configuration, and a `pytorch_model.bin` or `model.safetensors` with the keys `fc.*`, `layers.0.*` and a copy of the
-target's embedding, `embed_tokens.weight`. The key names are those of `MSDDraftModel`, so only the configuration needs
-translation.
+A checkpoint of the original MSD repository is a `config.json` with `model_type` `llava` or `qwen2_vl` and the fields
+of a LLaMA configuration, and a `pytorch_model.bin` or `model.safetensors` with the keys `fc.*`, `layers.0.*` and a
+copy of the target's embedding, `embed_tokens.weight`. The key names are those of `MSDDraftModel`, so only the
+configuration needs translation. One of EAGLE-1 or EAGLE-2 has the same keys, and one of EAGLE-3 has others
+(`eagle3.conventions`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, logging
 
 from ..errors import MSDCheckpointError, shown
 from ..hub.known_drafts import target_of_original
 from .configuration_msd import MSDDraftConfig
+from .eagle3.configuration import Eagle3DraftConfig
+from .eagle3.conventions import read_eagle3
 from .files import errors_name_file, location_of, read_json, require_file
+from .translation import LLAMA_FIELDS, rope_of
+from .weights import StoredWeight, find_weight_files, read_headers
 
+
+logger = logging.get_logger(__name__)
 
 # For each original `model_type`: the decoder's type, whether q/k/v have biases, whether the first layer has its norm,
 # and how many visual positions a training sample had, if that is known: one picture of LLaVA-1.5 has 24 x 24. Pictures
@@ -32,62 +39,171 @@ _ORIGINAL_KINDS: dict[str, dict[str, Any]] = {
     },
     "qwen2_vl": {"target_text_model_type": "qwen2_vl_text", "attention_bias": True, "input_layernorm": True},
 }
-_LLAMA_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "attention_dropout",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-)
+# Drafts of EAGLE-1 and EAGLE-2 have the model_type of their target's decoder. Their weights are those of an MSD draft.
+_EAGLE_MODEL_TYPES = ("llama", "llava_next", "mistral", "mixtral", "qwen2", "qwen2_5_vl", "qwen3")
 MAX_LAYERS = 4  # the published drafts have one layer; a target has dozens
 _REQUIRED_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
 
 
-def read_config(
-    name_or_path: str | Path, config_class: type[MSDDraftConfig], overrides: Mapping[str, Any], **kwargs: Any
-) -> tuple[MSDDraftConfig, bool]:
+# Values of a form that a user need not know.
+_EXAMPLES = {"rope_parameters": '{"rope_type": "default", "rope_theta": ...}'}
+
+
+class ReadDraft(NamedTuple):
+    """
+    What the files of a checkpoint say.
+
+    Args:
+        config (`PreTrainedConfig`): the configuration of the draft.
+        is_published (`bool`): whether the checkpoint has another format than that of this package.
+        key_mapping (`dict[str, str]`): regular expressions of names of weights, and the draft's names.
+    """
+
+    config: Any
+    is_published: bool
+    key_mapping: dict[str, str]
+
+
+def read_config(name_or_path: str | Path, config_class: Any, overrides: Mapping[str, Any], **kwargs: Any) -> ReadDraft:
     """
     Reads the configuration of a draft from a folder or the Hub.
 
     Args:
         name_or_path (`str` or `Path`): folder, or repository id.
-        config_class (`type`): class of the configuration, if the checkpoint has the format of this package.
+        config_class (`type`): class of the configuration that is expected.
         overrides (`Mapping`): fields of the configuration that replace those of the file.
         kwargs: arguments of `from_pretrained`. Only arguments that say where files are count.
 
-    Returns:
-        The configuration, and whether the checkpoint has the format of the original repository.
-
     Raises:
-        MSDCheckpointError: when the checkpoint is not a draft, or its configuration is damaged.
+        MSDCheckpointError: when the checkpoint is not a draft of this kind, or its configuration is damaged.
         OSError: when there is no `config.json`.
     """
     path = require_file(name_or_path, CONFIG_NAME, location_of(kwargs))
     fields = read_json(path)
-    model_type = fields.get("model_type")
-    if model_type == config_class.model_type:
-        return config_class.from_dict(fields, name_or_path=str(path), **overrides), False
-    if not isinstance(model_type, str) or model_type not in _ORIGINAL_KINDS:
-        raise MSDCheckpointError(
-            f"{str(name_or_path)!r} is not an MSD draft: its config.json has model_type {shown(model_type)}, "
-            f"expected {config_class.model_type!r} or, for a checkpoint of the original repository, one of "
-            f"{sorted(_ORIGINAL_KINDS)}."
-        )
-    config = config_from_original(fields, source=str(path))
-    config.target_name_or_path = target_of_original(str(name_or_path), fields)
+    if fields.get("model_type") == config_class.model_type:
+        return ReadDraft(config_class.from_dict(fields, name_or_path=str(path), **overrides), False, {})
+    kind = kind_of(name_or_path, fields, kwargs)
+    if kind is None and config_class is MSDDraftConfig and is_original(fields.get("model_type")):
+        kind = "msd"  # `config_from_original` says what is wrong
+    if kind is None or KINDS[kind].config_class is not config_class:
+        raise MSDCheckpointError(_not_this_kind(name_or_path, fields, config_class, kind))
     with errors_name_file(path, "the configuration of a draft"):
-        # As in any `from_pretrained`, a field of the configuration may be overridden by name.
-        return type(config)(**{**config.to_dict(), **overrides}), True
+        if kind == "eagle3":
+            headers = weight_headers(name_or_path, kwargs)
+            reading = read_eagle3(fields, headers, str(name_or_path), overrides)
+            found, key_mapping = {**reading.fields, **overrides}, reading.key_mapping
+            config = config_class(**found)  # as in any `from_pretrained`, fields may be overridden by name
+            for name, doubt in reading.doubts.items():
+                logger.warning(
+                    f"{str(name_or_path)!r}: `{name}` {doubt}. The output does not depend on it; if the draft is "
+                    f"slow, give another value to `from_pretrained` (`{name}={_EXAMPLES.get(name, '...')}`)."
+                )
+            return ReadDraft(config, True, key_mapping)
+        if kind == "eagle":
+            config = config_from_eagle(fields, weight_headers(name_or_path, kwargs))
+        else:
+            config = config_from_original(fields, source=str(path))
+        config.target_name_or_path = target_of_original(str(name_or_path), fields)
+        return ReadDraft(type(config)(**{**config.to_dict(), **overrides}), True, {})
+
+
+def _not_this_kind(name_or_path: str | Path, fields: Mapping[str, Any], config_class: Any, kind: str | None) -> str:
+    own = [name for name, one in KINDS.items() if one.config_class.model_type == fields.get("model_type")]
+    kind = own[0] if own else kind
+    expected = next(one.name for one in KINDS.values() if one.config_class is config_class)
+    if kind is not None:
+        return (
+            f"{str(name_or_path)!r} is {KINDS[kind].name}, expected {expected}: `msd_hf.AutoDraft.from_pretrained` "
+            "loads it with the class of its kind."
+        )
+    return (
+        f"{str(name_or_path)!r} is not {expected}: its config.json has model_type {shown(fields.get('model_type'))}, "
+        f"expected {config_class.model_type!r} or, for a checkpoint of the original repository, one of "
+        f"{sorted(_ORIGINAL_KINDS)}, or weights of a published draft."
+    )
+
+
+class _Kind(NamedTuple):
+    name: str
+    config_class: Any
+
+
+# The kinds of published checkpoints, and the classes that their drafts have here.
+KINDS = {
+    "msd": _Kind("an MSD draft", MSDDraftConfig),
+    "eagle": _Kind("an EAGLE draft", MSDDraftConfig),
+    "eagle3": _Kind("an EAGLE-3 draft", Eagle3DraftConfig),
+}
+
+
+def kind_of(name_or_path: str | Path, fields: Mapping[str, Any], kwargs: Mapping[str, Any]) -> str | None:
+    """
+    The kind of a published checkpoint, of [`KINDS`]: by its weights first, by its configuration second; `None` for
+    another model. The weights of a model that is too large for a draft are not downloaded.
+
+    Args:
+        name_or_path (`str` or `Path`): folder, or repository id.
+        fields (`Mapping`): its `config.json`.
+        kwargs (`Mapping`): arguments of `from_pretrained`.
+
+    Raises:
+        MSDCheckpointError: when its files are damaged, or it is a draft of a kind that is not served.
+    """
+    if not _may_be_draft(fields):
+        return None
+    names = {name: weight.shape for name, weight in weight_headers(name_or_path, kwargs).items()}
+    if any(name.startswith("midlayer.") or name == "layers.0.hidden_norm.weight" for name in names):
+        return "eagle3"
+    if "imadpt.q" in names:
+        raise MSDCheckpointError(f"{str(name_or_path)!r} is a ViSpec draft, a kind that msd_hf does not serve.")
+    model_type = fields.get("model_type")
+    if not isinstance(model_type, str):
+        return None
+    if is_original(model_type):
+        return "msd"
+    fc = names.get("fc.weight", ())
+    is_fusion = len(fc) == 2 and fc[1] == 2 * fc[0] and "layers.0.self_attn.q_proj.weight" in names
+    return "eagle" if is_fusion and model_type in _EAGLE_MODEL_TYPES else None
+
+
+def is_original(model_type: Any) -> bool:
+    """Whether drafts of the original MSD repository have this `model_type`, as whole targets have it, too."""
+    return isinstance(model_type, str) and model_type in _ORIGINAL_KINDS
+
+
+def _may_be_draft(fields: Mapping[str, Any]) -> bool:
+    layer = fields.get("transformer_layer_config")
+    layer = layer if isinstance(layer, Mapping) else fields
+    num_layers = layer.get("num_hidden_layers", 1)
+    return isinstance(num_layers, int) and num_layers <= MAX_LAYERS and layer.get("hidden_size") is not None
+
+
+def weight_headers(name_or_path: str | Path, kwargs: Mapping[str, Any]) -> dict[str, StoredWeight]:
+    """Shape and dtype of the weights of a checkpoint; empty if there are none."""
+    choice = {name: kwargs.get(name) for name in ("variant", "use_safetensors")}
+    return read_headers(find_weight_files(name_or_path, location_of(kwargs), **choice))
+
+
+def config_from_eagle(original: Mapping[str, Any], headers: Mapping[str, StoredWeight]) -> MSDDraftConfig:
+    """
+    Translates a checkpoint of EAGLE-1 or EAGLE-2, whose draft is that of MSD without decoupling.
+
+    Args:
+        original (`Mapping`): its `config.json`.
+        headers (`Mapping`): shape and dtype of its weights.
+    """
+    fields = {name: original[name] for name in LLAMA_FIELDS if original.get(name) is not None}
+    fields.setdefault("rms_norm_eps", 1e-6)
+    numbers = [int(name.split(".")[1]) for name in headers if name.startswith("layers.")]
+    fields |= {
+        "num_hidden_layers": max(numbers) + 1,
+        "rope_parameters": rope_of(original),
+        "attention_bias": "layers.0.self_attn.q_proj.bias" in headers,
+        "input_layernorm": "layers.0.input_layernorm.weight" in headers,
+        "fc_bias": "fc.bias" in headers,
+        "decouple_visual_tokens": False,
+    }
+    return MSDDraftConfig(**fields)
 
 
 def config_from_original(original: Mapping[str, Any], source: str = "config.json") -> MSDDraftConfig:
@@ -118,24 +234,13 @@ def config_from_original(original: Mapping[str, Any], source: str = "config.json
             )
             + " Give the draft's folder or repository, not the target's."
         )
-    fields = {name: original[name] for name in _LLAMA_FIELDS if original.get(name) is not None}
+    fields = {name: original[name] for name in LLAMA_FIELDS if original.get(name) is not None}
     # Original files may lack these fields. The original code then uses these defaults.
     fields.setdefault("num_hidden_layers", 1)
     fields.setdefault("rms_norm_eps", 1e-6)
     with errors_name_file(source, "the configuration of a draft"):
-        fields["rope_parameters"] = _rope_from_original(original)
+        fields["rope_parameters"] = rope_of(original)
         return MSDDraftConfig(**fields, target_model_type=model_type, **_ORIGINAL_KINDS[model_type])
 
 
-def _rope_from_original(original: Mapping[str, Any]) -> dict[str, Any]:
-    theta = original.get("rope_theta", 10000.0)
-    scaling = original.get("rope_scaling")
-    if scaling is not None and not isinstance(scaling, dict):
-        raise ValueError(f"`rope_scaling` must be an object, got a {type(scaling).__name__}.")
-    kind = scaling.get("rope_type", scaling.get("type")) if scaling else None
-    if not scaling or kind in (None, "default", "mrope"):  # the rows of M-RoPE are equal in the draft: 1-D positions
-        return {"rope_type": "default", "rope_theta": theta}
-    return {"rope_type": kind, "rope_theta": theta, **{k: v for k, v in scaling.items() if k != "type"}}
-
-
-__all__ = ["config_from_original", "read_config"]
+__all__ = ["KINDS", "ReadDraft", "config_from_original", "is_original", "kind_of", "read_config", "weight_headers"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..hub.card import PROVENANCE_NAME, is_generated
 from ..writing.destination import FolderKind, read_config
 from .configuration_msd import MSDDraftConfig
+from .eagle3.configuration import Eagle3DraftConfig
 
 
 _FILE_NAMES = re.compile(
@@ -23,7 +24,7 @@ def _owns(path: Path) -> bool:
 
 
 def _is_draft(folder: Path) -> bool:
-    return read_config(folder).get("model_type") == MSDDraftConfig.model_type
+    return read_config(folder).get("model_type") in (MSDDraftConfig.model_type, Eagle3DraftConfig.model_type)
 
 
 # A folder with checkpoints of a training run is not replaced: they are worth more than the draft.

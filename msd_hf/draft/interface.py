@@ -1,4 +1,4 @@
-"""What the decoding loop asks of a draft model. `MSDDraftModel` is the first kind; other kinds register here."""
+"""What the decoding loop asks of a draft model, of whatever kind. Each kind registers here."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ from .plain_forward import PlainForward
 from .plain_modules import TensorFunction
 
 
+EMBEDDINGS = -1  # stands for the decoder's input among the layers of the target that a draft reads
+
+# What a draft is fed at visual positions: the embedding of the placeholder token; the image's embedding as the target
+# has it; one row for each run of visual positions, the mean of its rows; no row at all.
+VISUAL_POSITIONS = ("placeholder", "image_embedding", "pooled", "dropped")
+
+
 @dataclass(frozen=True)
 class TargetReads:
     """
@@ -21,21 +28,26 @@ class TargetReads:
     `layers`, in order, then the last hidden state. W, in shapes everywhere, is `width`.
 
     Args:
-        layers (`tuple[int, ...]`): decoder layers of the target, counted from 0, in increasing order.
+        layers (`tuple[int, ...]`): decoder layers of the target, counted from 0, in increasing order; `EMBEDDINGS` for
+            the input of layer 0.
         hidden_size (`int`): width of each hidden state.
+        with_last (`bool`, defaults to `True`): whether the draft reads the last hidden state.
     """
 
     layers: tuple[int, ...]
     hidden_size: int
+    with_last: bool = True
 
     @property
     def width(self) -> int:
         """Width of the joined hidden states."""
-        return (len(self.layers) + 1) * self.hidden_size
+        return (len(self.layers) + self.with_last) * self.hidden_size
 
     def join(self, layer_states: list[torch.Tensor], last: torch.Tensor) -> torch.Tensor:
         """Joins the outputs of the layers and the last hidden state (each `[..., hidden_size]`) to `[..., width]`."""
-        return torch.cat([*layer_states, last], dim=-1) if layer_states else last
+        if not layer_states:
+            return last
+        return torch.cat([*layer_states, last] if self.with_last else layer_states, dim=-1)
 
     def split(self, states: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Splits `[..., width]` into the outputs of the layers (`None` without layers) and the last hidden state."""
@@ -45,11 +57,16 @@ class TargetReads:
 
 
 class Draft(Protocol):
-    """The interface of a draft model. Shapes: B rows, T positions; H is the width of the draft, W that of `reads`."""
+    """The interface of a draft model. Shapes: B rows, T positions; H is the width of the draft, W that of
+    [`TargetReads`]."""
 
     config: Any
     generation_config: Any  # the settings of the candidate tree
     draft_vocab: torch.Tensor | None  # [V']: the target's id of each row of the draft's head; `None`: the target's own
+    visual_positions: str  # one of `VISUAL_POSITIONS`
+    own_embedding: nn.Module | None  # embedding of tokens; `None`: the target's
+    own_head: nn.Module | None  # scores the tokens of `draft_vocab`; `None`: the target's head
+    head_norm: nn.Module | None  # stands between the draft's output and its head
     rotary_emb: Any  # (states, position_ids [1, P]) -> cosines and sines [1, P, head_dim]
 
     @property
@@ -59,8 +76,11 @@ class Draft(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     @property
-    def reads(self) -> TargetReads:
-        """The hidden states of the target that the draft reads."""
+    def reads_layers(self) -> bool:
+        """Whether the draft reads other hidden states of the target than the last one."""
+
+    def reads_of(self, decoder: Any) -> TargetReads:
+        """The hidden states that the draft reads of a target with this decoder."""
 
     @property
     def num_cache_layers(self) -> int:
@@ -72,7 +92,7 @@ class Draft(Protocol):
 
     def read_target(self, states: torch.Tensor) -> torch.Tensor:
         """Combines hidden states of the target `[B, T, W]` into one input of the draft, `[B, T, H]`. Returns its
-        argument if the draft reads no layers."""
+        argument if the draft reads the last hidden state alone."""
 
     def image_vectors(
         self, inputs_embeds: torch.Tensor, visual_mask: torch.Tensor, earlier: torch.Tensor | None = None
@@ -104,8 +124,9 @@ class Draft(Protocol):
         last_row_only: bool = False,
     ) -> Any:
         """Runs the draft over a prompt, or over a few nodes. `hidden_states` `[B, T, H]` are results of `read_target`
-        or of the draft; the result has a `last_hidden_state` of this shape, or `[B, 1, H]` with `last_row_only`. The
-        draft decides how to feed visual positions."""
+        or of the draft; the result has a `last_hidden_state` of this shape, or `[B, 1, H]` with `last_row_only`.
+        `inputs_embeds` `[B, T, E]` are as wide as the embedding. At visual positions they are as `visual_positions`
+        says; the draft decides whether its input is another one there."""
 
 
 _KINDS: dict[Any, type] = {}  # configuration class -> model class
@@ -154,6 +175,8 @@ def check_target_of_draft(target: Any) -> None:
 
 
 __all__ = [
+    "EMBEDDINGS",
+    "VISUAL_POSITIONS",
     "Draft",
     "TargetReads",
     "check_target_of_draft",

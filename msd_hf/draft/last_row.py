@@ -17,7 +17,8 @@ from ..attention.split import grouped_sdpa
 
 def last_row_of_layer(
     layer: Any,
-    states: torch.Tensor,
+    residual: torch.Tensor,
+    normed: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     cache: Cache | None,
@@ -27,18 +28,21 @@ def last_row_of_layer(
 
     Args:
         layer: the layer.
-        states (`torch.Tensor` of shape `[B, T, H]`): its input.
+        residual (`torch.Tensor` of shape `[B, 1, H]`): what the attention's result is added to.
+        normed (`torch.Tensor` of shape `[B, T, W]`): the normed input of the attention.
         attention_mask (`torch.Tensor`, *optional*): `[B, S + T]` with 1 for slots that may be seen, or an additive or
             boolean mask `[B, 1, T, S + T]`. Without one, the last row sees everything.
         position_embeddings: cosines and sines `[B, T, head_dim]`.
         cache (`Cache`, *optional*): keys and values of S earlier rows.
     """
     attention = layer.self_attn
-    normed = layer.input_layernorm(states)
     batch_size, length, _ = normed.shape
-    shape = (batch_size, -1, attention.config.num_key_value_heads, attention.head_dim)
-    keys, values = (proj(normed).view(shape).transpose(1, 2) for proj in (attention.k_proj, attention.v_proj))
-    queries = attention.q_proj(normed[:, -1:]).view(batch_size, 1, -1, attention.head_dim).transpose(1, 2)
+    shape = (batch_size, length, -1, attention.head_dim)
+    keys, values = attention.k_proj(normed).view(shape), attention.v_proj(normed).view(shape).transpose(1, 2)
+    queries = attention.q_proj(normed[:, -1:]).view(batch_size, 1, -1, attention.head_dim)
+    if getattr(attention, "q_norm", None) is not None:
+        queries, keys = attention.q_norm(queries), attention.k_norm(keys)
+    queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
     cos, sin = (part.unsqueeze(1) for part in position_embeddings)
     keys = keys * cos + rotate_half(keys) * sin
     queries = queries * cos[:, :, -1:] + rotate_half(queries) * sin[:, :, -1:]
@@ -50,7 +54,7 @@ def last_row_of_layer(
     if mask is not None:
         mask = mask[:, None, None, :length].bool() if mask.dim() == 2 else mask[:, :, -1:, :length]
     attended = grouped_sdpa(queries, keys, values, mask, attention.scaling)
-    last = states[:, -1:] + attention.o_proj(attended.transpose(1, 2).flatten(2))
+    last = residual + attention.o_proj(attended.transpose(1, 2).flatten(2))
     return last + layer.mlp(layer.post_attention_layernorm(last))
 
 

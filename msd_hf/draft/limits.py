@@ -25,6 +25,8 @@ INTEGER_LIMITS: dict[str, tuple[int, int]] = {
     "bos_token_id": (-1, 2**31 - 1),
     "chunk_size_feed_forward": (0, 2**20),
 }
+# Of some kinds of drafts only.
+_MORE_LIMITS: dict[str, tuple[int, int]] = {"target_hidden_size": (1, 2**16)}
 # These may be `None`: they are not needed, or follow from others.
 OPTIONAL_INTEGERS = (
     "num_key_value_heads",
@@ -41,6 +43,13 @@ BOOLEANS = (
     "tie_word_embeddings",
     "input_layernorm",
     "decouple_visual_tokens",
+    "fc_bias",
+    "norm_before_residual",
+    "norm_before_fc",
+    "fc_norm",
+    "norm_output",
+    "qk_norm",
+    "has_own_embedding",
 )
 MAX_TARGET_LAYERS = 64  # layers of the target that a draft may read
 MAX_LAYER_NUMBER = 1023
@@ -88,8 +97,11 @@ def check_limits(config: Any) -> None:
     for name, (least, most) in INTEGER_LIMITS.items():
         if getattr(config, name) is not None or name not in OPTIONAL_INTEGERS:
             _check_integer(name, getattr(config, name), least, most)
+    for name, (least, most) in _MORE_LIMITS.items():
+        if getattr(config, name, None) is not None:
+            _check_integer(name, getattr(config, name), least, most)
     for name in BOOLEANS:
-        if not isinstance(getattr(config, name), bool):
+        if not isinstance(getattr(config, name, False), bool):  # each kind of draft has some of them
             raise ValueError(f"`{name}` must be true or false, got {shown(getattr(config, name))}.")
     for name in ("target_model_type", "target_text_model_type", "target_name_or_path", "target_revision"):
         value = getattr(config, name)
@@ -105,7 +117,8 @@ def check_limits(config: Any) -> None:
         raise ValueError(f"`hidden_act` must be the name of an activation function, got {shown(config.hidden_act)}.")
     if config.is_encoder_decoder:
         raise ValueError("`is_encoder_decoder` must be false: a draft is a decoder.")
-    _check_target_layers(config.target_layers)
+    _check_target_layers("target_layers", getattr(config, "target_layers", None))
+    _check_target_layers("eagle_aux_hidden_state_layer_ids", getattr(config, "eagle_aux_hidden_state_layer_ids", None))
     _check_fingerprint(config.target_fingerprint)
     check_dtype(config.dtype)
     _check_heads(config)
@@ -141,15 +154,15 @@ def _check_number(name: str, value: Any, least: float, most: float, includes_lea
         raise ValueError(f"`{name}` must be a number {bound} {least:g} and at most {most:g}, got {shown(value)}.")
 
 
-def _check_target_layers(layers: Any) -> None:
+def _check_target_layers(name: str, layers: Any) -> None:
     if layers is None:
         return
     if not isinstance(layers, list | tuple) or len(layers) > MAX_TARGET_LAYERS:
-        raise ValueError(f"`target_layers` must be a list of at most {MAX_TARGET_LAYERS} layers, got {shown(layers)}.")
+        raise ValueError(f"`{name}` must be a list of at most {MAX_TARGET_LAYERS} layers, got {shown(layers)}.")
     for layer in layers:
-        _check_integer("target_layers", layer, 0, MAX_LAYER_NUMBER)
+        _check_integer(name, layer, 0, MAX_LAYER_NUMBER)
     if len(set(layers)) < len(layers):
-        raise ValueError(f"`target_layers` must name each layer once, got {shown(layers)}.")
+        raise ValueError(f"`{name}` must name each layer once, got {shown(layers)}.")
 
 
 def _check_fingerprint(fingerprint: Any) -> None:

@@ -17,6 +17,7 @@ from ..compiled.compile import is_compiled
 from ..errors import MSDCheckpointError
 from ..tree.settings import TreeSettings
 from .checkpoints import read_config
+from .eagle3.conventions import renamed
 from .files import errors_name_file, find_file, location_of, read_json
 from .weights import check_headers, check_memory, find_weight_files, raise_problems, read_headers
 
@@ -41,19 +42,21 @@ def prepare_loading(
         OSError: when the checkpoint or its configuration is missing.
     """
     kwargs = dict(kwargs)
-    is_original = False
+    is_published = False
     if not isinstance(config, PreTrainedConfig):
         # As in any `from_pretrained`, a field of the configuration may be overridden by name.
         names = [field.name for field in dataclasses.fields(model_class.config_class) if field.name != "dtype"]
         overrides = {name: kwargs.pop(name) for name in (*names, "output_attentions") if name in kwargs}
         source = name_or_path if config is None else config
-        config, is_original = read_config(source, model_class.config_class, overrides, **kwargs)
+        config, is_published, key_mapping = read_config(source, model_class.config_class, overrides, **kwargs)
+        if key_mapping and kwargs.get("key_mapping") is None:
+            kwargs["key_mapping"] = key_mapping
     location = location_of(kwargs)
     _check_no_adapter(name_or_path, location)
     if kwargs.get("gguf_file") is None:
         _check_weights(model_class, name_or_path, config, kwargs)
-    # The `generation_config.json` of an original checkpoint is a copy of the target's.
-    if kwargs.get("generation_config") is None and not is_original:
+    # The `generation_config.json` of a published checkpoint is a copy of the target's.
+    if kwargs.get("generation_config") is None and not is_published:
         kwargs["generation_config"] = _read_settings(name_or_path, location)
     return config, kwargs
 
@@ -78,8 +81,10 @@ def _check_weights(model_class: Any, name_or_path: str | Path, config: Any, kwar
         model = model_class(copy.deepcopy(config))
     if is_quantised(config):
         check_memory(name_or_path, model, files)  # quantised weights have other names and dtypes
-    elif kwargs.get("key_mapping") is None:
-        check_headers(name_or_path, model, headers, kwargs.get("ignore_mismatched_sizes", False))
+    else:
+        mapping = kwargs.get("key_mapping") or {}
+        own = {renamed(name, mapping): weight for name, weight in headers.items()}
+        check_headers(name_or_path, model, own, kwargs.get("ignore_mismatched_sizes", False))
 
 
 def _read_settings(name_or_path: str | Path, location: Mapping[str, Any]) -> GenerationConfig | None:

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from ..compat import CACHE_NAME
 from ..decoders import decoder_of, head_of
-from ..errors import MSDError, MSDPairingError, MSDUnsupportedError
-from ..tree.settings import TREE_SETTINGS
+from ..errors import MSDError, MSDPairingError
+from .base import DraftPreTrainedModel
 from .configuration_msd import MSDDraftConfig
 from .global_image import GlobalImage
-from .hub_mixin import DraftHubMixin
-from .interface import TargetReads, register_draft
+from .interface import TargetReads
 from .last_row import last_row_of_layer
-from .loading import check_draft_vocab, check_loading_info, errors_of_quantised_weights, prepare_loading
-from .plain_forward import PlainForward, PlainLayer
+from .loading import check_draft_vocab
+from .plain_forward import Fuse, PlainForward, PlainLayer
 from .plain_modules import TensorFunction
 from .target_sizes import generating_model
-from .weights import IGNORED_WEIGHTS
-
-
-# Kinds of rotary embeddings whose frequencies depend on the length of the text, so that no table of them can be made.
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 class MSDDraftAttention(LlamaAttention):
@@ -50,31 +43,12 @@ class MSDDraftDecoderLayer(LlamaDecoderLayer):
             self.input_layernorm = nn.Identity()
 
 
-class MSDDraftPreTrainedModel(PreTrainedModel):
+class MSDDraftPreTrainedModel(DraftPreTrainedModel):
     config_class = MSDDraftConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["MSDDraftDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values", "cache"]
-    _keys_to_ignore_on_load_unexpected = [rf"^{re.escape(name)}$" for name in IGNORED_WEIGHTS]
-    _supports_sdpa = True
-    _supports_attention_backend = True
-
-    @classmethod
-    def can_generate(cls) -> bool:
-        # Only a model that "can generate" gets a generation config, which is saved with it. The draft's holds the
-        # settings of the candidate tree.
-        return True
-
-    def adjust_generation_fn(
-        self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args, **kwargs
-    ) -> None:
-        # Called by `from_pretrained` with the settings that it has read. Without any, the defaults stay.
-        if generation_config is not None:
-            self.generation_config = GenerationConfig.from_dict(generation_config.to_dict())
 
 
-class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
+class MSDDraftModel(MSDDraftPreTrainedModel):
     """
     A draft for multimodal speculative decoding, passed to the target's `generate` as `assistant_model`.
 
@@ -115,7 +89,7 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
 
     def __init__(self, config: MSDDraftConfig):
         super().__init__(config)
-        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size)
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
         self.layers = nn.ModuleList([MSDDraftDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.feature_proj = (
             nn.Linear(len(config.target_layers) * config.hidden_size, config.hidden_size, bias=False)
@@ -131,35 +105,11 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
         self.register_buffer("draft_vocab", None if size is None else torch.arange(size))
         # A reference to a head's weight, its version, and the rows taken from the head.
         self._head_rows: tuple[Any, int, tuple[torch.Tensor, torch.Tensor | None]] | None = None
-        self.gradient_checkpointing = False
-        self.generation_config = _unset_settings()
-        if config.trained_visual_rows is not None:
-            self.generation_config.max_visual_rows = "auto"
         self.post_init()
         if self.feature_proj is not None:
             nn.init.zeros_(self.feature_proj.weight)  # a new draft starts with the last hidden state alone
         if self.global_image is not None:
             nn.init.zeros_(self.global_image.proj.weight)  # and without a vector
-
-    def generate(self, *args: Any, **kwargs: Any):
-        """
-        Refuses the call.
-
-        Raises:
-            MSDUnsupportedError: a draft alone has no embedding and no head.
-        """
-        raise MSDUnsupportedError(
-            "A draft cannot generate by itself, because embedding and head are the target's. Call "
-            "`target.generate(..., assistant_model=draft)`."
-        )
-
-    # `PreTrainedModel` expects an embedding and a head in the model. The draft has neither.
-    def get_input_embeddings(self):
-        return None
-
-    def get_output_embeddings(self):
-        """`None`: the head is the target's."""
-        return None
 
     @classmethod
     def from_target(
@@ -282,36 +232,8 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
                     nn.init.zeros_(projection.bias)
         self.fc.weight[:, : self.config.hidden_size].add_(torch.eye(self.config.hidden_size))
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):  # type: ignore[override]
-        """
-        Loads a draft of this package, or one of the original MSD repository, from a folder or the Hub. Takes the
-        arguments of `PreTrainedModel.from_pretrained`.
-
-        Raises:
-            MSDCheckpointError: when a file is damaged, a number in it is out of range, a weight is missing,
-                unexpected or of the wrong shape or dtype, or the checkpoint is another kind of model. Nothing is
-                allocated before that.
-            OSError: when there is no such checkpoint, or it lacks its configuration or its weights.
-        """
-        if pretrained_model_name_or_path is not None:
-            config, kwargs = prepare_loading(cls, pretrained_model_name_or_path, config, kwargs)
-        return_loading_info = kwargs.pop("output_loading_info", False)
-        accept_other_shapes = kwargs.pop("ignore_mismatched_sizes", False)
-        with errors_of_quantised_weights(pretrained_model_name_or_path, config):
-            draft, loading_info = super().from_pretrained(
-                pretrained_model_name_or_path,
-                *model_args,
-                config=config,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # `check_loading_info` reports these keys with the others
-                **kwargs,
-            )
-        if accept_other_shapes:
-            loading_info = {**loading_info, "mismatched_keys": set()}
-        check_loading_info(pretrained_model_name_or_path, loading_info)
-        check_draft_vocab(pretrained_model_name_or_path, draft.draft_vocab)
-        return (draft, loading_info) if return_loading_info else draft
+    def check_loaded(self, name_or_path: Any) -> None:
+        check_draft_vocab(name_or_path, self.draft_vocab)
 
     @property
     def reads(self) -> TargetReads:
@@ -319,9 +241,13 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
         return TargetReads(tuple(sorted(self.config.target_layers or ())), self.config.hidden_size)
 
     @property
-    def num_cache_layers(self) -> int:
-        """Number of layers that keep keys and values."""
-        return len(self.layers)
+    def reads_layers(self) -> bool:
+        """Whether the draft reads other hidden states of the target than the last one."""
+        return bool(self.config.target_layers)
+
+    def reads_of(self, decoder: Any) -> TargetReads:
+        """The hidden states that the draft reads of a target with this decoder."""
+        return self.reads
 
     def read_target(self, states: torch.Tensor) -> torch.Tensor:
         """
@@ -394,19 +320,13 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
     @property
     def is_plain(self) -> bool:
         """Whether `plain_forward` computes what `forward` computes."""
-        return (
-            self.config._attn_implementation == "sdpa"
-            and self.rotary_emb.rope_type not in LENGTH_DEPENDENT_ROPE
-            and all(type(layer) is MSDDraftDecoderLayer for layer in self.layers)
-            # Hooks of accelerate keep weights elsewhere until a module is called.
-            and not any(hasattr(module, "_hf_hook") for module in self.modules())
-        )
+        return super().is_plain and all(type(layer) is MSDDraftDecoderLayer for layer in self.layers)
 
     def plain_forward(self, convert: Callable[[nn.Module], TensorFunction] = lambda module: module) -> PlainForward:
         """The forward over a few nodes of a tree, with `convert(module)` in place of each module."""
         layers: Any = self.layers
         fc = convert(self.fc)
-        fuse: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = self.fuse
+        fuse: Fuse = self.fuse
         if fc is not self.fc and type(self).fuse is MSDDraftModel.fuse:
             fuse = lambda embeds, states: fc(torch.cat([embeds, states], dim=-1))  # noqa: E731
         return PlainForward(fuse, [PlainLayer.of(layer, convert) for layer in layers])
@@ -454,7 +374,7 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(states.shape[1], device=states.device).unsqueeze(0) + past_length
         position_embeddings = self.rotary_emb(states, position_ids=position_ids)
-        layers = list(self.layers)
+        layers: list[Any] = list(self.layers)
         last_layer = layers.pop() if last_row_only and self.is_plain and not self.training else None
         causal_mask = None
         if layers:
@@ -476,18 +396,13 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
                 **kwargs,
             )
         if last_layer is not None:
-            states = last_row_of_layer(last_layer, states, attention_mask, position_embeddings, past_key_values)
+            normed = last_layer.input_layernorm(states)
+            states = last_row_of_layer(
+                last_layer, states[:, -1:], normed, attention_mask, position_embeddings, past_key_values
+            )
         elif last_row_only:
             states = states[:, -1:].clone()  # a view would keep the states of all rows
         return BaseModelOutputWithPast(last_hidden_state=states, **{CACHE_NAME: past_key_values})
-
-
-def _unset_settings() -> GenerationConfig:
-    """Settings that leave everything to the defaults, with all names there to be set."""
-    return GenerationConfig(**dict.fromkeys(TREE_SETTINGS))
-
-
-register_draft(MSDDraftConfig, MSDDraftModel)
 
 
 __all__ = ["MSDDraftModel", "MSDDraftPreTrainedModel"]

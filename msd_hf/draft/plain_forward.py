@@ -20,6 +20,9 @@ from .plain_modules import TensorFunction
 
 # (queries [B, H, T, D], keys and values [B, Hk, S, D], additive mask, scale of the scores) -> attended [B, H, T, D].
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float], torch.Tensor]
+# Embeddings [..., E] and hidden states [..., H] to the input of the first layer [..., H], or to a pair: what is added
+# to the result of its attention [..., H], and the input of its attention.
+Fuse = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class PlainLayer:
     down: TensorFunction
     head_dim: int
     scaling: float
+    query_norm: TensorFunction | None = None  # over the last dimension of [B, T, heads, head_dim], as in Qwen3
+    key_norm: TensorFunction | None = None
 
     @classmethod
     def of(cls, layer: Any, convert: Callable[[nn.Module], TensorFunction]) -> PlainLayer:
@@ -56,6 +61,14 @@ class PlainLayer:
             down=convert(mlp.down_proj),
             head_dim=attention.head_dim,
             scaling=attention.scaling,
+            **{
+                name: convert(norm)
+                for name, norm in (
+                    ("query_norm", getattr(attention, "q_norm", None)),
+                    ("key_norm", getattr(attention, "k_norm", None)),
+                )
+                if norm is not None
+            },
         )
 
 
@@ -65,12 +78,14 @@ class PlainForward:
     A draft's forward over a few nodes of a tree: `fuse`, then the layers.
 
     Args:
-        fuse (`Callable`): embeddings and hidden states `[..., H]` to the input of the first layer.
+        fuse (`Fuse`): embeddings and hidden states to the input of the first layer.
         layers (`Sequence[PlainLayer]`): the layers.
+        norm (`TensorFunction`, *optional*): applied to the output of the last layer.
     """
 
-    fuse: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    fuse: Fuse
     layers: Sequence[PlainLayer]
+    norm: TensorFunction | None = None
 
     def __call__(
         self,
@@ -101,11 +116,18 @@ class PlainForward:
         """
         batch_size, length, _ = inputs_embeds.shape
         # All nodes are rows of one matrix; otherwise each projection would flatten its input again.
-        states = self.fuse(inputs_embeds.flatten(0, 1), hidden_states.flatten(0, 1))
+        fused = self.fuse(inputs_embeds.flatten(0, 1), hidden_states.flatten(0, 1))
+        states, normed = fused if isinstance(fused, tuple) else (fused, None)
         if image_vector is not None:
             states = (states.view(batch_size, length, -1) + image_vector).flatten(0, 1)
         for number, layer in enumerate(self.layers):
-            states = _layer(layer, number, states, (batch_size, length), cos, sin, attention_mask, cache, attend)
+            if normed is None:
+                normed = layer.input_norm(states)
+            shape = (batch_size, length)
+            states = _layer(layer, number, states, normed, shape, cos, sin, attention_mask, cache, attend)
+            normed = None
+        if self.norm is not None:
+            states = self.norm(states)
         return states.view(batch_size, length, -1)
 
 
@@ -113,6 +135,7 @@ def _layer(
     layer: PlainLayer,
     number: int,
     states: torch.Tensor,
+    normed: torch.Tensor,
     shape: tuple[int, int],
     cos: torch.Tensor,
     sin: torch.Tensor,
@@ -122,10 +145,11 @@ def _layer(
 ) -> torch.Tensor:
     batch_size, length = shape
     heads_shape = (batch_size, length, -1, layer.head_dim)
-    normed = layer.input_norm(states)
     queries = layer.query(normed).view(heads_shape)
     keys = layer.key(normed).view(heads_shape)
     values = layer.value(normed).view(heads_shape).transpose(1, 2)
+    if layer.query_norm is not None and layer.key_norm is not None:
+        queries, keys = layer.query_norm(queries), layer.key_norm(keys)
     num_heads, num_kv_heads = queries.shape[2], keys.shape[2]
     both = torch.cat([queries, keys], dim=2).transpose(1, 2)  # rotated together
     first, second = both.chunk(2, dim=-1)
@@ -139,4 +163,4 @@ def _layer(
     return states + layer.down(layer.activation(layer.gate(normed)) * layer.up(normed))
 
 
-__all__ = ["Attention", "PlainForward", "PlainLayer"]
+__all__ = ["Attention", "Fuse", "PlainForward", "PlainLayer"]

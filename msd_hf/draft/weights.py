@@ -200,7 +200,7 @@ def check_headers(
     stored = {name if name in expected else name.removeprefix(prefix): weight for name, weight in headers.items()}
     problems: dict[str, list[str]] = {
         "missing": sorted(expected.keys() - stored.keys()),
-        "unexpected": sorted(stored.keys() - expected.keys() - set(IGNORED_WEIGHTS)),
+        "unexpected": sorted(stored.keys() - expected.keys() - set(getattr(model, "ignored_weights", ()))),
         "of the wrong shape": [],
         "of the wrong dtype": [],
     }

@@ -11,7 +11,6 @@ from transformers import Cache
 
 from ..attention.masks import additive_mask, chain_visibility, tree_attention_mask
 from ..draft.interface import Draft
-from ..draft.plain_modules import function_at
 from ..kv.in_place import InPlaceLayer
 from ..kv.slots import ContextSlots
 from ..kv.transaction import CacheTransaction
@@ -19,10 +18,11 @@ from ..observer import phase
 from ..target.adapter import TargetAdapter, TargetPrefill
 from ..tree.candidate import CandidateTree
 from ..tree.settings import TreeSettings
+from .embedding import embedding_function, prompt_embeds
 from .head import DraftHead
 from .memory import ChatMemory
 from .step import DraftingStep
-from .visual_rows import keep_visual_rows
+from .visual_rows import keep_visual_rows, pooled
 
 
 _LONGEST_KEPT = 64  # masks of chains up to this length are kept
@@ -77,8 +77,8 @@ class Drafter(ABC):
         self._drafting_step = DraftingStep(draft)
         # Kept, because a model searches its weights for device and dtype, which takes as long as a small operation.
         self.device, self._dtype = draft.device, draft.dtype
-        self._reads_layers = bool(draft.reads.layers)  # if not, `read_target` returns its argument
-        self._embedding = function_at(target.embedding, draft)  # `None`: other device or dtype
+        self._reads_layers = draft.reads_layers  # if not, `read_target` returns its argument
+        self._embedding = embedding_function(draft, target)  # `None`: other device or dtype
         self._own_masks: dict[tuple[str, int, int], torch.Tensor] = {}
         self._steps = torch.arange(_LONGEST_KEPT, device=self.device)
         self._unread: tuple[TargetPrefill, torch.Tensor, ChatMemory | None] | None = None  # arguments of `prefill`
@@ -158,8 +158,7 @@ class Drafter(ABC):
     def _feed_prompt(self, prefill: TargetPrefill, tokens: torch.Tensor, past: ChatMemory | None) -> _Prompt:
         """Runs the draft over the prompt. Afterwards `_next_positions` begin with that of the first drafted node."""
         device = self.device
-        token_embeds = self.target.embed(tokens.unsqueeze(1)).to(prefill.inputs_embeds)
-        inputs_embeds = torch.cat([prefill.inputs_embeds, token_embeds], dim=1)
+        inputs_embeds = prompt_embeds(self.draft, self.target, prefill, tokens)
         visual_mask = torch.cat([prefill.visual_mask, torch.zeros_like(prefill.visual_mask[:, :1])], dim=1)
         hidden_states = prefill.hidden_states
         if past is not None and past.hidden_state is not None:
@@ -173,9 +172,14 @@ class Drafter(ABC):
             prompt_mask = prompt_mask.to(device)
             position_ids = (prompt_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
             prompt_mask = prompt_mask[:, -length:]
-        if self.max_visual_rows is not None:
+        policy = self.draft.visual_positions
+        if policy == "pooled":
+            # The row before a text that begins with an image is padding.
+            runs = visual_mask if prompt_mask is None else visual_mask & prompt_mask.to(visual_mask.device)
+            inputs_embeds, hidden_states = (pooled(part, runs) for part in (inputs_embeds, hidden_states))
+        if self.max_visual_rows is not None or policy in ("pooled", "dropped"):
             held = () if past is None else past.visual
-            choice = keep_visual_rows(visual_mask, prompt_mask, self.max_visual_rows, held)
+            choice = keep_visual_rows(visual_mask, prompt_mask, self.max_visual_rows, held, policy)
             if choice is not None:
                 kept, held_rows = choice
                 inputs_embeds, hidden_states = kept.of(inputs_embeds), kept.of(hidden_states)

@@ -1,12 +1,16 @@
-"""Scores candidates after a draft state, with the target's head or its rows for the draft's own vocabulary."""
+"""Scores candidates after a draft state: with the draft's own head, the target's, or rows of the target's for the
+draft's own vocabulary."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from ..draft.interface import Draft
-from ..draft.plain_modules import TensorFunction, function_at
+from ..draft.plain_modules import TensorFunction, function_at, function_of
+from ..errors import MSDPairingError
 from ..observer import phase
 from ..target.adapter import TargetAdapter
 
@@ -22,31 +26,55 @@ class DraftHead:
     verifies with its full head.
 
     Args:
-        draft (`Draft`): a draft with or without a `draft_vocab`.
+        draft (`Draft`): a draft with or without a `draft_vocab` and a head of its own.
         target (`TargetAdapter`): lends its head.
+
+    Raises:
+        MSDPairingError: when the draft's vocabulary has tokens that the target lacks.
     """
 
     def __init__(self, draft: Draft, target: TargetAdapter):
         self.target = target
         self.draft = draft
         self._device = draft.device
-        self._rows = None if draft.draft_vocab is None else draft.head_rows(target.head_module)
+        own_head: Any = draft.own_head
+        takes_rows = own_head is None and draft.draft_vocab is not None
+        self._rows = draft.head_rows(target.head_module) if takes_rows else None
         self._tokens: torch.Tensor | None = None  # [V']: the token id of each row
-        plain_head = function_at(target.head_module, draft) if target.logit_cap is None else None
-        self._head = plain_head or target.head
-        weight = target.head_module.weight
+        self._norm = None if draft.head_norm is None else function_of(draft.head_norm)
+        self._is_capped = own_head is None and target.logit_cap is not None
+        head = target.head_module if own_head is None else own_head
+        plain_head = None if self._is_capped else function_at(head, draft)
+        self._head = plain_head or (target.head if own_head is None else own_head)
+        weight = head.weight
         if self._rows is not None:
-            assert draft.draft_vocab is not None
             weight = self._rows[0]
+        if draft.draft_vocab is not None and (self._rows is not None or own_head is not None):
             self._tokens = draft.draft_vocab.to(weight.device)
+        if own_head is not None:
+            self._check_tokens(weight)
         # On a CPU new memory takes time, so logits are overwritten if no other code can hold them.
-        owns_logits = self._rows is not None or plain_head not in (None, target.head_module)
+        is_plain_head = plain_head not in (None, head)
+        owns_logits = self._rows is not None or is_plain_head
         self._overwrites = owns_logits and weight.device.type == "cpu" and weight.dtype not in _HALF
         self._product: TensorFunction | None = None  # called in place of `logits`
-        is_plain = self._rows is not None and self._rows[1] is None and target.logit_cap is None
-        if is_plain and self._overwrites and weight.device == self._device and weight.dtype == draft.dtype:
+        if self._rows is not None:
+            is_product = self._rows[1] is None and not self._is_capped
+        else:
+            is_product = own_head is not None and is_plain_head and own_head.bias is None
+        if is_product and self._overwrites and weight.device == self._device and weight.dtype == draft.dtype:
             self._product = _ProductInPlace(weight)
         self._is_on_device = weight.device == self._device
+
+    def _check_tokens(self, weight: torch.Tensor) -> None:
+        """Refuses a head of the draft that proposes tokens which the target lacks."""
+        last = weight.shape[0] - 1 if self._tokens is None else int(self._tokens.max())
+        num_tokens = getattr(self.target.text_config, "vocab_size", None)
+        if num_tokens is not None and last >= num_tokens:
+            raise MSDPairingError(
+                f"The draft proposes tokens up to {last}, and the target's vocabulary has only {num_tokens} tokens. "
+                "Use the draft that was made for this target."
+            )
 
     def keep_address(self) -> None:
         """Prepares for compiled code, whose CUDA graphs read the head, or rows taken from it, at a fixed address."""
@@ -57,7 +85,7 @@ class DraftHead:
                 torch._dynamo.mark_static_address(part)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Scores `[B, F, V]` of all candidates after each state `[B, F, H]`."""
+        """Scores `[B, F, V]` of all candidates after each state `[B, F, H]`, normed if the draft has a `head_norm`."""
         if self._rows is None:
             return self._head(states)
         weight, bias = self._rows
@@ -66,6 +94,8 @@ class DraftHead:
     def top_k(self, states: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and tokens `[B, F, K]` of the best candidates after each state `[B, F, H]`."""
         with phase("draft head"):
+            if self._norm is not None:
+                states = self._norm(states)
             logits = self.logits(states) if self._product is None else self._product(states)
         if self._overwrites:
             log_probs = torch.log_softmax(logits, -1, out=logits)

@@ -68,8 +68,32 @@ def evenly_spaced(count: int, most: int) -> list[int]:
     return [(2 * number + 1) * count // (2 * most) for number in range(most)]
 
 
+def pooled(states: torch.Tensor, visual_mask: torch.Tensor) -> torch.Tensor:
+    """States `[B, L, H]` with the mean of each run of visual rows (`visual_mask`, `[B, L]`) in place of its rows."""
+    visual_mask = visual_mask.to(states.device)
+    starts = visual_mask & ~_shifted(visual_mask, 1)
+    runs = starts.long().cumsum(1) * visual_mask  # [B, L]: the number of the run that a row belongs to, 0 for text
+    sums = states.new_zeros(states.shape[0], int(runs.max()) + 1, states.shape[2])
+    # Padding need not be a number. It belongs to run 0, whose sum is not read.
+    sums.scatter_add_(1, runs.unsqueeze(2).expand_as(states), states)
+    counts = sums.new_zeros(sums.shape[:2]).scatter_add_(1, runs, torch.ones_like(states[..., 0]))
+    means = sums / counts.clamp(min=1).unsqueeze(2)  # [B, R, H]
+    return torch.where(visual_mask.unsqueeze(2), means.gather(1, runs.unsqueeze(2).expand_as(states)), states)
+
+
+def _shifted(mask: torch.Tensor, by: int) -> torch.Tensor:
+    """A mask `[B, L]` moved by one place to the right (1) or the left (-1); false where nothing comes in."""
+    rolled = mask.roll(by, 1)
+    rolled[:, 0 if by > 0 else -1] = False
+    return rolled
+
+
 def keep_visual_rows(
-    visual_mask: torch.Tensor, prompt_mask: torch.Tensor | None, most: int, held: Sequence[bool] = ()
+    visual_mask: torch.Tensor,
+    prompt_mask: torch.Tensor | None,
+    most: int | None,
+    held: Sequence[bool] = (),
+    policy: str = "image_embedding",
 ) -> tuple[KeptRows, list[int]] | None:
     """
     Chooses rows such that no row of the batch has more than `most` visual ones.
@@ -77,9 +101,10 @@ def keep_visual_rows(
     Args:
         visual_mask (`torch.BoolTensor` of shape `[B, L]`): which rows of the prompt are visual.
         prompt_mask (`torch.BoolTensor` of shape `[B, L]`, *optional*): false at padding.
-        most (`int`): the most visual rows.
+        most (`int`, *optional*): the most visual rows; `None`: all.
         held (`Sequence[bool]`): which rows that the draft holds already, of earlier turns, are visual. Only for a
             single row of the batch.
+        policy (`str`): with `"dropped"` no visual row is left, with `"pooled"` only the last one of each run.
 
     Returns:
         The rows of the prompt that are left, and which of the held rows are, counted in `held`; `None` if nothing has
@@ -88,14 +113,21 @@ def keep_visual_rows(
     visual = visual_mask.cpu()
     real = torch.ones_like(visual) if prompt_mask is None else prompt_mask.cpu()
     visual = visual & real
-    num_held = sum(held)
-    if num_held + int(visual.sum(1).max()) <= most:
+    skipped = torch.zeros_like(visual)
+    if policy == "dropped":
+        most = 0
+    elif policy == "pooled":
+        skipped = visual & _shifted(visual, -1)
+        visual = visual & ~skipped
+    num_held, num_visual = sum(held), int(visual.sum(1).max())
+    most = num_held + num_visual if most is None else most
+    if num_held + num_visual <= most and not bool(skipped.any()):
         return None
     left, held_left = [], list(range(len(held)))
     for row in range(len(visual)):
         places = visual[row].nonzero().squeeze(1)
         chosen = evenly_spaced(num_held + len(places), most)
-        stays = real[row] & ~visual[row]
+        stays = real[row] & ~visual[row] & ~skipped[row]
         stays[places[[number - num_held for number in chosen if number >= num_held]]] = True
         left.append(stays.nonzero().squeeze(1))
         if num_held:

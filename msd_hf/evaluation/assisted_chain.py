@@ -13,6 +13,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, Pr
 from transformers.generation import CandidateGenerator
 
 from ..compat import CACHE_NAME
+from ..decoders import decoder_of
 from ..draft.modeling_msd import MSDDraftModel
 from ..drafting.growing import GrowingDrafter
 from ..target.adapter import TargetAdapter
@@ -50,7 +51,7 @@ def assisted_chain(target: PreTrainedModel, draft: MSDDraftModel) -> Iterator[Ch
     """
     check_target(target)
     check_pair(target.config, draft.config)
-    adapter = TargetAdapter(target, draft.config.target_layers)
+    adapter = TargetAdapter(target, draft.reads_of(decoder_of(target)))
     assistant = ChainAssistant(target.config)
     original = GenerationMixin._get_candidate_generator
 

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..decoders import head_of
-from ..draft.checkpoints import config_from_original
+from ..draft.auto import draft_class_of
 from ..draft.interface import draft_kinds, is_draft
-from ..draft.modeling_msd import MSDDraftModel
-from ..errors import MSDCheckpointError, MSDUnsupportedError
+from ..errors import MSDUnsupportedError
 
 
 logger = logging.get_logger(__name__)
@@ -38,7 +37,7 @@ def find_draft(assistant_model: Any) -> Any:
     if isinstance(assistant_model, (str, os.PathLike)):
         raise MSDUnsupportedError(
             f"`assistant_model={str(assistant_model)!r}` is a name, and `generate` takes a model. Load it first: "
-            f"`assistant_model=MSDDraftModel.from_pretrained({str(assistant_model)!r})`."
+            f"`assistant_model=msd_hf.AutoDraft.from_pretrained({str(assistant_model)!r})`."
         )
     if _is_class_or_config(assistant_model):
         raise MSDUnsupportedError(
@@ -86,24 +85,6 @@ def _unwrapped(model: nn.Module) -> Any:
     return inside
 
 
-def draft_class_of(name: str | os.PathLike[str]) -> Any:
-    """
-    The class of the draft in a folder or a repository of the Hub; `None` if there is another model.
-
-    Raises:
-        OSError: when there is no such folder or repository, or no `config.json` in it.
-    """
-    config, _ = PreTrainedConfig.get_config_dict(name)
-    for config_class, model_class in draft_kinds().items():
-        if config.get("model_type") == config_class.model_type:
-            return model_class
-    try:
-        config_from_original(config, source=str(name))
-    except MSDCheckpointError:
-        return None
-    return MSDDraftModel
-
-
 def load_draft(name: str | os.PathLike[str], target: PreTrainedModel) -> Any:
     """
     Loads the draft in a folder or a repository of the Hub, with the dtype of the target's head and on its device;
@@ -130,4 +111,4 @@ def beside_target(draft: Any, target: PreTrainedModel) -> Any:
     return draft.to(head.weight.device)
 
 
-__all__ = ["beside_target", "draft_class_of", "find_draft", "load_draft"]
+__all__ = ["beside_target", "find_draft", "load_draft"]

@@ -172,8 +172,8 @@ def check_compilable(target: PreTrainedModel, draft: Draft) -> None:
         reason = '`num_assistant_tokens="auto"` gives each tree another shape: set a number of nodes'
     elif (of_layers := _uncompiled_layers(target)) is not None:
         reason = of_layers
-    elif draft.reads.layers:
-        reason = "the draft reads `target_layers` inside the target's decoder, which compiled code does not show"
+    elif draft.reads_layers:
+        reason = "the draft reads layers inside the target's decoder, which compiled code does not show"
     elif any(hasattr(module, "_hf_hook") for module in (*target.modules(), *draft.modules())):
         reason = "accelerate moves weights or inputs of single modules: load target and draft whole on one device"
     elif compiled_parts(target):

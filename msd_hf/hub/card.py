@@ -201,7 +201,7 @@ def read_draft_config(folder: str | Path) -> dict[str, Any]:
         MSDError: when there is none in the folder.
     """
     config = read_config(Path(folder))
-    if config.get("model_type") != "msd_draft":
+    if config.get("model_type") not in ("msd_draft", "eagle3_draft"):
         raise MSDError(
             f"{str(folder)!r} does not hold a draft of this package (`config.json` with model_type 'msd_draft'). "
             "`msd-hf convert` converts drafts of the original repository."
@@ -263,14 +263,18 @@ def _license_sentence(license: Any, target: Any) -> str:
 def _facts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     size, vocab_size = config.get("draft_vocab_size"), config.get("vocab_size")
     layers, num_layers = config.get("target_layers"), config.get("num_hidden_layers")
+    reads = "the target's last hidden states" + (f", and layers {layers}" if layers else "")
+    if config.get("model_type") == "eagle3_draft":
+        ids = config.get("eagle_aux_hidden_state_layer_ids")
+        reads = "three hidden states of the target" if ids is None else f"hidden states {ids} of the target"
+    if config.get("global_image_vector"):
+        reads += ", and one vector of all images"
     facts = {
         "target": _text(config.get("target_name_or_path") or "not recorded"),
         "target's revision": _text(config.get("target_revision") or "not recorded"),
         "kind of target": _text(config.get("target_model_type") or "not recorded"),
         "draft": f"{num_layers} layer{'s' if num_layers != 1 else ''} of width {config.get('hidden_size')}",
-        "reads": "the target's last hidden states"
-        + (f", and layers {layers}" if layers else "")
-        + (", and one vector of all images" if config.get("global_image_vector") else ""),
+        "reads": reads,
         "vocabulary": "the target's"
         if size is None
         else f"{_count(size)} of the target's {_count(vocab_size)} tokens",

@@ -143,7 +143,7 @@ def _drafts_in(folder: Path) -> list[KnownDraft]:
 def _draft_in(folder: Path) -> KnownDraft | None:
     fields = read_config(folder)
     model_type = fields.get("model_type")
-    if model_type != "msd_draft":
+    if model_type not in ("msd_draft", "eagle3_draft"):
         known = next((draft for draft in known_drafts() if draft.target_model_type == model_type), None)
         num_layers = fields.get("num_hidden_layers", 1)
         if known is None or "hidden_size" not in fields or not isinstance(num_layers, int):
@@ -157,11 +157,12 @@ def _draft_in(folder: Path) -> KnownDraft | None:
     name = fields.get("target_name_or_path")
     return KnownDraft(
         str(folder),
+        kind="MSD" if model_type == "msd_draft" else "EAGLE-3",
         license=_license_in(folder),
         targets=(name,) if isinstance(name, str) else (),
         target_model_type=fields.get("target_model_type"),
         target_text_model_type=fields.get("target_text_model_type"),
-        hidden_size=fields.get("hidden_size"),
+        hidden_size=fields.get("target_hidden_size") or fields.get("hidden_size"),
     )
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 target = AutoModelForImageTextToText.from_pretrained({target}, dtype="auto", device_map="auto")
 processor = AutoProcessor.from_pretrained({target})
-draft = msd_hf.MSDDraftModel.from_pretrained({draft}, dtype=target.dtype, device_map=target.device)
+draft = msd_hf.AutoDraft.from_pretrained({draft}, dtype=target.dtype, device_map=target.device)
 
 question = [{{"type": "image", "path": str(DEMO_IMAGE)}}, {{"type": "text", "text": "Describe the picture."}}]
 inputs = processor.apply_chat_template(
@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 target = AutoModelForCausalLM.from_pretrained({target}, dtype="auto", device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained({target})
-draft = msd_hf.MSDDraftModel.from_pretrained({draft}, dtype=target.dtype, device_map=target.device)
+draft = msd_hf.AutoDraft.from_pretrained({draft}, dtype=target.dtype, device_map=target.device)
 
 inputs = tokenizer("The capital of France is", return_tensors="pt").to(target.device)
 out = target.generate(**inputs, assistant_model=draft, max_new_tokens=128)

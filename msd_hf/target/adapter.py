@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 from ..compat import CACHE_NAME
 from ..compiled.compile import CompiledFunctions
 from ..decoders import decoder_of, head_of, position_behind
-from ..draft.interface import TargetReads
+from ..draft.interface import EMBEDDINGS, TargetReads
 from ..errors import MSDPairingError
 from ..kv.in_place import KeysAndValues
 from ..kv.slots import ContextSlots
@@ -43,6 +43,8 @@ class TargetPrefill:
             was filled before, L counts only the positions behind it.
         hidden_states (`torch.Tensor` of shape `[B, L, W]`): the states that the draft reads; W is `TargetReads.width`.
         visual_mask (`torch.BoolTensor` of shape `[B, L]`): true at visual positions.
+        tokens (`torch.LongTensor` of shape `[B, L]`, *optional*): the tokens, placeholders at visual positions; `None`
+            if the prompt was given as embeddings.
         prompt_mask (`torch.BoolTensor` of shape `[B, S]`, *optional*): mask of all S slots of the cache, false at
             padding; `None` without padding.
         next_position (`torch.LongTensor` of shape `[..., B, 1]`): position of the first new token.
@@ -60,6 +62,7 @@ class TargetPrefill:
     num_slots: int
     outputs: ModelOutput
     repeated_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    tokens: torch.Tensor | None = None
 
 
 @dataclass
@@ -83,8 +86,8 @@ class TargetAdapter:
 
     Args:
         target (`PreTrainedModel`): a model with `get_decoder()`, an input embedding and a language-model head.
-        feature_layers (`Sequence[int]`, *optional*): decoder layers, counted from 0, whose outputs are read besides
-            the last hidden state; see `MSDDraftConfig.target_layers`.
+        feature_layers (`Sequence[int]` or `TargetReads`, *optional*): decoder layers, counted from 0, whose outputs
+            are read besides the last hidden state; see `MSDDraftConfig.target_layers`. Or what else is read.
         compiled (`CompiledFunctions`, *optional*): keeps compiled decoders between calls.
 
     Raises:
@@ -94,15 +97,18 @@ class TargetAdapter:
     def __init__(
         self,
         target: PreTrainedModel,
-        feature_layers: Sequence[int] | None = None,
+        feature_layers: Sequence[int] | TargetReads | None = None,
         compiled: CompiledFunctions | None = None,
     ):
         self.target = target
         self.decoder: Any = uncompiled(decoder_of(target))
         self.text_config = target.config.get_text_config(decoder=True)
-        self.reads = TargetReads(tuple(sorted(feature_layers or ())), self.text_config.hidden_size)
+        if isinstance(feature_layers, TargetReads):
+            self.reads = feature_layers
+        else:
+            self.reads = TargetReads(tuple(sorted(feature_layers or ())), self.text_config.hidden_size)
         num_layers = len(self.decoder.layers) if self.reads.layers else 0
-        if any(not 0 <= layer < num_layers for layer in self.reads.layers):
+        if any(not (layer >= 0 or layer == EMBEDDINGS) or layer >= num_layers for layer in self.reads.layers):
             raise MSDPairingError(
                 f"`target_layers` {list(self.reads.layers)} must lie between 0 and {num_layers - 1}, the layers of "
                 "this target."
@@ -198,10 +204,8 @@ class TargetAdapter:
         else:
             position = position_behind(self.decoder, num_slots)
             next_position = torch.full((batch_size, 1), position, device=inputs_embeds.device)
-        if input_ids.shape[1] >= length:
-            visual_mask = self.visual_mask(input_ids[:, -length:])
-        else:
-            visual_mask = self._embedded_mask(inputs_embeds)
+        tokens = input_ids[:, -length:] if input_ids.shape[1] >= length else None
+        visual_mask = self._embedded_mask(inputs_embeds) if tokens is None else self.visual_mask(tokens)
         return TargetPrefill(
             logits=outputs.logits[:, -1],
             inputs_embeds=inputs_embeds,
@@ -215,6 +219,7 @@ class TargetAdapter:
             },
             num_slots=num_slots,
             outputs=outputs,
+            tokens=tokens,
         )
 
     def _step_inputs(self, inputs: dict[str, Any], outputs: ModelOutput, batch_size: int) -> dict[str, torch.Tensor]:
@@ -243,8 +248,16 @@ class TargetAdapter:
     def _embedded_mask(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Which positions of a prompt given as embeddings `[B, L, H]` are not embeddings of tokens."""
         table = self.embed(torch.arange(self.embedding.weight.shape[0])).to(inputs_embeds)
-        nearest = (inputs_embeds @ table.mT - table.square().sum(-1) / 2).argmax(-1)
-        return (table[nearest] != inputs_embeds).any(-1)
+        return (table[_nearest(inputs_embeds, table)] != inputs_embeds).any(-1)
+
+    def tokens_of(self, prefill: TargetPrefill) -> torch.Tensor:
+        """The tokens of a prompt `[B, L]`. If it was given as embeddings, those whose embeddings are the nearest."""
+        if prefill.tokens is not None:
+            return prefill.tokens
+        table = self.embed(torch.arange(self.embedding.weight.shape[0])).to(prefill.inputs_embeds)
+        nearest = _nearest(prefill.inputs_embeds, table)
+        placeholder = getattr(self.target.config, "image_token_id", None)
+        return nearest if placeholder is None else nearest.masked_fill(prefill.visual_mask, placeholder)
 
     @torch.no_grad()
     def features(self, input_ids: torch.Tensor, **inputs: Any) -> TargetFeatures:
@@ -303,6 +316,11 @@ def _states_of_tokens(states: torch.Tensor, length: int) -> torch.Tensor:
     """The states `[B, L, W]` of the tokens of a prompt. GIT puts rows of the image before those of the tokens, inside
     of its decoder."""
     return states[:, -length:]
+
+
+def _nearest(inputs_embeds: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The rows `[B, L]` of a table `[V, H]` that are nearest to embeddings `[B, L, H]`."""
+    return (inputs_embeds @ table.mT - table.square().sum(-1) / 2).argmax(-1)
 
 
 def _device_of(module: nn.Module) -> torch.device:

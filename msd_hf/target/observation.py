@@ -15,7 +15,8 @@ from transformers import Cache
 from ..attention.block_selection import NodePlaces, choose_blocks, mask_of_blocks
 from ..attention.substitution import Substitution, substituted
 from ..compat import CACHE_NAME
-from ..draft.interface import TargetReads
+from ..draft.interface import EMBEDDINGS, TargetReads
+from ..errors import MSDUnsupportedError
 from ..recurrent.kernels import along_tree
 from ..recurrent.nodes import TreeNodes
 from ..recurrent.replay import MixerCall
@@ -44,7 +45,7 @@ class TargetObservation:
         mixers (`Sequence[nn.Module]`): modules of the decoder whose calls are kept in `mixer_calls`.
         inputs (`dict[str, Any]`): the decoder's inputs, by name.
         last_hidden_state (`torch.Tensor` of shape `[B, T, H]`): after the final norm; `None` before the first forward.
-        layer_states (`dict[int, torch.Tensor]`): the outputs of the layers that are read.
+        layer_states (`dict[int, torch.Tensor]`): the outputs of the layers that are read, and the input of layer 0.
         mixer_calls (`list[MixerCall]`): the calls of `mixers` in the last forward.
     """
 
@@ -68,10 +69,26 @@ class TargetObservation:
 
     @property
     def hidden_states(self) -> torch.Tensor:
-        """The states of the last forward that the draft reads, `[B, T, W]`; W is `TargetReads.width`."""
+        """
+        The states of the last forward that the draft reads, `[B, T, W]`; W is `TargetReads.width`.
+
+        Raises:
+            MSDUnsupportedError: when a layer that is read did not run, or hands on several streams.
+        """
         last = self.last_hidden_state
         assert last is not None
-        return self.reads.join([self.layer_states[layer].to(last.device) for layer in self.reads.layers], last)
+        states = []
+        for layer in self.reads.layers:
+            state = self.layer_states.get(layer)
+            if state is None or state.shape != last.shape:
+                what = "the input of the first layer" if layer == EMBEDDINGS else f"layer {layer} (counted from 0)"
+                reason = "did not run in this call" if state is None else "has several streams of states"
+                raise MSDUnsupportedError(
+                    f"The draft reads {what} of the target, which {reason}. Use a draft that reads other layers, or "
+                    "call `generate` without `assistant_model`."
+                )
+            states.append(state.to(last.device))
+        return self.reads.join(states, last)
 
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The decoder's inputs by name."""
@@ -102,7 +119,7 @@ def observed(observation: TargetObservation, compiled_parts: Sequence[CompiledPa
         stack.enter_context(standing_in(decoder, "_call_impl", _run_decoder))
         if observation.run is not None:
             stack.enter_context(standing_in(decoder, "forward", _run_forward))
-        for layer in observation.reads.layers:
+        for layer in {max(layer, 0) for layer in observation.reads.layers}:
             stack.enter_context(standing_in(decoder.layers[layer], "_call_impl", _run_layer))
         for projection in observation.projections:
             stack.enter_context(standing_in(projection, "_call_impl", _run_projection))
@@ -154,10 +171,14 @@ def _run_layer(module: nn.Module, method: Callable[..., Any], args: tuple[Any, .
     observation = _running.get()
     if observation is not None:
         for layer in observation.reads.layers:
-            if observation.decoder.layers[layer] is module:
+            if observation.decoder.layers[max(layer, 0)] is not module:
+                continue
+            if layer == EMBEDDINGS:
+                states = args[0] if args else kwargs["hidden_states"]
+            else:
                 states = output[0] if isinstance(output, tuple) else output
-                # Layers of Gemma 3n have several streams, `[streams, B, T, H]`; the draft reads the first.
-                observation.layer_states[layer] = states[0] if states.dim() == 4 else states
+            # Layers of Gemma 3n have several streams, `[streams, B, T, H]`; the draft reads the first.
+            observation.layer_states[layer] = states[0] if states.dim() == 4 else states
     return output
 
 

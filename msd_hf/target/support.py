@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..decoders import decoder_of, head_of
+from ..draft.base import LENGTH_DEPENDENT_ROPE
 from ..draft.interface import register_target_check
-from ..draft.modeling_msd import LENGTH_DEPENDENT_ROPE
 from ..errors import MSDPairingError, MSDUnsupportedError
 from ..recurrent.kernels import has_known_kernels
 from ..recurrent.replay import mixers_of
@@ -287,10 +287,10 @@ def check_pair(target_config: PreTrainedConfig, draft_config: Any) -> None:
     """
     text_config = target_config.get_text_config(decoder=True)
     advice = "Use the draft that was trained for this target."
-    if draft_config.hidden_size != text_config.hidden_size:
+    hidden_size = getattr(draft_config, "target_hidden_size", None) or draft_config.hidden_size
+    if hidden_size != text_config.hidden_size:
         raise MSDPairingError(
-            f"The draft's hidden size {draft_config.hidden_size} does not match the target's "
-            f"{text_config.hidden_size}. {advice}"
+            f"The draft's hidden size {hidden_size} does not match the target's {text_config.hidden_size}. {advice}"
         )
     for name, expected, got in (
         ("target", target_config.model_type, draft_config.target_model_type),

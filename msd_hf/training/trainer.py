@@ -14,6 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ..decoding.result import mean_acceptance_length
+from ..draft.base import DraftPreTrainedModel
 from ..draft.modeling_msd import MSDDraftModel
 from ..draft.target_sizes import generating_model
 from ..errors import MSDDataError, MSDError, MSDUnsupportedError
@@ -87,6 +88,8 @@ class MSDTrainer(ResumableTrainer):
         if target is None:
             raise MSDError("`MSDTrainer` needs the draft's `target`; `model` is the draft, and may be left out.")
         args = MSDTrainingArguments() if args is None else args
+        if isinstance(model, DraftPreTrainedModel) and not isinstance(model, MSDDraftModel):
+            raise MSDUnsupportedError(f"`MSDTrainer` trains MSD drafts, `model` is a `{type(model).__name__}`.")
         if generating_model(target) is not target:
             raise MSDUnsupportedError(
                 f"`{type(target).__name__}` hands `generate` on to a language model inside of it, to which the draft "

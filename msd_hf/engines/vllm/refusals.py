@@ -37,7 +37,10 @@ def check_exportable(draft: Any) -> None:
 
 def _reason(draft: Any) -> str | None:
     if type(draft) is not MSDDraftModel:
-        return f"a `{type(draft).__name__}` is none of this package's drafts."
+        return (
+            f"a `{type(draft).__name__}` is no MSD draft, for which the plugin is. vLLM serves published EAGLE-3 "
+            "drafts as they are."
+        )
     config: MSDDraftConfig = draft.config
     if config.target_layers:
         return (
@@ -49,6 +52,8 @@ def _reason(draft: Any) -> str | None:
             "it adds a vector of all images to its inputs, for which vLLM has no place. Train one without "
             "`global_image_vector`."
         )
+    if not config.fc_bias:
+        return "its `fc` has no bias, and the plugin's has one."
     if getattr(config, "quantization_config", None) is not None:
         return "its weights are quantised. Export the draft that was quantised."
     if config.hidden_act != "silu":

@@ -1,0 +1,55 @@
+"""The embeddings that a draft reads: the target's, or the draft's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..draft.interface import Draft
+from ..draft.plain_modules import TensorFunction, function_at, function_of
+from ..target.adapter import TargetAdapter, TargetPrefill
+
+
+def embedding_function(draft: Draft, target: TargetAdapter) -> TensorFunction | None:
+    """The function from tokens `[...]` to the embeddings that the draft reads; `None` if they are the target's, in
+    another dtype or on another device."""
+    own: Any = draft.own_embedding
+    if own is None:
+        return function_at(target.embedding, draft)
+    embed, num_rows = function_of(own), own.num_embeddings
+    if target.embedding.weight.shape[0] <= num_rows:
+        return embed
+    # Targets have tokens that were added later, for example that of an image: they share the last row.
+    return lambda tokens: embed(tokens.clamp(max=num_rows - 1))
+
+
+def prompt_embeds(draft: Draft, target: TargetAdapter, prefill: TargetPrefill, tokens: torch.Tensor) -> torch.Tensor:
+    """
+    The embeddings of a prompt and of the token after it, as the draft reads them.
+
+    Args:
+        draft (`Draft`): says what stands at visual positions.
+        target (`TargetAdapter`): lends its embedding.
+        prefill (`TargetPrefill`): the target's pass over the prompt.
+        tokens (`torch.LongTensor` of shape `[B]`): the tokens after the prompt.
+
+    Returns:
+        `torch.Tensor` of shape `[B, L + 1, E]`.
+    """
+    is_placeholder = draft.visual_positions == "placeholder"
+    if draft.own_embedding is None and not is_placeholder:
+        token_embeds = target.embed(tokens.unsqueeze(1)).to(prefill.inputs_embeds)
+        return torch.cat([prefill.inputs_embeds, token_embeds], dim=1)
+    ids = torch.cat([target.tokens_of(prefill), tokens.unsqueeze(1)], dim=1)
+    embedding: Any = draft.own_embedding if draft.own_embedding is not None else target.embedding
+    ids = ids.to(embedding.weight.device).clamp(max=embedding.weight.shape[0] - 1)
+    embeds = embedding(ids).to(draft.device)
+    visual_mask = prefill.visual_mask.to(embeds.device)
+    if is_placeholder or embeds.shape[-1] != prefill.inputs_embeds.shape[-1] or not bool(visual_mask.any()):
+        return embeds
+    images = prefill.inputs_embeds.to(embeds)
+    return torch.cat([torch.where(visual_mask.unsqueeze(2), images, embeds[:, :-1]), embeds[:, -1:]], dim=1)
+
+
+__all__ = ["embedding_function", "prompt_embeds"]
