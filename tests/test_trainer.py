@@ -368,7 +368,15 @@ def test_a_chosen_number_of_visual_rows_stays(chosen, small_target, toy_processo
         ({"noise": -0.1}, "`noise` must not be negative"),
         ({"target_layers": "one,two"}, "`target_layers` must be numbers with commas"),
         ({"curriculum": "three-stage"}, "Unknown curriculum"),
-        ({"gradient_checkpointing": True, "unroll_passes": 2}, "cannot be combined with `unroll_passes` above 1"),
+        (
+            {
+                "gradient_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"use_reentrant": True},
+                "unroll_passes": 2,
+            },
+            "`use_reentrant=True` cannot be combined with `unroll_passes` above 1",
+        ),
+        ({"max_visual_rows": -1}, "`max_visual_rows` must not be negative"),
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path):

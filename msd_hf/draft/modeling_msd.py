@@ -12,8 +12,14 @@ from torch import nn
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
 
+from ..attention.unrolled import UnrolledPass
 from ..compat import CACHE_NAME
 from ..decoders import decoder_of, head_of
 from ..errors import MSDError, MSDPairingError, MSDUnsupportedError
@@ -38,6 +44,17 @@ class MSDDraftAttention(LlamaAttention):
     def __init__(self, config: MSDDraftConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, unrolled: UnrolledPass | None = None, **kwargs: Any):
+        if unrolled is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        queries, keys, values = (project(hidden_states).view(shape).transpose(1, 2) for project in projections)
+        queries, keys = apply_rotary_pos_emb(queries, keys, *kwargs["position_embeddings"])
+        dropout = self.attention_dropout if self.training else 0.0
+        attended = unrolled.attend(self.layer_idx, queries, keys, values, self.scaling, dropout)
+        return self.o_proj(attended.transpose(1, 2).flatten(2)), None
 
 
 class MSDDraftDecoderLayer(LlamaDecoderLayer):
@@ -382,6 +399,7 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         layer_states: torch.Tensor | None = None,
+        unrolled: UnrolledPass | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
@@ -394,6 +412,8 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
             position_ids (`torch.LongTensor` of shape `[B, T]`, *optional*): default: the next slots of the cache.
             past_key_values (`Cache`, *optional*): keys and values of S earlier rows; extended in place.
             use_cache (`bool`, *optional*): make a cache when none is given.
+            unrolled (`UnrolledPass`, *optional*): a pass of training, which attends to the passes before it without
+                mask and cache.
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPast`] with `last_hidden_state` of shape `[B, T, H]`.
@@ -405,13 +425,17 @@ class MSDDraftModel(DraftHubMixin, MSDDraftPreTrainedModel):
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(states.shape[1], device=states.device).unsqueeze(0) + past_length
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=states,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **{CACHE_NAME: past_key_values},
-        )
+        causal_mask = None
+        if unrolled is None:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                **{CACHE_NAME: past_key_values},
+            )
+        else:
+            kwargs["unrolled"] = unrolled
         position_embeddings = self.rotary_emb(states, position_ids=position_ids)
         for layer in self.layers:
             states = layer(

@@ -47,6 +47,7 @@ _NOT_NEGATIVE = (
     "seed",
     "data_seed",
     "dataloader_num_workers",
+    "max_visual_rows",
 )
 _AT_MOST = {"seed": LARGEST_SEED, "data_seed": LARGEST_SEED, "dataloader_num_workers": MOST_WORKERS}
 # For optional flags on the command line: `--bf16` alone means yes, and without the flag the value is `None`.
@@ -65,7 +66,8 @@ class MSDTrainingArguments(TrainingArguments):
         learning_rate (`float`, *optional*): paper: 5e-5; recommended: 5e-5 times 4,096 over the hidden size.
         warmup_steps (`float`, *optional*): paper: 2,000; recommended: 0.05, a share of all steps.
         max_length (`int`, defaults to 2048): number of tokens to which longer samples are cut, expanded images
-            included.
+            included. A sample that would lose a part of an image is skipped and counted. No number is too large for
+            the draft, whose memory in training grows with the length and not with its square.
         feature_loss_weight (`float`, *optional*): weight of the Smooth-L1 loss on hidden states; paper: 1.0.
         token_loss_weight (`float`, *optional*): weight of the cross-entropy on tokens; paper: 0.1.
         noise (`float`, *optional*): range of the uniform noise on hidden states in a sample of 512 tokens; paper: 0.2.
@@ -74,6 +76,8 @@ class MSDTrainingArguments(TrainingArguments):
         unroll_passes (`int`, *optional*): passes of the draft in each step. All passes but the first read the draft's
             own outputs. Paper: 1.
         unroll_decay (`float`, defaults to 0.8): weight of each pass relative to the pass before it.
+        max_visual_rows (`int`, *optional*): the most visual rows of a sample that the draft reads, evenly spaced, as
+            with the same setting in generation. Default: all.
         visual_row_dropout (`float`, defaults to 0.0): share of samples in which the draft reads a random number of the
             visual rows, evenly spaced, so that it gets used to every `max_visual_rows`.
         init_from_last_layer (`bool`, *optional*): whether a new draft starts from the target's last layer.
@@ -146,6 +150,9 @@ class MSDTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Passes a step; all but the first read the draft's own outputs. Paper: 1."}
     )
     unroll_decay: float = field(default=0.8, metadata={"help": "Weight of a pass relative to the one before."})
+    max_visual_rows: int | None = field(
+        default=None, metadata={"help": "Most visual positions of a sample that the draft reads. Default: all."}
+    )
     visual_row_dropout: float = field(
         default=0.0, metadata={"help": "Share of samples in which only some visual rows, a random number, are read."}
     )
@@ -292,11 +299,11 @@ class MSDTrainingArguments(TrainingArguments):
         for name, most in _AT_MOST.items():
             if (getattr(self, name) or 0) > most:
                 raise MSDError(f"`{name}` must be at most {most:,}, got {getattr(self, name)}.")
-        if self.gradient_checkpointing and self.make_recipe().unroll_passes > 1:
+        is_reentrant = (self.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        if self.gradient_checkpointing and is_reentrant and self.make_recipe().unroll_passes > 1:
             raise MSDError(
-                "`gradient_checkpointing` cannot be combined with `unroll_passes` above 1: later passes attend to "
-                "the keys of earlier ones, which checkpointing would throw away. The draft has one layer: do without "
-                "checkpointing."
+                "`gradient_checkpointing_kwargs` with `use_reentrant=True` cannot be combined with `unroll_passes` "
+                "above 1: gradients would not reach the keys of earlier passes. Leave `use_reentrant` out."
             )
 
 

@@ -46,6 +46,7 @@ _ARGUMENTS = (
     "trained_rows",
     "unroll_passes",
     "unroll_decay",
+    "max_visual_rows",
     "visual_row_dropout",
     "init_from_last_layer",
     "target_layers",
