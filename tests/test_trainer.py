@@ -376,7 +376,7 @@ def test_a_chosen_number_of_visual_rows_stays(chosen, small_target, toy_processo
             },
             "`use_reentrant=True` cannot be combined with `unroll_passes` above 1",
         ),
-        ({"max_visual_rows": -1}, "`max_visual_rows` must not be negative"),
+        ({"max_visual_rows": 0}, "`max_visual_rows` must be at least 1, got 0"),
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path):

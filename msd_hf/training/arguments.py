@@ -29,6 +29,7 @@ _RECIPE_FIELDS = tuple(f.name for f in fields(Recipe) if f.name not in ("base_le
 _PICKLED = (type(None), bool, int, float, str, list, tuple, dict, Enum, torch.device, AcceleratorConfig)
 _AT_LEAST_1 = (
     "max_length",
+    "max_visual_rows",
     "unroll_passes",
     "head_chunk_size",
     "eval_max_new_tokens",
@@ -47,7 +48,6 @@ _NOT_NEGATIVE = (
     "seed",
     "data_seed",
     "dataloader_num_workers",
-    "max_visual_rows",
 )
 _AT_MOST = {"seed": LARGEST_SEED, "data_seed": LARGEST_SEED, "dataloader_num_workers": MOST_WORKERS}
 # For optional flags on the command line: `--bf16` alone means yes, and without the flag the value is `None`.
@@ -288,8 +288,8 @@ class MSDTrainingArguments(TrainingArguments):
         if not 0 <= self.visual_row_dropout <= 1:
             raise MSDError(f"`visual_row_dropout` must be between 0 and 1, got {self.visual_row_dropout}.")
         for name in _AT_LEAST_1:
-            if getattr(self, name) < 1:
-                raise MSDError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise MSDError(f"`{name}` must be at least 1, got {value}.")
         for name in (*WEIGHT_NAMES, *_NOT_NEGATIVE):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:  # not for NaN either

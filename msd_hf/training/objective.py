@@ -71,7 +71,8 @@ class DraftObjective:
             with torch.no_grad():
                 inputs_embeds = self.adapter.embed(batch["input_ids"]).to(labels.device)
             visual_embeds = batch["visual_embeds"].to(inputs_embeds)
-            inputs_embeds = inputs_embeds.masked_scatter(visual_mask.unsqueeze(-1), visual_embeds)
+            embedded = batch.get("kept_visual", visual_mask)
+            inputs_embeds = inputs_embeds.masked_scatter(embedded.unsqueeze(-1), visual_embeds)
         else:
             target = self.adapter.target
             others = ("labels", "numbers", "is_visual", "skipped")

@@ -123,6 +123,7 @@ class MSDTrainer(ResumableTrainer):
                     args.max_length,
                     feature_layers=model.config.target_layers,
                     needs_all_hidden_states=not model.config.decouple_visual_tokens,
+                    max_visual_rows=args.max_visual_rows,
                 )
         rows = args.make_recipe().trained_rows
         self._collate_train = MixtureCollator(tokenizer.pad_token_id or 0, mixture.is_cached, rows)
@@ -151,7 +152,7 @@ class MSDTrainer(ResumableTrainer):
             shard_target(target, self.args.device)
         self.objective = DraftObjective(TargetAdapter(target, model.config.target_layers), self.args)
         self._train_meter, self._eval_meter = LossMeter(), LossMeter()
-        self._visual_counts = VisualCounts()
+        self._visual_counts = VisualCounts(args.max_visual_rows)
         self._skipped: dict[tuple[str, int], str] = {}
         self._held_out_skipped: dict[tuple[str, int], str] = {}
         self._skipped_before: Counter[str] = Counter()
