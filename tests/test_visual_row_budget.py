@@ -6,13 +6,15 @@ import json
 
 import pytest
 import torch
-from training_runs import log_history, make_trainer
+from training_runs import build_small_target, log_history, make_trainer
 
 from msd_hf import MSDDraftModel
 from msd_hf.drafting.visual_rows import keep_visual_rows
 from msd_hf.errors import MSDError
 from msd_hf.toy import TARGET_DIR
-from msd_hf.training import FeatureCache, extract_features
+from msd_hf.toy.dataset import ToySamples
+from msd_hf.toy.training_data import write_training_data
+from msd_hf.training import FeatureCache, extract_features, load_conversations
 from msd_hf.training.features.cache import collate_features, estimate_disk
 from msd_hf.training.visual_row_budget import kept_visual_positions, rows_beyond
 
@@ -21,10 +23,13 @@ BUDGET = 5
 
 
 @pytest.fixture(scope="module")
+def training_data():
+    return {kind: load_conversations(ToySamples("train", 8, 0, kind)) for kind in ("text", "visual")}
+
+
+@pytest.fixture(scope="module")
 def caches(toy_processor, training_data, tmp_path_factory):
     """Folders of features with and without a budget, and their target."""
-    from training_runs import build_small_target
-
     target, folder = build_small_target(toy_processor), tmp_path_factory.mktemp("caches")
     extract = {"max_length": 512, "all_hidden_states": True}
     for name, kind, budget in (("text", "text", None), ("all", "visual", None), ("few", "visual", BUDGET)):
@@ -90,17 +95,14 @@ def test_a_cache_with_a_budget_trains_like_the_conversations(
     }
     cached = {"text": FeatureCache(folder / "text"), "visual": FeatureCache(folder / "few")}
     losses = {}
-    runs = [("cached", cached, {}), ("conversations", training_data, {})]
-    runs += [("all rows", training_data, {"max_visual_rows": None})] if decoupled else []
-    for name, data, more in runs:
-        trainer = make_trainer(target, toy_processor, data, tmp_path / name, **{**arguments, **more})
+    for name, data in (("cached", cached), ("conversations", training_data)):
+        trainer = make_trainer(target, toy_processor, data, tmp_path / name, **arguments)
         trainer.train()
         losses[name] = [entry["loss"] for entry in log_history(trainer)]
         saved = MSDDraftModel.from_pretrained(tmp_path / name / "checkpoint-2")
-        assert saved.config.trained_visual_rows == (36 if name == "all rows" else BUDGET)
+        assert saved.config.trained_visual_rows == BUDGET
         assert saved.generation_config.max_visual_rows == "auto"
     assert losses["cached"] == pytest.approx(losses["conversations"], rel=1e-5)
-    assert not decoupled or losses["all rows"] != pytest.approx(losses["conversations"], rel=1e-5)
 
 
 def test_training_that_needs_more_rows_is_refused(caches, toy_processor, tmp_path, run):
@@ -149,9 +151,7 @@ def test_samples_with_and_without_a_budget_make_one_batch(caches):
     assert "kept_visual" not in collate_features([text, FeatureCache(folder / "all")[0]], pad_token_id=0)
 
 
-def test_extract_takes_a_budget(tmp_path, run, training_data):
-    from msd_hf.toy.training_data import write_training_data
-
+def test_extract_takes_a_budget(tmp_path, run):
     write_training_data(tmp_path / "data", samples=4)
     status, out, error = run(
         *("extract", "--target", TARGET_DIR, "--data", tmp_path / "data" / "visual.json", "--max-length", 1000),
