@@ -6,27 +6,25 @@ Peak memory and tokens/s of a training step, by tokens a sample and by unrolled 
 
 A step is the forward and backward of a draft and its loss over one sample of random features, as they come from a
 feature cache, in a process of its own. Its first four fifths are visual positions, its last tenth is trained. Memory
-is the peak above what the process holds before the step, with weights, gradients and features; on a CPU that is
-resident memory, on a GPU the allocator's.
+is the peak of what tensors hold above the start of a step, which has weights, gradients and features already. Times are
+taken from steps of their own, because recording memory slows a step down; with `--repeats 0` there are none.
 """
 
 import json
-import re
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
+from bench_memory import peak_bytes
 from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
 
 from msd_hf.evaluation.clock import synchronize
-from msd_hf.evaluation.memory import PeakMemory
 from msd_hf.evaluation.shapes import build_pair, small_config
 from msd_hf.loading import parse_device, parse_dtype
 from msd_hf.target.adapter import TargetAdapter
@@ -49,7 +47,7 @@ class BenchArguments:
     heads: int = field(default=16, metadata={"help": "Attention heads."})
     intermediate: int = field(default=2816, metadata={"help": "Width of the MLP."})
     vocabulary: int = field(default=32000, metadata={"help": "Vocabulary."})
-    repeats: int = field(default=1, metadata={"help": "Timed steps; the median is reported."})
+    repeats: int = field(default=1, metadata={"help": "Timed steps, whose median is reported; 0: memory alone."})
     threads: int = field(default=1, metadata={"help": "Threads."})
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
     device: str = field(default="auto", metadata={"help": "Device; auto: the GPU if there is one."})
@@ -71,14 +69,6 @@ def random_batch(length: int, args: BenchArguments, device: torch.device) -> dic
         "numbers": torch.tensor([0]),
     }
     return {name: value.to(device) for name, value in batch.items()}
-
-
-def held_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    match = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert match is not None
-    return int(match[1]) * 1024
 
 
 def measure(args: BenchArguments) -> None:
@@ -107,17 +97,15 @@ def measure(args: BenchArguments) -> None:
 
     step(random_batch(WARM_UP, args, device))
     batch = random_batch(length, args, device)
+    num_bytes, _ = peak_bytes(lambda: step(batch), device)
     seconds = []
-    before = held_bytes(device)
-    with PeakMemory(device) as memory:
-        for _ in range(args.repeats):
-            synchronize(device)
-            started = time.perf_counter()
-            step(batch)
-            synchronize(device)
-            seconds.append(time.perf_counter() - started)
-    assert memory.num_bytes is not None, "the system does not say what the peak of a process is"
-    print(json.dumps({"bytes": memory.num_bytes - before, "seconds": statistics.median(seconds)}))
+    for _ in range(args.repeats):
+        synchronize(device)
+        started = time.perf_counter()
+        step(batch)
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    print(json.dumps({"bytes": num_bytes, "seconds": statistics.median(seconds) if seconds else None}))
 
 
 def main() -> None:
@@ -143,7 +131,7 @@ def main() -> None:
                 str(num_passes),
                 f"{figures['bytes'] / 1e6:,.0f} MB",
                 f"{figures['bytes'] / length:,.0f}",
-                f"{length / figures['seconds']:,.0f}",
+                f"{length / figures['seconds']:,.0f}" if figures["seconds"] else "-",
             )
     Console(width=100).print(table)
 
