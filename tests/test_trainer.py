@@ -150,7 +150,7 @@ def test_gradient_accumulation_equals_a_larger_batch(small_target, toy_processor
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "unroll_passes": 2},
         {"bf16": True},
         {"dataloader_num_workers": 2},
         {"per_device_train_batch_size": 3, "head_chunk_size": 5},
@@ -158,7 +158,8 @@ def test_gradient_accumulation_equals_a_larger_batch(small_target, toy_processor
     ids=lambda arguments: next(iter(arguments)),
 )
 def test_arguments_that_do_not_change_the_losses(arguments, small_target, toy_processor, training_data, tmp_path):
-    plain = {key: value for key, value in arguments.items() if key == "per_device_train_batch_size"}
+    same = ("per_device_train_batch_size", "unroll_passes")
+    plain = {key: value for key, value in arguments.items() if key in same}
     runs = []
     for extra in (plain, arguments):
         trainer = make_trainer(small_target, toy_processor, training_data, tmp_path, max_steps=4, **extra)

@@ -6,8 +6,8 @@ Peak memory and tokens/s of a training step, by tokens a sample and by unrolled 
 
 A step is the forward and backward of a draft and its loss over one sample of random features, as they come from a
 feature cache, in a process of its own. Its first four fifths are visual positions, its last tenth is trained. Memory
-is the peak of what tensors hold above the start of a step, which has weights, gradients and features already. Times are
-taken from steps of their own, because recording memory slows a step down; with `--repeats 0` there are none.
+is the peak of what tensors hold above the start of a step, which has weights, gradients and features already. Times
+are taken from steps of their own, because recording memory slows a step down; with `--repeats 0` there are none.
 """
 
 import json
