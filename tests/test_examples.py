@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import runpy
@@ -136,6 +137,20 @@ def test_peak_memory_counts_what_is_held_at_one_time():
 
     peak, result = example["peak_bytes"](function, torch.device("cpu"))
     assert peak == pytest.approx(8000, abs=200) and result[0] == 4
+
+
+STEP_SHAPE = "--hidden 64 --heads 4 --intermediate 176 --vocabulary 500 --passes 2 --lengths 3000 --measured True"
+
+
+def test_a_long_training_step_is_measured(run, monkeypatch):
+    """With a budget of visual rows it has fewer rows to compute and to hold."""
+    monkeypatch.syspath_prepend(EXAMPLES / "studies")
+    few, everything = (
+        json.loads(run("studies/bench_long_training.py", *STEP_SHAPE.split(), *more))
+        for more in (["--max_visual_rows", "16"], [])
+    )
+    assert 0 < few["seconds"] < everything["seconds"]
+    assert few["bytes"] < 0.5 * everything["bytes"]
 
 
 RUN_EACH = """

@@ -150,7 +150,7 @@ def test_gradient_accumulation_equals_a_larger_batch(small_target, toy_processor
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "unroll_passes": 2},
         {"bf16": True},
         {"dataloader_num_workers": 2},
         {"per_device_train_batch_size": 3, "head_chunk_size": 5},
@@ -158,7 +158,8 @@ def test_gradient_accumulation_equals_a_larger_batch(small_target, toy_processor
     ids=lambda arguments: next(iter(arguments)),
 )
 def test_arguments_that_do_not_change_the_losses(arguments, small_target, toy_processor, training_data, tmp_path):
-    plain = {key: value for key, value in arguments.items() if key == "per_device_train_batch_size"}
+    same = ("per_device_train_batch_size", "unroll_passes")
+    plain = {key: value for key, value in arguments.items() if key in same}
     runs = []
     for extra in (plain, arguments):
         trainer = make_trainer(small_target, toy_processor, training_data, tmp_path, max_steps=4, **extra)
@@ -379,7 +380,15 @@ def test_a_chosen_number_of_visual_rows_stays(chosen, small_target, toy_processo
         ({"noise": -0.1}, "`noise` must not be negative"),
         ({"target_layers": "one,two"}, "`target_layers` must be numbers with commas"),
         ({"curriculum": "three-stage"}, "Unknown curriculum"),
-        ({"gradient_checkpointing": True, "unroll_passes": 2}, "cannot be combined with `unroll_passes` above 1"),
+        (
+            {
+                "gradient_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"use_reentrant": True},
+                "unroll_passes": 2,
+            },
+            "`use_reentrant=True` cannot be combined with `unroll_passes` above 1",
+        ),
+        ({"max_visual_rows": 0}, "`max_visual_rows` must be at least 1, got 0"),
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path):

@@ -13,8 +13,6 @@ from msd_hf.target.adapter import TargetAdapter
 from msd_hf.training import MSDTrainingArguments, extract_features, load_conversations
 from msd_hf.training.losses import loss_sums
 from msd_hf.training.objective import DraftObjective
-from msd_hf.training.rows import draft_rows
-from msd_hf.training.unrolling import unrolled_states
 
 
 # Noise.
@@ -49,22 +47,6 @@ def test_the_first_of_several_passes_reads_the_noise(noisy_batch, tmp_path):
     once, thrice = (first_pass(noisy_batch, tmp_path, noise=0.2, unroll_passes=number) for number in (1, 3))
     torch.testing.assert_close(thrice, once, atol=1e-12, rtol=0)
     assert (once - first_pass(noisy_batch, tmp_path, noise=0.0)).abs() > 1e-3
-
-
-def test_later_passes_start_from_the_noisy_states(noisy_batch):
-    """Row 0, which has no row before it, keeps the noisy state in all passes; the other rows read the pass before."""
-    target, draft, batch = noisy_batch
-    features = TargetAdapter(target).features(batch["input_ids"])
-    trained = torch.ones_like(features.visual_mask)
-    noisy = features.hidden_states + torch.randn(
-        features.hidden_states.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )
-    rows = draft_rows(features.inputs_embeds, features.hidden_states, features.visual_mask, trained)
-    noisy_rows = draft_rows(features.inputs_embeds, noisy, features.visual_mask, trained)
-    with torch.no_grad():
-        got = list(unrolled_states(draft, rows, 3, noisy))
-        expected = list(unrolled_states(draft, noisy_rows, 3))
-    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("arguments", [{"seed": 1}, {"seed": 1, "unroll_passes": 2}], ids=str)

@@ -70,8 +70,9 @@ def test_passes_grow_over_the_run(parts):
         assert torch.equal(growing(draft, batch, draft.dtype, progress)[0], fixed), progress
     with pytest.raises(MSDError, match="`final_unroll_passes` must be at least `unroll_passes`, 3, got 2"):
         objective(unroll_passes=3, final_unroll_passes=2)
-    with pytest.raises(MSDError, match="`gradient_checkpointing` cannot be combined with"):
-        objective(unroll_passes=1, final_unroll_passes=2, gradient_checkpointing=True)
+    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(MSDError, match="`use_reentrant=True` cannot be combined with"):
+        objective(unroll_passes=1, final_unroll_passes=2, **reentrant)
 
 
 def test_the_target_runs_in_its_own_dtype_under_mixed_precision(parts):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import build_draft, build_target, make_prompt
 
-from msd_hf.drafting.visual_rows import KeptRows
+from msd_hf.attention.masks import additive_mask
 from msd_hf.errors import MSDError
 from msd_hf.target.adapter import TargetAdapter
 from msd_hf.training import MSDTrainingArguments
@@ -14,6 +16,9 @@ from msd_hf.training.objective import DraftObjective
 from msd_hf.training.rows import draft_rows
 from msd_hf.training.unrolling import unrolled_states
 from msd_hf.training.visual_row_dropout import unread_rows
+
+
+FIELDS = ("inputs_embeds", "hidden_states", "visual_mask", "goals", "trained", "positions")
 
 
 @pytest.fixture
@@ -29,48 +34,60 @@ def rows_of(target, inputs):
     return draft_rows(features.inputs_embeds, features.hidden_states, features.visual_mask, trained)
 
 
-def test_unread_rows_are_as_if_they_were_left_out(pair):
-    """The same draft reads the rows that are left, at their true positions."""
+@pytest.mark.parametrize("images_at", [(0,), (3,)])
+def test_rows_that_are_left_out_are_as_if_they_were_hidden(pair, images_at):
+    """With a mask that hides them, the other rows have the same outputs. A text may begin with such rows."""
     target, draft = pair
-    rows = rows_of(target, make_prompt(0, 12, (3,)))
-    rows.unread = torch.zeros_like(rows.visual_mask)
-    rows.unread[0, rows.visual_mask[0].nonzero().squeeze(1)[1:]] = True  # all visual rows but the first
-    got = next(unrolled_states(draft, rows))
-    kept = KeptRows((~rows.unread[0]).nonzero().T, None)
+    rows = rows_of(target, make_prompt(0, 12, images_at))
+    left_out = rows.visual_mask.clone()
+    left_out[0, rows.visual_mask[0].nonzero().squeeze(1)[1]] = False  # one visual row stays
+    assert left_out[0, 0] == (0 in images_at)
+    stays = (~left_out[0]).nonzero().squeeze(1)
+    got = next(unrolled_states(draft, rows.without(left_out)))
+    length = left_out.shape[1]
+    seen = torch.ones(length, length, dtype=torch.bool).tril() & ~left_out[0] | torch.eye(length, dtype=torch.bool)
     expected = draft(
-        inputs_embeds=kept.of(rows.inputs_embeds),
-        hidden_states=kept.of(rows.hidden_states),
-        visual_mask=kept.of(rows.visual_mask),
-        position_ids=kept.index,
-        attention_mask=torch.ones_like(kept.index),  # else transformers takes the gap for two packed texts
+        inputs_embeds=rows.inputs_embeds,
+        hidden_states=rows.hidden_states,
+        visual_mask=rows.visual_mask,
+        attention_mask=additive_mask(seen, draft.dtype)[None, None],
     ).last_hidden_state
-    torch.testing.assert_close(kept.of(got), expected)
-    with_all = next(unrolled_states(draft, rows_of(target, make_prompt(0, 12, (3,)))))
-    assert not torch.allclose(kept.of(with_all)[:, -6:], expected[:, -6:])
+    torch.testing.assert_close(got, expected[:, stays])
+    with_all = next(unrolled_states(draft, rows))
+    assert not torch.allclose(with_all[:, -6:], expected[:, -6:])
 
 
-def test_later_passes_do_not_see_them_either(pair):
-    """What stands in unread rows changes nothing, in any pass."""
+def test_samples_of_a_batch_lose_different_numbers_of_rows(pair):
+    """Each sample has the outputs that it has alone."""
     target, draft = pair
-    states = []
-    for scale in (1.0, 50.0):
-        rows = rows_of(target, make_prompt(0, 12, (3,)))
-        rows.unread = rows.visual_mask.clone()
-        rows.inputs_embeds = torch.where(rows.visual_mask.unsqueeze(2), scale * rows.inputs_embeds, rows.inputs_embeds)
-        states.append(list(unrolled_states(draft, rows, 3)))
-    for one, other in zip(*states, strict=True):
-        torch.testing.assert_close(one[:, -5:], other[:, -5:])
+    rows = rows_of(target, {"input_ids": torch.randint(3, 50, (2, 14))})
+    rows.trained[:] = True
+    left_out = torch.zeros(2, 14, dtype=torch.bool)
+    left_out[0, 2:7] = left_out[1, 4] = True
+    together = rows.without(left_out)
+    assert together.positions.shape == (2, 13) and together.trained.sum(1).tolist() == [9, 13]
+    for number in (0, 1):
+        one = replace(rows, **{name: getattr(rows, name)[number : number + 1] for name in FIELDS})
+        alone = one.without(left_out[number : number + 1])
+        for states, expected in zip(
+            unrolled_states(draft, together, 3), unrolled_states(draft, alone, 3), strict=True
+        ):
+            own = states[number][together.trained[number]]
+            torch.testing.assert_close(own, expected[0][alone.trained[0]])
 
 
-def test_gradients_are_finite_where_a_text_begins_with_unread_rows(pair):
-    target, draft = pair
-    inputs = make_prompt(0, 12, (0,))
-    rows = rows_of(target, inputs)
-    rows.unread = rows.visual_mask.clone()
-    assert rows.unread[0, :2].any()
-    for states in unrolled_states(draft, rows, 3):
-        states[rows.trained].sum().backward(retain_graph=True)
-    assert all(weight.grad is None or weight.grad.isfinite().all() for weight in draft.parameters())
+def test_a_row_behind_a_gap_is_not_trained_in_later_passes(pair):
+    """Generation does not reach it from the row that now stands before it."""
+    target, _ = pair
+    rows = rows_of(target, {"input_ids": torch.randint(3, 50, (1, 10))})
+    rows.trained[:] = True
+    left_out = torch.zeros(1, 10, dtype=torch.bool)
+    left_out[0, 4:6] = True
+    moved = rows.without(left_out)
+    assert moved.positions.tolist() == [[0, 1, 2, 3, 6, 7, 8, 9]]
+    assert moved.drafted_from(1).nonzero()[:, 1].tolist() == [1, 2, 3, 5, 6, 7]
+    assert moved.drafted_from(2).nonzero()[:, 1].tolist() == [2, 3, 6, 7]
+    assert not moved.drafted_from(8).any() and not moved.drafted_from(9).any()
 
 
 def test_budgets_depend_on_the_sample_alone_and_have_every_size():

@@ -90,9 +90,9 @@ FAULTS = {
         ),
         Fault(
             "noise is dropped before several passes",
-            "training/unrolling.py",
-            "given = rows.hidden_states if noisy_states is None else noisy_states",
-            "given = rows.hidden_states if noisy_states is None or num_passes > 1 else noisy_states",
+            "training/objective.py",
+            "if draft.training and recipe.noise > 0:",
+            "if draft.training and recipe.noise > 0 and recipe.unroll_passes == 1:",
             TRAINED,
         ),
         Fault(

@@ -53,6 +53,12 @@ def extract(
             "--all-hidden-states", help="Also keep hidden states that only a draft without decoupling reads."
         ),
     ] = False,
+    max_visual_rows: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Keep this many visual rows of a sample, evenly spaced, for training with the same option."
+        ),
+    ] = None,
     batch_size: BatchSize = 8,
     num_workers: Annotated[int, typer.Option(min=0, max=MOST_WORKERS, help="Processes that prepare samples.")] = 0,
     samples_per_shard: Annotated[
@@ -99,6 +105,7 @@ def extract(
             "max_length": max_length,
             "storage": storage,
             "all_hidden_states": all_hidden_states,
+            "max_visual_rows": max_visual_rows,
         }
         layers = processes.from_first(announce)
         model, processor = load_target_and_processor(target, dtype, processes.device(device))
@@ -119,7 +126,11 @@ def extract(
         size = f"{report.num_tokens:,} tokens, {report.num_bytes / 1e6:,.1f} MB"
         console.print(f"{report.num_samples:,} samples, {size} in {output}.")
         print_skipped(report.skipped)
-        print_next("train", "--target", target, f"--{_kind(conversations)}-features", output, "--output-dir", "DRAFT")
+        settings: list[object] = [] if max_visual_rows is None else ["--max-visual-rows", max_visual_rows]
+        if max_length != MSDTrainingArguments.max_length:
+            settings += ["--max-length", max_length]
+        features = (f"--{_kind(conversations)}-features", output)
+        print_next("train", "--target", target, *features, *settings, "--output-dir", "DRAFT")
 
 
 def regenerate_answers(

@@ -11,8 +11,14 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
 
+from ..attention.unrolled import UnrolledPass
 from ..compat import CACHE_NAME
 from ..decoders import decoder_of, head_of
 from ..errors import MSDError, MSDPairingError
@@ -33,6 +39,17 @@ class MSDDraftAttention(LlamaAttention):
     def __init__(self, config: MSDDraftConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, unrolled: UnrolledPass | None = None, **kwargs: Any):
+        if unrolled is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        queries, keys, values = (project(hidden_states).view(shape).transpose(1, 2) for project in projections)
+        queries, keys = apply_rotary_pos_emb(queries, keys, *kwargs["position_embeddings"])
+        dropout = self.attention_dropout if self.training else 0.0
+        attended = unrolled.attend(self.layer_idx, queries, keys, values, self.scaling, dropout)
+        return self.o_proj(attended.transpose(1, 2).flatten(2)), None
 
 
 class MSDDraftDecoderLayer(LlamaDecoderLayer):
@@ -343,6 +360,7 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         layer_states: torch.Tensor | None = None,
         last_row_only: bool = False,
         image_vectors: torch.Tensor | None = None,
+        unrolled: UnrolledPass | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
@@ -359,6 +377,8 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
             use_cache (`bool`, *optional*): make a cache when none is given.
             last_row_only (`bool`, defaults to `False`): compute the output of the last row alone, which is all that
                 drafting needs of a prompt. The cache is the same.
+            unrolled (`UnrolledPass`, *optional*): a pass of training, which attends to the passes before it without
+                mask and cache.
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPast`] with `last_hidden_state` of shape `[B, T, H]`,
@@ -377,7 +397,9 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         layers: list[Any] = list(self.layers)
         last_layer = layers.pop() if last_row_only and self.is_plain and not self.training else None
         causal_mask = None
-        if layers:
+        if unrolled is not None:
+            kwargs["unrolled"] = unrolled
+        elif layers:
             causal_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=states,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..kv.in_place import KeysAndValues
 from ..kv.slots import ContextSlots
 from ..tree.candidate import CandidateTree
 from .compiled_parts import CompiledPart, compiled_parts, uncompiled
+from .cross_attention import samples_apart
 from .layer_kinds import STEP_INPUTS, image_layers
 from .observation import TargetObservation, observed
 from .support import decoder_inputs
@@ -262,6 +263,12 @@ class TargetAdapter:
     @torch.no_grad()
     def features(self, input_ids: torch.Tensor, **inputs: Any) -> TargetFeatures:
         """Runs whole sequences `[B, L]`, with the target's other inputs, through the target without a cache."""
+        if self.image_layers and len(input_ids) > 1:
+            # With cross-attention, tokens before the first image read padding and the absence of images too, so that
+            # samples with other numbers of images would change the states of a sample.
+            parts = [self.features(**sample) for sample in samples_apart({"input_ids": input_ids, **inputs})]
+            joined = {item.name: torch.cat([getattr(part, item.name) for part in parts]) for item in fields(parts[0])}
+            return TargetFeatures(**joined)
         with self.observe() as seen:
             self.target.base_model(input_ids=input_ids, use_cache=False, **inputs)
         inputs_embeds = seen.inputs.get("inputs_embeds")

@@ -29,6 +29,7 @@ _RECIPE_FIELDS = tuple(f.name for f in fields(Recipe) if f.name not in ("base_le
 _PICKLED = (type(None), bool, int, float, str, list, tuple, dict, Enum, torch.device, AcceleratorConfig)
 _AT_LEAST_1 = (
     "max_length",
+    "max_visual_rows",
     "unroll_passes",
     "draft_layers",
     "head_chunk_size",
@@ -67,7 +68,8 @@ class MSDTrainingArguments(TrainingArguments):
         learning_rate (`float`, *optional*): paper: 5e-5; recommended: 5e-5 times 4,096 over the hidden size.
         warmup_steps (`float`, *optional*): paper: 2,000; recommended: 0.05, a share of all steps.
         max_length (`int`, defaults to 2048): number of tokens to which longer samples are cut, expanded images
-            included.
+            included. A sample that would lose a part of an image is skipped and counted. No number is too large for
+            the draft, whose memory in training grows with the length and not with its square.
         feature_loss_weight (`float`, *optional*): weight of the Smooth-L1 loss on hidden states; paper: 1.0.
         token_loss_weight (`float`, *optional*): weight of the cross-entropy on tokens; paper: 0.1.
         accepted_length_loss_weight (`float`, *optional*): weight of the loss on the expected accepted length: the
@@ -83,6 +85,8 @@ class MSDTrainingArguments(TrainingArguments):
         final_unroll_passes (`int`, *optional*): passes at the end of the run, to which they grow from `unroll_passes`;
             each number of passes has an equal part of the run. Paper: they stay.
         unroll_decay (`float`, defaults to 0.8): weight of each pass relative to the pass before it.
+        max_visual_rows (`int`, *optional*): the most visual rows of a sample that the draft reads, evenly spaced, as
+            with the same setting in generation. Default: all.
         visual_row_dropout (`float`, defaults to 0.0): share of samples in which the draft reads a random number of the
             visual rows, evenly spaced, so that it gets used to every `max_visual_rows`.
         hard_example_mixing (`float`, *optional*): share of the samples, from the second epoch on, that are drawn again
@@ -170,6 +174,9 @@ class MSDTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Passes a step at the end of the run, to which they grow. Default: they stay."}
     )
     unroll_decay: float = field(default=0.8, metadata={"help": "Weight of a pass relative to the one before."})
+    max_visual_rows: int | None = field(
+        default=None, metadata={"help": "Most visual positions of a sample that the draft reads. Default: all."}
+    )
     visual_row_dropout: float = field(
         default=0.0, metadata={"help": "Share of samples in which only some visual rows, a random number, are read."}
     )
@@ -318,8 +325,8 @@ class MSDTrainingArguments(TrainingArguments):
                 f"`label_temperature` must be 0, which is greedy, or at least {LEAST_TEMPERATURE}; got {temperature}."
             )
         for name in _AT_LEAST_1:
-            if getattr(self, name) < 1:
-                raise MSDError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise MSDError(f"`{name}` must be at least 1, got {value}.")
         for name in (*WEIGHT_NAMES, *_NOT_NEGATIVE):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:  # not for NaN either
@@ -335,11 +342,11 @@ class MSDTrainingArguments(TrainingArguments):
                 f"`final_unroll_passes` must be at least `unroll_passes`, {recipe.unroll_passes}, got "
                 f"{recipe.final_unroll_passes}."
             )
-        if self.gradient_checkpointing and recipe.passes_at(1.0) > 1:
+        is_reentrant = (self.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        if self.gradient_checkpointing and is_reentrant and recipe.passes_at(1.0) > 1:
             raise MSDError(
-                "`gradient_checkpointing` cannot be combined with `unroll_passes` above 1, nor with such "
-                "`final_unroll_passes`: later passes attend to the keys of earlier ones, which checkpointing would "
-                "throw away. The draft is small: do without checkpointing."
+                "`gradient_checkpointing_kwargs` with `use_reentrant=True` cannot be combined with `unroll_passes` "
+                "above 1: gradients would not reach the keys of earlier passes. Leave `use_reentrant` out."
             )
 
 

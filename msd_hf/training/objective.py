@@ -13,6 +13,7 @@ from .chains import Chains
 from .losses import LossSums, add_uniform_noise, loss_sums, used_terms, weighted_loss
 from .rows import DraftRows, draft_rows
 from .unrolling import unrolled_states
+from .visual_row_budget import rows_beyond
 from .visual_row_dropout import unread_rows
 
 
@@ -50,21 +51,18 @@ class DraftObjective:
         """
         args, recipe = self.args, self.recipe
         rows = self.make_rows(batch, dtype)
-        noisy_states = None
         if draft.training and recipe.noise > 0:
-            noisy_states = self._add_noise(rows.hidden_states, batch["attention_mask"].sum(1), batch["numbers"])
-        if draft.training and args.visual_row_dropout > 0:
-            rows.unread = unread_rows(rows.visual_mask, batch["numbers"], args.visual_row_dropout, args.seed)
+            rows.hidden_states = self._add_noise(rows.hidden_states, batch["attention_mask"].sum(1), batch["numbers"])
+        rows = self._read_rows(rows, batch, draft.training)
         num_passes = recipe.passes_at(progress) if draft.training else 1
         weights = [args.unroll_decay**pass_index for pass_index in range(num_passes)]
         trained = rows.trained
         names = used_terms(recipe)
         total, first = torch.zeros((), device=trained.device), None
         chains: dict[str, Chains] = {}
-        for pass_index, states in enumerate(unrolled_states(draft, rows, num_passes, noisy_states)):
+        for pass_index, states in enumerate(unrolled_states(draft, rows, num_passes)):
             if pass_index > 0:
-                # Generation reaches this depth at row j only from row j - `pass_index`, which must be trained too.
-                trained = trained & _shift_right(rows.trained, pass_index)
+                trained = trained & rows.drafted_from(pass_index)
             sums = loss_sums(
                 states[trained],
                 rows.goals[trained].to(states),
@@ -90,7 +88,8 @@ class DraftObjective:
             with torch.no_grad():
                 inputs_embeds = self.adapter.embed(batch["input_ids"]).to(labels.device)
             visual_embeds = batch["visual_embeds"].to(inputs_embeds)
-            inputs_embeds = inputs_embeds.masked_scatter(visual_mask.unsqueeze(-1), visual_embeds)
+            embedded = batch.get("kept_visual", visual_mask)
+            inputs_embeds = inputs_embeds.masked_scatter(embedded.unsqueeze(-1), visual_embeds)
         else:
             target = self.adapter.target
             others = ("labels", "numbers", "places", "is_visual", "skipped")
@@ -109,6 +108,22 @@ class DraftObjective:
             self.adapter.reads,
         )
 
+    def _read_rows(self, rows: DraftRows, batch: dict[str, Any], is_training: bool) -> DraftRows:
+        """The rows that the draft reads: without visual rows beyond a budget, and those that the cache left out."""
+        kept, budget, share = batch.get("kept_visual"), self.args.max_visual_rows, self.args.visual_row_dropout
+        share = share if is_training else 0.0
+        if kept is None and budget is None and share == 0:
+            return rows
+        left_out = torch.zeros_like(rows.visual_mask)
+        if kept is not None:
+            left_out[:, :-1] = (batch["visual_mask"] & ~kept)[:, 1:]
+        if budget is not None:
+            left_out |= rows_beyond(rows.visual_mask & ~left_out, [budget] * len(left_out))
+        if share > 0:
+            left_out |= unread_rows(rows.visual_mask & ~left_out, batch["numbers"], share, self.args.seed)
+        padding = ~batch["attention_mask"].bool().to(left_out.device)
+        return rows.without(left_out | padding)
+
     def _add_noise(self, hidden_states: torch.Tensor, lengths: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         # Each sample is seeded by its number in the run, so that the noise does not change with the number of
         # processes or when a run is resumed.
@@ -119,10 +134,6 @@ class DraftObjective:
             uniform = torch.rand(states.shape, generator=generator, dtype=states.dtype, device=states.device)
             noisy[row, :length] = add_uniform_noise(states, uniform, self.recipe.noise)
         return noisy
-
-
-def _shift_right(mask: torch.Tensor, count: int) -> torch.Tensor:
-    return torch.cat([torch.zeros_like(mask[:, :count]), mask[:, :-count]], dim=1)
 
 
 __all__ = ["DraftObjective"]

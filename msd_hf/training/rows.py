@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,9 +25,8 @@ class DraftRows:
         goals (`torch.Tensor` of shape `[B, L, H]`): row j is the target's last hidden state at position j + 1, which
             row j of the draft's output should equal.
         trained (`torch.BoolTensor` of shape `[B, L]`): the rows that count in the loss.
+        positions (`torch.LongTensor` of shape `[B, L]`): the position j of each row in its sample.
         reads (`TargetReads`): the hidden states of the target that lie side by side in `hidden_states`.
-        unread (`torch.BoolTensor` of shape `[B, L]`, *optional*): visual rows that no other row sees, as if the draft
-            had a budget of visual rows.
     """
 
     inputs_embeds: torch.Tensor
@@ -35,8 +34,34 @@ class DraftRows:
     visual_mask: torch.Tensor
     goals: torch.Tensor
     trained: torch.Tensor
+    positions: torch.Tensor
     reads: TargetReads
-    unread: torch.Tensor | None = None
+
+    def without(self, left_out: torch.Tensor) -> DraftRows:
+        """
+        The rows without those that are left out. The other ones move up, and keep their positions.
+
+        Args:
+            left_out (`torch.BoolTensor` of shape `[B, L]`): the rows that are left out.
+        """
+        lengths = (~left_out).sum(1)
+        # The rows that stay, in order. Rows that go are the padding of samples with fewer rows.
+        order = left_out.to(torch.uint8).argsort(dim=1, stable=True)[:, : int(lengths.max())]
+        samples = torch.arange(len(order), device=order.device).unsqueeze(1)
+        fields = ("inputs_embeds", "hidden_states", "visual_mask", "goals", "trained", "positions")
+        moved = replace(self, **{name: getattr(self, name)[samples, order] for name in fields})
+        moved.trained &= ~left_out[samples, order]
+        return moved
+
+    def drafted_from(self, depth: int) -> torch.Tensor:
+        """Which rows `[B, L]` generation reaches `depth` deep in a tree from a trained row: the row that is `depth`
+        places before them is trained, and no row between the two is left out."""
+        reached = torch.zeros_like(self.trained)
+        places = self.positions.shape[1] - depth
+        if places > 0:
+            is_near = self.positions[:, depth:] - self.positions[:, :places] == depth
+            reached[:, depth:] = self.trained[:, :places] & is_near
+        return reached
 
 
 def draft_rows(
@@ -66,6 +91,7 @@ def draft_rows(
         visual_mask=_shift(visual_mask),
         goals=_shift(goals),
         trained=trained,
+        positions=torch.arange(trained.shape[1], device=trained.device).expand_as(trained),
         reads=reads,
     )
 

@@ -49,6 +49,7 @@ _ARGUMENTS = (
     "unroll_passes",
     "final_unroll_passes",
     "unroll_decay",
+    "max_visual_rows",
     "visual_row_dropout",
     "hard_example_mixing",
     "draft_layers",

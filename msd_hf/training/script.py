@@ -147,7 +147,7 @@ def _train(script_args: ScriptArguments, args: MSDTrainingArguments, processes: 
     resume = True if str(resume).lower() == "true" else None if str(resume).lower() == "false" else resume
     # A checkpoint of another run is refused before the target is loaded, if its arguments differ.
     point = find_resume_point(resume, args.force, str(args.output_dir), {"arguments": _given_values(args)})
-    data = _open_data(script_args)
+    data = _open_data(script_args, args)
     with loaded_whole(args):
         draft = None if script_args.draft is None else _load_draft(script_args.draft)
     script_args.target = target_or_named(script_args.target, None if draft is None else draft.config)
@@ -302,7 +302,7 @@ def _tree_settings(script_args: ScriptArguments) -> dict[str, Any]:
     return {name: getattr(script_args, name) for name in TREE_SETTINGS if hasattr(script_args, name)}
 
 
-def _open_data(script_args: ScriptArguments) -> dict[str, Any]:
+def _open_data(script_args: ScriptArguments, args: MSDTrainingArguments) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for kind in SAMPLE_KINDS:
         names, features = getattr(script_args, f"{kind}_data"), getattr(script_args, f"{kind}_features")
@@ -313,6 +313,7 @@ def _open_data(script_args: ScriptArguments) -> dict[str, Any]:
             )
         elif features is not None:
             data[kind] = FeatureCache(features)
+            data[kind].check_visual_rows(args.max_visual_rows)  # before the target is loaded
     return data
 
 

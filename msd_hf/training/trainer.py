@@ -127,6 +127,7 @@ class MSDTrainer(ResumableTrainer):
                     args.max_length,
                     feature_layers=model.config.target_layers,
                     needs_all_hidden_states=not model.config.decouple_visual_tokens,
+                    max_visual_rows=args.max_visual_rows,
                 )
         rows = args.make_recipe().trained_rows
         self._collate_train = MixtureCollator(tokenizer.pad_token_id or 0, mixture.is_cached, rows)
@@ -156,7 +157,7 @@ class MSDTrainer(ResumableTrainer):
         self.objective = DraftObjective(TargetAdapter(target, model.config.target_layers), self.args)
         names = used_terms(args.make_recipe())
         self._train_meter, self._eval_meter = LossMeter(names), LossMeter(names)
-        self._visual_counts = VisualCounts()
+        self._visual_counts = VisualCounts(args.max_visual_rows)
         self._hard_examples = None
         if args.make_recipe().hard_example_mixing > 0:
             self._hard_examples = HardExamples({kind: size or 0 for kind, size in mixture.sizes.items()})

@@ -12,15 +12,22 @@ _SHARE = 0.95  # a few samples with many pictures do not make a draft used to th
 
 
 class VisualCounts:
-    """Counts the visual positions of samples that have any."""
+    """
+    Counts the visual positions of samples that have any.
 
-    def __init__(self) -> None:
+    Args:
+        most (*optional*): the most visual positions of a sample that training reads. The others do not count.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self._most = most
         self._counts: Counter[int] = Counter()
         self._unread: list[torch.Tensor] = []  # on the device, so that training does not wait for them
 
     def add(self, visual_mask: torch.Tensor) -> None:
         """Adds the samples of a batch; `visual_mask` `[B, L]` is true at visual positions."""
-        self._unread.append(visual_mask.sum(1))
+        counts = visual_mask.sum(1)
+        self._unread.append(counts if self._most is None else counts.clamp(max=self._most))
 
     def read(self) -> Counter[int]:
         """How many samples have each number of visual positions."""

@@ -9,7 +9,7 @@ import random
 
 import torch
 
-from ..drafting.visual_rows import evenly_spaced
+from .visual_row_budget import rows_beyond
 
 
 def unread_rows(visual_mask: torch.Tensor, numbers: torch.Tensor, share: float, seed: int) -> torch.Tensor:
@@ -27,16 +27,12 @@ def unread_rows(visual_mask: torch.Tensor, numbers: torch.Tensor, share: float, 
     Returns:
         `torch.BoolTensor` of shape `[B, L]`.
     """
-    visual = visual_mask.cpu()
-    unread = torch.zeros_like(visual)
-    for row, number in enumerate(numbers.tolist()):
+    budgets = []
+    for number, count in zip(numbers.tolist(), visual_mask.sum(1).tolist(), strict=True):
         draw = random.Random(f"visual rows/{seed}/{number}")
         has_budget, size = draw.random() < share, draw.random()
-        places = visual[row].nonzero().squeeze(1)
-        if has_budget and len(places):
-            unread[row, places] = True
-            unread[row, places[evenly_spaced(len(places), round(len(places) ** size))]] = False
-    return unread.to(visual_mask.device)
+        budgets.append(round(count**size) if has_budget else None)
+    return rows_beyond(visual_mask, budgets)
 
 
 __all__ = ["unread_rows"]

@@ -19,6 +19,11 @@ from .conversations import Conversation
 from .expansion import Stretch, TokenizerRecorder, align, move
 
 
+# An input of models that read images by cross-attention, of which each sample has one row: `[1, L, images, tiles]`.
+# Their other inputs of images also have one row for each sample, those without images included.
+_ROW_MASK = "cross_attention_mask"
+
+
 class ConversationEncoder:
     """
     Encodes conversations with the target's own processor and chat template.
@@ -190,10 +195,24 @@ def collate_conversations(samples: Sequence[dict[str, torch.Tensor]], pad_token_
             ]
             batch[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
         else:
-            batch[name] = concatenate_padded([value for value, _ in there])
+            if any(_ROW_MASK in sample for sample in samples):
+                like = there[0][0]
+                values = [
+                    _empty_row(like, name, length) if value is None else value
+                    for value, length in zip(values, lengths, strict=True)
+                ]
+            batch[name] = concatenate_padded([value for value in values if value is not None])
     positions = torch.arange(max(lengths))
     batch["attention_mask"] = (positions < torch.tensor(lengths)[:, None]).long()
     return batch
+
+
+def _empty_row(like: torch.Tensor, name: str, length: int) -> torch.Tensor:
+    """A row without images, as small as it can be."""
+    sizes = [1] * like.dim()
+    if name == _ROW_MASK:
+        sizes[1] = length
+    return like.new_zeros(sizes)
 
 
 def concatenate_padded(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

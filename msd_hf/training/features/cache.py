@@ -64,6 +64,7 @@ def extract_features(
     batch_size: int = 8,
     feature_layers: Sequence[int] | None = None,
     all_hidden_states: bool = False,
+    max_visual_rows: int | None = None,
     strict: bool = False,
     samples_per_shard: int = 128,
     num_workers: int = 0,
@@ -87,6 +88,8 @@ def extract_features(
         feature_layers (*optional*): decoder layers, counted from 0, whose outputs are kept besides the last hidden
             state.
         all_hidden_states: also keep hidden states that only a draft with `decouple_visual_tokens=False` reads.
+        max_visual_rows (*optional*): keep only this many visual rows of a sample, evenly spaced, which are the rows
+            that a draft with this budget reads. The training then needs a `max_visual_rows` of at most this number.
         strict: raise the error of the first broken sample instead of skipping and counting broken samples.
         samples_per_shard: conversations per file. Their features stay in memory until the file is written, and are
             lost if the run is killed before.
@@ -101,6 +104,8 @@ def extract_features(
     """
     if batch_size < 1 or samples_per_shard < 1:
         raise MSDError(f"`batch_size` {batch_size} and `samples_per_shard` {samples_per_shard} must be at least 1.")
+    if max_visual_rows is not None and max_visual_rows < 1:
+        raise MSDError(f"`max_visual_rows` must be at least 1, or None for all, got {max_visual_rows}.")
     folder = Path(folder)
     encoder = ConversationEncoder(processor, max_length)
     adapter = TargetAdapter(target, feature_layers=feature_layers)
@@ -116,6 +121,7 @@ def extract_features(
         feature_layers=list(adapter.reads.layers),
         all_hidden_states=all_hidden_states,
         samples_per_shard=samples_per_shard,
+        max_visual_rows=max_visual_rows,
     )
     processes.check_equal({**asdict(settings), "batch_size": batch_size})
 
@@ -137,6 +143,7 @@ def extract_features(
             storage=storage,
             feature_layers=feature_layers,
             all_hidden_states=all_hidden_states,
+            max_visual_rows=max_visual_rows,
         )
         logger.info(f"The features in {str(folder)!r} take {estimate}.")
         check_disk(folder, estimate.num_bytes * len(missing) // index.num_shards)
@@ -148,7 +155,9 @@ def extract_features(
     if missing:
         tokenizer = getattr(processor, "tokenizer", processor)
         pad_token_id = getattr(tokenizer, "pad_token_id", None) or 0
-        extractor = FeatureExtractor(adapter, pad_token_id, index.storage, all_hidden_states, batch_size)
+        extractor = FeatureExtractor(
+            adapter, pad_token_id, index.storage, all_hidden_states, batch_size, max_visual_rows
+        )
         training = target.training
         try:
             target.eval()
@@ -260,20 +269,28 @@ class FeatureCache(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """
-        Reads one sample of L tokens, V of them visual. W is (1 + number of feature layers) times the hidden size H.
+        Reads one sample of L tokens, with embeddings of V visual positions. W is (1 + number of feature layers) times
+        the hidden size H.
 
         Returns:
             `input_ids` (`LongTensor` of shape `[L]`), `assistant_mask` and `visual_mask` (`BoolTensor` of shape
             `[L]`), `visual_embeds` (`[V, H]`), and `hidden_states` (`[L, W]`), which are zero at rows that are not
             stored. `visual_embeds` and `hidden_states` have the dtype in which they are stored; int8 becomes float32.
+            A cache with `max_visual_rows` also has `kept_visual` (`BoolTensor` of shape `[L]`), true at the V visual
+            positions; without it these are all of `visual_mask`.
         """
         index = range(len(self))[index]
         shard = bisect_right(self._ends, index)
         start = self._ends[shard] - self.index.shards[shard]["samples"]
         sample = self._reader(shard).read(index - start, self.index.hidden_size)
-        stored = stored_rows(sample["assistant_mask"], sample["visual_mask"], self.index.all_hidden_states)
+        kept: dict[str, torch.Tensor] = {}
+        if "visual_places" in sample:
+            places = sample["visual_places"].long()
+            kept["kept_visual"] = torch.zeros_like(sample["visual_mask"]).index_fill_(0, places, True)
+        stored = stored_rows(sample["assistant_mask"], sample["visual_mask"], self.index.all_hidden_states, **kept)
         rows = sample["hidden_states"]
         return {
+            **kept,
             "input_ids": sample["input_ids"].long(),
             "assistant_mask": sample["assistant_mask"].clone(),  # the tensor that was read lies in the mapped file
             "visual_mask": sample["visual_mask"].clone(),
@@ -298,6 +315,7 @@ class FeatureCache(Dataset):
         max_length: int,
         feature_layers: Sequence[int] | None = None,
         needs_all_hidden_states: bool = False,
+        max_visual_rows: int | None = None,
     ) -> None:
         """
         Checks that the cache was made with this target, this processor and these settings.
@@ -305,14 +323,34 @@ class FeatureCache(Dataset):
         Args:
             target, processor, max_length, feature_layers: the arguments that [`extract_features`] must have had.
             needs_all_hidden_states: whether the draft also reads the hidden states before visual positions.
+            max_visual_rows (*optional*): the most visual rows of a sample that training reads; `None`: all.
 
         Raises:
             MSDError: when the cache was made in another way; the message names the differences.
         """
+        self.check_visual_rows(max_visual_rows)
         expected = {"max_length": max_length, "feature_layers": sorted(feature_layers or ())}
         if needs_all_hidden_states:
             expected["all_hidden_states"] = True
         self.index.check_terms(self.folder, target_fingerprint(target), processor, expected)
+
+    def check_visual_rows(self, needed: int | None) -> None:
+        """
+        Checks that the cache holds the visual rows that training reads.
+
+        Args:
+            needed: the most visual rows of a sample; `None`: all.
+
+        Raises:
+            MSDError: when it was extracted with fewer.
+        """
+        kept = self.index.max_visual_rows
+        if kept is not None and (needed is None or needed > kept):
+            raise MSDError(
+                f"The feature cache in {str(self.folder)!r} holds at most {kept} visual rows of a sample, and this "
+                f"training reads {'all' if needed is None else needed}: set `max_visual_rows` to {kept} or less, or "
+                "extract the features again with more."
+            )
 
     def _reader(self, shard: int) -> ShardReader:
         if self._process != os.getpid():  # a forked process opens the files itself
@@ -332,9 +370,13 @@ def collate_features(samples: Sequence[dict[str, torch.Tensor]], pad_token_id: i
     Returns:
         `input_ids` and `attention_mask` (`LongTensor` of shape `[B, L]`), `assistant_mask` and `visual_mask`
         (`BoolTensor` of shape `[B, L]`), `hidden_states` (`[B, L, W]`), and `visual_embeds` (`[V, H]`), the visual
-        rows of all samples in the row-major order of `visual_mask`.
+        rows of all samples in the row-major order of `visual_mask`. If a sample comes from a cache with
+        `max_visual_rows`, also `kept_visual` (`BoolTensor` of shape `[B, L]`), whose order they then have.
     """
     padding = {"input_ids": pad_token_id, "assistant_mask": False, "visual_mask": False, "hidden_states": 0.0}
+    if any("kept_visual" in sample for sample in samples):
+        samples = [{"kept_visual": sample["visual_mask"], **sample} for sample in samples]
+        padding["kept_visual"] = False
     batch = {
         name: pad_sequence([sample[name] for sample in samples], batch_first=True, padding_value=value)
         for name, value in padding.items()

@@ -13,6 +13,7 @@ from ...target.adapter import TargetAdapter
 from ..data.conversations import Conversations
 from ..data.encoding import ConversationEncoder
 from ..disk import check_space, format_bytes
+from ..visual_row_budget import kept_visual_positions
 from .extraction import iterate_encoded, sample_visual_mask
 from .storage import resolve_storage, sample_bytes, stored_rows
 
@@ -52,6 +53,7 @@ def estimate_disk(
     storage: str = "auto",
     feature_layers: Sequence[int] | None = None,
     all_hidden_states: bool = False,
+    max_visual_rows: int | None = None,
 ) -> DiskEstimate:
     """
     Estimates the disk space that [`extract_features`] needs with the same arguments. At most 64 evenly spaced samples
@@ -68,10 +70,11 @@ def estimate_disk(
     for item in iterate_encoded(conversations, ConversationEncoder(processor, max_length), indices):
         if item.error is None:
             visual_mask = sample_visual_mask(adapter, item.inputs)
-            rows = stored_rows(item.inputs["assistant_mask"], visual_mask, all_hidden_states)
+            kept = kept_visual_positions(visual_mask, max_visual_rows)
+            rows = stored_rows(item.inputs["assistant_mask"], visual_mask, all_hidden_states, kept)
             num_samples += 1
             num_tokens += len(rows)
-            num_bytes += sample_bytes(len(rows), int(visual_mask.sum()), int(rows.sum()), hidden_size, width, storage)
+            num_bytes += sample_bytes(len(rows), int(kept.sum()), int(rows.sum()), hidden_size, width, storage)
     factor = len(conversations) / max(num_probes, 1)
     return DiskEstimate(round(factor * num_samples), round(factor * num_tokens), round(factor * num_bytes), storage)
 
@@ -87,7 +90,8 @@ def check_disk(folder: Path, num_bytes: int) -> None:
         folder,
         num_bytes,
         "The features",
-        'Use fewer samples, another disk or a smaller `storage` ("int8" is the smallest), or train without a cache.',
+        'Use fewer samples, another disk, a smaller `storage` ("int8" is the smallest) or `max_visual_rows`, or train '
+        "without a cache.",
     )
 
 

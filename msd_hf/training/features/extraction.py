@@ -15,6 +15,7 @@ from ...prompts import move_inputs
 from ...target.adapter import TargetAdapter
 from ..data.conversations import Conversations
 from ..data.encoding import ConversationEncoder, collate_conversations
+from ..visual_row_budget import kept_visual_positions
 from .storage import pack, stored_rows
 
 
@@ -82,13 +83,21 @@ class FeatureExtractor:
         storage: number format of the packed features.
         all_hidden_states: keep the hidden states of all positions, not only those of [`stored_rows`].
         batch_size: samples per forward.
+        max_visual_rows (*optional*): keep at most this many visual rows of a sample, with their places.
     """
 
     def __init__(
-        self, adapter: TargetAdapter, pad_token_id: int, storage: str, all_hidden_states: bool, batch_size: int
+        self,
+        adapter: TargetAdapter,
+        pad_token_id: int,
+        storage: str,
+        all_hidden_states: bool,
+        batch_size: int,
+        max_visual_rows: int | None = None,
     ):
         self.adapter, self.pad_token_id, self.storage = adapter, pad_token_id, storage
         self.all_hidden_states, self.batch_size = all_hidden_states, batch_size
+        self.max_visual_rows = max_visual_rows
 
     def __call__(self, encoded: Iterable[EncodedConversation]) -> Iterator[tuple[str, Sample | MSDDataError]]:
         """
@@ -118,11 +127,12 @@ class FeatureExtractor:
         inputs.pop("assistant_mask")
         features = self.adapter.features(**move_inputs(inputs, target))
         visual_masks = [sample_visual_mask(self.adapter, item.inputs) for item in batch]
+        kept_masks = [kept_visual_positions(visual_mask, self.max_visual_rows) for visual_mask in visual_masks]
         stored_masks = [
-            stored_rows(item.inputs["assistant_mask"], visual_mask, self.all_hidden_states)
-            for item, visual_mask in zip(batch, visual_masks, strict=True)
+            stored_rows(item.inputs["assistant_mask"], visual_mask, self.all_hidden_states, kept_mask)
+            for item, visual_mask, kept_mask in zip(batch, visual_masks, kept_masks, strict=True)
         ]
-        visual_embeds = self._gather(features.inputs_embeds, visual_masks)
+        visual_embeds = self._gather(features.inputs_embeds, kept_masks)
         hidden_states = self._gather(features.hidden_states, stored_masks)
         for number, item in enumerate(batch):
             rows = (visual_embeds[number], hidden_states[number])
@@ -130,10 +140,12 @@ class FeatureExtractor:
                 detail = "the target's features hold infinities or NaN; is its dtype wide enough?"
                 yield MSDDataError("non-finite features", detail, item.id)
                 continue
+            places = kept_masks[number].nonzero().squeeze(1).to(torch.int32)
             yield {
                 "input_ids": item.inputs["input_ids"].to(torch.int32),
                 "assistant_mask": item.inputs["assistant_mask"],
                 "visual_mask": visual_masks[number],
+                **({} if self.max_visual_rows is None else {"visual_places": places}),
                 **self._pack("visual_embeds", visual_embeds[number], item),
                 **self._pack("hidden_states", hidden_states[number], item),
             }

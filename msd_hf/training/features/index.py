@@ -56,8 +56,8 @@ class CacheIndex:
         target, encoder, conversations: fingerprints of the target, of the encoder and of the data.
         target_dtype: dtype of the target during the extraction.
         num_conversations: number of conversations in the data.
-        max_length, storage, feature_layers, all_hidden_states, samples_per_shard: arguments of [`extract_features`].
-            Shard i begins with conversation `i * samples_per_shard`.
+        max_length, storage, feature_layers, all_hidden_states, samples_per_shard, max_visual_rows: arguments of
+            [`extract_features`]. Shard i begins with conversation `i * samples_per_shard`.
         hidden_size: hidden size of the target.
         shards: `file`, `bytes`, `samples`, `tokens`, `ids` and `skipped` (ids by reason) of each shard.
         complete: whether all shards are written.
@@ -74,6 +74,7 @@ class CacheIndex:
     feature_layers: list[int]
     all_hidden_states: bool
     samples_per_shard: int
+    max_visual_rows: int | None = None
     shards: list[dict] = field(default_factory=list)
     complete: bool = False
     format_version: int = FORMAT_VERSION
@@ -81,7 +82,7 @@ class CacheIndex:
     @property
     def fingerprint(self) -> str:
         """sha256 of the whole index."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()
 
     @property
     def num_shards(self) -> int:
@@ -160,7 +161,7 @@ class CacheIndex:
         if not earlier.shards and not read_notes(folder):
             return self
         terms = ("conversations", "max_length", "storage", "feature_layers", "all_hidden_states", "samples_per_shard")
-        expected = {name: getattr(self, name) for name in (*terms, "target_dtype")}
+        expected = {name: getattr(self, name) for name in (*terms, "max_visual_rows", "target_dtype")}
         earlier.check_terms(folder, self.target, processor, expected)
         earlier.take_notes(folder)
         return earlier
@@ -197,7 +198,14 @@ class CacheIndex:
 
     def write(self, folder: Path) -> None:
         with safely_replaced_file(folder / INDEX_NAME) as temporary:
-            temporary.write_text(json.dumps(asdict(self), separators=(",", ":")) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(self._content(), separators=(",", ":")) + "\n", encoding="utf-8")
+
+    def _content(self) -> dict[str, Any]:
+        """The fields. A cache without a budget of visual rows does not name one, as before there were budgets."""
+        content = asdict(self)
+        if self.max_visual_rows is None:
+            del content["max_visual_rows"]
+        return content
 
     @classmethod
     def read(cls, folder: Path) -> CacheIndex:
@@ -215,7 +223,7 @@ class CacheIndex:
             version = content["format_version"]
         except (ValueError, KeyError, TypeError) as error:
             raise MSDError(f"{str(path)!r} is not the index of a feature cache, or is damaged.") from error
-        if version != FORMAT_VERSION or set(content) != {item.name for item in fields(cls)}:
+        if version != FORMAT_VERSION or {*content, "max_visual_rows"} != {item.name for item in fields(cls)}:
             raise MSDError(
                 f"The feature cache in {str(folder)!r} has format version {version}, this release of msd_hf reads "
                 f"{FORMAT_VERSION}. Extract the features again."

@@ -32,6 +32,7 @@ _OFFSETS = {
     "visual_mask": "token_offsets",
     "visual_embeds": "visual_offsets",
     "visual_scales": "visual_offsets",
+    "visual_places": "visual_offsets",
     "hidden_states": "hidden_offsets",
     "hidden_scales": "hidden_offsets",
 }
@@ -56,7 +57,12 @@ def resolve_storage(storage: str, dtype: torch.dtype) -> str:
     return name
 
 
-def stored_rows(assistant_mask: torch.Tensor, visual_mask: torch.Tensor, all_hidden_states: bool) -> torch.Tensor:
+def stored_rows(
+    assistant_mask: torch.Tensor,
+    visual_mask: torch.Tensor,
+    all_hidden_states: bool,
+    kept_visual: torch.Tensor | None = None,
+) -> torch.Tensor:
     """
     The mask `[L]` of the positions whose hidden states a draft needs. These are the positions before a text token,
     whose hidden state is fused with that token, and the assistant's tokens and the position after them, whose hidden
@@ -66,11 +72,15 @@ def stored_rows(assistant_mask: torch.Tensor, visual_mask: torch.Tensor, all_hid
         assistant_mask (`torch.BoolTensor` of shape `[L]`): true at the assistant's tokens.
         visual_mask (`torch.BoolTensor` of shape `[L]`): true at visual positions.
         all_hidden_states: select all positions, for drafts that fuse visual positions too.
+        kept_visual (`torch.BoolTensor` of shape `[L]`, *optional*): the visual positions that a draft reads. Default:
+            all.
     """
+    rows = torch.full_like(visual_mask, all_hidden_states)
+    read = ~visual_mask
     if all_hidden_states:
-        return torch.ones_like(visual_mask)
-    rows = assistant_mask.clone()
-    rows[:-1] |= ~visual_mask[1:]
+        read |= visual_mask if kept_visual is None else kept_visual
+    rows[:-1] = read[1:]
+    rows |= assistant_mask
     rows[1:] |= assistant_mask[:-1]
     return rows
 
