@@ -162,9 +162,9 @@ def test_training_reads_it_and_knows_which_rows_are_read(pair, tmp_path):
     assert draft.global_image.proj.weight.grad.any()
     seen = []
     draft.global_image.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[1]))
-    rows.unread = torch.zeros_like(rows.visual_mask)
-    rows.unread[0, rows.visual_mask[0].nonzero().squeeze(1)[1:]] = True
-    list(unrolled_states(draft, rows, 2))
+    left_out = torch.zeros_like(rows.visual_mask)
+    left_out[0, rows.visual_mask[0].nonzero().squeeze(1)[1:]] = True
+    list(unrolled_states(draft, rows.without(left_out), 2))
     assert len(seen) == 2 and all(int(mask.sum()) == 1 for mask in seen)
 
 
