@@ -8,8 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import LlavaProcessor
+from typer.testing import CliRunner
 
-from msd_hf.toy import has_facts
+from msd_hf.cli import app
+from msd_hf.errors import MSDError
+from msd_hf.toy import hard, has_facts
 from msd_hf.toy.hard import KINDS, HardSamples, Picture, Thing, make_picture, make_prompts, make_sample, render
 from msd_hf.toy.hard.dataset import NUM_TURNS, make_album
 from msd_hf.toy.hard.picture import CELL, NUM_THINGS, ORDINALS
@@ -152,3 +155,10 @@ def test_batches_hold_pictures_of_one_size_and_give_a_loss(processor):
     with torch.no_grad():
         assert model(**collate_samples(samples[:2], processor.tokenizer.pad_token_id)).loss.isfinite()
     assert seen
+
+
+def test_without_a_pair_the_benchmark_says_how_to_build_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(hard, "TARGET_DIR", tmp_path / "missing")
+    result = CliRunner().invoke(app, ["bench", "--hard"])
+    assert isinstance(result.exception, MSDError)
+    assert "`python -m msd_hf.toy.hard.build --output DIR`" in str(result.exception)

@@ -55,7 +55,8 @@ SHORT = {
     "python -m msd_hf.toy.agreement": "--generations 2",
 }
 # Commands that are read only, by a part of them: they take long, need a GPU or change the checkout.
-LONG = ("--shape", "--baseline compiled", "toy.build", "toy.stranger", "examples/studies/", "accelerate launch", "pip")
+LONG = ("--shape", "--baseline compiled", "--hard", "toy.build", "toy.hard.build", "toy.stranger")
+LONG = (*LONG, "examples/studies/", "accelerate launch", "pip")
 LONG = (*LONG, "...", "report/report.json", "pytest", "features/", "lmms-eval", "examples/engines/", "vllm serve")
 LONG = (*LONG, "msd-hf serve")
 # These run with `-m slow`: a quicker command of the same kind runs always.

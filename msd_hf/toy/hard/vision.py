@@ -1,6 +1,7 @@
 """The first stage of the target's training: the vision tower learns what each cell holds, and where the cell is.
 
-Linear probes read the mean feature of a cell's patches, and are dropped afterwards.
+Linear probes read the feature of each patch, and are dropped afterwards. Each patch has to tell what its whole cell
+holds: a language model that looks at a few patches then learns to see in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def cell_labels(picture: Picture) -> torch.Tensor:
 
 
 class CellProbe(nn.Module):
-    """A vision tower with linear classifiers on the mean feature of each cell."""
+    """A vision tower with linear classifiers on the feature of each patch."""
 
     def __init__(self, tower: Any):
         super().__init__()
@@ -67,15 +68,18 @@ class CellProbe(nn.Module):
         cells `[B, cells, 6]` and backgrounds `[B]`."""
         patches = self.tower(pixel_values, output_hidden_states=True).hidden_states[-1][:, 1:]
         grid = pixel_values.shape[-1] // CELL
-        cell = patches.unflatten(1, (grid, PATCHES_PER_CELL, grid, PATCHES_PER_CELL)).mean((2, 4))
+        # The row and the column of the cell of each patch, [patches].
+        places = torch.arange(grid, device=patches.device).repeat_interleave(PATCHES_PER_CELL)
+        rows, columns = places.repeat_interleave(len(places)), places.repeat(len(places))
         loss = functional.cross_entropy(self.background(patches.mean(1)), background)
         # The features must keep the place of a cell too, because questions name places.
-        numbers = torch.arange(grid, device=patches.device).expand(len(patches), grid, grid)
-        loss = loss + functional.cross_entropy(self.column(cell).flatten(0, 2), numbers.flatten())
-        loss = loss + functional.cross_entropy(self.row(cell).flatten(0, 2), numbers.mT.flatten())
+        for place, numbers in ((self.row, rows), (self.column, columns)):
+            goals = numbers.repeat(len(patches))
+            loss = loss + functional.cross_entropy(place(patches).flatten(0, 1), goals)
+        held = cells[:, rows * grid + columns]  # [B, patches, 6]
         accuracies = []
         for number, classifier in enumerate(self.attributes):
-            scores, goals = classifier(cell).flatten(0, 2), cells[..., number].flatten()
+            scores, goals = classifier(patches).flatten(0, 1), held[..., number].flatten()
             loss = loss + functional.cross_entropy(scores, goals)
             filled = goals > 0
             accuracies.append((scores.argmax(-1) == goals)[filled].float().mean())
