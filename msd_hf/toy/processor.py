@@ -20,7 +20,18 @@ PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = "<pad>", "<s>", "</s>"
 
 # As in LLaVA-1.5, the image tag stands in the first user turn. The end-of-sequence token is inside the generation
 # marks, so that a model trained on the marked tokens learns to stop.
-CHAT_TEMPLATE = """\
+TURNS_TEMPLATE = """\
+{%- if message['role'] == 'assistant' -%}
+{{- ' ' -}}{%- generation -%}{{- text + eos_token -}}{%- endgeneration -%}
+{%- elif message['role'] == 'user' -%}
+{{- 'USER: ' + text + ' ASSISTANT:' -}}
+{%- else -%}
+{{- text + ' ' -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+CHAT_TEMPLATE = (
+    """\
 {{- bos_token -}}
 {%- for message in messages -%}
 {%- if message['content'] is string -%}
@@ -35,15 +46,9 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- set text = parts.text -%}
 {%- endif -%}
-{%- if message['role'] == 'assistant' -%}
-{{- ' ' -}}{%- generation -%}{{- text + eos_token -}}{%- endgeneration -%}
-{%- elif message['role'] == 'user' -%}
-{{- 'USER: ' + text + ' ASSISTANT:' -}}
-{%- else -%}
-{{- text + ' ' -}}
-{%- endif -%}
-{%- endfor -%}
 """
+    + TURNS_TEMPLATE
+)
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:

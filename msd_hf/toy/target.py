@@ -86,7 +86,13 @@ def build_target_config(processor: LlavaProcessor, num_layers: int = NUM_LAYERS)
         patch_size=PATCH_SIZE,
         projection_dim=HIDDEN_SIZE,
     )
-    text = LlamaConfig(
+    text = build_text_config(tokenizer, num_layers, 2048)
+    return join_configs(processor, vision, text)
+
+
+def build_text_config(tokenizer: Any, num_layers: int, max_length: int) -> LlamaConfig:
+    """Builds the configuration of the decoder."""
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN_SIZE,
         intermediate_size=256,
@@ -94,14 +100,13 @@ def build_target_config(processor: LlavaProcessor, num_layers: int = NUM_LAYERS)
         num_attention_heads=4,
         num_key_value_heads=4,
         head_dim=HIDDEN_SIZE // 4,
-        max_position_embeddings=2048,
+        max_position_embeddings=max_length,
         initializer_range=HIDDEN_SIZE**-0.5,
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return join_configs(processor, vision, text)
 
 
 def join_configs(processor: LlavaProcessor, vision: CLIPVisionConfig, text: PreTrainedConfig) -> LlavaConfig:

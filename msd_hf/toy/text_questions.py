@@ -7,7 +7,7 @@ held-out task occurs in training.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from .turns import Turn, join_words
@@ -170,7 +170,8 @@ def calendar(rng: random.Random) -> TextTask:
     return TextTask(key, Turn("calendar", question, answer, (text,)), (follow,))
 
 
-TEXT_KINDS: dict[str, Callable[[random.Random], TextTask]] = {
+TextKinds = Mapping[str, Callable[[random.Random], TextTask]]
+TEXT_KINDS: TextKinds = {
     "counting": counting,
     "sorting": sorting,
     "repeating": repeating,
@@ -180,10 +181,10 @@ TEXT_KINDS: dict[str, Callable[[random.Random], TextTask]] = {
 }
 
 
-def make_text_task(rng: random.Random, split: str, kind: str | None = None) -> TextTask:
-    """Makes a random task of `kind` (by default of any kind) whose content belongs to `split`."""
+def make_text_task(rng: random.Random, split: str, kind: str | None = None, kinds: TextKinds = TEXT_KINDS) -> TextTask:
+    """Makes a random task of `kind` (by default of any of `kinds`) whose content belongs to `split`."""
     while True:
-        task = TEXT_KINDS[kind or rng.choice(list(TEXT_KINDS))](rng)
+        task = kinds[kind or rng.choice(list(kinds))](rng)
         if split_of(task.key) == split:
             return task
 

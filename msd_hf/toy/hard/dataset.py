@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from ..text_questions import make_text_task
 from ..turns import Turn
 from ..world import check_split
 from .album_questions import ALBUM_KINDS, make_album_turns, title
 from .picture import Picture, make_picture, render
-from .text_questions import TEXT_KINDS, make_text_task, make_text_turns
+from .text_questions import TEXT_KINDS, make_text_turns
 from .visual_questions import PICTURE_KINDS, make_picture_turns
 
 
@@ -169,7 +170,7 @@ def make_prompts(
     for _ in range(num_prompts):
         pictures = make_album(rng, split, about, num_pictures)
         if about == "text":
-            turn = make_text_task(rng, split, kind).turn
+            turn = make_text_task(rng, split, kind, TEXT_KINDS).turn
         elif kind in ALBUM_KINDS:
             turn = ALBUM_KINDS[kind](rng, pictures)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tokenizers import pre_tokenizers
 from transformers import CLIPImageProcessorPil, LlavaProcessor
 
-from ..processor import BOS_TOKEN, EOS_TOKEN, PAD_TOKEN, train_tokenizer
+from ..processor import BOS_TOKEN, EOS_TOKEN, PAD_TOKEN, TURNS_TEMPLATE, train_tokenizer
 from .dataset import IMAGE_TAG, SampleKind, make_sample
 from .vision import PATCH_SIZE
 
@@ -14,7 +14,8 @@ VOCABULARY_SIZE = 800
 MAX_LENGTH = 16384
 
 # The parts of a message keep their order, because albums have a title before each picture.
-CHAT_TEMPLATE = """\
+CHAT_TEMPLATE = (
+    """\
 {{- bos_token -}}
 {%- for message in messages -%}
 {%- if message['content'] is string -%}
@@ -26,15 +27,9 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- set text = parts.text -%}
 {%- endif -%}
-{%- if message['role'] == 'assistant' -%}
-{{- ' ' -}}{%- generation -%}{{- text + eos_token -}}{%- endgeneration -%}
-{%- elif message['role'] == 'user' -%}
-{{- 'USER: ' + text + ' ASSISTANT:' -}}
-{%- else -%}
-{{- text + ' ' -}}
-{%- endif -%}
-{%- endfor -%}
 """
+    + TURNS_TEMPLATE
+)
 
 
 def build_processor(seed: int = 0, num_samples: int = 4000) -> LlavaProcessor:

@@ -7,11 +7,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import Dinov2Config, LlamaConfig, LlavaConfig, LlavaProcessor
+from transformers import Dinov2Config, LlavaConfig, LlavaProcessor
 
 from ...training.data.conversations import load_conversations
 from ...training.data.encoding import ConversationEncoder
-from ..target import NUM_LAYERS, NUM_SEED_LAYERS, build_untrained, collate_samples, join_configs
+from ..target import (
+    HIDDEN_SIZE,
+    NUM_LAYERS,
+    NUM_SEED_LAYERS,
+    build_text_config,
+    build_untrained,
+    collate_samples,
+    join_configs,
+)
 from ..training import Budget, train
 from .dataset import HardSamples, SampleKind
 from .picture import make_picture, render
@@ -19,7 +27,6 @@ from .processor import MAX_LENGTH
 from .vision import PATCH_SIZE
 
 
-HIDDEN_SIZE = 128
 NUM_VISION_LAYERS = 3
 IMAGE_SIDE = 144  # pixels of a large picture; the position embeddings are interpolated to the sizes of others
 # Conversations of a batch, and how often a batch is of the kind. All pictures of a batch have one size.
@@ -47,21 +54,7 @@ def build_target_config(processor: LlavaProcessor, num_layers: int = NUM_LAYERS)
         initializer_range=HIDDEN_SIZE**-0.5,
         use_mask_token=False,
     )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=256,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=HIDDEN_SIZE // 4,
-        max_position_embeddings=MAX_LENGTH,
-        initializer_range=HIDDEN_SIZE**-0.5,
-        tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    text = build_text_config(tokenizer, num_layers, MAX_LENGTH)
     return join_configs(processor, vision, text)
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
-from ..text_questions import TextTask
+from ..text_questions import TextKinds, TextTask, make_text_task
 from ..turns import Turn
 from ..vocabulary import ANIMALS, INGREDIENTS, NAMES, SETTINGS, WORDS
-from ..world import split_of
 
 
 # Each word and the one that stands for it in other words.
@@ -134,7 +132,7 @@ def story(rng: random.Random) -> TextTask:
     return TextTask(f"story {facts}", Turn("story", question, " ".join(parts), facts))
 
 
-TEXT_KINDS: dict[str, Callable[[random.Random], TextTask]] = {
+TEXT_KINDS: TextKinds = {
     "sums": sums,
     "orders": orders,
     "owners": owners,
@@ -143,14 +141,6 @@ TEXT_KINDS: dict[str, Callable[[random.Random], TextTask]] = {
 }
 
 
-def make_text_task(rng: random.Random, split: str, kind: str | None = None) -> TextTask:
-    """Makes a random task of `kind` (by default of any kind) whose content belongs to `split`."""
-    while True:
-        task = TEXT_KINDS[kind or rng.choice(list(TEXT_KINDS))](rng)
-        if split_of(task.key) == split:
-            return task
-
-
 def make_text_turns(rng: random.Random, split: str, num_turns: int) -> list[Turn]:
     """Makes a conversation of `num_turns` tasks."""
-    return [make_text_task(rng, split).turn for _ in range(num_turns)]
+    return [make_text_task(rng, split, kinds=TEXT_KINDS).turn for _ in range(num_turns)]
