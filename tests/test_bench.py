@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import random
+import statistics
 from functools import partial
 from types import SimpleNamespace
 
@@ -36,6 +37,7 @@ from msd_hf.evaluation.methods import (
     Method,
     choose_methods,
 )
+from msd_hf.evaluation.report_tables import report_tables
 from msd_hf.evaluation.summary import find_warnings, summarize
 from msd_hf.evaluation.timed_run import TimedRun, timed_generate
 from msd_hf.toy import make_scene, render
@@ -108,6 +110,23 @@ def test_summary_of_a_pair(result):
     )
     assert summary["warnings"] == []
     json.dumps(summary)
+
+
+def test_methods_are_compared_with_the_fastest_that_needs_no_package(result):
+    summary = summarize(result)
+    medians = {
+        name: summary["methods"][name]["speedup"]["median"] for name in ("vanilla", "prompt-lookup", "assisted-chain")
+    }
+    fastest = summary["fastest_other"]
+    assert medians[fastest] == max(medians.values())
+    ratios = [prompt.comparison.speedup("tree") / prompt.comparison.speedup(fastest) for prompt in result.prompts]
+    assert summary["methods"]["tree"]["over_fastest_other"]["median"] == pytest.approx(statistics.median(ratios))
+    assert "over_fastest_other" not in summary["methods"]["vanilla"]
+    titles = [table.title for table in report_tables({"kind": "pair", **summary, "fastest_other": "vanilla"})]
+    tables = report_tables({"kind": "pair", **summary, "fastest_other": "prompt-lookup"})
+    (table,) = [table for table in tables if table.title not in titles]
+    assert "prompt-lookup, the fastest other" in table.title
+    assert [row[0] for row in table.rows] == ["chain", "tree"]
 
 
 def test_the_chain_is_a_chain(monkeypatch):

@@ -182,8 +182,8 @@ def test_the_command_compares_on_conversations(tmp_path, run):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((), "one of --data, --toy, --shape and --lmms-eval"),
-        (("--toy", "--shape", "small"), "one of --data, --toy, --shape and --lmms-eval"),
+        ((), "one of --data, --toy, --hard, --shape and --lmms-eval"),
+        (("--toy", "--shape", "small"), "one of --data, --toy, --hard, --shape and --lmms-eval"),
         (("--data", "x.json"), "--data needs a --draft, and its --target if the draft does not name it"),
         (("--toy", "--plots"), "--plots needs a folder"),
         (("--toy", "--baseline", "beam"), "Unknown baseline 'beam'"),

@@ -53,6 +53,7 @@ def _pair_tables(report: Mapping[str, Any]) -> list[ReportTable]:
     }
     return [
         _speed_table(methods, report["num_prompts"]),
+        *_fastest_tables(report),
         _summary_table(methods, report["num_prompts"]),
         _group_table(others, report["groups"]),
         *([_round_table(timed)] if timed else []),
@@ -77,6 +78,19 @@ def _speed_table(methods: Mapping[str, Any], num_prompts: int) -> ReportTable:
             for name, figures in methods.items()
         ],
     )
+
+
+def _fastest_tables(report: Mapping[str, Any]) -> list[ReportTable]:
+    """The speed over the fastest method that needs no draft of this package, if that is not `generate` alone."""
+    fastest = report.get("fastest_other", VANILLA.name)
+    if fastest == VANILLA.name:
+        return []
+    rows = [
+        [name, _spread(figures["over_fastest_other"])]
+        for name, figures in report["methods"].items()
+        if "over_fastest_other" in figures
+    ]
+    return [ReportTable(f"Speed over {fastest}, the fastest other method", ("method", "speedup"), rows)]
 
 
 def _summary_table(methods: Mapping[str, Any], num_prompts: int) -> ReportTable:

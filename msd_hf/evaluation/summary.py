@@ -35,8 +35,8 @@ def summarize(result: BenchResult, tokenizer: Any = None) -> dict[str, Any]:
             all methods.
 
     Returns:
-        A dict with `methods` (figures by method), `groups` (speedup and tau of each group of prompts), `prompts`
-        (measurements of each prompt) and `warnings`.
+        A dict with `methods` (figures by method), `fastest_other` (the fastest of those without our loop), `groups`
+        (speedup and tau of each group of prompts), `prompts` (measurements of each prompt) and `warnings`.
     """
     groups: dict[str, list[PromptResult]] = {}
     for prompt in result.prompts:
@@ -54,7 +54,27 @@ def summarize(result: BenchResult, tokenizer: Any = None) -> dict[str, Any]:
         },
         "prompts": [_summarize_prompt(prompt, tokenizer) for prompt in result.prompts],
     }
+    fastest = _fastest_other(result)
+    summary["fastest_other"] = fastest.name
+    for method in result.methods:
+        if method.has_own_loop:
+            summary["methods"][method.name]["over_fastest_other"] = asdict(
+                spread(
+                    prompt.comparison.speedup(method.name) / prompt.comparison.speedup(fastest.name)
+                    for prompt in result.prompts
+                )
+            )
     return summary | {"warnings": find_warnings(summary)}
+
+
+def _fastest_other(result: BenchResult) -> Method:
+    """The fastest method, in the median, of those that transformers has without this package: what a user would take
+    instead."""
+
+    def speedup(method: Method) -> float:
+        return spread(prompt.comparison.speedup(method.name) for prompt in result.prompts).median
+
+    return max((method for method in result.methods if not method.has_own_loop), key=speedup)
 
 
 def find_warnings(summary: Mapping[str, Any]) -> list[str]:
