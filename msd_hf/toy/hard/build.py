@@ -44,10 +44,10 @@ VISUAL: tuple[SampleKind, ...] = ("small", "large", "album", "large", "album", "
 
 def build_pair(
     output: Annotated[Path, typer.Option(help="Folder that `target` and `draft` are written to.")],
-    vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision tower alone.")] = 1400,
+    vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision tower alone.")] = 2500,
     first_steps: Annotated[int, typer.Option(min=1, help="Steps of five layers on tiny pictures.")] = 1200,
-    second_steps: Annotated[int, typer.Option(min=1, help="The same on small pictures and albums.")] = 1000,
-    third_steps: Annotated[int, typer.Option(min=1, help="The same on large pictures and albums.")] = 1000,
+    second_steps: Annotated[int, typer.Option(min=1, help="The same on small pictures and albums.")] = 2000,
+    third_steps: Annotated[int, typer.Option(min=1, help="The same on large pictures and albums.")] = 2000,
     deep_steps: Annotated[int, typer.Option(min=1, help="Steps of the target with all layers.")] = 300,
     draft_steps: Annotated[int, typer.Option(min=1, help="Steps of the draft's training.")] = 1200,
     draft_samples: Annotated[int, typer.Option(min=2, help="Conversations of the draft, half of them visual.")] = 3000,
