@@ -22,7 +22,7 @@ NUM_PARTS = 3  # layers of the target that a draft reads, if the configuration d
 class Eagle3DraftConfig(DraftConfigMixin, PreTrainedConfig):
     r"""
     Configuration of an [`Eagle3DraftModel`], the draft of *EAGLE-3* (arXiv 2503.01840). The names are those of the
-    published checkpoints. [OTHER_DRAFTS.md](examples/OTHER_DRAFTS.md) says how these are read.
+    published checkpoints. `examples/OTHER_DRAFTS.md` says how these are read.
 
     Args:
         vocab_size (`int`, defaults to 32000):

@@ -1,7 +1,7 @@
 """Reads what a published EAGLE-3 checkpoint means, from its tensors first and from its `config.json` second.
 
 Programs that write and read these files differ in what they mean by some entries, and leave others out.
-[OTHER_DRAFTS.md](examples/OTHER_DRAFTS.md) has the table of readings. A reading that another program would not share
+`examples/OTHER_DRAFTS.md` has the table of readings. A reading that another program would not share
 is named in a warning, unless the field is given to `from_pretrained` by name.
 """
 
