@@ -24,8 +24,8 @@ _ADJECTIVES, _PEOPLE, _PLACES, _VERBS = _WORDS[:12], _WORDS[12:22], _WORDS[22:30
 
 
 def sums(rng: random.Random) -> TextTask:
-    """A task to add three or four numbers, step by step."""
-    numbers = [rng.randint(11, 99) for _ in range(rng.randint(3, 4))]
+    """A task to add four to seven small numbers, step by step."""
+    numbers = [rng.randint(2, 9) for _ in range(rng.randint(4, 7))]
     question = f"{rng.choice(['What is', 'Add', 'Work out'])} {' + '.join(map(str, numbers))}."
     total, steps = numbers[0], []
     for number in numbers[1:]:
@@ -40,7 +40,7 @@ def sums(rng: random.Random) -> TextTask:
 def orders(rng: random.Random) -> TextTask:
     """A task to put names or numbers in order, forwards or backwards."""
     is_name, backwards = rng.random() < 0.5, rng.random() < 0.5
-    size = rng.randint(4, 7)
+    size = rng.randint(3, 6)
     items = rng.sample(NAMES, size) if is_name else [str(number) for number in rng.sample(range(10, 100), size)]
     ordered = sorted(items, reverse=backwards)
     what = "names" if is_name else "numbers"
@@ -61,7 +61,7 @@ def owners(rng: random.Random) -> TextTask:
     """Questions about who has how many of what."""
     size = rng.randint(3, 5)
     names = rng.sample(NAMES, size)
-    counts = rng.sample(range(10, 100), size)
+    counts = rng.sample(range(2, 20), size)
     goods = rng.sample(INGREDIENTS, size)
     given = " ".join(
         f"{name} {rng.choice(['has', 'owns', 'buys'])} {count} {good}."
