@@ -24,11 +24,11 @@ IMAGE_TAG = "<image>"
 SampleKind = Literal["text", "tiny", "small", "large", "album", "gallery"]
 NUM_TURNS: dict[SampleKind, tuple[int, int]] = {
     "text": (2, 4),
-    "tiny": (3, 5),
-    "small": (3, 5),
-    "large": (4, 6),
-    "album": (3, 5),
-    "gallery": (3, 4),
+    "tiny": (4, 8),
+    "small": (6, 10),
+    "large": (10, 14),
+    "album": (6, 10),
+    "gallery": (6, 8),
 }
 _GRIDS: dict[SampleKind, int] = {"tiny": 2, "small": 3, "large": 6, "album": 2, "gallery": 6}
 _GALLERY_SIZE = 4

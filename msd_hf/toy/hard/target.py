@@ -38,6 +38,7 @@ LESSONS: tuple[Batches, ...] = (
     {"text": (24, 3), "small": (16, 2), "large": (8, 4), "album": (8, 3)},
 )
 DEEP_LESSON: Batches = {"text": (24, 3), "small": (16, 2), "large": (8, 4), "album": (8, 3), "gallery": (2, 2)}
+ROPE_THETA = 1e6
 _POOL = 12  # batches whose samples are sorted by length together
 
 
@@ -55,6 +56,9 @@ def build_target_config(processor: LlavaProcessor, num_layers: int = NUM_LAYERS)
         use_mask_token=False,
     )
     text = build_text_config(tokenizer, num_layers, MAX_LENGTH)
+    # With the usual 10,000 nearly all of a head's pairs turn within the rows of a large picture, and a layer cannot
+    # find a cell by what it holds.
+    text.rope_parameters = {"rope_type": "default", "rope_theta": ROPE_THETA}
     return join_configs(processor, vision, text)
 
 

@@ -25,9 +25,10 @@ def row(rng: random.Random, picture: Picture) -> Turn:
     things = _row(picture, number)
     name = f"row {ORDINALS[number]}"
     question = rng.choice([f"What is in {name}?", f"List the things in {name}.", f"Go through {name} for me."])
+    total = number_of(len(things), "thing")
     lead = rng.choice([f"In {name} I see", f"Looking at {name} I find", f"The content of {name} is"])
-    answer = f"{lead} {number_of(len(things), 'thing')}: {_list_row(rng, things)}."
-    return Turn("row", question, answer, (number_of(len(things), "thing"), *map(fact_of, things)))
+    answer = f"{lead}: {_list_row(rng, things)}. {rng.choice(['That makes', 'So there are'])} {total}."
+    return Turn("row", question, answer, (total, *map(fact_of, things)))
 
 
 def cell(rng: random.Random, picture: Picture) -> Turn:
@@ -137,7 +138,8 @@ _WEIGHTS = (4, 3, 3, 3, 2, 2, 2)
 
 
 def make_picture_turns(rng: random.Random, picture: Picture, num_turns: int) -> list[Turn]:
-    """Makes `num_turns` different questions about a picture, at most one of which asks for everything."""
+    """Makes `num_turns` different questions about a picture. At most one of them, the last, asks for everything: answers
+    to later ones could be found in its answer, and the picture need not be looked at."""
     turns: list[Turn] = []
     while len(turns) < num_turns:
         kind = rng.choices(list(PICTURE_KINDS), _WEIGHTS)[0]
@@ -145,4 +147,4 @@ def make_picture_turns(rng: random.Random, picture: Picture, num_turns: int) -> 
         if any(turn.question == t.question or kind == t.kind == "describe" for t in turns):
             continue
         turns.append(turn)
-    return turns
+    return sorted(turns, key=lambda turn: turn.kind == "describe")
