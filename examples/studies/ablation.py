@@ -3,19 +3,22 @@ The effect of each part of the training: a table, a JSON file and a plot for eac
 
     python examples/studies/ablation.py --study paper     # {decoupled, not} x {text, visual, mixed, two-stage}
     python examples/studies/ablation.py --study recipes   # the paper's, each addition to it, and the recommended one
+    python examples/studies/ablation.py --study options   # the recommended one, and each option that is off in it
 
 `--world` chooses pictures of 36 (`toy`), 576 (`large`) or 2,304 visual tokens (`gallery`). Every draft is trained on
-cached features of the same conversations, with the same optimizer, for the same number of steps or of tokens, and
+cached features of the same conversations, with the same optimizer, for as many steps, tokens or seconds, and
 measured on held-out prompts: tau, with 95% intervals by a bootstrap over prompts and seeds, and the contrasts of the
 paper. The output folder keeps finished parts, so that a stopped run resumes. Needs `pip install -e ".[bench]"`.
 """
 
 import json
 import statistics
+import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -26,7 +29,7 @@ from bootstrap import Interval, difference, tau_interval
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
-from transformers import AutoConfig, HfArgumentParser
+from transformers import AutoConfig, HfArgumentParser, TrainerCallback
 from transformers.utils import logging
 
 from msd_hf import MSDDraftModel
@@ -57,7 +60,7 @@ ORIGINAL_LAYER, OUR_LAYER = "original layer", "input norm"
 @dataclass
 class AblationArguments:
     study: str = field(
-        default="paper", metadata={"choices": ["paper", "recipes"], "help": "Which drafts are trained."}
+        default="paper", metadata={"choices": ["paper", "recipes", "options"], "help": "Which drafts are trained."}
     )
     world: str = field(
         default="toy", metadata={"choices": list(WORLDS), "help": "What they are trained and asked on."}
@@ -67,8 +70,9 @@ class AblationArguments:
     equal: str = field(
         default="steps",
         metadata={
-            "choices": ["steps", "tokens"],
-            "help": "Whether all drafts see as many samples, or as many tokens as --steps of the mixed ones have.",
+            "choices": ["steps", "tokens", "time"],
+            "help": "What all drafts get: as many steps, as many tokens as --steps of the mixed ones have, or as much "
+            "processor time as --steps of the first draft take.",
         },
     )
     layer: str = field(
@@ -82,6 +86,18 @@ class AblationArguments:
         default=True, metadata={"help": "Measure speedup too, which needs an otherwise idle machine; else tau alone."}
     )
     workers: int = field(default=2, metadata={"help": "Drafts that are trained at the same time, on one thread each."})
+
+
+# Each is off in the recommended recipe.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "accepted length": {"accepted_length_loss_weight": 0.3},
+    "hard labels": {"label_temperature": 0.0},
+    "hard examples": {"hard_example_mixing": 0.3},
+    "5 passes at the end": {"final_unroll_passes": 5},
+    "two layers": {"draft_layers": 2},
+    "global vector": {"global_image_vector": True},
+}
+TIMED_STEPS = 12  # of the short training that tells how long a step takes
 
 
 @dataclass(frozen=True)
@@ -129,6 +145,12 @@ def list_runs(args: AblationArguments, output: Path) -> list[Run]:
                     arguments = {"decouple_visual_tokens": decoupled, "curriculum": curriculum}
                     own_steps = steps if args.equal == "steps" else equal_tokens(steps, curriculum, output)
                     runs.append(Run(name, seed, own_steps, world.batch_size, has_input_norm=norm, arguments=arguments))
+        elif args.study == "options":
+            shared = {"recipe": "recommended"}
+            size = {"steps": steps, "batch_size": world.batch_size}
+            runs.append(Run("recommended", seed, **size, arguments=shared))
+            runs.append(Run("target-written answers", seed, **size, answers="target", arguments=shared))
+            runs += [Run(name, seed, **size, arguments={**shared, **more}) for name, more in OPTIONS.items()]
         else:
             additions = {
                 "start from the last layer": {"init_from_last_layer": True},
@@ -143,6 +165,35 @@ def list_runs(args: AblationArguments, output: Path) -> list[Run]:
             runs.append(Run("paper, features in 8 bits", seed, **size, storage="int8"))
             runs.append(Run("recommended", seed, **size, arguments={"recipe": "recommended"}))
     return runs
+
+
+def equal_time(runs: list[Run], world: str, output: Path) -> list[Run]:
+    """The runs with as many steps as take the processor time of the first one. A short training, whose result is
+    kept, tells how long a step of each kind takes."""
+    path = output / "seconds_of_a_step.json"
+    seconds = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for run in runs:
+        if run.name not in seconds:
+            with TemporaryDirectory() as folder:
+                timer = StepTimer()
+                make_trainer(replace(run, steps=TIMED_STEPS), world, output, Path(folder), [timer]).train()
+            seconds[run.name] = statistics.median(timer.seconds[2:])
+            path.write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
+    return [replace(run, steps=round(run.steps * seconds[runs[0].name] / seconds[run.name])) for run in runs]
+
+
+class StepTimer(TrainerCallback):
+    """Keeps the processor time of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.started = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.process_time() - self.started)
 
 
 def equal_tokens(steps: int, curriculum: str, output: Path) -> int:
@@ -236,6 +287,17 @@ def train(job: tuple[Run, str, Path]) -> None:
     folder = run.folder(output)
     if (folder / "training_provenance.json").is_file():
         return
+    trainer = make_trainer(run, world_name, output, folder)
+    trainer.train()
+    for name, value in TREE_SETTINGS.items():
+        setattr(trainer.model.generation_config, name, value)
+    trainer.model.generation_config.max_visual_rows = None  # the study is about what the draft makes of them
+    trainer.save_model()
+
+
+def make_trainer(
+    run: Run, world_name: str, output: Path, folder: Path, callbacks: list[TrainerCallback] | None = None
+) -> MSDTrainer:
     torch.set_num_threads(1)
     world = WORLDS[world_name]
     target, processor = load_target_and_processor(world.target)
@@ -247,19 +309,15 @@ def train(job: tuple[Run, str, Path]) -> None:
         config = draft.config
         config.input_layernorm = run.has_input_norm
         draft = MSDDraftModel(config)
-    trainer = MSDTrainer(
+    return MSDTrainer(
         model=draft,
         target=target,
         processing_class=processor,
         args=args,
         text_dataset=caches["text"],
         visual_dataset=caches["visual"],
+        callbacks=callbacks,
     )
-    trainer.train()
-    for name, value in TREE_SETTINGS.items():
-        setattr(trainer.model.generation_config, name, value)
-    trainer.model.generation_config.max_visual_rows = None  # the study is about what the draft makes of them
-    trainer.save_model()
 
 
 class Measurement(NamedTuple):
@@ -315,9 +373,11 @@ class Counts(NamedTuple):
 
 
 def contrasts(names: list[str]) -> dict[str, tuple[str, str]]:
-    """The differences that the paper speaks of: decoupling at each curriculum, two stages against the others."""
+    """The differences that the paper speaks of: decoupling at each curriculum, two stages against the others; in the
+    other studies those from the recommended recipe."""
     pairs = {f"decoupling, {c}": (f"decoupled, {c}", f"not decoupled, {c}") for c in CURRICULA}
     pairs |= {f"two-stage less {c}": ("decoupled, two-stage", f"decoupled, {c}") for c in CURRICULA[:-1]}
+    pairs |= {f"{name} less recommended": (name, "recommended") for name in names if name != "recommended"}
     return {title: pair for title, pair in pairs.items() if set(pair) <= set(names)}
 
 
@@ -392,6 +452,8 @@ def main() -> None:
             list(pool.map(write_answers, [(kind, args.world, output, args.samples) for kind in KINDS]))
         extract_jobs = [(cache, args.world, output, args.samples) for cache in caches]
         list(tqdm(pool.map(extract, extract_jobs), total=len(caches), desc="features"))
+        if args.equal == "time":
+            runs = equal_time(runs, args.world, output)
         train_jobs = [(run, args.world, output) for run in runs]
         list(tqdm(pool.map(train, train_jobs), total=len(runs), desc="training"))
         measure_jobs = [(run, args.world, output, args.prompts_per_kind, args.speedup) for run in runs]
