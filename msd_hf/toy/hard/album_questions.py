@@ -6,9 +6,8 @@ import random
 from collections.abc import Callable, Sequence
 
 from ..turns import Turn, join_words
-from ..world import SHAPES
 from .picture import Picture
-from .wording import NUMBERS, with_article
+from .wording import NUMBERS, number_of, with_article
 
 
 # Albums have up to 16 pictures.
@@ -30,8 +29,7 @@ def picture(rng: random.Random, album: Sequence[Picture]) -> Turn:
     question = rng.choice([f"What is in {title(number)}?", f"What does {title(number)} show?"])
     lead = rng.choice(["It shows", "I see", "There is"])
     chosen = album[number]
-    answer = f"{lead} {_contents(chosen)} on a {chosen.background} ground."
-    return Turn("picture", question, answer, (f"{chosen.background} ground", *(t.name for t in chosen.things)))
+    return Turn("picture", question, f"{lead} {_contents(chosen)}.", tuple(thing.name for thing in chosen.things))
 
 
 def difference(rng: random.Random, album: Sequence[Picture]) -> Turn:
@@ -60,30 +58,34 @@ def which(rng: random.Random, album: Sequence[Picture]) -> Turn:
 
 
 def counts(rng: random.Random, album: Sequence[Picture]) -> Turn:
-    """Asks how many things of a shape each picture has, or how many things."""
-    shape = rng.choice(["thing", "sign", *SHAPES])
-    numbers = []
-    for shown in album:
-        chosen = [t for t in shown.things if shape == "thing" or t.shape == shape or (shape == "sign" and t.is_sign)]
-        numbers.append(NUMBERS[len(chosen)] if chosen else "none")
-    plural = shape + ("es" if shape.endswith("ss") else "s")
-    question = f"How many {plural} does each picture have?"
-    parts = [f"{title(n)} has {number}" for n, number in enumerate(numbers)]
-    return Turn("counts", question, f"{'; '.join(parts)}.".capitalize(), tuple(parts))
+    """Asks for the things of two pictures and their number."""
+    chosen = sorted(rng.sample(range(len(album)), 2))
+    question = f"Count the things of {title(chosen[0])} and {title(chosen[1])}."
+    parts = []
+    for number in chosen:
+        things = album[number].things
+        parts.append(f"{title(number)} has {_contents(album[number])}, {number_of(len(things), 'thing')}")
+    link = rng.choice(["; ", ", and "])
+    facts = [number_of(len(album[number].things), "thing") for number in chosen]
+    return Turn(
+        "counts",
+        question,
+        f"{link.join(parts)}.",
+        (*facts, *(thing.name for number in chosen for thing in album[number].things)),
+    )
 
 
-def grounds(rng: random.Random, album: Sequence[Picture]) -> Turn:
-    """Asks for the background, and the first thing, of each of some pictures."""
+def firsts(rng: random.Random, album: Sequence[Picture]) -> Turn:
+    """Asks for the first thing of each of some pictures."""
     first = rng.randrange(len(album))
     chosen = range(first, min(first + 5, len(album)))
     ends = f"from {_ORDINALS[chosen[0]]} to {_ORDINALS[chosen[-1]]}"
-    question = f"What is the ground of the pictures {ends}, and their first thing?"
+    question = f"What is the first thing of the pictures {ends}?"
     parts = []
     for number in chosen:
-        link, thing = rng.choice(["with", "and has"]), with_article(album[number].things[0])
-        parts.append(f"{title(number)} is {album[number].background} {link} {thing}")
-    facts = [f"{title(number)} is {album[number].background}" for number in chosen]
-    return Turn("grounds", question, f"{'; '.join(parts)}.", (*facts, *(album[n].things[0].name for n in chosen)))
+        link, thing = rng.choice(["begins with", "has first"]), with_article(album[number].things[0])
+        parts.append(f"{title(number)} {link} {thing}")
+    return Turn("firsts", question, f"{'; '.join(parts)}.", tuple(album[n].things[0].name for n in chosen))
 
 
 ALBUM_KINDS: dict[str, Callable[[random.Random, Sequence[Picture]], Turn]] = {
@@ -91,9 +93,9 @@ ALBUM_KINDS: dict[str, Callable[[random.Random, Sequence[Picture]], Turn]] = {
     "difference": difference,
     "which": which,
     "counts": counts,
-    "grounds": grounds,
+    "firsts": firsts,
 }
-_WEIGHTS = (4, 3, 3, 1, 2)
+_WEIGHTS = (4, 3, 3, 2, 2)
 
 
 def make_album_turns(rng: random.Random, album: Sequence[Picture], num_turns: int) -> list[Turn]:

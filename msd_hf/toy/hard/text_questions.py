@@ -69,13 +69,13 @@ def owners(rng: random.Random) -> TextTask:
     )
     most, fewest = counts.index(max(counts)), counts.index(min(counts))
     if rng.random() < 0.5:
-        question = f"{given} Who has the most, and who the fewest?"
-        # The number first: which name comes first would be two steps away from what the question says.
+        question = f"{given} What is the most, and what the fewest?"
         answer = (
-            f"{rng.choice(['The most are', 'First come'])} {counts[most]} {goods[most]} of {names[most]}, and "
-            f"{rng.choice(['the fewest', 'the least'])} are {counts[fewest]} {goods[fewest]} of {names[fewest]}."
+            f"{rng.choice(['The most are', 'First come'])} {counts[most]} {goods[most]}, and "
+            f"{rng.choice(['the fewest', 'the least'])} are {counts[fewest]} {goods[fewest]}. "
+            f"Together that is {counts[most] + counts[fewest]}."
         )
-        facts = tuple(f"{counts[n]} {goods[n]} of {names[n]}" for n in (most, fewest))
+        facts = tuple(f"{counts[n]} {goods[n]}" for n in (most, fewest))
     else:
         asked = rng.sample(range(size), 2)
         question = f"{given} What do {names[asked[0]]} and {names[asked[1]]} have?"

@@ -27,7 +27,7 @@ def row(rng: random.Random, picture: Picture) -> Turn:
     question = rng.choice([f"What is in {name}?", f"List the things in {name}.", f"Go through {name} for me."])
     total = number_of(len(things), "thing")
     lead = rng.choice([f"In {name} I see", f"Looking at {name} I find", f"The content of {name} is"])
-    answer = f"{lead}: {_list_row(rng, things)}. {rng.choice(['That makes', 'So there are'])} {total}."
+    answer = f"{lead}: {_list_row(rng, things)}. {rng.choice(['That makes', 'In all that is'])} {total}."
     return Turn("row", question, answer, (total, *map(fact_of, things)))
 
 
@@ -78,7 +78,7 @@ def count(rng: random.Random, picture: Picture) -> Turn:
     names = [f"{with_article(thing)} in row {ORDINALS[thing.row]}" for thing in chosen]
     total = number_of(len(chosen), noun)
     lead = rng.choice(["I count", "I go through them", "Here they are"])
-    answer = f"{lead}: {', '.join(names) or 'nothing'}. {rng.choice(['That makes', 'So there are'])} {total}."
+    answer = f"{lead}: {', '.join(names) or 'nothing'}. {rng.choice(['That makes', 'In all that is'])} {total}."
     return Turn("count", question, answer, (total, *(thing.name for thing in chosen)))
 
 
@@ -120,8 +120,8 @@ def describe(rng: random.Random, picture: Picture) -> Turn:
         for number in range(picture.grid)
         if (things := _row(picture, number))
     ]
-    lead = rng.choice(["On a", "I see a", "There is a"])
-    answer = f"{lead} {picture.background} ground with {number_of(len(picture.things), 'thing')}. {' '.join(parts)}"
+    lead = rng.choice(["It has a", "I see a", "There is a"])
+    answer = f"{lead} {picture.background} ground. {' '.join(parts)}"
     return Turn("describe", question, answer, (f"{picture.background} ground", *map(fact_of, picture.things)))
 
 
@@ -138,8 +138,8 @@ _WEIGHTS = (4, 3, 3, 3, 2, 2, 2)
 
 
 def make_picture_turns(rng: random.Random, picture: Picture, num_turns: int) -> list[Turn]:
-    """Makes `num_turns` different questions about a picture. At most one of them, the last, asks for everything: answers
-    to later ones could be found in its answer, and the picture need not be looked at."""
+    """Makes `num_turns` different questions about a picture. At most one of them, the last, asks for everything:
+    answers to later ones could be found in its answer, and the picture need not be looked at."""
     turns: list[Turn] = []
     while len(turns) < num_turns:
         kind = rng.choices(list(PICTURE_KINDS), _WEIGHTS)[0]
