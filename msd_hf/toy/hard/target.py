@@ -33,11 +33,12 @@ IMAGE_SIDE = 144  # pixels of a large picture; the position embeddings are inter
 Batches = dict[SampleKind, tuple[int, int]]
 # One after the other. A model that has not learned to look yet finds a thing among a few, and later among many.
 LESSONS: tuple[Batches, ...] = (
-    {"text": (24, 2), "tiny": (24, 5)},
-    {"text": (24, 3), "tiny": (24, 1), "small": (16, 3), "album": (8, 3)},
-    {"text": (24, 3), "small": (16, 2), "large": (8, 4), "album": (8, 3)},
+    {"text": (16, 1), "tiny": (16, 2)},
+    {"text": (16, 2), "tiny": (12, 3), "small": (10, 5)},
+    {"text": (24, 2), "small": (10, 1), "album": (6, 4), "large": (5, 5)},
 )
-DEEP_LESSON: Batches = {"text": (24, 3), "small": (16, 2), "large": (8, 4), "album": (8, 3), "gallery": (2, 2)}
+LESSON_RATE = 0.7  # relative to the rates of `build_optimizer`
+DEEP_LESSON: Batches = {"text": (16, 2), "small": (8, 1), "album": (6, 3), "large": (5, 4), "gallery": (2, 1)}
 ROPE_THETA = 1e6
 _POOL = 12  # batches whose samples are sorted by length together
 
@@ -123,7 +124,7 @@ def train_target(
     lesson: Batches,
     budget: Budget,
     seed: int = 0,
-    rate: float = 1.0,
+    rate: float = LESSON_RATE,
 ) -> float:
     """Trains what is not frozen of a model in place on new conversations of a lesson; returns the mean training loss.
     `rate` is relative to the learning rates of `build_optimizer`."""
