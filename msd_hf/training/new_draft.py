@@ -36,6 +36,11 @@ def new_draft(
     Raises:
         MSDError: when the draft cannot be made as the user asked.
     """
+    if (tokens is None) != (args.draft_vocab_size is None):
+        raise MSDError(
+            "`draft_vocab_size` and `tokens` go together: `new_draft` needs the tokens, which `MSDTrainer` counts in "
+            "its data."
+        )
     model_class = args.kind.model_class
     overrides = args.kind.fields(args, args.layers_of(len(decoder_of(target).layers)))
     start: dict[str, Any] = {"init_from_last_layer": True} if args.init_from_last_layer else {}
