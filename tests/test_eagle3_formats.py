@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 
 from msd_hf import AutoDraft, Eagle3DraftConfig, Eagle3DraftModel, MSDUnsupportedError
 from msd_hf.draft.eagle3.formats import FLAT, FORMATS, SPECULATORS, check_format, write_format
+from msd_hf.hub.card import write_card
 from msd_hf.toy import DRAFT_DIR
 
 
@@ -107,6 +108,14 @@ def test_readers_of_the_flat_format_agree_on_the_layers(tmp_path):
 def test_what_has_no_place(fields, to, message):
     with pytest.raises(MSDUnsupportedError, match=f"The format '{to}' has no place for this draft: .*{message}"):
         check_format(Eagle3DraftModel(Eagle3DraftConfig(**SIZES, **fields)), to)
+
+
+def test_the_card_names_the_kind(tmp_path):
+    draft_of("two layers", tmp_path).save_pretrained(tmp_path / "draft")
+    card = write_card(tmp_path / "draft").read_text()
+    for text in ("[EAGLE-3, arXiv 2503.01840]", "- eagle3", "(`eagle3_draft`)", "The draft has a head of its own."):
+        assert text in card
+    assert "- msd\n" not in card
 
 
 def test_the_command(run, tmp_path):

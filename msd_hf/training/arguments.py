@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
@@ -15,7 +16,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..draft.interface import VISUAL_POSITIONS
-from ..errors import MSDError
+from ..errors import MSDError, MSDPairingError
 from ..limits import LARGEST_SEED, MOST_WORKERS
 from ..writing.redaction import redact, secret_values
 from .curriculum import CURRICULA, Curriculum, SampleKind
@@ -308,7 +309,12 @@ class MSDTrainingArguments(TrainingArguments):
         return steps_per_epoch, num_steps
 
     def layers_of(self, num_layers: int) -> list[int] | None:
-        """The layer ids that `target_layers` means for a target of `num_layers` decoder layers; `None` for none."""
+        """
+        The layer ids that `target_layers` means for a target of `num_layers` decoder layers; `None` for none.
+
+        Raises:
+            MSDError: when it is of no known form, or names a layer that the target lacks.
+        """
         layers: Any = self.make_recipe().target_layers
         if isinstance(layers, (list, tuple)):  # from YAML or Python
             layers = ",".join(map(str, layers))
@@ -318,9 +324,14 @@ class MSDTrainingArguments(TrainingArguments):
         if layers == "auto":
             return self.kind.auto_layers(num_layers)
         try:
-            return sorted({int(number) for number in layers.split(",")})
+            chosen = sorted({int(number) for number in layers.split(",")})
         except ValueError:
             raise MSDError(f"`target_layers` must be numbers with commas, 'auto' or 'none', got {layers!r}.") from None
+        if chosen[-1] >= num_layers:
+            raise MSDPairingError(
+                f"`target_layers` {chosen} must lie between 0 and {num_layers - 1}, the layers of this target."
+            )
+        return chosen
 
     def to_dict(self) -> dict[str, Any]:
         """
@@ -344,7 +355,7 @@ class MSDTrainingArguments(TrainingArguments):
         return copied
 
     def _check(self) -> None:
-        if self.layers_of(num_layers=8) is None and self.kind.needs_layers:
+        if self.layers_of(num_layers=sys.maxsize) is None and self.kind.needs_layers:
             raise MSDError(f"`target_layers` cannot be 'none': {self.kind.name} reads nothing else of the target.")
         for name, (neutral, advice) in self.kind.unused.items():
             if getattr(self, name) != neutral:
