@@ -110,6 +110,18 @@ def test_rows_and_passes_are_those_of_drafting(kind, policy, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("policy", ["decoupled", "image_embedding"])
+def test_a_decoupled_draft_reads_no_states_of_the_target_at_visual_rows(policy):
+    draft = copy.deepcopy(draft_of("flat"))
+    draft.config.visual_positions = policy
+    embeds, states, others = torch.randn(3, 1, 6, 32, dtype=torch.float64)
+    visual = torch.tensor([[False, True, True, False, False, True]])
+    changed = torch.where(visual.unsqueeze(2), others, states)
+    same = torch.equal(draft(embeds, states, visual)[0], draft(embeds, changed, visual)[0])
+    assert same == (policy == "decoupled") != draft.reads_visual_states
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", [name for name in golden_drafts.SETS if "hidden48" not in name])
 def test_passes_are_those_of_speculators(name, tmp_path, caplog):
     """`ttt` is from its own training forward; row j of its pass k is row j + k here."""
