@@ -7,7 +7,8 @@ import logging
 
 import pytest
 import torch
-from golden_drafts import checkpoints, write_checkpoint
+from golden_drafts import checkpoints, weights_of, write_checkpoint
+from safetensors.torch import load_file
 from test_other_drafts import EAGLE3, outputs
 from transformers import LlamaConfig
 
@@ -66,6 +67,9 @@ def test_written_and_read_back(name, to, tmp_path):
         return
     write_format(draft, tmp_path / "out", to)
     read = AutoDraft.from_pretrained(tmp_path / "out", visual_positions=draft.config.visual_positions)
+    if name in EAGLE3 and "d2t" in weights_of(name):
+        written = load_file(tmp_path / "out" / "model.safetensors")
+        assert torch.equal(written["t2d"], weights_of(name)["t2d"])
     weights = read.state_dict()
     assert weights.keys() == draft.state_dict().keys()
     assert all(torch.equal(weights[key], weight) for key, weight in draft.state_dict().items())
