@@ -326,7 +326,9 @@ def test_a_kind_that_is_not_served_is_named(tmp_path):
         AutoDraft.from_pretrained(folder)
 
 
-def test_the_trainer_names_the_kind_that_it_trains():
+def test_the_trainer_names_the_kind_of_its_arguments():
     target = tiny.build_target(num_layers=7)
-    with pytest.raises(MSDUnsupportedError, match="trains MSD drafts, `model` is a `Eagle3DraftModel`"):
+    with pytest.raises(
+        MSDUnsupportedError, match="is an EAGLE-3 draft, and the arguments are for an MSD draft: set `draft_kind` to"
+    ):
         MSDTrainer(model=Eagle3DraftModel.from_target(target), target=target)

@@ -186,7 +186,7 @@ def test_options_of_a_command_exist(command, inside, run):
         if script.name == "vllm_cpu.sh":
             assert_named(script.with_name("vllm_check.py"), options)
     elif words[0] == "vllm":
-        assert json.loads(words[words.index("--speculative-config") + 1])["method"] == "eagle"
+        assert json.loads(words[words.index("--speculative-config") + 1])["method"] in ("eagle", "eagle3")
     elif words[:2] == ["python", "-m"] and words[2].startswith("msd_hf"):
         assert_named(Path(ROOT, *words[2].split(".")).with_suffix(".py"), options)
     elif words[0] == "lmms-eval":

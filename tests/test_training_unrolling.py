@@ -84,7 +84,7 @@ def dense_passes(draft, rows, num_passes):
     cache, states = DynamicCache(), None
     for number in range(num_passes):
         if states is not None:
-            hidden_states, layer_states = torch.cat([hidden_states[:, :1], states[:, :-1]], dim=1), None
+            hidden_states, layer_states = torch.cat([states[:, :1], states[:, :-1]], dim=1), None
         seen = [distance >= number, *(distance == number - earlier for earlier in range(1, number + 1))]
         states = draft(
             inputs_embeds=rows.inputs_embeds,

@@ -23,8 +23,9 @@ pytestmark = [
 ]
 
 
-def test_the_bundled_pair_gives_vllms_own_tokens_and_our_acceptance():
-    command = [PYTHON, str(CHECK), "--only", "bundled LLaVA: as it is", "--prompts", "8"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+@pytest.mark.parametrize(("rows", "number"), [("as it is", 2), ("EAGLE-3", 5)])
+def test_the_bundled_pair_gives_vllms_own_tokens_and_our_acceptance(rows, number):
+    command = [PYTHON, str(CHECK), "--only", f"bundled LLaVA: {rows}", "--prompts", "8"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert result.stdout.count("8/8") >= 2
+    assert result.stdout.count("8/8") >= number

@@ -1,11 +1,12 @@
 """
 Small pairs for `vllm_check.py`, trained on the toy world of `msd_hf` in a few minutes: a LLaVA of another size than
-the bundled one, whose draft does not normalise its input, and a Qwen2-VL with M-RoPE and biases.
+the bundled one, whose draft does not normalise its input, and a Qwen2-VL with M-RoPE and biases. And an EAGLE-3 draft
+for the target of the bundled pair.
 
     python examples/engines/check_pairs.py DIR
 
-They see a picture through an untrained vision tower, so their answers about it are guesses; how often a draft guesses
-the target's next token can be measured all the same.
+The two targets see a picture through an untrained vision tower, so their answers about it are guesses; how often a
+draft guesses the target's next token can be measured all the same.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from msd_hf.loading import load_target_and_processor
+from msd_hf.toy import TARGET_DIR
 from msd_hf.toy.dataset import IMAGE_TAG
 from msd_hf.toy.draft import save_draft, toy_samples, train_draft
 from msd_hf.toy.processor import CHAT_TEMPLATE, IMAGE_SIDE, PATCH_SIZE, build_processor
@@ -35,6 +38,7 @@ HIDDEN_SIZE, HEAD_SIZE, NUM_LAYERS = 96, 32, 3
 VISION_START, VISION_END, VIDEO = "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"
 SEED, BATCH_SIZE = 0, 8
 TARGET_STEPS, DRAFT_STEPS, NUM_SAMPLES = 300, 200, 200  # half of the conversations are visual
+VOCAB_SIZE, EAGLE3_PASSES = 400, 3  # tokens of the EAGLE-3 draft; passes of a step of its training
 
 
 def text_fields(tokenizer: Any) -> dict[str, Any]:
@@ -154,6 +158,21 @@ def build(
     return folder
 
 
+def build_eagle3(folder: Path, draft_steps: int = DRAFT_STEPS, num_samples: int = NUM_SAMPLES) -> Path:
+    """Trains an EAGLE-3 draft for the bundled target, unless `folder` has it; returns its folder. At visual positions
+    it is fed as in vLLM: with the embedding of the placeholder."""
+    folder = folder / "eagle3"
+    if (folder / "draft").is_dir():
+        return folder / "draft"
+    target, processor = load_target_and_processor(TARGET_DIR, "float32")
+    samples = toy_samples(num_samples, SEED)
+    kind = {"draft_kind": "eagle3", "visual_positions": "placeholder", "draft_vocab_size": VOCAB_SIZE}
+    passes = {"unroll_passes": EAGLE3_PASSES, "curriculum": "mixed"}
+    trainer = train_draft(target, processor, folder / "work", draft_steps, samples, SEED, BATCH_SIZE, **kind, **passes)
+    save_draft(trainer, folder / "draft")
+    return folder / "draft"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -164,6 +183,7 @@ def main() -> None:
     args = parser.parse_args()
     for kind in args.kinds:
         print(build(kind, args.folder, args.target_steps, args.draft_steps, args.samples))
+    print(build_eagle3(args.folder, args.draft_steps, args.samples))
 
 
 if __name__ == "__main__":

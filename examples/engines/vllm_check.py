@@ -22,15 +22,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from check_pairs import KINDS, build
+from check_pairs import KINDS, build, build_eagle3
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 
-from msd_hf import MSDDraftModel
+from msd_hf import AutoDraft, MSDDraftModel
 from msd_hf.decoders import head_of
+from msd_hf.draft.eagle3.formats import FLAT, FORMATS, SPECULATORS, write_format
 from msd_hf.engines.vllm.export import export_draft
 from msd_hf.loading import load_target, load_target_and_processor
 from msd_hf.prompts import build_chat_inputs
@@ -48,6 +49,7 @@ ENVIRONMENT = {
 CHAIN = 5  # tokens of a draft
 MAX_NEW_TOKENS = 100
 TEXT_ONLY = "text only"  # the name of a pair without a vision tower
+EAGLE, EAGLE3 = "eagle", "eagle3"  # vLLM's methods
 LARGEST_LOSS = 0.03  # of tau, relative to our own chain
 
 
@@ -79,7 +81,7 @@ class Pair:
     name: str
     target: Path
     served: Path  # with the names of weights that vLLM expects
-    draft: MSDDraftModel
+    draft: Any
     alone: dict[str, Answers] = field(default_factory=dict)  # of vLLM, by kind of question
 
 
@@ -138,13 +140,13 @@ def text_only(source: Path, folder: Path) -> Path:
 
 
 @contextmanager
-def engine(target: Path, draft: Path | None, **options: Any) -> Iterator[Any]:
+def engine(target: Path, draft: Path | None, method: str = EAGLE, **options: Any) -> Iterator[Any]:
     """vLLM on the CPU, with or without a draft."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
     if draft is not None:
-        options["speculative_config"] = {"method": "eagle", "model": str(draft), "num_speculative_tokens": CHAIN}
+        options["speculative_config"] = {"method": method, "model": str(draft), "num_speculative_tokens": CHAIN}
     llm = LLM(
         str(target),
         **{
@@ -186,7 +188,7 @@ def ask_vllm(llm: Any, processor: Any, asked: Sequence[Question]) -> Answers:
     return Answers(tokens, sum(len(answer) - 1 for answer in tokens) / rounds if rounds else float("nan"))
 
 
-def ask_chain(target: Any, processor: Any, draft: MSDDraftModel, asked: Sequence[Question]) -> Answers:
+def ask_chain(target: Any, processor: Any, draft: Any, asked: Sequence[Question]) -> Answers:
     """Answers of `generate` with the draft as a chain."""
     draft.generation_config.update(
         num_assistant_tokens=CHAIN + 1, tree_depth=CHAIN - 1, tree_top_k=1, max_visual_rows=None
@@ -225,7 +227,7 @@ class Check:
             word[0] in name and (variant is None or len(word) == 1 or word[1] in variant) for word in words
         )
 
-    def pair(self, name: str, target: Path, draft: MSDDraftModel, served: Path | None = None) -> Pair:
+    def pair(self, name: str, target: Path, draft: Any, served: Path | None = None) -> Pair:
         return Pair(name, target, served or for_vllm(target, self.work / f"{name} for vllm"), draft)
 
     def run(
@@ -233,9 +235,10 @@ class Check:
         pair: Pair,
         variant: str,
         kinds: Sequence[str],
-        draft: MSDDraftModel | None = None,
+        draft: Any = None,
         times: int = 1,
         is_judged: bool = True,
+        to: str | None = None,
         **options: Any,
     ) -> None:
         """
@@ -248,6 +251,7 @@ class Check:
             draft: another draft than the pair's.
             times: how often vLLM is asked; the last answers count.
             is_judged: whether a loss of tau is a failure.
+            to: the format in which vLLM reads the draft, an EAGLE-3 one, without the plugin; `None`: the export.
             options: of vLLM.
         """
         if not self.wants(pair.name, variant):
@@ -256,7 +260,11 @@ class Check:
         limits = {} if pair.name == TEXT_ONLY else {"limit_mm_per_prompt": {"image": 2}}
         target, processor = load(pair)
         folder = self.work / f"{pair.name} {variant}"
-        export_draft(draft, folder, head_of(target), target.config.get_text_config().vocab_size)
+        if to is None:
+            export_draft(draft, folder, head_of(target), target.config.get_text_config().vocab_size)
+        else:
+            write_format(draft, folder, to)
+            draft = AutoDraft.from_pretrained(folder, visual_positions=draft.config.visual_positions)  # and back
         asked = {kind: questions(kind, self.num_prompts) for kind in kinds}
         missing = [kind for kind in kinds if kind not in pair.alone]
         if missing:
@@ -264,7 +272,7 @@ class Check:
                 for kind in missing:
                     pair.alone[kind] = ask_vllm(llm, processor, asked[kind])
         answers = {}
-        with engine(pair.served, folder, **limits, **options) as llm:
+        with engine(pair.served, folder, EAGLE if to is None else EAGLE3, **limits, **options) as llm:
             for kind in kinds:
                 for _ in range(times):
                     answers[kind] = ask_vllm(llm, processor, asked[kind])
@@ -305,6 +313,11 @@ def with_vocabulary(folder: Path) -> MSDDraftModel:
     return draft
 
 
+def eagle3_row(to: str) -> str:
+    """The name of the rows of an EAGLE-3 draft in a format."""
+    return f"EAGLE-3 draft, {to} format"
+
+
 def check_all(check: Check) -> None:
     logging.disable_progress_bar()
     both = ("image", "text")
@@ -325,6 +338,10 @@ def check_all(check: Check) -> None:
         enable_chunked_prefill=True,
         max_num_batched_tokens=64,
     )
+    if any(check.wants(bundled.name, eagle3_row(to)) for to in FORMATS):
+        own = AutoDraft.from_pretrained(build_eagle3(check.pairs))
+        for to, kinds in ((FLAT, (*both, "two images")), (SPECULATORS, both)):
+            check.run(bundled, eagle3_row(to), kinds, own, to=to)
     if check.wants(TEXT_ONLY):
         folder = text_only(TARGET_DIR, check.work / TEXT_ONLY)
         of_llama = MSDDraftModel.from_pretrained(DRAFT_DIR, target_model_type="llama")

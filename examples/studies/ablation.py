@@ -4,6 +4,7 @@ The effect of each part of the training: a table, a JSON file and a plot for eac
     python examples/studies/ablation.py --study paper     # {decoupled, not} x {text, visual, mixed, two-stage}
     python examples/studies/ablation.py --study recipes   # the paper's, each addition to it, and the recommended one
     python examples/studies/ablation.py --study options   # the recommended one, and each option that is off in it
+    python examples/studies/ablation.py --study kinds     # MSD and EAGLE-3, with images decoupled and not
 
 `--world` chooses pictures of 36 (`toy`), 576 (`large`) or 2,304 visual tokens (`gallery`). Every draft is trained on
 cached features of the same conversations, with the same optimizer, for as many steps, tokens or seconds, and
@@ -32,7 +33,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, HfArgumentParser, TrainerCallback
 from transformers.utils import logging
 
-from msd_hf import MSDDraftModel
+from msd_hf import AutoDraft, MSDDraftModel
 from msd_hf.evaluation import METHODS, Comparison, compare, timed_generate
 from msd_hf.loading import load_target_and_processor
 from msd_hf.training import (
@@ -54,13 +55,25 @@ TREE_SETTINGS = {"num_assistant_tokens": 24, "tree_depth": 6, "tree_top_k": 4}
 # The same for all runs. A draft of 0.2M parameters takes larger and fewer steps than the draft of a 7B model.
 OPTIMIZER = {"learning_rate": 2e-3, "lr_scheduler_type": "cosine"}
 MAX_LENGTH = 4096  # tokens of a conversation
+EAGLE3 = {"draft_kind": "eagle3"}
+# All by the recommended recipe of their kind. An EAGLE-3 draft has more parameters than an MSD draft of one layer, and
+# in the toy world about as many as one of two layers.
+KIND_RUNS: dict[str, dict[str, Any]] = {
+    "MSD, decoupled": {},
+    "MSD, not decoupled": {"decouple_visual_tokens": False},
+    "MSD, decoupled, two layers": {"draft_layers": 2},
+    "EAGLE-3, decoupled": {**EAGLE3, "visual_positions": "decoupled"},
+    "EAGLE-3, not decoupled": {**EAGLE3, "visual_positions": "image_embedding"},
+    "EAGLE-3, placeholder": {**EAGLE3, "visual_positions": "placeholder"},
+}
 ORIGINAL_LAYER, OUR_LAYER = "original layer", "input norm"
 
 
 @dataclass
 class AblationArguments:
     study: str = field(
-        default="paper", metadata={"choices": ["paper", "recipes", "options"], "help": "Which drafts are trained."}
+        default="paper",
+        metadata={"choices": ["paper", "recipes", "options", "kinds"], "help": "Which drafts are trained."},
     )
     world: str = field(
         default="toy", metadata={"choices": list(WORLDS), "help": "What they are trained and asked on."}
@@ -151,6 +164,10 @@ def list_runs(args: AblationArguments, output: Path) -> list[Run]:
             runs.append(Run("recommended", seed, **size, arguments=shared))
             runs.append(Run("target-written answers", seed, **size, answers="target", arguments=shared))
             runs += [Run(name, seed, **size, arguments={**shared, **more}) for name, more in OPTIONS.items()]
+        elif args.study == "kinds":
+            size = {"steps": steps, "batch_size": world.batch_size}
+            for name, arguments in KIND_RUNS.items():
+                runs.append(Run(name, seed, **size, arguments={"recipe": "recommended", **arguments}))
         else:
             additions = {
                 "start from the last layer": {"init_from_last_layer": True},
@@ -339,7 +356,7 @@ def measure(job: tuple[Run, str, Path, int, bool]) -> Measurement:
     if not has_speedup:
         torch.set_num_threads(1)
     target, processor = load_target_and_processor(WORLDS[world_name].target)
-    draft = MSDDraftModel.from_pretrained(run.folder(output))
+    draft = AutoDraft.from_pretrained(run.folder(output))
     result = Measurement([], [], [], [], [])
     arguments = {"max_new_tokens": 140, "do_sample": False}
     for prompt in WORLDS[world_name].prompts(processor, prompts_per_kind):
@@ -373,25 +390,34 @@ class Counts(NamedTuple):
 
 
 def contrasts(names: list[str]) -> dict[str, tuple[str, str]]:
-    """The differences that the paper speaks of: decoupling at each curriculum, two stages against the others; in the
-    other studies those from the recommended recipe."""
+    """The differences that the paper speaks of, decoupling at each curriculum and two stages against the others; those
+    from the recommended recipe; and those of kinds of drafts."""
     pairs = {f"decoupling, {c}": (f"decoupled, {c}", f"not decoupled, {c}") for c in CURRICULA}
+    pairs |= {f"decoupling, {kind}": (f"{kind}, decoupled", f"{kind}, not decoupled") for kind in ("MSD", "EAGLE-3")}
+    pairs["MSD less EAGLE-3, decoupled"] = ("MSD, decoupled", "EAGLE-3, decoupled")
+    pairs["the same, at about as many parameters"] = ("MSD, decoupled, two layers", "EAGLE-3, decoupled")
     pairs |= {f"two-stage less {c}": ("decoupled, two-stage", f"decoupled, {c}") for c in CURRICULA[:-1]}
     pairs |= {f"{name} less recommended": (name, "recommended") for name in names if name != "recommended"}
     return {title: pair for title, pair in pairs.items() if set(pair) <= set(names)}
 
 
-def report(measured: dict[str, list[Measurement]], args: AblationArguments, output: Path, console: Console) -> None:
+def report(
+    measured: dict[str, list[Measurement]],
+    parameters: dict[str, int],
+    args: AblationArguments,
+    output: Path,
+    console: Console,
+) -> None:
     world = WORLDS[args.world]
     groups = [group for group in (*KINDS, "all") if group == "all" or group in next(iter(measured.values()))[0].groups]
     taus: dict[str, dict[str, Interval]] = {}
     title = f"{args.study}, {world.visual_tokens} visual tokens, {args.layer}, equal {args.equal}, {args.seeds} seeds"
     table = Table(title=f"{title}: tau (95% interval)")
-    for column in ("draft", *groups, *(["speedup", "identical"] if args.speedup else [])):
+    for column in ("draft", "parameters", *groups, *(["speedup", "identical"] if args.speedup else [])):
         table.add_column(column, justify="left" if column == "draft" else "right")
     for name, results in measured.items():
         taus[name] = {group: tau_interval(*Counts.of(results, group)) for group in groups}
-        cells = [str(taus[name][group]) for group in groups]
+        cells = [f"{parameters[name]:,}", *(str(taus[name][group]) for group in groups)]
         if args.speedup:
             cells.append(f"{statistics.median(value for result in results for value in result.speedups):.2f}")
             cells.append(f"{statistics.mean(value for result in results for value in result.identical):.0%}")
@@ -414,6 +440,7 @@ def report(measured: dict[str, list[Measurement]], args: AblationArguments, outp
     path = output / f"{name}.json"
     content = {
         "arguments": {key: value for key, value in vars(args).items() if key != "output"},
+        "parameters": parameters,
         "tau": {name: {group: vars(interval) for group, interval in row.items()} for name, row in taus.items()},
         "contrasts": {name: {group: vars(interval) for group, interval in row.items()} for name, row in found.items()},
         "measured": {name: [result._asdict() for result in results] for name, results in measured.items()},
@@ -463,7 +490,8 @@ def main() -> None:
     measured: dict[str, list[Measurement]] = {}
     for run, result in zip(runs, results, strict=True):
         measured.setdefault(run.name, []).append(result)
-    report(measured, args, output, Console(width=160))
+    parameters = {run.name: AutoDraft.from_pretrained(run.folder(output)).num_parameters() for run in runs}
+    report(measured, parameters, args, output, Console(width=160))
 
 
 if __name__ == "__main__":

@@ -393,8 +393,8 @@ FAULTS = {
         Fault(
             "callbacks are dropped, so that no run stops early",
             "training/trainer.py",
-            "            **kwargs,\n        )\n        model.config.use_cache",
-            '            **{**kwargs, "callbacks": None},\n        )\n        model.config.use_cache',
+            "            **kwargs,\n        )\n        if model.own_head",
+            '            **{**kwargs, "callbacks": None},\n        )\n        if model.own_head',
             "tests/test_trainer.py -k best_checkpoint",
         ),
         Fault(

@@ -2,30 +2,58 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from contextlib import suppress
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..errors import MSDError
-from .next_step import print_next
+from .next_step import print_command, print_next
 from .options import ImageFolder, OptionalTarget, Overwrite, Strict, console, print_skipped
+
+
+class DraftFormat(str, Enum):
+    """Formats that `msd-hf convert` writes."""
+
+    msd_hf = "msd-hf"
+    flat = "eagle3-flat"
+    speculators = "speculators"
 
 
 def convert(
     source: Annotated[str, typer.Argument(help="Folder or Hub id of a published MSD, EAGLE or EAGLE-3 draft.")],
     destination: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[
+        DraftFormat,
+        typer.Option(help="Format: this package's; or, of an EAGLE-3 draft, the flat one or speculators'."),
+    ] = DraftFormat.msd_hf,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a published draft (MSD, EAGLE-1, EAGLE-2, EAGLE-3) in this package's format."""
+    """Write a published draft (MSD, EAGLE-1, EAGLE-2, EAGLE-3) in this package's format, or EAGLE-3 in others."""
     from ..draft.auto import AutoDraft
+    from ..draft.eagle3.formats import FORMAT_FOLDER, visual_positions_note, write_format
     from ..draft.folder import DRAFT_FOLDER
+    from ..hub.names import is_hub_id
     from ..writing.destination import check_destination, replaced_folder
 
-    check_destination(destination, DRAFT_FOLDER, overwrite)
+    is_ours = to == DraftFormat.msd_hf
+    check_destination(destination, DRAFT_FOLDER if is_ours else FORMAT_FOLDER, overwrite)
     model = AutoDraft.from_pretrained(source)
+    if not is_ours:
+        write_format(model, destination, to.value, overwrite)
+        console.print(f"Wrote {destination} ({model.num_parameters():,} parameters, {model.dtype}).", soft_wrap=True)
+        note = visual_positions_note(model, to.value)
+        if note is not None:
+            console.print(note, soft_wrap=True)
+        named = model.config.target_name_or_path
+        target = named if is_hub_id(named) else "TARGET"
+        speculative = {"method": "eagle3", "model": str(destination), "num_speculative_tokens": 5}
+        print_command("vllm", "serve", target, "--speculative-config", json.dumps(speculative))
+        return
     with replaced_folder(destination, DRAFT_FOLDER, overwrite) as temporary:
         model.save_pretrained(temporary)
         _keep_documents(source, temporary)

@@ -46,7 +46,12 @@ def extract(
     storage: Annotated[
         str, typer.Option(help="auto (the target's dtype), float32, bfloat16, float16 or int8.")
     ] = "auto",
-    target_layers: Annotated[str, typer.Option(help="As in `msd-hf train`: ids with commas, auto or none.")] = "none",
+    draft_kind: Annotated[
+        str, typer.Option(help="As in `msd-hf train`: msd, or eagle3, whose drafts read three layers of the target.")
+    ] = "msd",
+    target_layers: Annotated[
+        str | None, typer.Option(help="As in `msd-hf train`: ids with commas, auto or none.")
+    ] = None,
     all_hidden_states: Annotated[
         bool,
         typer.Option(
@@ -84,7 +89,7 @@ def extract(
     def check_arguments() -> MSDTrainingArguments:
         resolve_storage(storage, torch.float32)
         check_cache_folder(output)
-        arguments = MSDTrainingArguments(target_layers=target_layers, use_cpu=True)
+        arguments = MSDTrainingArguments(draft_kind=draft_kind, target_layers=target_layers, use_cpu=True)
         check_writable(output)
         return arguments
 
@@ -127,6 +132,8 @@ def extract(
         console.print(f"{report.num_samples:,} samples, {size} in {output}.")
         print_skipped(report.skipped)
         settings: list[object] = [] if max_visual_rows is None else ["--max-visual-rows", max_visual_rows]
+        if draft_kind != MSDTrainingArguments.draft_kind:
+            settings += ["--draft-kind", draft_kind]
         if max_length != MSDTrainingArguments.max_length:
             settings += ["--max-length", max_length]
         features = (f"--{_kind(conversations)}-features", output)

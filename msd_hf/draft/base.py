@@ -127,6 +127,11 @@ class DraftPreTrainedModel(DraftHubMixin, PreTrainedModel):
         """
 
     @property
+    def reads_visual_states(self) -> bool:
+        """Whether the draft reads hidden states of the target at visual rows."""
+        return self.visual_positions not in ("dropped", "decoupled")
+
+    @property
     def num_cache_layers(self) -> int:
         """Number of layers that keep keys and values."""
         return len(self.layers)

@@ -17,8 +17,9 @@ from .plain_modules import TensorFunction
 EMBEDDINGS = -1  # stands for the decoder's input among the layers of the target that a draft reads
 
 # What a draft is fed at visual positions: the embedding of the placeholder token; the image's embedding as the target
-# has it; one row for each run of visual positions, the mean of its rows; no row at all.
-VISUAL_POSITIONS = ("placeholder", "image_embedding", "pooled", "dropped")
+# has it; one row for each run of visual positions, the mean of its rows; no row at all; the image's embedding in place
+# of the target's hidden states, too, as MSD feeds it.
+VISUAL_POSITIONS = ("placeholder", "image_embedding", "pooled", "dropped", "decoupled")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,10 @@ class Draft(Protocol):
 
     def reads_of(self, decoder: Any) -> TargetReads:
         """The hidden states that the draft reads of a target with this decoder."""
+
+    @property
+    def reads_visual_states(self) -> bool:
+        """Whether the draft reads hidden states of the target at visual rows."""
 
     @property
     def num_cache_layers(self) -> int:

@@ -262,6 +262,11 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         """Whether the draft reads other hidden states of the target than the last one."""
         return bool(self.config.target_layers)
 
+    @property
+    def reads_visual_states(self) -> bool:
+        """Whether the draft reads hidden states of the target at visual rows."""
+        return not self.config.decouple_visual_tokens
+
     def reads_of(self, decoder: Any) -> TargetReads:
         """The hidden states that the draft reads of a target with this decoder."""
         return self.reads

@@ -37,19 +37,48 @@ def prompt_embeds(draft: Draft, target: TargetAdapter, prefill: TargetPrefill, t
     Returns:
         `torch.Tensor` of shape `[B, L + 1, E]`.
     """
-    is_placeholder = draft.visual_positions == "placeholder"
-    if draft.own_embedding is None and not is_placeholder:
+    if not _has_other_embeds(draft):
         token_embeds = target.embed(tokens.unsqueeze(1)).to(prefill.inputs_embeds)
         return torch.cat([prefill.inputs_embeds, token_embeds], dim=1)
-    ids = torch.cat([target.tokens_of(prefill), tokens.unsqueeze(1)], dim=1)
-    embedding: Any = draft.own_embedding if draft.own_embedding is not None else target.embedding
-    ids = ids.to(embedding.weight.device).clamp(max=embedding.weight.shape[0] - 1)
-    embeds = embedding(ids).to(draft.device)
-    visual_mask = prefill.visual_mask.to(embeds.device)
-    if is_placeholder or embeds.shape[-1] != prefill.inputs_embeds.shape[-1] or not bool(visual_mask.any()):
+    prompt = draft_embeds(draft, target, target.tokens_of(prefill), prefill.inputs_embeds, prefill.visual_mask)
+    return torch.cat([prompt, _embeds_of(draft, target, tokens.unsqueeze(1))], dim=1)
+
+
+def draft_embeds(
+    draft: Draft, target: TargetAdapter, tokens: torch.Tensor, inputs_embeds: torch.Tensor, visual_mask: torch.Tensor
+) -> torch.Tensor:
+    """
+    The embeddings of a text as the draft reads them.
+
+    Args:
+        draft (`Draft`): says what stands at visual positions.
+        target (`TargetAdapter`): lends its embedding.
+        tokens (`torch.LongTensor` of shape `[B, L]`): the tokens, placeholders at visual positions.
+        inputs_embeds (`torch.Tensor` of shape `[B, L, H]`): the embeddings that the target reads.
+        visual_mask (`torch.BoolTensor` of shape `[B, L]`): true at visual positions.
+
+    Returns:
+        `torch.Tensor` of shape `[B, L, E]`.
+    """
+    if not _has_other_embeds(draft):
+        return inputs_embeds
+    embeds = _embeds_of(draft, target, tokens)
+    visual_mask = visual_mask.to(embeds.device)
+    is_placeholder = draft.visual_positions == "placeholder"
+    if is_placeholder or embeds.shape[-1] != inputs_embeds.shape[-1] or not bool(visual_mask.any()):
         return embeds
-    images = prefill.inputs_embeds.to(embeds)
-    return torch.cat([torch.where(visual_mask.unsqueeze(2), images, embeds[:, :-1]), embeds[:, -1:]], dim=1)
+    return torch.where(visual_mask.unsqueeze(2), inputs_embeds.to(embeds), embeds)
 
 
-__all__ = ["embedding_function", "prompt_embeds"]
+def _has_other_embeds(draft: Draft) -> bool:
+    """Whether the draft reads other embeddings than the target does."""
+    return draft.own_embedding is not None or draft.visual_positions == "placeholder"
+
+
+def _embeds_of(draft: Draft, target: TargetAdapter, tokens: torch.Tensor) -> torch.Tensor:
+    embedding: Any = draft.own_embedding if draft.own_embedding is not None else target.embedding
+    tokens = tokens.to(embedding.weight.device).clamp(max=embedding.weight.shape[0] - 1)
+    return embedding(tokens).to(draft.device)
+
+
+__all__ = ["draft_embeds", "embedding_function", "prompt_embeds"]

@@ -88,6 +88,14 @@ def _shifted(mask: torch.Tensor, by: int) -> torch.Tensor:
     return rolled
 
 
+def skipped_rows(visual_mask: torch.Tensor, policy: str) -> torch.Tensor:
+    """The visual rows that a draft never reads, `[B, L]`: with `"dropped"` all of `visual_mask` `[B, L]`, with
+    `"pooled"` all but the last one of each run."""
+    if policy == "dropped":
+        return visual_mask
+    return visual_mask & _shifted(visual_mask, -1) if policy == "pooled" else torch.zeros_like(visual_mask)
+
+
 def keep_visual_rows(
     visual_mask: torch.Tensor,
     prompt_mask: torch.Tensor | None,
@@ -113,12 +121,10 @@ def keep_visual_rows(
     visual = visual_mask.cpu()
     real = torch.ones_like(visual) if prompt_mask is None else prompt_mask.cpu()
     visual = visual & real
-    skipped = torch.zeros_like(visual)
+    skipped = skipped_rows(visual, policy)
+    visual = visual & ~skipped
     if policy == "dropped":
         most = 0
-    elif policy == "pooled":
-        skipped = visual & _shifted(visual, -1)
-        visual = visual & ~skipped
     num_held, num_visual = sum(held), int(visual.sum(1).max())
     most = num_held + num_visual if most is None else most
     if num_held + num_visual <= most and not bool(skipped.any()):
@@ -142,4 +148,4 @@ def keep_visual_rows(
     return KeptRows(index.to(device), None if bool(mask.all()) else mask.to(device)), held_left
 
 
-__all__ = ["KeptRows", "evenly_spaced", "keep_visual_rows", "most_visual_rows"]
+__all__ = ["KeptRows", "evenly_spaced", "keep_visual_rows", "most_visual_rows", "pooled", "skipped_rows"]

@@ -27,7 +27,7 @@ PROVENANCE_NAME = "training_provenance.json"
 MARK = "msd_hf wrote this card: remove this line if you edit it, and it is never replaced."
 # `Trainer` of transformers writes this into a card, and asks that a user who edits the card removes it.
 _MARK_OF_TRAINER = "generated automatically according to the information the Trainer had access to"
-_TAGS = ("speculative-decoding", "msd", LIBRARY)
+_KINDS = {"msd_draft": ("MSD", "2505.14260"), "eagle3_draft": ("EAGLE-3", "2503.01840")}  # by model_type: the papers
 _RELATION = "adapter"  # of the Hub's four relations the one for weights that are loaded beside those of the base model
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
@@ -65,7 +65,10 @@ def make_card(
     before = _metadata(load_card(folder))
     kept_tags = before.get("tags") or []
     kept_tags = [kept_tags] if isinstance(kept_tags, str) else [tag for tag in kept_tags if isinstance(tag, str)]
-    all_tags = dict.fromkeys([*_TAGS, *kept_tags, *tags])
+    model_type = config["model_type"]
+    kind, arxiv = _KINDS[model_type]
+    kind_tag = kind.replace("-", "").lower()
+    all_tags = dict.fromkeys(["speculative-decoding", kind_tag, LIBRARY, *kept_tags, *tags])
     name = redact_text(one_line(name or folder.resolve().name))
     target = config.get("target_name_or_path")
     task = TEXT_TASK if _is_text_only(config) else VISION_TASK
@@ -89,6 +92,10 @@ def make_card(
         mark=MARK,
         title=_text(name.split("/")[-1]),
         base_link=_base_link(target),
+        paper=f"{kind}, arXiv {arxiv}",
+        arxiv=arxiv,
+        model_type=model_type,
+        parts=_parts(config),
         usage=usage_lines(name, target, task),
         facts=_facts(config),
         training=_training(provenance),
@@ -201,7 +208,7 @@ def read_draft_config(folder: str | Path) -> dict[str, Any]:
         MSDError: when there is none in the folder.
     """
     config = read_config(Path(folder))
-    if config.get("model_type") not in ("msd_draft", "eagle3_draft"):
+    if config.get("model_type") not in _KINDS:
         raise MSDError(
             f"{str(folder)!r} does not hold a draft of this package (`config.json` with model_type 'msd_draft'). "
             "`msd-hf convert` converts drafts of the original repository."
@@ -258,6 +265,16 @@ def _license_sentence(license: Any, target: Any) -> str:
         return f"{_text(license)}."
     whose = _base_link(target) if isinstance(target, str) else "its target"
     return f"not stated. The draft was trained on hidden states of {whose}, whose licence may bind it."
+
+
+def _parts(config: Mapping[str, Any]) -> str:
+    """What the draft has of its own, and what it uses of the target."""
+    if config.get("model_type") == "msd_draft":
+        return (
+            "The draft has neither an embedding nor a head. It uses those of the target, and is of no use without it."
+        )
+    own = "an embedding and a head of its own" if config.get("has_own_embedding") else "a head of its own"
+    return f"The draft has {own}. It reads hidden states of the target, and is of no use without it."
 
 
 def _facts(config: Mapping[str, Any]) -> list[tuple[str, str]]:

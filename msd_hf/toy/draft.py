@@ -9,8 +9,9 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+from ..decoders import decoder_of
+from ..draft.base import DraftPreTrainedModel
 from ..draft.folder import DRAFT_FOLDER
-from ..draft.modeling_msd import MSDDraftModel
 from ..training import (
     FeatureCache,
     MSDTrainer,
@@ -21,6 +22,7 @@ from ..training import (
     regenerate,
 )
 from ..training.curriculum import SAMPLE_KINDS, SampleKind
+from ..training.draft_vocab import answer_vocabulary
 from ..training.provenance import write_provenance
 from ..writing.destination import replaced_folder
 from .dataset import ToySamples
@@ -74,7 +76,11 @@ def train_draft(
         logging_steps=20,
         **arguments,
     )
-    draft = new_draft(target, args)
+    tokens = None
+    if args.draft_vocab_size is not None:
+        data = [load_conversations(part) for part in samples.values()]
+        tokens = answer_vocabulary(data, processor, target.config.text_config.vocab_size, args.draft_vocab_size)
+    draft = new_draft(target, args, tokens)
     caches = {
         kind: _make_features(target, processor, Path(work), kind, samples[kind], forward_batch_size, draft, args)
         for kind in SAMPLE_KINDS
@@ -100,7 +106,7 @@ def _make_features(
     kind: SampleKind,
     samples: Sequence[dict[str, Any]],
     batch_size: int,
-    draft: MSDDraftModel,
+    draft: DraftPreTrainedModel,
     args: MSDTrainingArguments,
 ) -> FeatureCache:
     conversations = load_conversations(samples)
@@ -119,7 +125,8 @@ def _make_features(
         storage="float16",
         batch_size=batch_size,
         max_length=args.max_length,
-        feature_layers=draft.config.target_layers,
+        feature_layers=draft.reads_of(decoder_of(target)).layers,
+        all_hidden_states=draft.reads_visual_states,
     )
     return FeatureCache(folder)
 

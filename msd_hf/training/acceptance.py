@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..draft.modeling_msd import MSDDraftModel
+from ..draft.base import DraftPreTrainedModel
 from ..errors import MSDDataError, errors_name_sample
 from ..observer import observing
 from ..prompts import build_chat_inputs
@@ -22,7 +22,7 @@ from .data.conversations import Conversation
 @torch.no_grad()
 def acceptance_lengths(
     target: PreTrainedModel,
-    draft: MSDDraftModel,
+    draft: DraftPreTrainedModel,
     processor: Any,
     conversations: Iterable[Conversation],
     max_new_tokens: int = 128,

@@ -1,9 +1,10 @@
-"""Arguments of a training run, with the paper's values (section 3.3) as defaults, and the two recipes."""
+"""Arguments of a training run, with the paper's values (section 3.3) as defaults, and the recipes of its draft."""
 
 from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
@@ -14,10 +15,12 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available
 
-from ..errors import MSDError
+from ..draft.interface import VISUAL_POSITIONS
+from ..errors import MSDError, MSDPairingError
 from ..limits import LARGEST_SEED, MOST_WORKERS
 from ..writing.redaction import redact, secret_values
 from .curriculum import CURRICULA, Curriculum, SampleKind
+from .kinds import KINDS, TrainedKind
 from .losses import LEAST_TEMPERATURE, WEIGHT_NAMES
 from .recipes import RECIPES, Recipe
 from .rows import ROW_CHOICES
@@ -32,6 +35,7 @@ _AT_LEAST_1 = (
     "max_visual_rows",
     "unroll_passes",
     "draft_layers",
+    "draft_vocab_size",
     "head_chunk_size",
     "eval_max_new_tokens",
     "per_device_train_batch_size",
@@ -63,6 +67,8 @@ class MSDTrainingArguments(TrainingArguments):
     An argument that is `None` takes its value from the recipe.
 
     Args:
+        draft_kind (`str`, defaults to `"msd"`): `"msd"`, or `"eagle3"`: a draft with a head of its own that reads
+            three layers of the target and learns from tokens alone (arXiv 2503.01840).
         recipe (`str`, defaults to `"paper"`): `"paper"`, or `"recommended"`, which adds changes that raised the
             acceptance length in our studies and scales the learning rate with the size of the draft.
         learning_rate (`float`, *optional*): paper: 5e-5; recommended: 5e-5 times 4,096 over the hidden size.
@@ -96,12 +102,19 @@ class MSDTrainingArguments(TrainingArguments):
         init_from_last_layer (`bool`, *optional*): whether a new draft starts from the target's last layer.
         global_image_vector (`bool`, *optional*): whether a new draft adds one vector, pooled from all visual rows that
             it has read, to the input of each text row. Paper: no.
-        target_layers (`str`, *optional*): layers of the target that a new draft reads besides the last hidden state:
-            numbers from 0, with commas; `"auto"` for one low, one middle and one high layer; or `"none"`.
+        init_from_head (`bool`, *optional*): whether the head of a new EAGLE-3 draft starts as the target's. Paper: no.
+        target_layers (`str`, *optional*): layers of the target that a new draft reads, an MSD draft besides the last
+            hidden state: numbers from 0, with commas; `"auto"` for one low, one middle and one high layer; or
+            `"none"`. EAGLE-3: auto.
         target_written_answers (`bool`, *optional*): whether `msd-hf train` first lets the target answer the prompts
             and then trains on these answers.
         decouple_visual_tokens (`bool`, defaults to `True`): whether a new draft is fed visual positions as they are;
             `False` is plain EAGLE.
+        visual_positions (`str`, *optional*): what a new EAGLE-3 draft is fed at visual positions, a value of
+            [`Eagle3DraftConfig`]: `"decoupled"` as an MSD draft, others as engines feed it. Default: the image's
+            embedding.
+        draft_vocab_size (`int`, *optional*): number of tokens that a new EAGLE-3 draft proposes: the most frequent
+            ones of the answers in the data. Default: all of the target's.
         curriculum (`str`, defaults to `"two-stage"`): `"two-stage"` (text first, then a rising share of visual
             samples), `"mixed"` (one share for the whole run), `"text"` or `"visual"`.
         curriculum_stages (`int`, defaults to 40): number of equal parts of the run, each with its own share of visual
@@ -149,6 +162,7 @@ class MSDTrainingArguments(TrainingArguments):
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
 
+    draft_kind: str = field(default="msd", metadata={"help": "Kind of draft: msd or eagle3.", "choices": list(KINDS)})
     recipe: str = field(default="paper", metadata={"help": "paper or recommended.", "choices": list(RECIPES)})
     max_length: int = field(default=2048, metadata={"help": "Tokens of a sample, expanded images included."})
     feature_loss_weight: float | None = field(
@@ -187,18 +201,31 @@ class MSDTrainingArguments(TrainingArguments):
     init_from_last_layer: bool | None = field(
         default=None, metadata={"help": "Start a new draft from the target's last layer. Paper: no.", **_FLAG}
     )
+    init_from_head: bool | None = field(
+        default=None, metadata={"help": "Start the head of a new EAGLE-3 draft from the target's. Paper: no.", **_FLAG}
+    )
     global_image_vector: bool | None = field(
         default=None, metadata={"help": "A new draft adds one vector of all images to its inputs. Paper: no.", **_FLAG}
     )
     target_layers: str | None = field(
         default=None,
-        metadata={"help": "Layers that a new draft also reads: ids with commas, auto, or none. Paper: none."},
+        metadata={"help": "Layers that a new draft also reads: ids with commas, auto, or none. EAGLE-3: auto."},
     )
     target_written_answers: bool | None = field(
         default=None, metadata={"help": "Let the target write the answers first. Paper: no.", **_FLAG}
     )
     decouple_visual_tokens: bool = field(
         default=True, metadata={"help": "Feed visual positions to a new draft as they are; no is plain EAGLE."}
+    )
+    visual_positions: str | None = field(
+        default=None,
+        metadata={
+            "help": "What a new EAGLE-3 draft is fed at visual positions. Default: image_embedding.",
+            "choices": list(VISUAL_POSITIONS),
+        },
+    )
+    draft_vocab_size: int | None = field(
+        default=None, metadata={"help": "Tokens that a new EAGLE-3 draft proposes. Default: all."}
     )
     curriculum: str = field(
         default="two-stage", metadata={"help": "two-stage, mixed, text or visual.", "choices": list(CURRICULA)}
@@ -225,17 +252,23 @@ class MSDTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.recipe not in RECIPES:
-            raise MSDError(f"Unknown recipe {self.recipe!r}: choose one of {', '.join(RECIPES)}.")
+        for name, choices in (("draft_kind", KINDS), ("recipe", RECIPES)):
+            if getattr(self, name) not in choices:
+                raise MSDError(f"Unknown {name} {getattr(self, name)!r}: choose one of {', '.join(choices)}.")
         self.start_is_given = self.init_from_last_layer is not None
         for name in _RECIPE_FIELDS:
             if getattr(self, name) is None:
-                setattr(self, name, getattr(RECIPES[self.recipe], name))
+                setattr(self, name, getattr(self.kind.recipes[self.recipe], name))
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
         self.make_curriculum()
         self._check()
+
+    @property
+    def kind(self) -> TrainedKind:
+        """The kind of draft that is trained."""
+        return KINDS[self.draft_kind]
 
     def make_curriculum(self) -> Curriculum:
         """Makes the curriculum that these arguments describe."""
@@ -249,7 +282,7 @@ class MSDTrainingArguments(TrainingArguments):
 
     def make_recipe(self) -> Recipe:
         """The recipe, with the arguments that were given in place of its own values."""
-        return replace(RECIPES[self.recipe], **{name: getattr(self, name) for name in _RECIPE_FIELDS})
+        return replace(self.kind.recipes[self.recipe], **{name: getattr(self, name) for name in _RECIPE_FIELDS})
 
     def run_length(self, sizes: Mapping[SampleKind, int | None], batch_size: int) -> tuple[int, int]:
         """
@@ -276,7 +309,12 @@ class MSDTrainingArguments(TrainingArguments):
         return steps_per_epoch, num_steps
 
     def layers_of(self, num_layers: int) -> list[int] | None:
-        """The layer ids that `target_layers` means for a target of `num_layers` decoder layers; `None` for none."""
+        """
+        The layer ids that `target_layers` means for a target of `num_layers` decoder layers; `None` for none.
+
+        Raises:
+            MSDError: when it is of no known form, or names a layer that the target lacks.
+        """
         layers: Any = self.make_recipe().target_layers
         if isinstance(layers, (list, tuple)):  # from YAML or Python
             layers = ",".join(map(str, layers))
@@ -284,12 +322,16 @@ class MSDTrainingArguments(TrainingArguments):
         if layers == "none":
             return None
         if layers == "auto":
-            # The draft reads the last hidden state anyway, so the high layer lies some layers below the last one.
-            return sorted({min(1, num_layers - 1), num_layers // 2, max(0, num_layers - 3)})
+            return self.kind.auto_layers(num_layers)
         try:
-            return sorted({int(number) for number in layers.split(",")})
+            chosen = sorted({int(number) for number in layers.split(",")})
         except ValueError:
             raise MSDError(f"`target_layers` must be numbers with commas, 'auto' or 'none', got {layers!r}.") from None
+        if chosen[-1] >= num_layers:
+            raise MSDPairingError(
+                f"`target_layers` {chosen} must lie between 0 and {num_layers - 1}, the layers of this target."
+            )
+        return chosen
 
     def to_dict(self) -> dict[str, Any]:
         """
@@ -313,7 +355,18 @@ class MSDTrainingArguments(TrainingArguments):
         return copied
 
     def _check(self) -> None:
-        self.layers_of(num_layers=8)
+        if self.layers_of(num_layers=sys.maxsize) is None and self.kind.needs_layers:
+            raise MSDError(f"`target_layers` cannot be 'none': {self.kind.name} reads nothing else of the target.")
+        for name, (neutral, advice) in self.kind.unused.items():
+            if getattr(self, name) != neutral:
+                raise MSDError(
+                    f"`{name}` cannot be {getattr(self, name)!r} for {self.kind.name} (`draft_kind` "
+                    f"{self.draft_kind!r}): {advice}."
+                )
+        if self.visual_positions not in (None, *VISUAL_POSITIONS):
+            raise MSDError(
+                f"`visual_positions` must be one of {', '.join(VISUAL_POSITIONS)}, got {self.visual_positions!r}."
+            )
         if self.trained_rows not in ROW_CHOICES:
             raise MSDError(f"`trained_rows` must be one of {', '.join(ROW_CHOICES)}, got {self.trained_rows!r}.")
         for name in ("visual_row_dropout", "hard_example_mixing"):

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
-from ..draft.configuration_msd import MSDDraftConfig
-from ..draft.modeling_msd import MSDDraftModel
 from .arguments import MSDTrainingArguments
 from .checkpointing import checkpoints
 from .curriculum import SampleKind
@@ -25,13 +22,10 @@ _EXAMPLE_LIMIT = 3
 def count_parameters(target_config: PreTrainedConfig, args: MSDTrainingArguments) -> int:
     """Number of parameters of the new draft that `args` describe, without its weights."""
     num_layers = target_config.get_text_config(decoder=True).num_hidden_layers
-    overrides: dict[str, Any] = {
-        "num_hidden_layers": args.make_recipe().draft_layers,
-        "global_image_vector": args.make_recipe().global_image_vector,
-        "target_layers": args.layers_of(num_layers),
-    }
+    fields = args.kind.fields(args, args.layers_of(num_layers))
+    model_class = args.kind.model_class
     with torch.device("meta"):
-        return MSDDraftModel(MSDDraftConfig.from_target(target_config, **overrides)).num_parameters()
+        return model_class(model_class.config_class.from_target(target_config, **fields)).num_parameters()
 
 
 def check_checkpoint_space(args: MSDTrainingArguments, num_parameters: int, sizes: dict[SampleKind, int]) -> None:

@@ -10,9 +10,10 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import MSDDataError, MSDError
-from .data.conversations import Conversations
+from .data.conversations import StreamedConversations
 from .data.encoding import ConversationEncoder
 from .data.skipped import SkippedSamples
+from .features.cache import FeatureCache
 
 
 # Without a given size, a vocabulary is the smallest one that covers this share of the tokens in the data. It is
@@ -43,14 +44,12 @@ class TokenCounts:
     skipped: dict[str, int]
 
 
-def count_answer_tokens(
-    data: Sequence[Conversations], processor: Any, vocab_size: int, strict: bool = False
-) -> TokenCounts:
+def count_answer_tokens(data: Sequence[Any], processor: Any, vocab_size: int, strict: bool = False) -> TokenCounts:
     """
     Counts the tokens of the assistant's answers, including the tokens that end them. Images are not opened.
 
     Args:
-        data: one or more data sets.
+        data: one or more data sets of conversations.
         processor (`ProcessorMixin` or `PreTrainedTokenizerBase`): the target's processor.
         vocab_size: number of rows of the target's head, V.
         strict: raise at the first sample that cannot be used.
@@ -64,7 +63,7 @@ def count_answer_tokens(
     skipped = SkippedSamples(strict)
     num_samples = 0
     for conversations in data:
-        for index in tqdm(range(len(conversations)), desc=conversations.name, leave=False):
+        for index in tqdm(range(len(conversations)), desc=_name_of(conversations), leave=False):
             try:
                 tokens = encoder.answer_tokens(conversations[index])
             except MSDDataError as error:
@@ -79,9 +78,37 @@ def count_answer_tokens(
             counts = held_out if num_samples % _HELD_OUT_EVERY == 0 else counted
             counts += tokens.bincount(minlength=vocab_size)
     if num_samples == 0:
-        names = ", ".join(conversations.name for conversations in data)
+        names = ", ".join(map(_name_of, data))
         raise MSDError(f"No conversation in the data ({names}) can be used: {dict(skipped.reasons) or 'it is empty'}.")
     return TokenCounts(counted, held_out, num_samples, dict(skipped.reasons))
+
+
+def answer_vocabulary(data: Sequence[Any], processor: Any, vocab_size: int, size: int) -> torch.Tensor:
+    """
+    The tokens of a new draft: the most frequent ones of the answers in the training data.
+
+    Args:
+        data: the training data, opened.
+        processor (`ProcessorMixin` or `PreTrainedTokenizerBase`): the target's processor.
+        vocab_size: number of tokens of the target.
+        size: number of tokens.
+
+    Returns:
+        `torch.LongTensor` of shape `[size]`.
+
+    Raises:
+        MSDError: when there cannot be so many tokens, or the data cannot be counted.
+    """
+    check_size(size, vocab_size)
+    for dataset in data:
+        if isinstance(dataset, (FeatureCache, StreamedConversations)):
+            what = "cached features" if isinstance(dataset, FeatureCache) else "a stream"
+            raise MSDError(
+                f"`draft_vocab_size` counts the tokens of conversations before the training, and the data is {what}: "
+                "give conversations, leave `draft_vocab_size` out, or give a draft that has its vocabulary as `model`."
+            )
+    counts = count_answer_tokens(data, processor, vocab_size)
+    return frequent_tokens(counts.counted + counts.held_out, size)
 
 
 def frequent_tokens(counts: torch.Tensor, size: int | None = None) -> torch.Tensor:
@@ -134,4 +161,8 @@ def coverage(counts: torch.Tensor, tokens: torch.Tensor) -> float:
     return int(counts[tokens].sum()) / max(1, int(counts.sum()))
 
 
-__all__ = ["TokenCounts", "check_size", "count_answer_tokens", "coverage", "frequent_tokens"]
+def _name_of(conversations: Any) -> str:
+    return getattr(conversations, "name", "conversations")
+
+
+__all__ = ["TokenCounts", "answer_vocabulary", "check_size", "count_answer_tokens", "coverage", "frequent_tokens"]

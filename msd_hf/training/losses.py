@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional
 
+from .own_head import OwnHead
 from .recipes import Recipe
 
 
@@ -65,9 +66,17 @@ LOSS_TERMS = {
 WEIGHT_NAMES = tuple(term.weight for term in LOSS_TERMS.values())
 
 
-def used_terms(recipe: Recipe) -> tuple[str, ...]:
-    """The names of the terms that a training computes. Those over chains cost more, and need a weight above 0."""
-    return tuple(n for n, t in LOSS_TERMS.items() if t.compares != "chains" or getattr(recipe, t.weight) > 0)
+def used_terms(recipe: Recipe, learns_states: bool = True) -> tuple[str, ...]:
+    """
+    The names of the terms that a training computes. Those over chains cost more, and need a weight above 0.
+
+    Args:
+        recipe: the weights.
+        learns_states: whether the draft's outputs should equal hidden states of the target; those of a draft with a
+            head of its own should not.
+    """
+    kinds = {"states": learns_states, "tokens": True}
+    return tuple(n for n, t in LOSS_TERMS.items() if kinds.get(t.compares, getattr(recipe, t.weight) > 0))
 
 
 @dataclass
@@ -99,6 +108,7 @@ def loss_sums(
     chunk_size: int = 1024,
     names: Collection[str] | None = None,
     label_temperature: float = 1.0,
+    own_head: OwnHead | None = None,
 ) -> LossSums:
     """
     Computes loss terms, with gradients with respect to `states`. At most `chunk_size` rows of logits exist at a time,
@@ -111,6 +121,8 @@ def loss_sums(
         chunk_size: rows of logits at a time.
         names: the terms; default: all but those over chains.
         label_temperature: argument of [`label_probabilities`].
+        own_head (*optional*): the draft's own head, which then scores `states` and gets a gradient; `head` scores
+            `goals` alone.
     """
     dtype = _sum_dtype(states)
     terms = {name: LOSS_TERMS[name] for name in (used_terms(Recipe()) if names is None else names)}
@@ -121,8 +133,14 @@ def loss_sums(
         if term.compares == "states"
     }
     labels_of = functools.partial(label_probabilities, temperature=label_temperature)
-    hits, *of_rows = _ChunkedLogitTerms.apply(states, goals, head, chunk_size, tuple(of_logits.values()), labels_of)
-    values |= zip(of_logits, of_rows, strict=True)
+    if own_head is None:
+        functions = tuple(of_logits.values())
+        hits, *of_rows = _ChunkedLogitTerms.apply(states, goals, head, chunk_size, functions, labels_of)
+        values |= zip(of_logits, of_rows, strict=True)
+    else:
+        compared = {name: (function, terms[name].compares == "tokens") for name, function in of_logits.items()}
+        hits, of_own = own_head.terms(states, goals, head, labels_of, compared, NUM_RANKS, chunk_size)
+        values |= of_own
     return LossSums(
         {name: values[name].sum() for name, term in terms.items() if term.compares != "chains"},
         hits.sum(0),

@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 
+from ..drafting.embedding import draft_embeds
+from ..drafting.visual_rows import pooled, skipped_rows
 from ..prompts import move_inputs
 from ..target.adapter import TargetAdapter
 from .arguments import MSDTrainingArguments
 from .chains import Chains
 from .losses import LossSums, add_uniform_noise, loss_sums, used_terms, weighted_loss
+from .own_head import OwnHead
 from .rows import DraftRows, draft_rows
 from .unrolling import unrolled_states
 from .visual_row_budget import rows_beyond
@@ -39,8 +43,8 @@ class DraftObjective:
         Computes the loss of one batch.
 
         Args:
-            draft (`MSDDraftModel` or a wrapper of it): in training mode there are noise and all passes, in evaluation
-                mode one pass without noise.
+            draft (`DraftPreTrainedModel` or a wrapper of it): in training mode there are noise and all passes, in
+                evaluation mode one pass without noise.
             batch: a batch of [`MixtureCollator`].
             dtype: dtype of the draft.
             progress: share of the run that is done, on which the number of passes depends.
@@ -50,14 +54,16 @@ class DraftObjective:
             the first pass; those of terms over chains are of all passes.
         """
         args, recipe = self.args, self.recipe
-        rows = self.make_rows(batch, dtype)
+        model = extract_model_from_parallel(draft)
+        rows = self.make_rows(batch, dtype, model)
         if draft.training and recipe.noise > 0:
             rows.hidden_states = self._add_noise(rows.hidden_states, batch["attention_mask"].sum(1), batch["numbers"])
-        rows = self._read_rows(rows, batch, draft.training)
+        rows = self._read_rows(rows, batch, draft.training, model.visual_positions)
         num_passes = recipe.passes_at(progress) if draft.training else 1
         weights = [args.unroll_decay**pass_index for pass_index in range(num_passes)]
         trained = rows.trained
-        names = used_terms(recipe)
+        own_head = self._own_head(model)
+        names = used_terms(recipe, learns_states=own_head is None)
         total, first = torch.zeros((), device=trained.device), None
         chains: dict[str, Chains] = {}
         for pass_index, states in enumerate(unrolled_states(draft, rows, num_passes)):
@@ -70,6 +76,7 @@ class DraftObjective:
                 args.head_chunk_size,
                 names,
                 recipe.label_temperature,
+                own_head,
             )
             for name, acceptance in sums.acceptances.items():
                 chains.setdefault(name, Chains()).add(acceptance, trained)
@@ -80,8 +87,21 @@ class DraftObjective:
         first.terms |= lengths
         return total + weighted_loss(lengths, recipe), first
 
-    def make_rows(self, batch: dict[str, Any], dtype: torch.dtype) -> DraftRows:
-        """Makes the draft's rows of a batch. The target runs only if the batch does not hold its hidden states."""
+    def _own_head(self, model: Any) -> OwnHead | None:
+        if model.own_head is None:
+            return None
+
+        def score(states: torch.Tensor) -> torch.Tensor:
+            # The draft's forward has its mixed precision from accelerate, which knows nothing of this call.
+            half = torch.float16 if self.args.fp16 else torch.bfloat16
+            with torch.autocast(states.device.type, half, enabled=bool(self.args.fp16 or self.args.bf16)):
+                return model.own_head(states if model.head_norm is None else model.head_norm(states))
+
+        return OwnHead(score, model.draft_vocab)
+
+    def make_rows(self, batch: dict[str, Any], dtype: torch.dtype, model: Any = None) -> DraftRows:
+        """Makes the rows of a batch for a draft (`model`; default: one that reads the target's embeddings). The target
+        runs only if the batch does not hold its hidden states."""
         labels = batch["labels"]
         if "hidden_states" in batch:
             hidden_states, visual_mask = batch["hidden_states"], batch["visual_mask"]
@@ -100,6 +120,9 @@ class DraftObjective:
                 features = self.adapter.features(**inputs)
             inputs_embeds, hidden_states = features.inputs_embeds.detach(), features.hidden_states
             visual_mask = features.visual_mask
+        if model is not None:
+            with torch.no_grad():
+                inputs_embeds = draft_embeds(model, self.adapter, batch["input_ids"], inputs_embeds, visual_mask)
         return draft_rows(
             inputs_embeds.to(labels.device, dtype),
             hidden_states.to(labels.device, dtype),
@@ -108,15 +131,20 @@ class DraftObjective:
             self.adapter.reads,
         )
 
-    def _read_rows(self, rows: DraftRows, batch: dict[str, Any], is_training: bool) -> DraftRows:
-        """The rows that the draft reads: without visual rows beyond a budget, and those that the cache left out."""
+    def _read_rows(self, rows: DraftRows, batch: dict[str, Any], is_training: bool, policy: str) -> DraftRows:
+        """The rows that the draft reads: without the visual rows that it never reads (`policy`), those beyond a
+        budget, and those that the cache left out."""
         kept, budget, share = batch.get("kept_visual"), self.args.max_visual_rows, self.args.visual_row_dropout
         share = share if is_training else 0.0
-        if kept is None and budget is None and share == 0:
+        if kept is None and budget is None and share == 0 and policy not in ("pooled", "dropped"):
             return rows
-        left_out = torch.zeros_like(rows.visual_mask)
+        left_out = skipped_rows(rows.visual_mask, policy).clone()
+        if policy == "pooled":
+            rows.inputs_embeds, rows.hidden_states = (
+                pooled(part, rows.visual_mask) for part in (rows.inputs_embeds, rows.hidden_states)
+            )
         if kept is not None:
-            left_out[:, :-1] = (batch["visual_mask"] & ~kept)[:, 1:]
+            left_out[:, :-1] |= (batch["visual_mask"] & ~kept)[:, 1:]
         if budget is not None:
             left_out |= rows_beyond(rows.visual_mask & ~left_out, [budget] * len(left_out))
         if share > 0:

@@ -1,20 +1,21 @@
-"""Recipes for training a draft: the paper's and the recommended one."""
+"""Recipes for training a draft: its paper's and the recommended one, for each kind of draft."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Recipe:
     """
-    Values for those arguments of [`MSDTrainingArguments`] that the user left open. The defaults are the paper's
-    (section 3.3).
+    Values for those arguments of [`MSDTrainingArguments`] that the user left open. The defaults are those of MSD's
+    paper (section 3.3).
 
     Args:
         feature_loss_weight, token_loss_weight, accepted_length_loss_weight, label_temperature, noise, trained_rows,
             unroll_passes, final_unroll_passes, hard_example_mixing, draft_layers, init_from_last_layer,
-            global_image_vector, target_layers, target_written_answers, warmup_steps: see [`MSDTrainingArguments`].
+            init_from_head, global_image_vector, target_layers, target_written_answers, warmup_steps: see
+            [`MSDTrainingArguments`].
         base_learning_rate (`float`): the peak learning rate at a hidden size of 4,096.
         scale_learning_rate (`bool`): whether a narrower draft has a higher rate, in proportion.
     """
@@ -30,6 +31,7 @@ class Recipe:
     hard_example_mixing: float = 0.0
     draft_layers: int = 1
     init_from_last_layer: bool = False
+    init_from_head: bool = False
     global_image_vector: bool = False
     target_layers: str = "none"
     target_written_answers: bool = False
@@ -65,4 +67,22 @@ RECIPES = {
 }
 
 
-__all__ = ["RECIPES", "Recipe"]
+# Of EAGLE-3 (arXiv 2503.01840) and its published training code: tokens alone are compared, over seven passes. The
+# recommended one adds the changes that raised tau for MSD drafts, as far as such a draft can have them.
+_EAGLE3 = Recipe(
+    feature_loss_weight=0.0,
+    token_loss_weight=1.0,
+    noise=0.0,
+    unroll_passes=7,
+    target_layers="auto",
+    warmup_steps=0.015,
+)
+EAGLE3_RECIPES = {
+    "paper": _EAGLE3,
+    "recommended": replace(
+        _EAGLE3, trained_rows="drafted", init_from_head=True, warmup_steps=0.05, scale_learning_rate=True
+    ),
+}
+
+
+__all__ = ["EAGLE3_RECIPES", "RECIPES", "Recipe"]

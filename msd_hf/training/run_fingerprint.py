@@ -20,6 +20,7 @@ from .features.fingerprint import target_fingerprint
 # The arguments that change the weights. Logging, saving and paths do not; nor do the number of processes and the split
 # of a batch, because the draws of the curriculum and the noise depend only on the number of a sample.
 _ARGUMENTS = (
+    "draft_kind",
     "recipe",
     "max_steps",
     "num_train_epochs",
@@ -54,10 +55,13 @@ _ARGUMENTS = (
     "hard_example_mixing",
     "draft_layers",
     "init_from_last_layer",
+    "init_from_head",
     "global_image_vector",
     "target_layers",
     "target_written_answers",
     "decouple_visual_tokens",
+    "visual_positions",
+    "draft_vocab_size",
     "curriculum",
     "curriculum_stages",
     "text_fraction",
@@ -65,6 +69,8 @@ _ARGUMENTS = (
     "mixed_visual_share",
     "load_best_model_at_end",
 )
+# Left out where they have these values, because checkpoints from before there were kinds of drafts do not name them.
+_NOT_NAMED = {"draft_kind": "msd", "init_from_head": False}
 # The arguments that say which weights are the best ones.
 _BEST_ARGUMENTS = (
     "metric_for_best_model",
@@ -89,7 +95,7 @@ _NUM_PROBES = 64
 def argument_values(args: MSDTrainingArguments) -> dict[str, Any]:
     """The arguments of a run that change its result, as JSON values."""
     names = [*_ARGUMENTS, *(_BEST_ARGUMENTS if args.load_best_model_at_end else ())]
-    values = {name: getattr(args, name) for name in names}
+    values = {name: getattr(args, name) for name in names if getattr(args, name) != _NOT_NAMED.get(name, ...)}
     # Only one of the two counts.
     values.pop("num_train_epochs" if args.max_steps > 0 else "max_steps")
     values["global_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -21,7 +21,8 @@ from transformers import (
 )
 from transformers.integrations import get_available_reporting_integrations
 
-from ..draft.modeling_msd import MSDDraftModel
+from ..draft.auto import AutoDraft
+from ..draft.base import DraftPreTrainedModel
 from ..errors import MSDError, MSDUsageError, describe_error
 from ..hub.names import target_or_named
 from ..loading import load_config, load_processor, load_target, parse_dtype
@@ -32,15 +33,15 @@ from .checkpoint_space import check_checkpoint_space, count_parameters
 from .curriculum import SAMPLE_KINDS, other_kind
 from .data.conversations import JoinedConversations, load_conversations
 from .disk import check_writable
+from .draft_vocab import check_size
 from .features.cache import FeatureCache
 from .features.fingerprint import target_fingerprint
-from .new_draft import new_draft
 from .regeneration.journal import is_written
 from .regeneration.regenerate import regenerate
 from .resume_point import find_resume_point
 from .run_fingerprint import argument_values
 from .script_help import HelpAll, format_help
-from .trainer import MSDTrainer
+from .trainer import MSDTrainer, check_kind
 from .whole_models import loaded_whole
 
 
@@ -149,7 +150,7 @@ def _train(script_args: ScriptArguments, args: MSDTrainingArguments, processes: 
     point = find_resume_point(resume, args.force, str(args.output_dir), {"arguments": _given_values(args)})
     data = _open_data(script_args, args)
     with loaded_whole(args):
-        draft = None if script_args.draft is None else _load_draft(script_args.draft)
+        draft = None if script_args.draft is None else _load_draft(script_args.draft, args)
     script_args.target = target_or_named(script_args.target, None if draft is None else draft.config)
     if not point.finished:
         _check_disk(script_args, args, draft, data)
@@ -168,11 +169,6 @@ def _train(script_args: ScriptArguments, args: MSDTrainingArguments, processes: 
             for kind, conversations in data.items()
         }
     data, held_out = _hold_out(data, script_args)
-    with loaded_whole(args):
-        draft = new_draft(target, args) if draft is None else draft
-    for name, value in _tree_settings(script_args).items():
-        if value is not None:
-            setattr(draft.generation_config, name, value)
     patience = script_args.early_stopping_patience
     trainer = MSDTrainer(
         model=draft,
@@ -184,6 +180,9 @@ def _train(script_args: ScriptArguments, args: MSDTrainingArguments, processes: 
         eval_dataset=held_out,
         callbacks=None if patience is None else [EarlyStoppingCallback(patience)],
     )
+    for name, value in _tree_settings(script_args).items():
+        if value is not None:
+            setattr(trainer.model.generation_config, name, value)
     trainer.saves_at_end = False  # it is saved below, with the metrics of its evaluation
     trainer.train(resume_from_checkpoint=resume)
     if trainer.has_ended and not trainer.was_finished:
@@ -194,12 +193,15 @@ def _train(script_args: ScriptArguments, args: MSDTrainingArguments, processes: 
 
 
 def _check_disk(
-    script_args: ScriptArguments, args: MSDTrainingArguments, draft: MSDDraftModel | None, data: dict[str, Any]
+    script_args: ScriptArguments, args: MSDTrainingArguments, draft: DraftPreTrainedModel | None, data: dict[str, Any]
 ) -> None:
     check_writable(str(args.output_dir))
     if draft is None:
         assert script_args.target is not None  # `run_training` has set it
-        num_parameters = count_parameters(load_config(script_args.target), args)
+        config = load_config(script_args.target)
+        if args.draft_vocab_size is not None:
+            check_size(args.draft_vocab_size, config.get_text_config(decoder=True).vocab_size)
+        num_parameters = count_parameters(config, args)
     else:
         num_parameters = draft.num_parameters()
     check_checkpoint_space(args, num_parameters, {kind: len(data[kind]) for kind in SAMPLE_KINDS if kind in data})
@@ -248,6 +250,11 @@ def _check(script_args: ScriptArguments, args: MSDTrainingArguments) -> None:
         raise MSDError(
             "--target-written-answers cannot be combined with cached features: run `msd-hf regenerate`, then `msd-hf "
             "extract` on its output, and add --target-written-answers false."
+        )
+    if any(cached) and args.draft_vocab_size is not None and script_args.draft is None:
+        raise MSDError(
+            "--draft-vocab-size counts the tokens of conversations, and cannot be combined with cached features: give "
+            "conversations, leave it out, or give a --draft that has its vocabulary."
         )
     for kind in SAMPLE_KINDS:
         names, weights = getattr(script_args, f"{kind}_data") or (), getattr(script_args, f"{kind}_data_weights")
@@ -372,8 +379,10 @@ def _hold_out(data: dict[str, Any], script_args: ScriptArguments) -> tuple[dict[
     return kept, ConcatDataset(held_out)
 
 
-def _load_draft(name: str) -> MSDDraftModel:
-    return MSDDraftModel.from_pretrained(name).float()
+def _load_draft(name: str, args: MSDTrainingArguments) -> DraftPreTrainedModel:
+    draft = AutoDraft.from_pretrained(name)
+    check_kind(draft, args)
+    return draft.float()
 
 
 __all__ = ["ScriptArguments", "parse_arguments", "run_training"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -13,9 +14,9 @@ from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from ..decoders import decoder_of
 from ..decoding.result import mean_acceptance_length
 from ..draft.base import DraftPreTrainedModel
-from ..draft.modeling_msd import MSDDraftModel
 from ..draft.target_sizes import generating_model
 from ..errors import MSDDataError, MSDError, MSDUnsupportedError
 from ..hub.card import is_generated, load_card, write_card
@@ -28,10 +29,12 @@ from .arguments import MSDTrainingArguments
 from .best_checkpoint import RestoreBestCheckpoint, SavedState
 from .curriculum import SAMPLE_KINDS, CurriculumSampler, Draw
 from .data.encoding import ConversationEncoder
+from .draft_vocab import answer_vocabulary
 from .features.cache import FeatureCache
 from .features.fingerprint import draft_fingerprint, target_fingerprint
 from .given_data import open_held_out, open_training_data, processor_of
 from .hard_examples import HardExamples
+from .kinds import KINDS, kind_of_draft
 from .losses import used_terms, weighted_loss
 from .meters import LossMeter
 from .mixture import Mixture, MixtureCollator
@@ -56,7 +59,8 @@ class MSDTrainer(ResumableTrainer):
     embedding and head are used in both cases.
 
     Args:
-        model (*optional*): the draft; by default a new draft for the target, as `args` describe it.
+        model (*optional*): the draft, of the kind that `args.draft_kind` says; by default a new draft for the target,
+            as `args` describe it. An embedding of its own stays as it is.
         target: the target, on any device and in any dtype.
         processing_class (`ProcessorMixin` or tokenizer, *optional*): the target's processor, with its chat template;
             by default the one in the folder or repository that the target was loaded from.
@@ -75,7 +79,7 @@ class MSDTrainer(ResumableTrainer):
 
     def __init__(
         self,
-        model: MSDDraftModel | None = None,
+        model: DraftPreTrainedModel | None = None,
         target: PreTrainedModel | None = None,
         processing_class: Any = None,
         args: MSDTrainingArguments | None = None,
@@ -88,8 +92,8 @@ class MSDTrainer(ResumableTrainer):
         if target is None:
             raise MSDError("`MSDTrainer` needs the draft's `target`; `model` is the draft, and may be left out.")
         args = MSDTrainingArguments() if args is None else args
-        if isinstance(model, DraftPreTrainedModel) and not isinstance(model, MSDDraftModel):
-            raise MSDUnsupportedError(f"`MSDTrainer` trains MSD drafts, `model` is a `{type(model).__name__}`.")
+        if isinstance(model, DraftPreTrainedModel):
+            check_kind(model, args)
         if generating_model(target) is not target:
             raise MSDUnsupportedError(
                 f"`{type(target).__name__}` hands `generate` on to a language model inside of it, to which the draft "
@@ -104,9 +108,16 @@ class MSDTrainer(ResumableTrainer):
         data = open_training_data(text_dataset, visual_dataset, train_dataset, args)
         eval_dataset = open_held_out(eval_dataset)
         if model is None:
+            size, used = args.draft_vocab_size, [dataset for dataset in data.values() if dataset is not None]
+            num_tokens = target.config.get_text_config(decoder=True).vocab_size
+            tokens = None if size is None else answer_vocabulary(used, processing_class, num_tokens, size)
             with loaded_whole(args):
-                model = new_draft(target, args)
+                model = new_draft(target, args, tokens)
         check_pair(target.config, model.config)
+        if model.own_embedding is not None:
+            model.own_embedding.requires_grad_(False)  # as EAGLE-3 trains; rows read it outside of the draft's forward
+        # The target's last hidden state gives the labels, also for a draft that does not read it.
+        reads = replace(model.reads_of(decoder_of(target)), with_last=True)
         if redact_text(model.config._name_or_path) != model.config._name_or_path:
             model.config._name_or_path = ""  # a local path; trackers get the whole config
         for name, value in identify_target(target).items():
@@ -125,10 +136,12 @@ class MSDTrainer(ResumableTrainer):
                     target,
                     processing_class,
                     args.max_length,
-                    feature_layers=model.config.target_layers,
-                    needs_all_hidden_states=not model.config.decouple_visual_tokens,
+                    feature_layers=reads.layers,
+                    needs_all_hidden_states=model.reads_visual_states,
                     max_visual_rows=args.max_visual_rows,
                 )
+                if model.visual_positions == "pooled":
+                    dataset.check_visual_rows(None)  # the mean is that of all rows
         rows = args.make_recipe().trained_rows
         self._collate_train = MixtureCollator(tokenizer.pad_token_id or 0, mixture.is_cached, rows)
         self._collate_eval = MixtureCollator(tokenizer.pad_token_id or 0, False, rows)
@@ -144,6 +157,11 @@ class MSDTrainer(ResumableTrainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
+        if model.own_head is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise MSDUnsupportedError(
+                f"{args.kind.name[:1].upper()}{args.kind.name[1:]} has a head that the loss reads outside of its "
+                "forward, so FSDP and DeepSpeed cannot shard it: use DDP (examples/configs/ddp.yaml)."
+            )
         model.config.use_cache = use_cache  # `Trainer` turned it off, also for the saved config
         self.model_accepts_loss_kwargs = True  # the loss is a mean over the rows of the whole batch
         self._loss_shifts_labels = False  # each label is at the row that it belongs to
@@ -154,8 +172,8 @@ class MSDTrainer(ResumableTrainer):
         if args.shard_target:
             self._target_hash = target_fingerprint(target)
             shard_target(target, self.args.device)
-        self.objective = DraftObjective(TargetAdapter(target, model.config.target_layers), self.args)
-        names = used_terms(args.make_recipe())
+        self.objective = DraftObjective(TargetAdapter(target, reads), self.args)
+        names = used_terms(args.make_recipe(), learns_states=model.own_head is None)
         self._train_meter, self._eval_meter = LossMeter(names), LossMeter(names)
         self._visual_counts = VisualCounts(args.max_visual_rows)
         self._hard_examples = None
@@ -216,7 +234,7 @@ class MSDTrainer(ResumableTrainer):
     # ---- the step ----
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The mean loss of MSD over the trained rows. `num_items_in_batch` is the number of these rows in the whole
+        """The mean loss over the trained rows. `num_items_in_batch` is the number of these rows in the whole
         batch, over all processes."""
         counted = self._skipped if model.training else self._held_out_skipped
         for kind, index, reason in inputs.get("skipped", ()):
@@ -304,16 +322,16 @@ class MSDTrainer(ResumableTrainer):
                 same_kind.append(conversation)
         return [*chosen[False], *chosen[True]]
 
-    def _whole_draft(self) -> MSDDraftModel:
+    def _whole_draft(self) -> DraftPreTrainedModel:
         """The draft with all of its weights on this process."""
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             return self.accelerator.unwrap_model(self.model)
         # A draft cannot run with sharded weights: the first process collects them and sends them to the others.
         weights = [self.accelerator.get_state_dict(self.model_wrapped)]
         broadcast_object_list(weights)
-        config = self.accelerator.unwrap_model(self.model).config
-        draft = MSDDraftModel(config)
-        draft.generation_config = self.accelerator.unwrap_model(self.model).generation_config
+        sharded = self.accelerator.unwrap_model(self.model)
+        draft = self.args.kind.model_class(sharded.config)
+        draft.generation_config = sharded.generation_config
         draft.load_state_dict(weights[0])
         return draft.to(self.args.device)
 
@@ -429,6 +447,26 @@ class MSDTrainer(ResumableTrainer):
         return self._skipped_before + Counter(self._skipped.values())
 
 
+def check_kind(draft: DraftPreTrainedModel, args: MSDTrainingArguments) -> None:
+    """
+    Refuses to train a draft of another kind than the arguments are for.
+
+    Raises:
+        MSDUnsupportedError: names both kinds, and what to do.
+    """
+    kind = kind_of_draft(draft)
+    if kind is None:
+        raise MSDUnsupportedError(
+            f"The draft is a `{type(draft).__name__}`, a kind that is not trained here; those that are: "
+            f"{', '.join(f'{known.name} ({name!r})' for name, known in KINDS.items())}."
+        )
+    if kind != args.draft_kind:
+        raise MSDUnsupportedError(
+            f"The draft is {KINDS[kind].name}, and the arguments are for {args.kind.name}: set `draft_kind` to "
+            f"{kind!r}."
+        )
+
+
 class _HeldOut(Dataset):
     """Held-out conversations as samples, in the order of the data."""
 
@@ -443,4 +481,4 @@ class _HeldOut(Dataset):
         return self._mixture[Draw(index, "text", index)]
 
 
-__all__ = ["MSDTrainer"]
+__all__ = ["MSDTrainer", "check_kind"]

@@ -19,7 +19,7 @@ def unrolled_states(draft: Callable, rows: DraftRows, num_passes: int = 1) -> It
     j - k + i of each pass i from 1 to k.
 
     Args:
-        draft (`MSDDraftModel` or a wrapper of it): the draft.
+        draft (`DraftPreTrainedModel` or a wrapper of it): the draft.
         rows: a batch of B samples of L rows, padded on the right.
         num_passes: number of passes.
     """
@@ -27,9 +27,9 @@ def unrolled_states(draft: Callable, rows: DraftRows, num_passes: int = 1) -> It
     states, unrolled = None, None
     for _ in range(num_passes):
         if states is not None:
-            # The first row has no row before it and keeps the target's last hidden state. From here on no row reads
-            # outputs of the target's layers, because the draft's own output stands for the last hidden state alone.
-            hidden_states = torch.cat([hidden_states[:, :1].to(states.dtype), states[:, :-1]], dim=1)
+            # The first row has no row before it; no row that counts sees it. From here on no row reads outputs of the
+            # target's layers: the draft's own output stands for what it has read of the target.
+            hidden_states = torch.cat([states[:, :1], states[:, :-1]], dim=1)
             layer_states = None
         unrolled = UnrolledPass(unrolled)
         states = draft(

@@ -58,7 +58,8 @@ class Eagle3DraftConfig(DraftConfigMixin, PreTrainedConfig):
         visual_positions (`str`, defaults to `"image_embedding"`):
             What the draft is fed at visual positions: `"image_embedding"`, the target's; `"placeholder"`, the
             embedding of the placeholder token; `"pooled"`, one row for each image, the mean of its rows; `"dropped"`,
-            no row.
+            no row; `"decoupled"`, the image's embedding in place of the target's hidden states, too, as MSD drafts
+            are fed it, for drafts that were trained so.
         trained_visual_rows, target_model_type, target_text_model_type, target_name_or_path, target_revision:
             As in [`MSDDraftConfig`].
         target_fingerprint (`dict`, *optional*):
@@ -130,10 +131,10 @@ class Eagle3DraftConfig(DraftConfigMixin, PreTrainedConfig):
                 f"a draft of another width ({self.hidden_size}) than its target ({self.target_width}) needs "
                 "`has_own_embedding`."
             )
-        if self.visual_positions == "image_embedding":
+        if self.visual_positions in ("image_embedding", "decoupled"):
             raise ValueError(
-                f'`visual_positions` cannot be "image_embedding" for a draft of another width ({self.hidden_size}) '
-                f'than its target ({self.target_width}): use "placeholder".'
+                f'`visual_positions` cannot be "{self.visual_positions}" for a draft of another width '
+                f'({self.hidden_size}) than its target ({self.target_width}): use "placeholder".'
             )
 
     @property

@@ -18,10 +18,10 @@ from ..translation import LLAMA_FIELDS, rope_of
 from ..weights import StoredWeight
 
 
-_AUX_IDS = "eagle_aux_hidden_state_layer_ids"
-_OWN_LAYER = "midlayer."  # the first layer in the files of the authors
+AUX_IDS = "eagle_aux_hidden_state_layer_ids"
+OWN_LAYER = "midlayer."  # the first layer in the files of the authors
 _OLD_NORMS = {"aux_norm_low": "fc_norm.0", "aux_norm_mid": "fc_norm.1", "aux_norm_high": "fc_norm.2"}
-_PLACEHOLDER, _IMAGE = "placeholder", "image_embedding"
+PLACEHOLDER, IMAGE = "placeholder", "image_embedding"
 
 
 @dataclass
@@ -82,7 +82,7 @@ def read_eagle3(
 def _key_mapping(headers: Mapping[str, StoredWeight], source: str) -> dict[str, str]:
     names = list(headers)
     mapping = {}
-    if any(name.startswith(_OWN_LAYER) for name in names):
+    if any(name.startswith(OWN_LAYER) for name in names):
         if any(name.startswith("layers.0.") for name in names):
             raise MSDCheckpointError(
                 f"The weights in {source!r} hold a first layer twice, as `midlayer.` and as `layers.0.`: remove one."
@@ -178,30 +178,30 @@ def _read_aux_ids(
     source: str,
 ) -> None:
     """Which hidden states are read, as transformers counts them."""
-    ids = config.get(_AUX_IDS)
+    ids = config.get(AUX_IDS)
     more = config.get("eagle_config")
     is_plain = isinstance(ids, list) and all(isinstance(number, int) for number in ids)
     if ids is None and isinstance(more, Mapping):
-        ids = more.get(_AUX_IDS)
+        ids = more.get(AUX_IDS)
         is_plain = isinstance(ids, list) and all(isinstance(number, int) for number in ids)
         if is_plain:
             assert isinstance(ids, list)
             written, ids = ids, [number + 1 for number in ids]
-            reading.doubts[_AUX_IDS] = (
+            reading.doubts[AUX_IDS] = (
                 f"is {written} in `eagle_config`; here and in SGLang and ModelOpt these count outputs of "
                 f"layers from 0, hidden states {ids}; in vLLM hidden states {written}"
             )
     if ids is None:
         return
     if not is_plain:
-        raise MSDCheckpointError(f"{source!r}: `{_AUX_IDS}` must be a list of numbers, got {str(ids)[:80]}.")
+        raise MSDCheckpointError(f"{source!r}: `{AUX_IDS}` must be a list of numbers, got {str(ids)[:80]}.")
     assert isinstance(ids, list)
     num_parts = shapes["fc.weight"][1] // (reading.fields.get("target_hidden_size") or reading.fields["hidden_size"])
     if len(ids) != num_parts:
         raise MSDCheckpointError(
-            f"{source!r}: `{_AUX_IDS}` names {len(ids)} hidden states, but `fc.weight` reads {num_parts}."
+            f"{source!r}: `{AUX_IDS}` names {len(ids)} hidden states, but `fc.weight` reads {num_parts}."
         )
-    reading.fields[_AUX_IDS] = sorted(ids)
+    reading.fields[AUX_IDS] = sorted(ids)
 
 
 def _read_positions(reading: Reading, layer: Mapping[str, Any]) -> None:
@@ -218,7 +218,7 @@ def _read_visual_positions(reading: Reading, is_speculators: bool) -> None:
     """As in the engine that the format comes from: vLLM feeds the placeholder, SGLang the image's embedding."""
     size = reading.fields["hidden_size"]
     is_narrow = reading.fields.get("target_hidden_size") not in (None, size)
-    reading.fields["visual_positions"] = _PLACEHOLDER if is_speculators or is_narrow else _IMAGE
+    reading.fields["visual_positions"] = PLACEHOLDER if is_speculators or is_narrow else IMAGE
 
 
 def _target_name(config: Mapping[str, Any]) -> str | None:
@@ -228,4 +228,4 @@ def _target_name(config: Mapping[str, Any]) -> str | None:
     return public_name(name)[0] if isinstance(name, str) and name else None
 
 
-__all__ = ["Reading", "read_eagle3", "renamed"]
+__all__ = ["AUX_IDS", "IMAGE", "OWN_LAYER", "PLACEHOLDER", "Reading", "read_eagle3", "renamed"]

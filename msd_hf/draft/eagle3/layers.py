@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
+from ...attention.unrolled import UnrolledPass
 from ...compat import CACHE_NAME
 from .configuration import Eagle3DraftConfig
 
@@ -46,6 +47,7 @@ class Eagle3Attention(LlamaAttention):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
+        unrolled: UnrolledPass | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Attends over `hidden_states` `[B, T, width]` and the cache; returns `[B, T, H]`."""
@@ -56,10 +58,13 @@ class Eagle3Attention(LlamaAttention):
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         values = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         queries, keys = apply_rotary_pos_emb(queries.transpose(1, 2), keys.transpose(1, 2), *position_embeddings)
+        dropout = self.attention_dropout if self.training else 0.0
+        if unrolled is not None:
+            attended = unrolled.attend(self.layer_idx, queries, keys, values, self.scaling, dropout)
+            return self.o_proj(attended.transpose(1, 2).flatten(2))
         if cache is not None:
             keys, values = cache.update(keys, values, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
         output, _ = attend(
             self, queries, keys, values, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )

@@ -13,9 +13,10 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
+from ...attention.unrolled import UnrolledPass
 from ...compat import CACHE_NAME
 from ...decoders import head_of
-from ...errors import MSDCheckpointError, MSDPairingError
+from ...errors import MSDCheckpointError, MSDError, MSDPairingError
 from ..base import DraftPreTrainedModel
 from ..interface import TargetReads
 from ..last_row import last_row_of_layer
@@ -115,6 +116,27 @@ class Eagle3DraftModel(DraftPreTrainedModel):
         if self.d2t is None or len(ids) != size or int(ids[0]) < 0 or bool((ids[1:] == ids[:-1]).any()):
             raise MSDPairingError(f"The draft's vocabulary is {size} token ids, each of them once, got {len(ids)}.")
         self.d2t.copy_(ids - torch.arange(size, device=ids.device))
+
+    @torch.no_grad()
+    def start_from_head(self, target: PreTrainedModel) -> None:
+        """
+        Starts the head of a new draft as the rows of the target's head for its tokens.
+
+        Args:
+            target (`PreTrainedModel`): the target.
+
+        Raises:
+            MSDError: when the target's head has no rows of the draft's width to copy.
+        """
+        weight = getattr(head_of(generating_model(target)), "weight", None)
+        size = self.config.hidden_size
+        if weight is None or not weight.dtype.is_floating_point or weight.is_meta or weight.shape[1:] != (size,):
+            raise MSDError(
+                f"The head of `{type(target).__name__}` has no rows of the draft's width {size} to start from. Do "
+                "without `init_from_head`."
+            )
+        tokens = torch.arange(len(self.lm_head.weight)) if self.draft_vocab is None else self.draft_vocab
+        self.lm_head.weight.copy_(weight[tokens.to(weight.device)])
 
     def check_loaded(self, name_or_path: Any) -> None:
         if self.d2t is None or self.d2t.is_meta:
@@ -228,7 +250,9 @@ class Eagle3DraftModel(DraftPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        layer_states: torch.Tensor | None = None,
         last_row_only: bool = False,
+        unrolled: UnrolledPass | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
@@ -236,14 +260,19 @@ class Eagle3DraftModel(DraftPreTrainedModel):
 
         Args:
             inputs_embeds, hidden_states: arguments of [`~Eagle3DraftModel.fuse`], `[B, T, H]`.
-            visual_mask (`torch.BoolTensor` of shape `[B, T]`, *optional*): not used, as all rows go the same way.
+            visual_mask (`torch.BoolTensor` of shape `[B, T]`, *optional*): true at row j if position j + 1 is visual.
+                Only read with `visual_positions="decoupled"`; else all rows go the same way.
             attention_mask (`torch.Tensor`, *optional*): `[B, S + T]` with 1 for slots that may be seen, or an additive
                 mask `[B, 1, T, S + T]` in the draft's dtype. Without one, attention is causal.
             position_ids (`torch.LongTensor` of shape `[B, T]`, *optional*): default: the next slots of the cache.
             past_key_values (`Cache`, *optional*): keys and values of S earlier rows; extended in place.
             use_cache (`bool`, *optional*): make a cache when none is given.
+            layer_states (`torch.Tensor` of shape `[B, T, W]`, *optional*): an argument of
+                [`~Eagle3DraftModel.read_target`], whose result is then read in place of `hidden_states`. For training.
             last_row_only (`bool`, defaults to `False`): compute the output of the last row alone, which is all that
                 drafting needs of a prompt. The cache is the same.
+            unrolled (`UnrolledPass`, *optional*): a pass of training, which attends to the passes before it without
+                mask and cache.
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPast`] with `last_hidden_state` of shape `[B, T, H]`,
@@ -252,16 +281,24 @@ class Eagle3DraftModel(DraftPreTrainedModel):
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if layer_states is not None:
+            hidden_states = self.read_target(layer_states)
+        if visual_mask is not None and self.visual_positions == "decoupled":
+            hidden_states = torch.where(visual_mask.unsqueeze(-1), inputs_embeds, hidden_states)
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0) + past_length
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **{CACHE_NAME: past_key_values},
-        )
+        causal_mask = None
+        if unrolled is not None:
+            kwargs["unrolled"] = unrolled
+        else:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                **{CACHE_NAME: past_key_values},
+            )
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         states, attention_input = self.fuse(inputs_embeds, hidden_states)
         layers: Any = self.layers
