@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 # Sizes of trees, in nodes, that are drafted to measure their costs.
@@ -23,6 +23,7 @@ _FIRST_RANGE = 512
 
 # Nodes are counted in bins of log-probability; an octave is a factor of 2 in probability.
 _BINS_PER_OCTAVE, _NUM_BINS = 2, 40
+_BINS_PER_UNIT = _BINS_PER_OCTAVE / math.log(2)
 _LEAST_LOG_PROB = -1e3
 _PRIOR_WEIGHT = 8.0  # weight of the draft's own probability, in observed nodes
 _FORGETTING = 0.97  # factor on the weight of old rounds at each new round
@@ -121,7 +122,7 @@ class Experience:
         self._costs: dict[int, _Line] = {}  # rounds with several nodes
         self._plain_costs: dict[int, _Mean] = {}  # rounds with one node
         self._num_trials: dict[int, dict[int, int]] = {}  # size of a tree -> number of measurements
-        self._range = 0  # range of the current context length
+        self._num_slots, self._range = 0, 0  # the current context length, and its range
         self._num_rounds = 0
         # By width of a level.
         self._level_costs: dict[int, deque[float]] = {}
@@ -141,6 +142,9 @@ class Experience:
 
     def enter_context(self, num_slots: int) -> None:
         """Selects the statistics for this context length."""
+        if num_slots == self._num_slots:
+            return
+        self._num_slots = num_slots
         self._range = max(0, math.ceil(math.log2(max(num_slots, 1) / _FIRST_RANGE)))
 
     def next_to_explore(self) -> int | None:
@@ -178,14 +182,23 @@ class Experience:
             costs[0] = min(plain.value, costs[0])
         return costs
 
-    def acceptance(self, log_prob: float, is_best: bool) -> float:
-        """The probability that a node is accepted, given its cumulative log-probability and whether it is the best
-        node of its level."""
-        if not log_prob > _LEAST_LOG_PROB:  # true for NaN too
-            return 0.0
-        index = _bin_index(log_prob)
-        accepted, seen = self._accepted[is_best][index], self._seen[is_best][index]
-        return (accepted + _PRIOR_WEIGHT * math.exp(log_prob)) / (seen + _PRIOR_WEIGHT)
+    def acceptances(self, log_probs: Sequence[float], best: Collection[float]) -> list[float]:
+        """
+        The probabilities that nodes are accepted.
+
+        Args:
+            log_probs (`Sequence[float]`): the cumulative log-probability of each node.
+            best (`Collection[float]`): those of the best nodes of all levels.
+        """
+        chances = []
+        for log_prob in log_probs:  # in one call for all nodes, because a call takes as long as the rest of it
+            if not log_prob > _LEAST_LOG_PROB:  # true for NaN too
+                chances.append(0.0)
+                continue
+            is_best, index = log_prob in best, _bin_index(log_prob)
+            prior = _PRIOR_WEIGHT * math.exp(log_prob)
+            chances.append((self._accepted[is_best][index] + prior) / (self._seen[is_best][index] + _PRIOR_WEIGHT))
+        return chances
 
     @property
     def step(self) -> float:
@@ -211,15 +224,21 @@ class Experience:
             return None
         return (_PRIOR_ROUNDS * mean_tokens + tokens) / (_PRIOR_ROUNDS * mean_seconds + seconds)
 
-    def seconds_of_level(self, width: int) -> float | None:
-        """Cost of drafting one more level and verifying its nodes; `None` before a level was measured."""
+    def seconds_of_levels(self, widths: Sequence[int]) -> list[float] | None:
+        """Costs of drafting one more level of each width and verifying its nodes; `None` before a level was
+        measured."""
         if not self._level_costs:
             return None
-        # A level costs no more than a wider one. If it was measured higher, the measurement included warming up.
-        known = [_lower_quartile(costs) for measured, costs in self._level_costs.items() if measured >= width]
-        seconds = min(known) if known else _lower_quartile(self._level_costs[max(self._level_costs)])
+        typical = {width: _lower_quartile(costs) for width, costs in self._level_costs.items()}
         line = self._costs.get(self._range)
-        return seconds + (0.0 if line is None else width * line.slope)
+        slope = 0.0 if line is None else line.slope
+        # A level costs no more than a wider one. If it was measured higher, the measurement included warming up.
+        widest = typical[max(typical)]
+        return [
+            min((seconds for measured, seconds in typical.items() if measured >= width), default=widest)
+            + width * slope
+            for width in widths
+        ]
 
     @property
     def is_paused(self) -> bool:
@@ -291,7 +310,7 @@ def _lower_quartile(costs: Sequence[float]) -> float:
 
 
 def _bin_index(log_prob: float) -> int:
-    return min(_NUM_BINS - 1, int(-log_prob * _BINS_PER_OCTAVE / math.log(2)))
+    return min(_NUM_BINS - 1, int(-log_prob * _BINS_PER_UNIT))
 
 
 __all__ = ["Experience"]

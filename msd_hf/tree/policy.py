@@ -86,6 +86,7 @@ class AdaptiveTreePolicy(TreePolicy):
         super().__init__(settings)
         self.experience = experience
         self.eos_token_ids = frozenset(eos_token_ids)
+        self._widths = level_widths(settings.top_k)
         self._undrafted = TreeSettings(1, 0, settings.top_k)
         self._drafts = True  # whether this round drafts a tree
         self._tokens = self._seconds = 0.0  # totals of this call's rounds
@@ -113,7 +114,7 @@ class AdaptiveTreePolicy(TreePolicy):
             self._drafts = self.experience.drafting_pays() if self._explored_size is None else self._explored_size > 1
             if not self._drafts:
                 return self._undrafted
-            self._prices = {width: self._price(width) for width in level_widths(self.settings.top_k)}
+            self._prices = self._current_prices()
         return self.settings.limited_to(tokens_left)
 
     @contextmanager
@@ -151,7 +152,10 @@ class AdaptiveTreePolicy(TreePolicy):
         if reach == 0.0:  # the output ends here, which says nothing about other levels
             return 0
         step = self._record_reach(reach)
-        gains = {width: min(1.0, sum(chances[:width])) * step - price for width, price in self._prices.items()}
+        sums = list(accumulate(chances, initial=0.0))
+        gains = {
+            width: min(1.0, sums[min(width, len(chances))]) * step - price for width, price in self._prices.items()
+        }
         best_width = max(gains, key=gains.__getitem__)
         return best_width if gains[best_width] > 0.0 else 0
 
@@ -170,17 +174,15 @@ class AdaptiveTreePolicy(TreePolicy):
 
     def _chances(self, scores: list[list[float]]) -> list[float]:
         """The probabilities that nodes with the given scores (one list per row) are accepted, averaged over rows."""
-        acceptance = self.experience.acceptance
-        rows = [
-            [acceptance(score, score in best) for score in row]
-            for best, row in zip(self._best_scores, scores, strict=True)
-        ]
+        rows = [self.experience.acceptances(row, best) for best, row in zip(self._best_scores, scores, strict=True)]
         return rows[0] if len(rows) == 1 else [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
-    def _price(self, width: int) -> float:
-        """The cost of a level, in tokens: how many this call emits in the time that the level takes."""
-        seconds, rate = self.experience.seconds_of_level(width), self._rate
-        return _INITIAL_PRICE if seconds is None or rate is None else seconds * rate
+    def _current_prices(self) -> dict[int, float]:
+        """The cost of a level of each width, in tokens: how many this call emits in the time that the level takes."""
+        costs, rate = self.experience.seconds_of_levels(self._widths), self._rate
+        if costs is None or rate is None:
+            return dict.fromkeys(self._widths, _INITIAL_PRICE)
+        return {width: seconds * rate for width, seconds in zip(self._widths, costs, strict=True)}
 
     @property
     def _rate(self) -> float | None:
