@@ -168,7 +168,7 @@ def test_a_tree_may_continue_after_an_unsure_token():
     settings = TreeSettings(64, 15, 4, is_auto=True)
     experience = make_experience(FLAT, level=0.1)
     for _ in range(50):
-        experience.add_step(0.95)
+        experience.acceptance.add_step(0.95)
     policy = AdaptiveTreePolicy(settings, experience)
     growth = TreeGrowth(torch.zeros(1, dtype=torch.long), policy.begin_round(None, 100))
     for level, probability in enumerate([0.99, 0.4]):
@@ -181,7 +181,7 @@ def test_a_tree_may_continue_after_an_unsure_token():
 
 
 def chance_of(experience, log_prob, is_best):
-    (chance,) = experience.acceptances([log_prob], {log_prob} if is_best else set())
+    (chance,) = experience.acceptance.chances([log_prob], {log_prob} if is_best else set())
     return chance
 
 
@@ -189,7 +189,7 @@ def test_acceptance_is_the_drafts_own_probability_until_it_is_measured():
     experience = Experience(64)
     assert chance_of(experience, math.log(0.4), is_best=False) == pytest.approx(0.4)
     for number in range(400):
-        experience.add_node(math.log(0.4), is_best=False, is_accepted=number % 10 == 0)
+        experience.acceptance.add_node(math.log(0.4), is_best=False, is_accepted=number % 10 == 0)
     assert chance_of(experience, math.log(0.4), is_best=False) == pytest.approx(0.12, abs=0.05)
     assert chance_of(experience, math.log(0.9), is_best=False) == pytest.approx(0.9)
     assert chance_of(experience, math.log(0.4), is_best=True) == pytest.approx(0.4)

@@ -37,13 +37,14 @@ class TreePolicy:
     def leave_out(self, seconds: float) -> None:
         """Leaves out time at the beginning of this round that other rounds do not need."""
 
-    def begin_round(self, tokens_left: int | None, num_slots: int) -> TreeSettings:
+    def begin_round(self, tokens_left: int | None, num_slots: int, num_rows: int = 1) -> TreeSettings:
         """
         Begins a round, and returns the bounds of its tree.
 
         Args:
             tokens_left (`int`, *optional*): tokens that may still be emitted; `None`: no limit.
             num_slots (`int`): length of the context, in slots.
+            num_rows (`int`, defaults to 1): rows of the batch that still run.
         """
         return self.settings.limited_to(tokens_left)
 
@@ -68,8 +69,9 @@ class AdaptiveTreePolicy(TreePolicy):
     levels, and by how often nodes were accepted. When drafting does not pay, it drafts no tree, and tries again from
     time to time.
 
-    The measurements are kept between calls, separately for each pair of draft and target, device, dtype, batch size
-    and range of context lengths.
+    The measurements are kept between calls, separately for each pair of draft and target, device, dtype, range of
+    context lengths and number of rows that still run: when most rows of a batch have ended, larger trees pay for the
+    others.
 
     Args:
         settings (`TreeSettings`): bounds of the size of the trees.
@@ -105,7 +107,11 @@ class AdaptiveTreePolicy(TreePolicy):
     def leave_out(self, seconds: float) -> None:
         self._round_start += seconds
 
-    def begin_round(self, tokens_left: int | None, num_slots: int) -> TreeSettings:
+    def begin_round(self, tokens_left: int | None, num_slots: int, num_rows: int = 1) -> TreeSettings:
+        experience = self.experience.for_rows(num_rows)
+        if experience is not self.experience:  # rows have ended, so that a round costs less
+            self.experience = experience
+            self._tokens = self._seconds = 0.0
         self._num_slots = num_slots
         self._round_start = time.perf_counter()
         self._reach, self._level, self._best_scores = None, None, []
@@ -168,13 +174,14 @@ class AdaptiveTreePolicy(TreePolicy):
             and not this tree's own, because after an unsure token the draft is as sure as ever.
         """
         if self._reach:
-            self.experience.add_step(min(1.0, reach / self._reach))
+            self.experience.acceptance.add_step(min(1.0, reach / self._reach))
         self._reach = reach
-        return self.experience.step
+        return self.experience.acceptance.step
 
     def _chances(self, scores: list[list[float]]) -> list[float]:
         """The probabilities that nodes with the given scores (one list per row) are accepted, averaged over rows."""
-        rows = [self.experience.acceptances(row, best) for best, row in zip(self._best_scores, scores, strict=True)]
+        acceptance = self.experience.acceptance
+        rows = [acceptance.chances(row, best) for best, row in zip(self._best_scores, scores, strict=True)]
         return rows[0] if len(rows) == 1 else [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
     def _current_prices(self) -> dict[int, float]:
@@ -237,7 +244,7 @@ class AdaptiveTreePolicy(TreePolicy):
             for scores, path, best in zip(tree.scores[:, 1:].tolist(), paths, self._best_scores, strict=True):
                 accepted = set(path)
                 for node, score in enumerate(scores, start=1):
-                    experience.add_node(score, score in best, node in accepted)
+                    experience.acceptance.add_node(score, score in best, node in accepted)
 
     def add_to_call(self, tokens: float, seconds: float) -> None:
         """Records the tokens and the time of rounds of this call."""
