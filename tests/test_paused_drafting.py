@@ -44,9 +44,9 @@ def pause(monkeypatch):
     def apply(num_rounds, puts_off=True):
         left = [num_rounds]
 
-        def begin(policy, tokens_left, num_slots):
+        def begin(policy, *state):
             left[0] -= 1
-            return BARE if left[0] >= 0 else begin_round(policy, tokens_left, num_slots)
+            return BARE if left[0] >= 0 else begin_round(policy, *state)
 
         monkeypatch.setattr(TreePolicy, "begin_round", begin)
         monkeypatch.setattr(TreePolicy, "is_paused", property(lambda _: puts_off and left[0] > 0))

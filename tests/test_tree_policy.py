@@ -168,7 +168,7 @@ def test_a_tree_may_continue_after_an_unsure_token():
     settings = TreeSettings(64, 15, 4, is_auto=True)
     experience = make_experience(FLAT, level=0.1)
     for _ in range(50):
-        experience.add_step(0.95)
+        experience.acceptance.add_step(0.95)
     policy = AdaptiveTreePolicy(settings, experience)
     growth = TreeGrowth(torch.zeros(1, dtype=torch.long), policy.begin_round(None, 100))
     for level, probability in enumerate([0.99, 0.4]):
@@ -180,14 +180,19 @@ def test_a_tree_may_continue_after_an_unsure_token():
     assert policy.width(growth) > 0
 
 
+def chance_of(experience, log_prob, is_best):
+    (chance,) = experience.acceptance.chances([log_prob], {log_prob} if is_best else set())
+    return chance
+
+
 def test_acceptance_is_the_drafts_own_probability_until_it_is_measured():
     experience = Experience(64)
-    assert experience.acceptance(math.log(0.4), is_best=False) == pytest.approx(0.4)
+    assert chance_of(experience, math.log(0.4), is_best=False) == pytest.approx(0.4)
     for number in range(400):
-        experience.add_node(math.log(0.4), is_best=False, is_accepted=number % 10 == 0)
-    assert experience.acceptance(math.log(0.4), is_best=False) == pytest.approx(0.12, abs=0.05)
-    assert experience.acceptance(math.log(0.9), is_best=False) == pytest.approx(0.9)
-    assert experience.acceptance(math.log(0.4), is_best=True) == pytest.approx(0.4)
+        experience.acceptance.add_node(math.log(0.4), is_best=False, is_accepted=number % 10 == 0)
+    assert chance_of(experience, math.log(0.4), is_best=False) == pytest.approx(0.12, abs=0.05)
+    assert chance_of(experience, math.log(0.9), is_best=False) == pytest.approx(0.9)
+    assert chance_of(experience, math.log(0.4), is_best=True) == pytest.approx(0.4)
 
 
 def test_acceptance_of_best_nodes_is_learnt_separately():
@@ -201,8 +206,8 @@ def test_acceptance_of_best_nodes_is_learnt_separately():
         tree = growth.finish(policy.num_nodes(growth))
         policy.begin_verification()
         policy.end_round(tree, [[0, 1]])  # only the best node is ever accepted
-    assert experience.acceptance(math.log(0.4), is_best=True) > 0.9
-    assert experience.acceptance(math.log(0.35), is_best=False) < 0.15
+    assert chance_of(experience, math.log(0.4), is_best=True) > 0.9
+    assert chance_of(experience, math.log(0.35), is_best=False) < 0.15
 
 
 def grow(probabilities: list[float], policy: AdaptiveTreePolicy) -> tuple[int, int]:
@@ -252,13 +257,12 @@ def test_a_level_costs_no_more_than_a_wider_one():
     experience.add_level(2, 5.0)
     for _ in range(20):
         experience.add_level(4, 0.3)
-    assert experience.seconds_of_level(2) == experience.seconds_of_level(4) > experience.seconds_of_level(1)
+    costs = experience.seconds_of_levels([1, 2, 4])
+    assert costs[1] == costs[2] > costs[0]
 
 
 def test_the_cost_of_a_level_includes_verifying_its_nodes():
-    prices = [
-        [make_experience(costs, level=0.2).seconds_of_level(width) for width in (1, 4)] for costs in (FLAT, STEEP)
-    ]
+    prices = [make_experience(costs, level=0.2).seconds_of_levels((1, 4)) for costs in (FLAT, STEEP)]
     assert prices[0][1] == pytest.approx(prices[0][0], rel=0.05)
     assert prices[1][1] > 2 * prices[1][0]
 

@@ -112,10 +112,9 @@ def prepare_call(
         str(draft.device),
         draft.dtype,
         target.dtype,
-        batch_size,
         target.config._attn_implementation,
     )
-    policy = pair.tree_policy(settings, circumstances, selector.eos_token_ids)
+    policy = pair.tree_policy(settings, circumstances, selector.eos_token_ids, batch_size)
 
     num_slots = _slots_after_prompt(cache, input_ids, generation_config, model_kwargs)
     max_slots = num_slots + max(generation_config.max_length - input_ids.shape[1], 0)

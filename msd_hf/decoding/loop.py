@@ -123,7 +123,8 @@ def _run_rounds(call: DecodingCall, running: RunningRows) -> None:
 def _run_round(call: DecodingCall, running: RunningRows) -> None:
     _drop_ended(call, running)
     started = time.perf_counter()
-    limits = call.policy.begin_round(call.selector.tokens_left, running.context.num_slots)
+    num_slots, num_rows = running.context.num_slots, len(running.tokens)
+    limits = call.policy.begin_round(call.selector.tokens_left, num_slots, num_rows)
     if limits.num_nodes > 1 and call.drafter.awaits_prompt:  # drafting paused until now
         seconds = _read_prompt(call)
         call.policy.leave_out(seconds)

@@ -52,7 +52,11 @@ class PairState:
     is_compared: bool = False
 
     def tree_policy(
-        self, settings: TreeSettings, circumstances: Hashable, eos_token_ids: Collection[int] = ()
+        self,
+        settings: TreeSettings,
+        circumstances: Hashable,
+        eos_token_ids: Collection[int] = (),
+        num_rows: int = 1,
     ) -> TreePolicy:
         """
         Makes the tree policy that the settings ask for. Automatic trees use what earlier calls of the pair have
@@ -62,12 +66,13 @@ class PairState:
             settings (`TreeSettings`): settings of the draft's trees.
             circumstances (`Hashable`): what the costs of a round depend on, besides the settings.
             eos_token_ids (`Collection[int]`): tokens that end a text.
+            num_rows (`int`, defaults to 1): rows of the batch.
         """
         if not settings.is_auto:
             return TreePolicy(settings)
         with _lock:
             experience = self.experiences.setdefault((circumstances, settings), Experience(settings.num_nodes))
-        return AdaptiveTreePolicy(settings, experience, eos_token_ids)
+        return AdaptiveTreePolicy(settings, experience.for_rows(num_rows), eos_token_ids)
 
 
 _lock = threading.RLock()  # threads share the tables below

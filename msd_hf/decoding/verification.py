@@ -72,23 +72,32 @@ def _argmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _verify_argmax(tree: CandidateTree, logits: torch.Tensor, selector: BatchSelector) -> Verification:
+    choices = _argmax(logits)
     if logits.shape[1] == 1:
-        choice_lists = _argmax(logits).tolist()
-        accepted_lists = [[0]] * len(choice_lists)
-    else:
-        choices, accepted = accepted_by_argmax(tree, logits)
-        all_nodes = torch.arange(accepted.shape[1], device=accepted.device)
-        # One read-back per round. In flat order a path lists its nodes in increasing order.
-        accepted_lists, choice_lists = torch.stack([torch.where(accepted, all_nodes, -1), choices]).tolist()
+        trees = [[row, [0], [0]] for row in choices.tolist()]
+    else:  # one read-back per round
+        trees = torch.stack([choices, tree.tokens, tree.parents], dim=1).tolist()
     result = Verification([], [], [])
     for group, (place,), _ in selector.groups():
-        nodes = [node for node in accepted_lists[place] if node >= 0]
-        tokens = [choice_lists[place][node] for node in nodes]
-        num_emitted = group.extend(tokens, logits[place], nodes)
+        chosen, tokens, parents = trees[place]
+        nodes = _path(chosen, tokens, parents)
+        emitted = [chosen[node] for node in nodes]
+        num_emitted = group.extend(emitted, logits[place], nodes)
         result.paths.append(nodes[:num_emitted])
-        result.tokens.append(tokens[:num_emitted])
+        result.tokens.append(emitted[:num_emitted])
         result.num_draft_tokens.append(min(len(nodes) - 1, num_emitted))
     return result
+
+
+def _path(choices: list[int], tokens: list[int], parents: list[int]) -> list[int]:
+    """The longest path from the root on which each node carries the target's choice at its parent. One pass finds it,
+    because a parent has a smaller number than its children. The arguments are by node."""
+    nodes, last = [0], 0
+    for node in range(1, len(tokens)):
+        if parents[node] == last and tokens[node] == choices[last]:
+            nodes.append(node)
+            last = node
+    return nodes
 
 
 def _verify_in_sequence(tree: CandidateTree, logits: torch.Tensor, selector: BatchSelector) -> Verification:

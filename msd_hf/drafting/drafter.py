@@ -257,16 +257,24 @@ class Drafter(ABC):
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         last_position: int,
+        rotations: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Runs the draft over a few tokens `[B, T]`, which get slots in the cache. `hidden_states` and the result have
-        the shape `[B, T, H]`."""
+        the shape `[B, T, H]`. `rotations`: see [`DraftingStep`]."""
         with phase("draft forward"):
             if self._embedding is not None:
                 embeds = self._embedding(tokens)
             else:
                 embeds = self._to_draft(self.target.embed(tokens))
             return self._drafting_step(
-                embeds, hidden_states, position_ids, attention_mask, self.cache, last_position, self._image_vector
+                embeds,
+                hidden_states,
+                position_ids,
+                attention_mask,
+                self.cache,
+                last_position,
+                self._image_vector,
+                rotations,
             )
 
     def _positions_ahead(self, count: int) -> torch.Tensor:

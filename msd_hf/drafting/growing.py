@@ -85,7 +85,7 @@ class GrowingDrafter(Drafter):
     def _level_forward(self, growth: TreeGrowth, limits: TreeSettings) -> Callable[[int, torch.Tensor], torch.Tensor]:
         """Makes the function with which `grow_levels` runs the draft over the frontier of a growth."""
         context, batch_size = self._slots.context, growth.root.shape[0]
-        positions = self._positions_ahead(limits.depth).split(1, dim=1)
+        positions = self._positions_ahead(limits.depth)
         # Which slots each node of the frontier sees, [B, F, S + nodes expanded so far]: those of its parent and its
         # own. `None` while every node sees everything, as on a path.
         mask: torch.Tensor | None = None
@@ -94,6 +94,10 @@ class GrowingDrafter(Drafter):
             mask = tree_attention_mask(no_nodes, context, self._dtype)[:, 0]
         own = self._own_mask("level", batch_size, limits.top_k)
         num_slots, last_position = context.num_slots, self._last_position
+        # Of all levels at once, because reading them from a table takes as long as four smaller operations.
+        cos_sin: tuple[torch.Tensor, ...] = ()
+        if self._drafting_step.is_plain and limits.depth:
+            cos_sin = self._drafting_step.rotations(positions, last_position + limits.depth, self._last_state)
 
         def forward(level: int, states: torch.Tensor) -> torch.Tensor:
             nonlocal mask, own
@@ -108,7 +112,10 @@ class GrowingDrafter(Drafter):
                     own = self._own_mask("level", batch_size, width)
                 mask = torch.cat([mask, own], dim=2)
                 seen = mask.unsqueeze(1)
-            return self._step(tokens, states, positions[level], seen, last_position + level + 1)
+            position_ids, rotations = positions.narrow(1, level, 1), None
+            if cos_sin:
+                rotations = cos_sin[0].narrow(2, level, 1), cos_sin[1].narrow(2, level, 1)
+            return self._step(tokens, states, position_ids, seen, last_position + level + 1, rotations)
 
         return forward
 

@@ -21,11 +21,15 @@ class DraftingStep:
 
     Args:
         draft (`Draft`): the draft. A draft that is not plain runs its own forward.
+
+    Attributes:
+        is_plain (`bool`): whether the draft was plain when this object was made.
     """
 
     def __init__(self, draft: Draft):
         self.draft = draft
         self._forward = draft.plain_forward(function_of) if draft.is_plain else None
+        self.is_plain = self._forward is not None
         self._rotations = torch.empty(0)  # [P, 2, head_dim], see `rotary_table`
 
     @torch.no_grad()
@@ -38,6 +42,7 @@ class DraftingStep:
         cache: Cache,
         last_position: int,
         image_vector: torch.Tensor | None = None,
+        rotations: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """
         Runs the draft over T nodes of each row, which get slots in the cache.
@@ -48,6 +53,8 @@ class DraftingStep:
                 positions of a row are the same.
             last_position (`int`): upper bound of `position_ids`, known without reading them back from the device.
             image_vector (`torch.Tensor` of shape `[B, 1, H]`, *optional*): see [`Draft.image_vectors`].
+            rotations (`tuple[torch.Tensor, torch.Tensor]`, *optional*): those for `position_ids`, if they are there
+                already.
 
         Returns:
             The last hidden states, `[B, T, H]`.
@@ -62,11 +69,19 @@ class DraftingStep:
                 past_key_values=cache,
                 **vectors,
             ).last_hidden_state
+        cos, sin = rotations or self.rotations(position_ids, last_position, inputs_embeds)
+        return self._forward(inputs_embeds, hidden_states, cos, sin, attention_mask, cache, image_vector=image_vector)
+
+    def rotations(
+        self, position_ids: torch.Tensor, last_position: int, like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of positions `[B, T]`, `[B, 1, T, head_dim]` each, on the device and in the dtype of
+        `like`. For a plain draft."""
         if last_position >= len(self._rotations):
             num_positions = max(2 * last_position, _MIN_POSITIONS)
-            self._rotations = rotary_table(self.draft.rotary_emb, num_positions, inputs_embeds)
+            self._rotations = rotary_table(self.draft.rotary_emb, num_positions, like)
         cos, sin = self._rotations[position_ids.unsqueeze(1)].unbind(3)
-        return self._forward(inputs_embeds, hidden_states, cos, sin, attention_mask, cache, image_vector=image_vector)
+        return cos, sin
 
 
 def rotary_table(rotary_emb: Any, num_positions: int, like: torch.Tensor) -> torch.Tensor:

@@ -52,7 +52,7 @@ class InPlaceLayer(DynamicLayer):
         self.max_slots = max_slots
         self.min_length = min_length
         self._buffers: KeysAndValues | None = None
-        self._views: KeysAndValues | None = None  # `keys` and `values` as the last update set them
+        self._views: KeysAndValues | None = None  # `keys` and `values` as this layer set them last
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> KeysAndValues:
         if not self.is_initialized:
@@ -112,9 +112,10 @@ class InPlaceLayer(DynamicLayer):
         self._own()
         end = start + slots.shape[1]
         slots = slots.to(self.device) + start
+        row = slots[0] if len(slots) == 1 else None
         for states in (self.keys, self.values):
-            if len(slots) == 1:  # takes half the time of a gather
-                kept = states.index_select(2, slots[0])
+            if row is not None:  # takes half the time of a gather
+                kept = states.index_select(2, row)
             else:
                 kept = states.gather(2, slots[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
             states.narrow(2, start, kept.shape[2]).copy_(kept)
@@ -143,7 +144,10 @@ class InPlaceLayer(DynamicLayer):
     def truncate(self, length: int) -> None:
         """Drops the slots from `length` on. Copies nothing."""
         if self.is_initialized and length < self.get_seq_length():
+            shows_buffers = self._shows_views
             self.keys, self.values = self.keys.narrow(2, 0, length), self.values.narrow(2, 0, length)
+            if shows_buffers:
+                self._views = self.keys, self.values
 
     def select_rows(self, rows: Sequence[int], length: int) -> None:
         """Keeps the given rows of the batch, in that order, and their first `length` slots."""
@@ -179,10 +183,16 @@ class InPlaceLayer(DynamicLayer):
         if self._buffers is None:
             self.keys, self.values = self.keys.clone(), self.values.clone()
 
+    @property
+    def _shows_views(self) -> bool:
+        """Whether `keys` and `values` are the views of the buffers that this layer put there last."""
+        views = self._views
+        return views is not None and self.keys is views[0] and self.values is views[1]
+
     def _shows_buffers(self) -> bool:
         """Whether `keys` and `values` are still views of the buffers. Inherited methods put other tensors there."""
         assert self._buffers is not None
-        if self._views is not None and self.keys is self._views[0] and self.values is self._views[1]:
+        if self._shows_views:
             return True  # Fast path; the check below gives the same answer.
         return all(
             view.shape[:-2] == buffer.shape[:-2] and view.data_ptr() == buffer.data_ptr()

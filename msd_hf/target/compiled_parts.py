@@ -31,14 +31,20 @@ def compiled_parts(target: PreTrainedModel) -> list[CompiledPart]:
     """The methods of a target and its modules that the user has compiled: by `module.compile()`, as
     `torch.compile(module)`, or as `torch.compile(module.forward)`."""
     parts = []
+    uncompiled_kinds = set()  # classes whose `forward` is not compiled
     for module in target.modules():
         # `vars` is faster than `getattr`, which searches all parameters of a module for a missing attribute.
-        if vars(module).get("_compiled_call_impl") is not None:
+        attributes = vars(module)
+        if attributes.get("_compiled_call_impl") is not None:
             parts.append(CompiledPart(module, "_compiled_call_impl"))
+        elif type(module) in uncompiled_kinds and "forward" not in attributes:
+            continue
         elif isinstance(module, torch._dynamo.OptimizedModule) or _is_compiled(
             own_method(module, "forward") or type(module).forward
         ):
             parts.append(CompiledPart(module, "forward"))
+        elif "forward" not in attributes:
+            uncompiled_kinds.add(type(module))
     return parts
 
 

@@ -264,7 +264,8 @@ def _check_adapters(target: PreTrainedModel, name: str, advice: str) -> None:
         )
     # peft hooks hand `adapter_names` or `alora_offsets` to each layer. Their values are made for the rows and
     # positions of a call without a draft.
-    for hook in (hook for module in target.modules() for hook in module._forward_pre_hooks.values()):
+    hooked = (module for module in target.modules() if module._forward_pre_hooks)
+    for hook in (hook for module in hooked for hook in module._forward_pre_hooks.values()):
         for argument in ("adapter_names", "alora_offsets"):
             if getattr(hook, "keywords", {}).get(argument) is not None:
                 raise MSDUnsupportedError(

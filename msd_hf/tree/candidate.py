@@ -174,6 +174,8 @@ class CandidateTree:
 
     def to(self, device: torch.device) -> CandidateTree:
         """Moves the tree to a device."""
+        if self.tokens.device == device:
+            return self
         return self._changed(lambda part: part.to(device))
 
     def _changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> CandidateTree:

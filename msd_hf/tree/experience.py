@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections import deque
 from collections.abc import Sequence
+
+from .acceptance import Acceptance
+from .running_mean import RunningMean
 
 
 # Sizes of trees, in nodes, that are drafted to measure their costs.
 SIZES = (1, 4, 8, 16, 32, 64, 128)
 # Each size is measured twice, because the first measurement includes warming up, in at most one round of three.
 _TRIALS_PER_SIZE, _ROUNDS_PER_TRIAL = 2, 3
-# Larger trees are not measured before rounds with drafting emit more than one token on average.
-_LARGEST_UNPROVEN_SIZE = 16
-# Assumed cost of one more node, as a share of the mean cost; and the weight of this assumption, in squared nodes.
+# Nodes of one forward, over all rows of a batch. Trees are measured first with about `_UNPROVEN_NODES`, and with more
+# only when rounds with drafting emit more than one token on average. Above `_MOST_EXPLORED_NODES` a measurement costs
+# more than it tells: the costs of smaller forwards are extended.
+_UNPROVEN_NODES, _MOST_EXPLORED_NODES = 16, 256
+# Assumed cost of one more node of a forward, as a share of the mean cost; and the weight of this assumption, in
+# squared nodes.
 _PRIOR_SLOPE, _SLOPE_WEIGHT = 0.01, 64.0
 _NUM_COSTS_KEPT = 15  # latest costs of each width of a level
 # Costs are kept by range of context lengths. The first range ends at this many slots, the next ones at twice, four
 # times, ... as many.
 _FIRST_RANGE = 512
 
-# Nodes are counted in bins of log-probability; an octave is a factor of 2 in probability.
-_BINS_PER_OCTAVE, _NUM_BINS = 2, 40
-_LEAST_LOG_PROB = -1e3
-_PRIOR_WEIGHT = 8.0  # weight of the draft's own probability, in observed nodes
-_FORGETTING = 0.97  # factor on the weight of old rounds at each new round
 # When drafting does not pay, it pauses for this number of rounds. The pause grows by a factor each time that drafting
 # still does not pay after it, and by a larger one if nothing at all was accepted.
 _PAUSE, _LONGEST_PAUSE = 16, 512
@@ -42,26 +42,13 @@ def level_widths(widest: int) -> list[int]:
     return [1 << power for power in range((widest - 1).bit_length())] + [widest]
 
 
-class _Mean:
-    """A mean in which old values lose weight."""
-
-    def __init__(self) -> None:
-        self.total = self.weight = 0.0
-
-    def add(self, value: float) -> None:
-        self.total = self.total * _FORGETTING + value
-        self.weight = self.weight * _FORGETTING + 1.0
-
-    @property
-    def value(self) -> float | None:
-        return self.total / self.weight if self.weight else None
-
-
 class _Line:
     """Cost as a linear function of the number of nodes, fitted to rounds. Old rounds lose weight, so when the machine
-    becomes slower or faster, the costs of all sizes follow."""
+    becomes slower or faster, the costs of all sizes follow. `prior_slope` is the assumed cost of one more node of each
+    tree, as a share of the mean cost."""
 
-    def __init__(self) -> None:
+    def __init__(self, prior_slope: float = _PRIOR_SLOPE) -> None:
+        self.prior_slope = prior_slope
         self._reset()
 
     def add(self, num_nodes: int, seconds: float) -> None:
@@ -79,7 +66,8 @@ class _Line:
             mean.add(value)
 
     def _reset(self) -> None:
-        self.nodes, self.seconds, self.squares, self.products = _Mean(), _Mean(), _Mean(), _Mean()
+        self.nodes, self.seconds = RunningMean(), RunningMean()
+        self.squares, self.products = RunningMean(), RunningMean()
 
     @property
     def slope(self) -> float:
@@ -87,7 +75,7 @@ class _Line:
         mean_nodes, mean_seconds = self._means
         covariance = self.products.total - self.nodes.total * mean_seconds
         variance = self.squares.total - self.nodes.total * mean_nodes
-        slope = (covariance + _SLOPE_WEIGHT * _PRIOR_SLOPE * mean_seconds) / (variance + _SLOPE_WEIGHT)
+        slope = (covariance + _SLOPE_WEIGHT * self.prior_slope * mean_seconds) / (variance + _SLOPE_WEIGHT)
         return min(max(slope, 0.0), mean_seconds / mean_nodes)  # at most as steep as a line through the origin
 
     def at(self, num_nodes: int) -> float:
@@ -112,51 +100,77 @@ class Experience:
 
     Args:
         max_nodes (`int`): number of nodes of the largest tree.
+        num_rows (`int`, defaults to 1): rows of the batches, of which each gets a tree.
+        acceptance (`Acceptance`, *optional*): is shared with the experiences of other batch sizes.
+
+    Attributes:
+        sizes (`list[int]`): sizes of trees that are drafted to measure their costs.
     """
 
-    def __init__(self, max_nodes: int):
-        self.lock = threading.RLock()
-        self.sizes = [size for size in SIZES if size < max_nodes] + [max_nodes]
+    def __init__(self, max_nodes: int, num_rows: int = 1, acceptance: Acceptance | None = None):
+        self.max_nodes = max_nodes
+        self.acceptance = Acceptance() if acceptance is None else acceptance
+        self.lock = self.acceptance.lock
+        self._largest_unproven_size = max(_UNPROVEN_NODES // num_rows, 2)
+        most = max(_MOST_EXPLORED_NODES // num_rows, self._largest_unproven_size)
+        sizes = {*SIZES, self._largest_unproven_size, max_nodes}
+        self.sizes = sorted(size for size in sizes if size <= min(most, max_nodes))
+        self._prior_slope = num_rows * _PRIOR_SLOPE
+        self._by_rows: dict[int, Experience] = {_class_of(num_rows): self}
         # By range of context lengths. The costs exclude drafting.
         self._costs: dict[int, _Line] = {}  # rounds with several nodes
-        self._plain_costs: dict[int, _Mean] = {}  # rounds with one node
+        self._plain_costs: dict[int, RunningMean] = {}  # rounds with one node
         self._num_trials: dict[int, dict[int, int]] = {}  # size of a tree -> number of measurements
-        self._range = 0  # range of the current context length
+        self._num_slots, self._range = 0, 0  # the current context length, and its range
         self._num_rounds = 0
         # By width of a level.
         self._level_costs: dict[int, deque[float]] = {}
         self._num_level_trials: dict[int, int] = {}
         # Whole rounds, with and without drafting.
-        self._drafted_tokens, self._drafted_seconds = _Mean(), _Mean()
-        self._plain_seconds = _Mean()
-        # Nodes in each bin. The best node of each level is counted apart from the others.
-        self._accepted = {is_best: [0.0] * _NUM_BINS for is_best in (False, True)}
-        self._seen = {is_best: [0.0] * _NUM_BINS for is_best in (False, True)}
-        self._steps = _Mean()  # measurements of `step`
+        self._drafted_tokens, self._drafted_seconds = RunningMean(), RunningMean()
+        self._plain_seconds = RunningMean()
         self._pause = _PAUSE
         self._pause_left = 0
         self._rounds_to_judge = _ROUNDS_TO_JUDGE
+
+    def for_rows(self, num_rows: int) -> Experience:
+        """The experience with batches of about this number of rows (1, 2, 3 to 4, 5 to 8, ...). Costs are measured
+        separately, because more rows cost more; acceptance is shared."""
+        number = _class_of(num_rows)
+        with self.lock:
+            if number not in self._by_rows:
+                made = Experience(self.max_nodes, 1 << number, self.acceptance)
+                made._by_rows = self._by_rows
+                if self._is_useless and self._rounds_to_judge == 0:  # to judge it again, one round is enough
+                    made._rounds_to_judge = _ROUNDS_TO_JUDGE_IF_USELESS
+                self._by_rows[number] = made
+            return self._by_rows[number]
 
     # ---- estimates ----
 
     def enter_context(self, num_slots: int) -> None:
         """Selects the statistics for this context length."""
+        if num_slots == self._num_slots:
+            return
+        self._num_slots = num_slots
         self._range = max(0, math.ceil(math.log2(max(num_slots, 1) / _FIRST_RANGE)))
 
     def next_to_explore(self) -> int | None:
         """The number of nodes whose cost this round should measure; `None`: no measurement, take the size that pays.
         Called once per round."""
         if self._range not in self._num_trials:
-            # 16, then the sizes furthest from it: a few costs are enough to interpolate the others.
-            order = sorted(self.sizes, key=lambda size: -abs(math.log2(size / 16)))
-            self._num_trials[self._range] = dict.fromkeys(([16] if 16 in order else []) + order, 0)
+            # 16 for one row, then the sizes furthest from it: a few costs are enough to interpolate the others.
+            first = self._largest_unproven_size
+            order = sorted(self.sizes, key=lambda size: -abs(math.log2(size / first)))
+            self._num_trials[self._range] = dict.fromkeys(([first] if first in order else []) + order, 0)
         self._num_rounds += 1
         num_trials = self._num_trials[self._range]
         is_proven = (self._drafted_tokens.value or 1.0) > 1.0
         if not is_proven and self._rounds_to_judge == 0:
             return None  # nothing was accepted, so no size pays, whatever it costs
         size = min(
-            (size for size in num_trials if is_proven or size <= _LARGEST_UNPROVEN_SIZE), key=num_trials.__getitem__
+            (size for size in num_trials if is_proven or size <= self._largest_unproven_size),
+            key=num_trials.__getitem__,
         )
         if num_trials[size] >= _TRIALS_PER_SIZE or self._num_rounds % _ROUNDS_PER_TRIAL != 1:
             return None
@@ -168,7 +182,7 @@ class Experience:
         their ratios are meaningful."""
         line, plain = self._costs.get(self._range), self._plain_costs.get(self._range)
         costs = (
-            [1.0 + _PRIOR_SLOPE * nodes for nodes in range(1, num_nodes + 1)]
+            [1.0 + self._prior_slope * nodes for nodes in range(1, num_nodes + 1)]
             if line is None
             else line.up_to(num_nodes)
         )
@@ -177,20 +191,6 @@ class Experience:
                 costs = [plain.value * cost for cost in costs]
             costs[0] = min(plain.value, costs[0])
         return costs
-
-    def acceptance(self, log_prob: float, is_best: bool) -> float:
-        """The probability that a node is accepted, given its cumulative log-probability and whether it is the best
-        node of its level."""
-        if not log_prob > _LEAST_LOG_PROB:  # true for NaN too
-            return 0.0
-        index = _bin_index(log_prob)
-        accepted, seen = self._accepted[is_best][index], self._seen[is_best][index]
-        return (accepted + _PRIOR_WEIGHT * math.exp(log_prob)) / (seen + _PRIOR_WEIGHT)
-
-    @property
-    def step(self) -> float:
-        """The probability that an accepted path which reaches a level also reaches the next one."""
-        return 1.0 if self._steps.value is None else self._steps.value
 
     def width_to_explore(self, widest: int) -> int:
         """Chooses the width up to `widest` whose cost was measured least often, and counts one more measurement."""
@@ -211,15 +211,21 @@ class Experience:
             return None
         return (_PRIOR_ROUNDS * mean_tokens + tokens) / (_PRIOR_ROUNDS * mean_seconds + seconds)
 
-    def seconds_of_level(self, width: int) -> float | None:
-        """Cost of drafting one more level and verifying its nodes; `None` before a level was measured."""
+    def seconds_of_levels(self, widths: Sequence[int]) -> list[float] | None:
+        """Costs of drafting one more level of each width and verifying its nodes; `None` before a level was
+        measured."""
         if not self._level_costs:
             return None
-        # A level costs no more than a wider one. If it was measured higher, the measurement included warming up.
-        known = [_lower_quartile(costs) for measured, costs in self._level_costs.items() if measured >= width]
-        seconds = min(known) if known else _lower_quartile(self._level_costs[max(self._level_costs)])
+        typical = {width: _lower_quartile(costs) for width, costs in self._level_costs.items()}
         line = self._costs.get(self._range)
-        return seconds + (0.0 if line is None else width * line.slope)
+        slope = 0.0 if line is None else line.slope
+        # A level costs no more than a wider one. If it was measured higher, the measurement included warming up.
+        widest = typical[max(typical)]
+        return [
+            min((seconds for measured, seconds in typical.items() if measured >= width), default=widest)
+            + width * slope
+            for width in widths
+        ]
 
     @property
     def is_paused(self) -> bool:
@@ -237,7 +243,7 @@ class Experience:
             self._pause_left -= 1
             if self._pause_left == 0:
                 self._rounds_to_judge = _ROUNDS_TO_JUDGE_IF_USELESS if self._is_useless else _ROUNDS_TO_JUDGE_AGAIN
-                self._drafted_tokens, self._drafted_seconds = _Mean(), _Mean()
+                self._drafted_tokens, self._drafted_seconds = RunningMean(), RunningMean()
             return False
         if self._rounds_to_judge > 0:
             return True
@@ -254,25 +260,13 @@ class Experience:
     def add_verification(self, num_nodes: int, seconds: float) -> None:
         """Records the cost of a round with `num_nodes` nodes, without drafting."""
         if num_nodes == 1:
-            self._plain_costs.setdefault(self._range, _Mean()).add(seconds)
+            self._plain_costs.setdefault(self._range, RunningMean()).add(seconds)
         else:
-            self._costs.setdefault(self._range, _Line()).add(num_nodes, seconds)
+            self._costs.setdefault(self._range, _Line(self._prior_slope)).add(num_nodes, seconds)
 
     def add_level(self, width: int, seconds: float) -> None:
         """Records the cost of drafting a level of `width` nodes."""
         self._level_costs.setdefault(width, deque(maxlen=_NUM_COSTS_KEPT)).append(seconds)
-
-    def add_step(self, share: float) -> None:
-        """Records the probability of reaching a level, divided by that of reaching the level above it."""
-        self._steps.add(share)
-
-    def add_node(self, log_prob: float, is_best: bool, is_accepted: bool) -> None:
-        """Records whether a node was accepted."""
-        if not log_prob > _LEAST_LOG_PROB:
-            return
-        index = _bin_index(log_prob)
-        self._accepted[is_best][index] = 0.99 * self._accepted[is_best][index] + is_accepted
-        self._seen[is_best][index] = 0.99 * self._seen[is_best][index] + 1.0
 
     def add_round(self, is_drafted: bool, num_tokens: float, seconds: float) -> None:
         """Records the tokens and the time of a whole round."""
@@ -284,14 +278,15 @@ class Experience:
         self._drafted_seconds.add(seconds)
 
 
+def _class_of(num_rows: int) -> int:
+    """Numbers of rows with the same result share an experience: 1, 2, 3 to 4, 5 to 8, ..."""
+    return (num_rows - 1).bit_length()
+
+
 def _lower_quartile(costs: Sequence[float]) -> float:
     """The lower quartile as a typical cost. The mean would be too high: the first costs include warming up, and now
     and then another process takes the processor. A width that seems too expensive would never be measured again."""
     return sorted(costs)[len(costs) // 4]
-
-
-def _bin_index(log_prob: float) -> int:
-    return min(_NUM_BINS - 1, int(-log_prob * _BINS_PER_OCTAVE / math.log(2)))
 
 
 __all__ = ["Experience"]

@@ -125,9 +125,9 @@ class TreeGrowth:
     def narrow(self, width: int) -> None:
         """Reduces the frontier to its `width` best nodes."""
         batch_size = self._places.shape[0]
-        self.frontier_scores = self.frontier_scores[:, :width]
-        self.frontier_tokens = self.frontier_tokens[:, :width]
-        self._places = self._places[:, :width]
+        self.frontier_scores = self.frontier_scores.narrow(1, 0, width)
+        self.frontier_tokens = self.frontier_tokens.narrow(1, 0, width)
+        self._places = self._places.narrow(1, 0, width)
         if self.above is not None:
             self.above = self.above.view(batch_size, -1)[:, :width].reshape(-1)
 

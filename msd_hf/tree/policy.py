@@ -37,13 +37,14 @@ class TreePolicy:
     def leave_out(self, seconds: float) -> None:
         """Leaves out time at the beginning of this round that other rounds do not need."""
 
-    def begin_round(self, tokens_left: int | None, num_slots: int) -> TreeSettings:
+    def begin_round(self, tokens_left: int | None, num_slots: int, num_rows: int = 1) -> TreeSettings:
         """
         Begins a round, and returns the bounds of its tree.
 
         Args:
             tokens_left (`int`, *optional*): tokens that may still be emitted; `None`: no limit.
             num_slots (`int`): length of the context, in slots.
+            num_rows (`int`, defaults to 1): rows of the batch that still run.
         """
         return self.settings.limited_to(tokens_left)
 
@@ -68,8 +69,9 @@ class AdaptiveTreePolicy(TreePolicy):
     levels, and by how often nodes were accepted. When drafting does not pay, it drafts no tree, and tries again from
     time to time.
 
-    The measurements are kept between calls, separately for each pair of draft and target, device, dtype, batch size
-    and range of context lengths.
+    The measurements are kept between calls, separately for each pair of draft and target, device, dtype, range of
+    context lengths and number of rows that still run: when most rows of a batch have ended, larger trees pay for the
+    others.
 
     Args:
         settings (`TreeSettings`): bounds of the size of the trees.
@@ -86,6 +88,7 @@ class AdaptiveTreePolicy(TreePolicy):
         super().__init__(settings)
         self.experience = experience
         self.eos_token_ids = frozenset(eos_token_ids)
+        self._widths = level_widths(settings.top_k)
         self._undrafted = TreeSettings(1, 0, settings.top_k)
         self._drafts = True  # whether this round drafts a tree
         self._tokens = self._seconds = 0.0  # totals of this call's rounds
@@ -104,7 +107,11 @@ class AdaptiveTreePolicy(TreePolicy):
     def leave_out(self, seconds: float) -> None:
         self._round_start += seconds
 
-    def begin_round(self, tokens_left: int | None, num_slots: int) -> TreeSettings:
+    def begin_round(self, tokens_left: int | None, num_slots: int, num_rows: int = 1) -> TreeSettings:
+        experience = self.experience.for_rows(num_rows)
+        if experience is not self.experience:  # rows have ended, so that a round costs less
+            self.experience = experience
+            self._tokens = self._seconds = 0.0
         self._num_slots = num_slots
         self._round_start = time.perf_counter()
         self._reach, self._level, self._best_scores = None, None, []
@@ -113,7 +120,7 @@ class AdaptiveTreePolicy(TreePolicy):
             self._drafts = self.experience.drafting_pays() if self._explored_size is None else self._explored_size > 1
             if not self._drafts:
                 return self._undrafted
-            self._prices = {width: self._price(width) for width in level_widths(self.settings.top_k)}
+            self._prices = self._current_prices()
         return self.settings.limited_to(tokens_left)
 
     @contextmanager
@@ -151,7 +158,10 @@ class AdaptiveTreePolicy(TreePolicy):
         if reach == 0.0:  # the output ends here, which says nothing about other levels
             return 0
         step = self._record_reach(reach)
-        gains = {width: min(1.0, sum(chances[:width])) * step - price for width, price in self._prices.items()}
+        sums = list(accumulate(chances, initial=0.0))
+        gains = {
+            width: min(1.0, sums[min(width, len(chances))]) * step - price for width, price in self._prices.items()
+        }
         best_width = max(gains, key=gains.__getitem__)
         return best_width if gains[best_width] > 0.0 else 0
 
@@ -164,23 +174,22 @@ class AdaptiveTreePolicy(TreePolicy):
             and not this tree's own, because after an unsure token the draft is as sure as ever.
         """
         if self._reach:
-            self.experience.add_step(min(1.0, reach / self._reach))
+            self.experience.acceptance.add_step(min(1.0, reach / self._reach))
         self._reach = reach
-        return self.experience.step
+        return self.experience.acceptance.step
 
     def _chances(self, scores: list[list[float]]) -> list[float]:
         """The probabilities that nodes with the given scores (one list per row) are accepted, averaged over rows."""
         acceptance = self.experience.acceptance
-        rows = [
-            [acceptance(score, score in best) for score in row]
-            for best, row in zip(self._best_scores, scores, strict=True)
-        ]
+        rows = [acceptance.chances(row, best) for best, row in zip(self._best_scores, scores, strict=True)]
         return rows[0] if len(rows) == 1 else [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
-    def _price(self, width: int) -> float:
-        """The cost of a level, in tokens: how many this call emits in the time that the level takes."""
-        seconds, rate = self.experience.seconds_of_level(width), self._rate
-        return _INITIAL_PRICE if seconds is None or rate is None else seconds * rate
+    def _current_prices(self) -> dict[int, float]:
+        """The cost of a level of each width, in tokens: how many this call emits in the time that the level takes."""
+        costs, rate = self.experience.seconds_of_levels(self._widths), self._rate
+        if costs is None or rate is None:
+            return dict.fromkeys(self._widths, _INITIAL_PRICE)
+        return {width: seconds * rate for width, seconds in zip(self._widths, costs, strict=True)}
 
     @property
     def _rate(self) -> float | None:
@@ -235,7 +244,7 @@ class AdaptiveTreePolicy(TreePolicy):
             for scores, path, best in zip(tree.scores[:, 1:].tolist(), paths, self._best_scores, strict=True):
                 accepted = set(path)
                 for node, score in enumerate(scores, start=1):
-                    experience.add_node(score, score in best, node in accepted)
+                    experience.acceptance.add_node(score, score in best, node in accepted)
 
     def add_to_call(self, tokens: float, seconds: float) -> None:
         """Records the tokens and the time of rounds of this call."""
