@@ -172,8 +172,8 @@ def test_the_command_recovers_a_spoilt_draft(data, run, tmp_path):
     spoilt = {"rope_parameters": rope(1e6), "decouple_visual_tokens": False}
     MSDDraftModel.from_pretrained(DRAFT_DIR, **spoilt).save_pretrained(tmp_path / "spoilt")
     before = {path.name: path.read_bytes() for path in (tmp_path / "spoilt").iterdir()}
-    options = ("--target", TARGET_DIR, "--draft", tmp_path / "spoilt", "--data", data, "--max-new-tokens", 16)
-    options = (*options, "--num-prompts", 3, "--output")
+    options = ("--target", TARGET_DIR, "--draft", tmp_path / "spoilt", "--data", data, "--max-new-tokens", 24)
+    options = (*options, "--num-prompts", 4, "--output")
     code, out, err = run("tune", *options, tmp_path / "tuned")
     assert code == 0, err
     config = json.loads((tmp_path / "tuned" / "config.json").read_text())
