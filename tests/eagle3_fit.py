@@ -19,7 +19,7 @@ BATCH_SIZE = 16
 
 
 def fit_eagle3(
-    target: PreTrainedModel, processor: Any, per_kind: int = 40, steps: int = 800, **fields: Any
+    target: PreTrainedModel, processor: Any, per_kind: int = 30, steps: int = 500, **fields: Any
 ) -> Eagle3DraftModel:
     """A draft of the toy target with these fields, fitted to answers to `per_kind` questions of each kind."""
     with torch.random.fork_rng(devices=[]):

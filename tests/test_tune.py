@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import BatchFeature
 
 from msd_hf import AutoDraft, Eagle3DraftConfig, Eagle3DraftModel, MSDDraftModel, MSDError, MSDPairingError
+from msd_hf.draft import readings
 from msd_hf.draft.readings import OtherReadings
 from msd_hf.draft.refitted import with_fields
 from msd_hf.errors import MSDUnsupportedError
@@ -86,6 +87,13 @@ def test_ties_and_gains_of_chance_keep_the_present_value():
     assert [(trial.field, trial.value) for trial in trials if trial.is_kept] == [("a", 0), ("b", 0)]
 
 
+def test_of_equally_good_values_the_likeliest_is_taken():
+    fields, best, *_ = search(lambda a: [1, 3.0, 3.02, 2.9, 3.01][a], {"a": [1, 2, 3, 4]}, a=0)
+    assert fields == {"a": 1} and best == 3.0
+    fields, *_ = search(lambda a: [2.97, 3.0, 3.04][a], {"a": [1, 2]}, a=0)
+    assert fields == {"a": 2}  # 1 is about as good, but not clearly better than what is there
+
+
 def test_a_draft_that_is_refused_as_it_is():
     fields, best, *_ = search(lambda a: [0, 1.0, 1.2][a], {"a": [1, 2]}, a=0)
     assert fields == {"a": 2} and best == 1.2
@@ -97,17 +105,17 @@ def test_a_draft_that_is_refused_as_it_is():
 def test_the_readings_of_an_eagle3_draft():
     config = tiny.build_target(num_layers=20).config
     draft = Eagle3DraftConfig.from_target(config, rope_parameters=rope(7e4), check=False)
-    readings = {choice.field: choice for choice in draft.other_readings(config, 20)}
-    assert list(readings) == [
+    choices = {choice.field: choice for choice in draft.other_readings(config, 20)}
+    assert list(choices) == [
         "eagle_aux_hidden_state_layer_ids",
         "norm_before_residual",
         "norm_output",
         "rope_parameters",
         "visual_positions",
     ]
-    assert readings["eagle_aux_hidden_state_layer_ids"].values == [[3, 11, 18], [1, 9, 16]]
-    assert [value["rope_theta"] for value in readings["rope_parameters"].values] == [1e4, 5e5, 1e6, 5e6]
-    assert readings["visual_positions"].values == ["placeholder", "pooled", "dropped"]
+    assert choices["eagle_aux_hidden_state_layer_ids"].values == [[3, 11, 18], [1, 9, 16]]
+    assert [value["rope_theta"] for value in choices["rope_parameters"].values] == [1e4, 5e5, 1e6, 5e6]
+    assert choices["visual_positions"].values == ["placeholder", "pooled", "dropped"]
     draft = Eagle3DraftConfig.from_target(
         config,
         eagle_aux_hidden_state_layer_ids=[4, 20],
@@ -117,10 +125,10 @@ def test_the_readings_of_an_eagle3_draft():
         rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
         check=False,
     )
-    readings = {choice.field: choice.values for choice in draft.other_readings(config, 20)}
-    assert readings["eagle_aux_hidden_state_layer_ids"] == [[3, 19]]
-    assert readings["visual_positions"] == ["placeholder", "dropped"]
-    assert rope(1e4) in readings["rope_parameters"]
+    choices = {choice.field: choice.values for choice in draft.other_readings(config, 20)}
+    assert choices["eagle_aux_hidden_state_layer_ids"] == [[3, 19]]
+    assert choices["visual_positions"] == ["placeholder", "dropped"]
+    assert rope(1e4) in choices["rope_parameters"]
 
 
 # The same weights under another configuration.
@@ -168,7 +176,8 @@ def data(tmp_path_factory):
     return folder / "visual.json"
 
 
-def test_the_command_recovers_a_spoilt_draft(data, run, tmp_path):
+def test_the_command_recovers_a_spoilt_draft(data, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(readings, "_THETAS", (1e4,))
     spoilt = {"rope_parameters": rope(1e6), "decouple_visual_tokens": False}
     MSDDraftModel.from_pretrained(DRAFT_DIR, **spoilt).save_pretrained(tmp_path / "spoilt")
     before = {path.name: path.read_bytes() for path in (tmp_path / "spoilt").iterdir()}
@@ -221,7 +230,7 @@ def test_bad_input_is_refused_before_anything_is_measured(options, message, data
 
 @pytest.mark.slow
 def test_an_eagle3_draft_that_was_spoilt_in_three_fields_is_recovered(data, run, tmp_path):
-    """Wrong layers, a wrong norm flag and a wrong theta, one by one and at once."""
+    """Wrong layers (those before), a wrong norm flag and a wrong theta, one by one and at once."""
     target, processor = load_target_and_processor(TARGET_DIR)
     right = {
         "eagle_aux_hidden_state_layer_ids": [2, 10, 17],
@@ -230,11 +239,11 @@ def test_an_eagle3_draft_that_was_spoilt_in_three_fields_is_recovered(data, run,
     }
     fit_eagle3(target, processor, **right).save_pretrained(tmp_path / "draft")
     wrong = {
-        "eagle_aux_hidden_state_layer_ids": [3, 11, 18],
+        "eagle_aux_hidden_state_layer_ids": [1, 9, 16],
         "norm_before_residual": False,
         "rope_parameters": rope(1e6),
     }
-    options = ("--target", TARGET_DIR, "--data", data)
+    options = ("--target", TARGET_DIR, "--data", data.with_name("train.json"))
     for number, names in enumerate((*([name] for name in wrong), list(wrong))):
         draft = AutoDraft.from_pretrained(tmp_path / "draft", **{name: wrong[name] for name in names})
         draft.save_pretrained(tmp_path / f"spoilt-{number}")

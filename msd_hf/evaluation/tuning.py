@@ -25,7 +25,8 @@ from ..tree.settings import DEFAULT_TREE_DEPTH
 from .bench_prompts import BenchPrompt
 
 
-# A value replaces the present one if it gives this share more tokens a round. Less is chance with 20 prompts.
+# A value replaces the present one if it gives this share more tokens a round. Less is chance with 20 prompts, so of
+# several about as good ones the likeliest is taken.
 LEAST_GAIN = 0.02
 # Chains, because trees hide a part of the difference. Their size must not depend on the machine.
 _CHAIN = {
@@ -136,9 +137,7 @@ def _search(
             values = [value for value in (own, *choice.values) if value != present]
             is_news = any(not measure.knows({**fields, choice.field: value}) for value in values)
             taus = [measure({**fields, choice.field: value}) for value in values]
-            best = max(range(len(values)), key=taus.__getitem__, default=None)
-            if best is not None and taus[best] <= tau * (1 + LEAST_GAIN):
-                best = None
+            best = _better(taus, tau)
             if is_news:
                 trials.append(Trial(choice.field, present, tau, True, best is None))
                 trials += [
@@ -150,6 +149,13 @@ def _search(
         if fields == before:
             break
     return {name: value for name, value in fields.items() if value != getattr(config, name)}, tau, trials
+
+
+def _better(taus: Sequence[float], present: float) -> int | None:
+    """The number of the value to change to, `None` for none: the first, and so the likeliest, of those that are better
+    than the present one, and about as good as the best."""
+    least = max(present * (1 + LEAST_GAIN), max(taus, default=0) / (1 + LEAST_GAIN))
+    return next((number for number, tau in enumerate(taus) if tau >= least and tau > present), None)
 
 
 class _Measure:
