@@ -210,6 +210,7 @@ def test_a_mount_point_and_an_unreadable_folder_are_refused(tmp_path, monkeypatc
     [
         ("convert", "source", "out"),
         ("draft-vocab", "--target", "nowhere", "--draft", "nowhere", "--data", "nothing.json", "--output", "out"),
+        ("tune", "--target", "nowhere", "--draft", "nowhere", "--data", "nothing.json", "--output", "out"),
     ],
 )
 def test_a_destination_is_refused_before_anything_is_loaded(command, tmp_path, run, monkeypatch):

@@ -298,6 +298,11 @@ def build_world(folder: Path) -> dict[str, Command]:
             {**pair, "--data": good, "--output": "out", "--size": "40"},
             {**pairs, **reading, "--output": outputs, "--data": data, "--size": HUGE, "--overwrite": [""]},
         ),
+        "tune": Command(
+            ["tune"],
+            {**pair, "--data": good, "--output": "out", "--num-prompts": "1", "--max-new-tokens": "4"},
+            {**pairs, **reading, **where, "--output": outputs, "--data": data, "--num-prompts": HUGE},
+        ),
         "data check": Command(
             ["data", "check"],
             {"--target": target, "--data": visual},

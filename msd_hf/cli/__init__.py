@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from . import answer, bench, checkpoints, doctor, exporting, publishing, serve, train, training_data
+from . import answer, bench, checkpoints, doctor, exporting, publishing, serve, train, training_data, tune
 from .failures import exit_status
 
 
@@ -50,6 +50,7 @@ app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options"
 app.command()(training_data.extract)
 app.command(name="regenerate")(training_data.regenerate_answers)
 app.command()(checkpoints.draft_vocab)
+app.command()(tune.tune)
 app.command()(exporting.export)
 app.command()(doctor.doctor)
 app.command()(publishing.drafts)

@@ -56,12 +56,12 @@ def convert(
         return
     with replaced_folder(destination, DRAFT_FOLDER, overwrite) as temporary:
         model.save_pretrained(temporary)
-        _keep_documents(source, temporary)
+        keep_documents(source, temporary)
     console.print(f"Wrote {destination} ({model.num_parameters():,} parameters, {model.dtype}).")
     print_next("generate", "--target", "TARGET", "--draft", destination, "--image", "PICTURE", "--prompt", "QUESTION")
 
 
-def _keep_documents(source: str, folder: Path, changed: str | None = None) -> None:
+def keep_documents(source: str, folder: Path, changed: str | None = None) -> None:
     """Copies the card and the record of the training from one draft to a draft that was made from it."""
     from ..draft.files import find_file
     from ..hub.card import CARD_NAME, PROVENANCE_NAME, copy_card
@@ -136,6 +136,6 @@ def draft_vocab(
     with replaced_folder(output, DRAFT_FOLDER, overwrite) as temporary:
         model.save_pretrained(temporary)
         changed = f"This draft chooses candidates from {len(tokens):,} tokens only. Figures above are without that."
-        _keep_documents(draft, temporary, changed)
+        keep_documents(draft, temporary, changed)
     console.print(f"Wrote {output}", soft_wrap=True)
     print_next("bench", "--target", target, "--draft", output, "--data", data[0])

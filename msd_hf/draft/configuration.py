@@ -10,6 +10,7 @@ from transformers.utils import CONFIG_NAME, logging
 
 from .files import LOCATION_ARGUMENTS, errors_name_file, location_of, read_json, require_file
 from .limits import check_dtype, check_limits, check_rope
+from .readings import OtherReadings, other_ropes
 
 
 logger = logging.get_logger(__name__)
@@ -35,6 +36,7 @@ _OTHER_ENTRIES = (
 
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
     from transformers import PreTrainedConfig as _Base
 else:
     _Base = object
@@ -57,6 +59,17 @@ class DraftConfigMixin(_Base):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         super().__post_init__(**kwargs)
+
+    def other_readings(self, target_config: PreTrainedConfig, num_layers: int) -> list[OtherReadings]:
+        """
+        The fields that may have been read wrongly, with the other values that the weights fit, in the order in which
+        they matter.
+
+        Args:
+            target_config: configuration of the target.
+            num_layers (`int`): decoder layers of the target.
+        """
+        return [other_ropes(self, target_config)]
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

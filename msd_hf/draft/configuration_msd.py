@@ -11,6 +11,7 @@ from ..hub.fingerprint import identify_target
 from .configuration import HINT, TARGET_FIELDS, DraftConfigMixin
 from .interface import check_target_of_draft
 from .limits import check_limits
+from .readings import OtherReadings
 from .target_sizes import draft_fields, generating_model
 
 
@@ -118,6 +119,11 @@ class MSDDraftConfig(DraftConfigMixin, PreTrainedConfig):
     def validate_architecture(self):
         """Checks all fields as they are now. `@strict` calls this method."""
         check_limits(self)
+
+    def other_readings(self, target_config: PreTrainedConfig, num_layers: int) -> list[OtherReadings]:
+        """As in every kind of draft; and whether visual positions are decoupled."""
+        decoupling = OtherReadings("decouple_visual_tokens", [not self.decouple_visual_tokens], needs_image=True)
+        return [*super().other_readings(target_config, num_layers), decoupling]
 
     @classmethod
     def from_target(

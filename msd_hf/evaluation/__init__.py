@@ -5,6 +5,7 @@ from .agreement import Disagreement, find_disagreement
 from .comparison import Comparison, compare
 from .methods import METHODS, Method
 from .timed_run import TimedRun, timed_generate
+from .tuning import TuneResult, tune_draft
 
 
 __all__ = [
@@ -13,8 +14,10 @@ __all__ = [
     "Disagreement",
     "Method",
     "TimedRun",
+    "TuneResult",
     "compare",
     "find_disagreement",
     "mean_acceptance_length",
     "timed_generate",
+    "tune_draft",
 ]

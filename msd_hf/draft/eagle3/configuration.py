@@ -12,10 +12,16 @@ from ...hub.fingerprint import identify_target
 from ..configuration import DraftConfigMixin
 from ..interface import VISUAL_POSITIONS, check_target_of_draft
 from ..limits import check_limits
+from ..readings import OtherReadings, others
 from ..target_sizes import draft_fields, generating_model
 
 
 NUM_PARTS = 3  # layers of the target that a draft reads, if the configuration does not name them
+
+
+def default_aux_ids(num_layers: int) -> list[int]:
+    """The hidden states that a draft reads of a target with `num_layers` layers if its configuration names none."""
+    return [2, num_layers // 2, num_layers - 3]
 
 
 @strict
@@ -148,6 +154,27 @@ class Eagle3DraftConfig(DraftConfigMixin, PreTrainedConfig):
         ids = self.eagle_aux_hidden_state_layer_ids
         return NUM_PARTS if ids is None else len(ids)
 
+    def aux_ids(self, num_layers: int) -> list[int]:
+        """The hidden states that the draft reads of a target with `num_layers` layers, whether it has them or not."""
+        ids = self.eagle_aux_hidden_state_layer_ids
+        return default_aux_ids(num_layers) if ids is None else ids
+
+    def other_readings(self, target_config: PreTrainedConfig, num_layers: int) -> list[OtherReadings]:
+        """Readings in which programs differ, see `examples/OTHER_DRAFTS.md`."""
+        present = self.aux_ids(num_layers)
+        ids = [present, default_aux_ids(num_layers)] if self.num_parts == NUM_PARTS else [present]
+        moved = [[number + by for number in some] for some in ids for by in (0, 1, -1)]
+        fitting = [some for some in moved if len(set(some)) == len(some) and 0 <= min(some) <= max(some) <= num_layers]
+        is_narrow = self.target_width != self.hidden_size
+        policies = [policy for policy in VISUAL_POSITIONS if not (is_narrow and policy == "image_embedding")]
+        return [
+            OtherReadings("eagle_aux_hidden_state_layer_ids", others(present, fitting)),
+            OtherReadings("norm_before_residual", [not self.norm_before_residual]),
+            OtherReadings("norm_output", [not self.norm_output]),
+            *super().other_readings(target_config, num_layers),
+            OtherReadings("visual_positions", others(self.visual_positions, policies), needs_image=True),
+        ]
+
     @classmethod
     def from_target(
         cls, target: PreTrainedModel | PreTrainedConfig, *, check: bool = True, **overrides: Any
@@ -179,4 +206,4 @@ class Eagle3DraftConfig(DraftConfigMixin, PreTrainedConfig):
         return cls(**fields)
 
 
-__all__ = ["NUM_PARTS", "Eagle3DraftConfig"]
+__all__ = ["NUM_PARTS", "Eagle3DraftConfig", "default_aux_ids"]

@@ -183,11 +183,11 @@ class Eagle3DraftModel(DraftPreTrainedModel):
         """
         num_layers = len(decoder.layers)
         ids = self.config.eagle_aux_hidden_state_layer_ids
-        chosen = (2, num_layers // 2, num_layers - 3) if ids is None else ids
+        chosen = self.config.aux_ids(num_layers)
         if len(set(chosen)) < self.config.num_parts or not 0 <= min(chosen) <= max(chosen) <= num_layers:
             where = "by default, 2, n // 2 and n - 3" if ids is None else "`eagle_aux_hidden_state_layer_ids`"
             raise MSDPairingError(
-                f"The draft reads the hidden states {list(chosen)} ({where}) of a target that has {num_layers} "
+                f"The draft reads the hidden states {chosen} ({where}) of a target that has {num_layers} "
                 f"layers, expected {self.config.num_parts} different ones from 0 to {num_layers}. Load the draft with "
                 "`eagle_aux_hidden_state_layer_ids=[...]`, or use the one that was trained for this target."
             )
