@@ -13,15 +13,15 @@ from transformers.utils import logging
 
 from ...draft.folder import DRAFT_FOLDER
 from ...errors import errors_end_script
-from ...loading import load_processor, load_target, load_target_and_processor
+from ...loading import load_target_and_processor
 from ...terminal import make_console
 from ...writing.destination import check_destination
-from ..accuracy import accuracy_table, generate_answers, score_answers
 from ..draft import save_draft, train_draft
 from ..stages import stage
 from ..target import deepen, save_target
 from ..training import Budget
-from .dataset import KIND_GROUPS, HardSamples, SampleKind, make_evaluation_prompts
+from .dataset import HardSamples, SampleKind
+from .evaluate import print_accuracy
 from .processor import MAX_LENGTH, build_processor
 from .target import (
     DEEP_LESSON,
@@ -97,13 +97,6 @@ def build_target_folder(
     console.print(f"{model.num_parameters():,} parameters, {torch.get_num_threads()} threads")
     train_target(model, processor, DEEP_LESSON, Budget(deep_steps), seed + len(LESSONS) + 1, DEEP_RATE)
     save_target(model, processor, folder)
-
-
-def print_accuracy(folder: Path, prompts_per_kind: int, seed: int) -> None:
-    """Prints the accuracy of generated answers on the test split, by kind of question."""
-    prompts = make_evaluation_prompts(prompts_per_kind, seed)
-    answers = generate_answers(load_target(folder), load_processor(folder), prompts, max_new_tokens=200)
-    console.print(accuracy_table(score_answers(prompts, answers), KIND_GROUPS))
 
 
 def draft_samples(num_samples: int, seed: int) -> dict[Any, HardSamples]:
