@@ -134,6 +134,30 @@ def test_large_trees_are_not_tried_before_draft_tokens_are_accepted():
     assert {experience.next_to_explore() for _ in range(60)} == {None, 32, 64}
 
 
+def test_costs_are_those_of_the_rows_that_still_run():
+    """When most rows of a batch have ended, a round costs less, and larger trees pay for the others."""
+    experience = Experience(64)
+    policy = AdaptiveTreePolicy(TreeSettings(64, 15, 4, is_auto=True), experience.for_rows(32))
+    for num_rows, seconds in ((32, 9.0), (1, 2.0)):
+        policy.begin_round(None, 100, num_rows)
+        policy.experience.add_verification(1, seconds)
+        policy.experience.acceptance.add_step(0.5)
+    assert [experience.for_rows(rows).seconds_up_to(1)[0] for rows in (32, 20, 1)] == [9.0, 9.0, 2.0]
+    assert experience.acceptance.steps.weight > 1.9  # acceptance is that of the draft, whatever the rows
+
+
+def test_a_batch_measures_small_trees_first():
+    """A useless draft must not cost a forward of hundreds of nodes before that is known."""
+    for num_rows, sizes in ((1, {1, 4, 8, 16}), (4, {1, 4}), (32, {1, 2})):
+        experience = Experience(64).for_rows(num_rows)
+        experience.enter_context(100)
+        experience.add_round(True, 1.0, 1.0)
+        assert {experience.next_to_explore() for _ in range(60)} == {None, *sizes}
+        experience.add_round(True, 3.0, 1.0)
+        larger = {experience.next_to_explore() for _ in range(60)} - {None}
+        assert larger and max(larger) * num_rows <= 256
+
+
 def test_levels_become_as_wide_as_pays():
     """If two candidates are likely, both are expanded unless that costs much more than expanding one."""
     settings = TreeSettings(64, 15, 4, is_auto=True)
@@ -364,15 +388,16 @@ def test_after_drafting_has_paid_the_next_pause_is_a_short_one():
 
 
 def test_what_is_learnt_is_kept_apart_by_batch_size():
-    """A verification of a larger batch costs more, and its rows have another acceptance."""
+    """A verification of a larger batch costs more."""
     pair = tiny.pair(1)
     draft = with_auto_tree(pair.draft)
     seen = []
     for batch_size in (1, 2, 4, 1, 2, 4):
         inputs = tiny.left_padded([tiny.make_prompt(seed, 5) for seed in range(batch_size)])
         pair.target.generate(**inputs, max_new_tokens=4, assistant_model=draft)
-        seen.append(len(state_of(pair.target, draft).experiences))
-    assert seen == [1, 2, 3, 3, 3, 3]
+        (experience,) = state_of(pair.target, draft).experiences.values()
+        seen.append(sorted(experience._by_rows))
+    assert seen[0] == [0] and {0, 1} <= set(seen[1]) and seen[-1] == [0, 1, 2]
 
 
 def test_a_useless_draft_is_hardly_run():

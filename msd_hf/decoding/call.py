@@ -27,6 +27,7 @@ from ..target.adapter import TargetAdapter
 from ..target.layer_kinds import layer_reaches
 from ..target.support import check_padding, check_positions
 from ..tree.policy import TreePolicy
+from ..tree.saved_experience import Circumstances
 from ..tree.settings import TreeSettings
 from ..tree.suffix import SuffixBranches
 from .batch_selection import BatchSelector
@@ -108,13 +109,8 @@ def prepare_call(
         input_ids, logits_processor, stopping_criteria, generation_config, streamer, keeps_ended_rows=keeps_cache
     )
     batch_size = selector.batch_size
-    circumstances = (
-        str(draft.device),
-        draft.dtype,
-        target.dtype,
-        target.config._attn_implementation,
-    )
-    policy = pair.tree_policy(settings, circumstances, selector.eos_token_ids, batch_size)
+    circumstances = _circumstances(target, draft, batch_size if selector.in_step and batch_size > 1 else 0)
+    policy = pair.tree_policy(settings, circumstances, draft, selector.eos_token_ids, batch_size)
 
     num_slots = _slots_after_prompt(cache, input_ids, generation_config, model_kwargs)
     max_slots = num_slots + max(generation_config.max_length - input_ids.shape[1], 0)
@@ -157,6 +153,23 @@ def prepare_call(
         flags=flags,
         keeps_cache=keeps_cache,
         num_fixed_nodes=num_fixed_nodes,
+    )
+
+
+def _circumstances(target: PreTrainedModel, draft: Draft, rows_in_step: int) -> Circumstances:
+    """What the costs of a round depend on, in words that name no machine."""
+    device, config = draft.device, target.config.get_text_config(decoder=True)
+    is_gpu = device.type == "cuda"
+    return Circumstances(
+        device=torch.cuda.get_device_name(device) if is_gpu else f"{device.type}, {torch.get_num_threads()} threads",
+        draft_dtype=str(draft.dtype).removeprefix("torch."),
+        target_dtype=str(target.dtype).removeprefix("torch."),
+        attention=target.config._attn_implementation,
+        target=config.model_type,
+        hidden_size=getattr(config, "hidden_size", None),
+        num_layers=getattr(config, "num_hidden_layers", None),
+        vocab_size=getattr(config, "vocab_size", None),
+        rows_in_step=rows_in_step,
     )
 
 

@@ -13,6 +13,7 @@ from ..compiled.cuda_graphs import RecordingMemory
 from ..kv.fixed import SpareBuffers
 from ..tree.experience import Experience
 from ..tree.policy import AdaptiveTreePolicy, TreePolicy
+from ..tree.saved_experience import Circumstances, forget, table_of
 from ..tree.settings import TreeSettings
 from .notice import AcceptanceNotice
 
@@ -54,7 +55,8 @@ class PairState:
     def tree_policy(
         self,
         settings: TreeSettings,
-        circumstances: Hashable,
+        circumstances: Circumstances,
+        draft: Any,
         eos_token_ids: Collection[int] = (),
         num_rows: int = 1,
     ) -> TreePolicy:
@@ -64,14 +66,18 @@ class PairState:
 
         Args:
             settings (`TreeSettings`): settings of the draft's trees.
-            circumstances (`Hashable`): what the costs of a round depend on, besides the settings.
+            circumstances (`Circumstances`): what the costs of a round depend on, besides the settings.
+            draft (`Draft`): the draft, whose checkpoint may bring experience.
             eos_token_ids (`Collection[int]`): tokens that end a text.
             num_rows (`int`, defaults to 1): rows of the batch.
         """
         if not settings.is_auto:
             return TreePolicy(settings)
         with _lock:
-            experience = self.experiences.setdefault((circumstances, settings), Experience(settings.num_nodes))
+            key = str(draft.device), circumstances, settings
+            if key not in self.experiences:
+                self.experiences[key] = table_of(draft).make(circumstances, settings)
+            experience = self.experiences[key]
         return AdaptiveTreePolicy(settings, experience.for_rows(num_rows), eos_token_ids)
 
 
@@ -109,6 +115,7 @@ def release(target_or_draft: Any) -> None:
     # `generate` of a peft model runs its base model, so the pair is that of the base model.
     model = target_or_draft.get_base_model() if hasattr(target_or_draft, "get_base_model") else target_or_draft
     with _lock:
+        forget(model)
         _pairs.pop(model, None)
         _companions.pop(model, None)
         for drafts in list(_pairs.values()):

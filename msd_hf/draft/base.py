@@ -12,6 +12,8 @@ from transformers.core_model_loading import WeightRenaming
 
 from ..errors import MSDUnsupportedError
 from ..tree.settings import TREE_SETTINGS
+from .experience_file import read_experience
+from .files import location_of
 from .hub_mixin import DraftHubMixin
 from .loading import check_loading_info, errors_of_quantised_weights, prepare_loading
 from .weights import IGNORED_WEIGHTS
@@ -95,6 +97,7 @@ class DraftPreTrainedModel(DraftHubMixin, PreTrainedModel):
         """
         if pretrained_model_name_or_path is not None:
             config, kwargs = prepare_loading(cls, pretrained_model_name_or_path, config, kwargs)
+        location = location_of(kwargs)
         return_loading_info = kwargs.pop("output_loading_info", False)
         accept_other_shapes = kwargs.pop("ignore_mismatched_sizes", False)
         with errors_of_quantised_weights(pretrained_model_name_or_path, config):
@@ -113,6 +116,8 @@ class DraftPreTrainedModel(DraftHubMixin, PreTrainedModel):
             loading_info = {**loading_info, "mismatched_keys": set()}
         check_loading_info(pretrained_model_name_or_path, loading_info)
         draft.check_loaded(pretrained_model_name_or_path)
+        if pretrained_model_name_or_path is not None:
+            read_experience(draft, pretrained_model_name_or_path, location)
         return (draft, loading_info) if return_loading_info else draft
 
     def check_loaded(self, name_or_path: Any) -> None:

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..hub.card import CARD_NAME, PROVENANCE_NAME
 from ..hub.finding import FoundDraft, find_drafts
 from ..hub.publishing import check_repo_id, publish_folder
+from .experience_file import write_experience
 
 
 logger = logging.get_logger(__name__)
@@ -66,7 +67,12 @@ class DraftHubMixin:
         return result.drafts
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        *args: Any,
+        push_to_hub: bool = False,
+        save_experience: bool = False,
+        **kwargs: Any,
     ) -> None:
         """
         Saves the draft, as `PreTrainedModel.save_pretrained` does.
@@ -75,15 +81,23 @@ class DraftHubMixin:
             save_directory: the folder.
             push_to_hub (`bool`, defaults to `False`): also upload the draft with its card, to `repo_id` or to a
                 repository with the name of the folder.
+            save_experience (`bool`, defaults to `False`): also save what automatic trees have learnt, in
+                `experience.json`. `from_pretrained` reads it, and calls on the same kind of device, with a target of
+                the same kind and size, begin with it. It is not uploaded.
             args, kwargs: further arguments, those of `push_to_hub` among them.
         """
         model: Any = super()
+        is_main = kwargs.get("is_main_process", True)
         if not push_to_hub:
             model.save_pretrained(save_directory, *args, **kwargs)
+            if save_experience and is_main:
+                write_experience(self, save_directory)
             return
         upload = {name: kwargs.pop(name) for name in _UPLOAD_ARGUMENTS if name in kwargs}
         repo_id = upload.pop("repo_id", None) or Path(save_directory).name
         model.save_pretrained(save_directory, *args, **kwargs)
+        if save_experience and is_main:
+            write_experience(self, save_directory)
         self.push_to_hub(repo_id, **upload)
 
     def push_to_hub(

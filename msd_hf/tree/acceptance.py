@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from .running_mean import RunningMean
+from .state import number
 
 
 # Nodes are counted in bins of log-probability; an octave is a factor of 2 in probability.
@@ -14,6 +16,7 @@ _BINS_PER_OCTAVE, _NUM_BINS = 2, 40
 _BINS_PER_UNIT = _BINS_PER_OCTAVE / math.log(2)
 _LEAST_LOG_PROB = -1e3
 _PRIOR_WEIGHT = 8.0  # weight of the draft's own probability, in observed nodes
+_MOST_LOADED_STEPS = 16.0  # weight of a mean that comes from a file, in measurements
 
 
 class Acceptance:
@@ -60,6 +63,28 @@ class Acceptance:
         index = _bin_index(log_prob)
         self.accepted[is_best][index] = 0.99 * self.accepted[is_best][index] + is_accepted
         self.seen[is_best][index] = 0.99 * self.seen[is_best][index] + 1.0
+
+    def state(self) -> dict[str, Any]:
+        """What was counted, for a file."""
+        bins = {name: [values[False], values[True]] for name, values in self._bins().items()}
+        return {**bins, "steps": self.steps.state()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """
+        Takes over a `state()`. A new answer soon counts as much.
+
+        Raises:
+            ValueError, TypeError, KeyError: when the state is damaged.
+        """
+        for name, values in self._bins().items():
+            for is_best, saved in zip((False, True), state[name], strict=True):
+                if len(saved) != _NUM_BINS:
+                    raise ValueError(f"`{name}` holds {len(saved)} numbers where {_NUM_BINS} are expected.")
+                values[is_best] = [number(value) for value in saved]
+        self.steps = RunningMean.of_state(state["steps"], _MOST_LOADED_STEPS)
+
+    def _bins(self) -> dict[str, dict[bool, list[float]]]:
+        return {"accepted": self.accepted, "seen": self.seen}
 
 
 def _bin_index(log_prob: float) -> int:

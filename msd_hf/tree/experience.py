@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .acceptance import Acceptance
 from .running_mean import RunningMean
+from .state import count, number
 
 
 # Sizes of trees, in nodes, that are drafted to measure their costs.
@@ -21,6 +23,8 @@ _UNPROVEN_NODES, _MOST_EXPLORED_NODES = 16, 256
 # Assumed cost of one more node of a forward, as a share of the mean cost; and the weight of this assumption, in
 # squared nodes.
 _PRIOR_SLOPE, _SLOPE_WEIGHT = 0.01, 64.0
+# Weight of costs that come from a file, in rounds: another machine of the same kind may be faster.
+_MOST_LOADED_ROUNDS = 8.0
 _NUM_COSTS_KEPT = 15  # latest costs of each width of a level
 # Costs are kept by range of context lengths. The first range ends at this many slots, the next ones at twice, four
 # times, ... as many.
@@ -35,6 +39,7 @@ _GROWTH, _GROWTH_IF_USELESS = 2, 4
 _ROUNDS_TO_JUDGE, _ROUNDS_TO_JUDGE_AGAIN, _ROUNDS_TO_JUDGE_IF_USELESS = 4, 2, 1
 # Weight of the mean over all calls in the rate of one call, in rounds.
 _PRIOR_ROUNDS = 4.0
+_LARGEST_CLASS = 20  # of numbers of rows, in a file
 
 
 def level_widths(widest: int) -> list[int]:
@@ -68,6 +73,18 @@ class _Line:
     def _reset(self) -> None:
         self.nodes, self.seconds = RunningMean(), RunningMean()
         self.squares, self.products = RunningMean(), RunningMean()
+
+    def state(self) -> list[list[float]]:
+        """The fitted means, for a file."""
+        return [mean.state() for mean in (self.nodes, self.seconds, self.squares, self.products)]
+
+    def load_state(self, state: Any) -> None:
+        """Takes over a `state()`."""
+        self.nodes, self.seconds, self.squares, self.products = (
+            RunningMean.of_state(mean, _MOST_LOADED_ROUNDS) for mean in state
+        )
+        if not (self.nodes.weight and self.nodes.total and self.seconds.total):
+            raise ValueError("it holds costs of no rounds.")
 
     @property
     def slope(self) -> float:
@@ -276,6 +293,69 @@ class Experience:
         self._rounds_to_judge = max(0, self._rounds_to_judge - 1)
         self._drafted_tokens.add(num_tokens)
         self._drafted_seconds.add(seconds)
+
+    # ---- on disk ----
+
+    @property
+    def has_measured(self) -> bool:
+        """Whether there is anything to save."""
+        return any(one._num_rounds for one in self._by_rows.values())
+
+    def state(self) -> dict[str, Any]:
+        """What was measured, acceptance and the costs for all numbers of rows, for a file."""
+        with self.lock:
+            rows = {str(rows_class): one._own_state() for rows_class, one in self._by_rows.items() if one._num_rounds}
+            return {"acceptance": self.acceptance.state(), "rows": rows}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """
+        Takes over a `state()`. Costs count as those of a few rounds.
+
+        Raises:
+            ValueError, TypeError, KeyError: when the state is damaged.
+        """
+        self.acceptance.load_state(state["acceptance"])
+        for rows_class, saved in state["rows"].items():
+            if count(rows_class) > _LARGEST_CLASS:
+                raise ValueError(f"it holds costs of 2 to the power of {count(rows_class)} rows.")
+            self.for_rows(1 << count(rows_class))._load_own_state(saved)
+
+    def _own_state(self) -> dict[str, Any]:
+        return {
+            "costs": {str(key): line.state() for key, line in self._costs.items()},
+            "plain_costs": {str(key): mean.state() for key, mean in self._plain_costs.items()},
+            "trials": {str(key): {str(size): num for size, num in v.items()} for key, v in self._num_trials.items()},
+            "levels": {str(width): list(costs) for width, costs in self._level_costs.items()},
+            "level_trials": {str(width): num for width, num in self._num_level_trials.items()},
+            "whole_rounds": [mean.state() for mean in self._whole_rounds()],
+            "num_rounds": self._num_rounds,
+            "pause": [self._pause, self._pause_left, self._rounds_to_judge],
+        }
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        for key, saved in state["costs"].items():
+            self._costs[count(key)] = line = _Line(self._prior_slope)
+            line.load_state(saved)
+        for key, saved in state["plain_costs"].items():
+            self._plain_costs[count(key)] = RunningMean.of_state(saved, _MOST_LOADED_ROUNDS)
+        for key, trials in state["trials"].items():
+            self._num_trials[count(key)] = {size: count(trials.get(str(size), 0)) for size in self.sizes}
+        for width, costs in state["levels"].items():
+            if not costs:
+                raise ValueError("it holds a level without costs.")
+            kept = [number(cost) for cost in costs][: _NUM_COSTS_KEPT // 3]
+            self._level_costs[count(width)] = deque(kept, maxlen=_NUM_COSTS_KEPT)
+        self._num_level_trials = {count(width): count(num) for width, num in state["level_trials"].items()}
+        self._drafted_tokens, self._drafted_seconds, self._plain_seconds = (
+            RunningMean.of_state(mean, _MOST_LOADED_ROUNDS) for mean in state["whole_rounds"]
+        )
+        self._num_rounds = count(state["num_rounds"])
+        pause, left, to_judge = (count(value) for value in state["pause"])
+        self._pause = min(max(pause, _PAUSE), _LONGEST_PAUSE)
+        self._pause_left, self._rounds_to_judge = min(left, _LONGEST_PAUSE), min(to_judge, _ROUNDS_TO_JUDGE)
+
+    def _whole_rounds(self) -> tuple[RunningMean, RunningMean, RunningMean]:
+        return self._drafted_tokens, self._drafted_seconds, self._plain_seconds
 
 
 def _class_of(num_rows: int) -> int:
