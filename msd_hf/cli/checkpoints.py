@@ -15,11 +15,13 @@ from .options import ImageFolder, OptionalTarget, Overwrite, Strict, console, pr
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder or Hub id of a published MSD, EAGLE or EAGLE-3 draft.")],
+    source: Annotated[
+        str, typer.Argument(help="Folder or Hub id of a published MSD, EAGLE, EAGLE-3 or ViSpec draft.")
+    ],
     destination: Annotated[Path, typer.Argument(help="Folder to write.")],
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a published draft (MSD, EAGLE-1, EAGLE-2, EAGLE-3) in this package's format."""
+    """Write a published draft (MSD, EAGLE-1, EAGLE-2, EAGLE-3, ViSpec) in this package's format."""
     from ..draft.auto import AutoDraft
     from ..draft.folder import DRAFT_FOLDER
     from ..writing.destination import check_destination, replaced_folder

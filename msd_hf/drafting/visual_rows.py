@@ -94,6 +94,7 @@ def keep_visual_rows(
     most: int | None,
     held: Sequence[bool] = (),
     policy: str = "image_embedding",
+    rows_per_image: int = 1,
 ) -> tuple[KeptRows, list[int]] | None:
     """
     Chooses rows such that no row of the batch has more than `most` visual ones.
@@ -104,7 +105,8 @@ def keep_visual_rows(
         most (`int`, *optional*): the most visual rows; `None`: all.
         held (`Sequence[bool]`): which rows that the draft holds already, of earlier turns, are visual. Only for a
             single row of the batch.
-        policy (`str`): with `"dropped"` no visual row is left, with `"pooled"` only the last one of each run.
+        policy (`str`): with `"dropped"` no visual row is left, with `"pooled"` and `"compressed"` only the last
+            `rows_per_image` of each run.
 
     Returns:
         The rows of the prompt that are left, and which of the held rows are, counted in `held`; `None` if nothing has
@@ -116,8 +118,11 @@ def keep_visual_rows(
     skipped = torch.zeros_like(visual)
     if policy == "dropped":
         most = 0
-    elif policy == "pooled":
-        skipped = visual & _shifted(visual, -1)
+    elif policy in ("pooled", "compressed"):
+        following = skipped = visual
+        for _ in range(rows_per_image):
+            following = _shifted(following, -1)
+            skipped = skipped & following
         visual = visual & ~skipped
     num_held, num_visual = sum(held), int(visual.sum(1).max())
     most = num_held + num_visual if most is None else most

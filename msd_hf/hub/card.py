@@ -201,7 +201,7 @@ def read_draft_config(folder: str | Path) -> dict[str, Any]:
         MSDError: when there is none in the folder.
     """
     config = read_config(Path(folder))
-    if config.get("model_type") not in ("msd_draft", "eagle3_draft"):
+    if config.get("model_type") not in ("msd_draft", "eagle3_draft", "vispec_draft"):
         raise MSDError(
             f"{str(folder)!r} does not hold a draft of this package (`config.json` with model_type 'msd_draft'). "
             "`msd-hf convert` converts drafts of the original repository."
@@ -267,6 +267,8 @@ def _facts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     if config.get("model_type") == "eagle3_draft":
         ids = config.get("eagle_aux_hidden_state_layer_ids")
         reads = "three hidden states of the target" if ids is None else f"hidden states {ids} of the target"
+    if config.get("model_type") == "vispec_draft":
+        reads += ", and few vectors of each image"
     if config.get("global_image_vector"):
         reads += ", and one vector of all images"
     facts = {
