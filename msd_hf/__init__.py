@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .draft.eagle3.configuration import Eagle3DraftConfig
     from .draft.eagle3.modeling import Eagle3DraftModel
     from .draft.modeling_msd import MSDDraftModel
+    from .draft.vispec.configuration import ViSpecDraftConfig
+    from .draft.vispec.modeling import ViSpecDraftModel
     from .hook.register import register, unregister
 else:
     # Importing these needs torch and transformers, which takes seconds. A command's help needs neither.
@@ -36,6 +38,8 @@ else:
         "MSDDraftModel": ".draft.modeling_msd",
         "MSDGenerateOutput": ".decoding.result",
         "MSDRunStats": ".decoding.run_stats",
+        "ViSpecDraftConfig": ".draft.vispec.configuration",
+        "ViSpecDraftModel": ".draft.vispec.modeling",
         "last_run": ".decoding.run_stats",
         "register": ".hook.register",
         "release": ".decoding.pair",
@@ -72,6 +76,8 @@ __all__ = [
     "MSDPairingError",
     "MSDRunStats",
     "MSDUnsupportedError",
+    "ViSpecDraftConfig",
+    "ViSpecDraftModel",
     "__version__",
     "last_run",
     "register",

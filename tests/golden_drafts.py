@@ -25,14 +25,14 @@ def load(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 @functools.cache
 def checkpoints() -> dict[str, Any]:
-    """The configuration of each checkpoint, and the names of its weights in `weights.safetensors`: most are the same
-    in several checkpoints."""
+    """The configuration of each checkpoint, and the names of its weights in `weights.safetensors` and
+    `vispec_weights.safetensors`: most are the same in several checkpoints."""
     return json.loads((FOLDER / "checkpoints.json").read_text())
 
 
 @functools.cache
 def _weights() -> dict[str, torch.Tensor]:
-    return load_file(FOLDER / "weights.safetensors")
+    return load_file(FOLDER / "weights.safetensors") | load_file(FOLDER / "vispec_weights.safetensors")
 
 
 def weights_of(name: str) -> dict[str, torch.Tensor]:

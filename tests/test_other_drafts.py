@@ -319,11 +319,34 @@ def test_convert_and_card(run, tmp_path):
     assert code == 1 and "is no MSD draft, for which the plugin is" in err
 
 
-def test_a_kind_that_is_not_served_is_named(tmp_path):
-    folder = write_checkpoint("eagle1_ckpt_text", tmp_path)
-    change_weights(folder, put("imadpt.q", torch.ones(2, 4, 16)))
-    with pytest.raises(MSDCheckpointError, match="is a ViSpec draft, a kind that msd_hf does not serve"):
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (put("imadpt.q", torch.ones(2, 64)), r"`imadpt\.q` has the shape \[2, 64\], expected"),
+        (put("imadpt.q", torch.ones(1, 4, 16)), r"`num_queries` must be a number from 2"),
+        (put("imadpt.q", torch.ones(2, 2, 16)), r"wrong shape: imadpt\.q \(\[2, 2, 16\], expected \[2, 4, 16\]\)"),
+        (lambda weights: weights.pop("imadpt.o_proj.weight"), r"missing: imadpt\.o_proj\.weight"),
+        (lambda weights: weights.pop("img_fc.bias"), r"missing: img_fc\.bias"),
+    ],
+)
+def test_weights_that_are_not_those_of_a_vispec_draft(change, expected, tmp_path):
+    folder = write_checkpoint("vispec_ckpt_llava", tmp_path)
+    change_weights(folder, change)
+    with pytest.raises(MSDCheckpointError, match=expected):
         AutoDraft.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["vispec_ckpt_llava", "vispec_ckpt_qwen2_5_vl"])
+def test_convert_a_vispec_draft(name, run, tmp_path):
+    folder = write_checkpoint(name, tmp_path, use_bin=name == "vispec_ckpt_llava")
+    code, _, err = run("convert", folder, tmp_path / "ours")
+    assert code == 0, err
+    draft = AutoDraft.from_pretrained(tmp_path / "ours")
+    own, stored = draft.state_dict(), weights_of(name)
+    assert own.keys() == stored.keys() - {"embed_tokens.weight"} and draft.config.num_queries == 2
+    assert all(torch.equal(value, stored[key]) for key, value in own.items())
+    assert "few vectors of each image" in write_card(tmp_path / "ours").read_text()
+    assert run("convert", folder, tmp_path / "ours", "--overwrite")[0] == 0
 
 
 def test_the_trainer_names_the_kind_of_its_arguments():

@@ -48,6 +48,7 @@ SHORT = {
     "msd-hf demo": "--repeats 1 --max-new-tokens 4",
     "msd-hf generate": "--max-new-tokens 4 --dtype float32",
     "msd-hf bench": "--num-prompts 1 --repeats 1 --max-new-tokens 8 --min-answer-tokens 1",
+    "msd-hf tune": "--num-prompts 1 --max-new-tokens 4",
     "msd-hf train": "--max-steps 1 --per-device-train-batch-size 1 --eval-samples 1 --eval-prompts 1 "
     "--eval-max-new-tokens 2 --report-to none --use-cpu True --save-strategy no --max-length 256",
     "python -m msd_hf.toy.training_data": "--samples 20",

@@ -25,7 +25,9 @@ class DraftFormat(str, Enum):
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder or Hub id of a published MSD, EAGLE or EAGLE-3 draft.")],
+    source: Annotated[
+        str, typer.Argument(help="Folder or Hub id of a published MSD, EAGLE, EAGLE-3 or ViSpec draft.")
+    ],
     destination: Annotated[Path, typer.Argument(help="Folder to write.")],
     to: Annotated[
         DraftFormat,
@@ -33,7 +35,7 @@ def convert(
     ] = DraftFormat.msd_hf,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a published draft (MSD, EAGLE-1, EAGLE-2, EAGLE-3) in this package's format, or EAGLE-3 in others."""
+    """Write a published draft (MSD, EAGLE-1, EAGLE-2, EAGLE-3, ViSpec) in this package's format, or EAGLE-3 in others."""
     from ..draft.auto import AutoDraft
     from ..draft.eagle3.formats import FORMAT_FOLDER, visual_positions_note, write_format
     from ..draft.folder import DRAFT_FOLDER

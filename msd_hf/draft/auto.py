@@ -16,10 +16,13 @@ from .eagle3.modeling import Eagle3DraftModel
 from .files import location_of, read_json, require_file
 from .interface import draft_kinds, register_draft
 from .modeling_msd import MSDDraftModel
+from .vispec.configuration import ViSpecDraftConfig
+from .vispec.modeling import ViSpecDraftModel
 
 
 register_draft(MSDDraftConfig, MSDDraftModel)
 register_draft(Eagle3DraftConfig, Eagle3DraftModel)
+register_draft(ViSpecDraftConfig, ViSpecDraftModel)
 
 
 def draft_class_of(name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
@@ -44,7 +47,8 @@ def draft_class_of(name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
 
 
 class AutoDraft:
-    """Drafts by their kind: [`~AutoDraft.from_pretrained`] loads MSD, EAGLE-1, EAGLE-2 and EAGLE-3 drafts."""
+    """Drafts by their kind: [`~AutoDraft.from_pretrained`] loads MSD, EAGLE-1, EAGLE-2, EAGLE-3 and ViSpec
+    drafts."""
 
     def __init__(self):
         raise OSError("`AutoDraft` is no model: call `AutoDraft.from_pretrained(...)`.")
@@ -53,7 +57,8 @@ class AutoDraft:
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """
         Loads a draft from a folder or the Hub, with the class of its kind: an [`MSDDraftModel`] for MSD, EAGLE-1 and
-        EAGLE-2 (the latter two with `decouple_visual_tokens=False`), an [`Eagle3DraftModel`] for EAGLE-3.
+        EAGLE-2 (the latter two with `decouple_visual_tokens=False`), an [`Eagle3DraftModel`] for EAGLE-3, a
+        [`ViSpecDraftModel`] for ViSpec.
 
         Args:
             pretrained_model_name_or_path (`str` or `PathLike`): folder, or repository id.
@@ -75,8 +80,8 @@ class AutoDraft:
             if is_original(model_type):  # a whole target of this kind: the sentence of its class is clearer
                 return MSDDraftModel.from_pretrained(pretrained_model_name_or_path, **kwargs)
             raise MSDCheckpointError(
-                f"{str(pretrained_model_name_or_path)!r} is no draft of a known kind (MSD, EAGLE-1, EAGLE-2, EAGLE-3) "
-                f"by its weights or its model_type, {shown(model_type)}."
+                f"{str(pretrained_model_name_or_path)!r} is no draft of a known kind (MSD, EAGLE-1, EAGLE-2, EAGLE-3, "
+                f"ViSpec) by its weights or its model_type, {shown(model_type)}."
             )
         return model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
 

@@ -37,6 +37,7 @@ class DraftPreTrainedModel(DraftHubMixin, PreTrainedModel):
     layers: nn.ModuleList
     rotary_emb: Any
     visual_positions: str = "image_embedding"
+    rows_per_image: int = 1
     own_embedding: nn.Module | None = None
     own_head: nn.Module | None = None
     head_norm: nn.Module | None = None
@@ -146,6 +147,12 @@ class DraftPreTrainedModel(DraftHubMixin, PreTrainedModel):
     ) -> torch.Tensor | None:
         """`None`: this kind of draft adds no vectors of images to text rows."""
         return None
+
+    def compress_images(
+        self, inputs_embeds: torch.Tensor, visual_mask: torch.Tensor, earlier: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Only asked of drafts whose `visual_positions` are "compressed"."""
+        raise NotImplementedError
 
     @property
     def is_plain(self) -> bool:

@@ -3,8 +3,8 @@
 A checkpoint of the original MSD repository is a `config.json` with `model_type` `llava` or `qwen2_vl` and the fields
 of a LLaMA configuration, and a `pytorch_model.bin` or `model.safetensors` with the keys `fc.*`, `layers.0.*` and a
 copy of the target's embedding, `embed_tokens.weight`. The key names are those of `MSDDraftModel`, so only the
-configuration needs translation. One of EAGLE-1 or EAGLE-2 has the same keys, and one of EAGLE-3 has others
-(`eagle3.conventions`).
+configuration needs translation. One of EAGLE-1 or EAGLE-2 has the same keys, one of ViSpec has an adaptor
+besides, and one of EAGLE-3 has others (`eagle3.conventions`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .eagle3.configuration import Eagle3DraftConfig
 from .eagle3.conventions import read_eagle3
 from .files import errors_name_file, location_of, read_json, require_file
 from .translation import LLAMA_FIELDS, rope_of
+from .vispec.configuration import ViSpecDraftConfig
 from .weights import StoredWeight, find_weight_files, read_headers
 
 
@@ -101,6 +102,8 @@ def read_config(name_or_path: str | Path, config_class: Any, overrides: Mapping[
             return ReadDraft(config, True, key_mapping)
         if kind == "eagle":
             config = config_from_eagle(fields, weight_headers(name_or_path, kwargs))
+        elif kind == "vispec":
+            config = config_from_vispec(fields, weight_headers(name_or_path, kwargs))
         else:
             config = config_from_original(fields, source=str(path))
         config.target_name_or_path = target_of_original(str(name_or_path), fields)
@@ -133,6 +136,7 @@ KINDS = {
     "msd": _Kind("an MSD draft", MSDDraftConfig),
     "eagle": _Kind("an EAGLE draft", MSDDraftConfig),
     "eagle3": _Kind("an EAGLE-3 draft", Eagle3DraftConfig),
+    "vispec": _Kind("a ViSpec draft", ViSpecDraftConfig),
 }
 
 
@@ -147,7 +151,7 @@ def kind_of(name_or_path: str | Path, fields: Mapping[str, Any], kwargs: Mapping
         kwargs (`Mapping`): arguments of `from_pretrained`.
 
     Raises:
-        MSDCheckpointError: when its files are damaged, or it is a draft of a kind that is not served.
+        MSDCheckpointError: when its files are damaged.
     """
     if not _may_be_draft(fields):
         return None
@@ -155,7 +159,7 @@ def kind_of(name_or_path: str | Path, fields: Mapping[str, Any], kwargs: Mapping
     if any(name.startswith("midlayer.") or name == "layers.0.hidden_norm.weight" for name in names):
         return "eagle3"
     if "imadpt.q" in names:
-        raise MSDCheckpointError(f"{str(name_or_path)!r} is a ViSpec draft, a kind that msd_hf does not serve.")
+        return "vispec"
     model_type = fields.get("model_type")
     if not isinstance(model_type, str):
         return None
@@ -192,18 +196,39 @@ def config_from_eagle(original: Mapping[str, Any], headers: Mapping[str, StoredW
         original (`Mapping`): its `config.json`.
         headers (`Mapping`): shape and dtype of its weights.
     """
+    return MSDDraftConfig(**_fusion_fields(original, headers), decouple_visual_tokens=False)
+
+
+def config_from_vispec(original: Mapping[str, Any], headers: Mapping[str, StoredWeight]) -> ViSpecDraftConfig:
+    """
+    Translates a checkpoint of ViSpec, whose draft is that of EAGLE-1 with an adaptor for images. The number of its
+    queries is in no configuration.
+
+    Args:
+        original (`Mapping`): its `config.json`.
+        headers (`Mapping`): shape and dtype of its weights.
+
+    Raises:
+        ValueError: when `imadpt.q` is not three-dimensional.
+    """
+    shape = headers["imadpt.q"].shape
+    if len(shape) != 3:
+        raise ValueError(f"the weight `imadpt.q` has the shape {list(shape)}, expected [queries, heads, head_dim].")
+    return ViSpecDraftConfig(**_fusion_fields(original, headers), num_queries=shape[0])
+
+
+def _fusion_fields(original: Mapping[str, Any], headers: Mapping[str, StoredWeight]) -> dict[str, Any]:
+    """The fields of a draft with the layers of EAGLE-1."""
     fields = {name: original[name] for name in LLAMA_FIELDS if original.get(name) is not None}
     fields.setdefault("rms_norm_eps", 1e-6)
     numbers = [int(name.split(".")[1]) for name in headers if name.startswith("layers.")]
-    fields |= {
-        "num_hidden_layers": max(numbers) + 1,
+    return fields | {
+        "num_hidden_layers": max(numbers, default=0) + 1,
         "rope_parameters": rope_of(original),
         "attention_bias": "layers.0.self_attn.q_proj.bias" in headers,
         "input_layernorm": "layers.0.input_layernorm.weight" in headers,
         "fc_bias": "fc.bias" in headers,
-        "decouple_visual_tokens": False,
     }
-    return MSDDraftConfig(**fields)
 
 
 def config_from_original(original: Mapping[str, Any], source: str = "config.json") -> MSDDraftConfig:

@@ -9,6 +9,7 @@ from ..hub.card import PROVENANCE_NAME, is_generated
 from ..writing.destination import FolderKind, read_config
 from .configuration_msd import MSDDraftConfig
 from .eagle3.configuration import Eagle3DraftConfig
+from .vispec.configuration import ViSpecDraftConfig
 
 
 _FILE_NAMES = re.compile(
@@ -24,7 +25,8 @@ def _owns(path: Path) -> bool:
 
 
 def _is_draft(folder: Path) -> bool:
-    return read_config(folder).get("model_type") in (MSDDraftConfig.model_type, Eagle3DraftConfig.model_type)
+    kinds = (MSDDraftConfig, Eagle3DraftConfig, ViSpecDraftConfig)
+    return read_config(folder).get("model_type") in [kind.model_type for kind in kinds]
 
 
 # A folder with checkpoints of a training run is not replaced: they are worth more than the draft.

@@ -18,7 +18,8 @@ EMBEDDINGS = -1  # stands for the decoder's input among the layers of the target
 
 # What a draft is fed at visual positions: the embedding of the placeholder token; the image's embedding as the target
 # has it; one row for each run of visual positions, the mean of its rows; no row at all; the image's embedding in place
-# of the target's hidden states, too, as MSD feeds it.
+# of the target's hidden states, too, as MSD feeds it. A draft that makes rows of its own of each image is "compressed",
+# which is no choice of the user.
 VISUAL_POSITIONS = ("placeholder", "image_embedding", "pooled", "dropped", "decoupled")
 
 
@@ -64,7 +65,8 @@ class Draft(Protocol):
     config: Any
     generation_config: Any  # the settings of the candidate tree
     draft_vocab: torch.Tensor | None  # [V']: the target's id of each row of the draft's head; `None`: the target's own
-    visual_positions: str  # one of `VISUAL_POSITIONS`
+    visual_positions: str  # one of `VISUAL_POSITIONS`, or "compressed"
+    rows_per_image: int  # rows that are left of each run of visual positions, if they are pooled or compressed
     own_embedding: nn.Module | None  # embedding of tokens; `None`: the target's
     own_head: nn.Module | None  # scores the tokens of `draft_vocab`; `None`: the target's head
     head_norm: nn.Module | None  # stands between the draft's output and its head
@@ -105,6 +107,13 @@ class Draft(Protocol):
         """The vectors `[B, T, H]` that the forward adds to the text rows of a prompt; `earlier` are the embeddings
         `[B, E, H]` of visual rows before it. The nodes of trees get the vector of the last row. `None` if the draft
         has no such vectors; then its forward gets no argument `image_vectors`."""
+
+    def compress_images(
+        self, inputs_embeds: torch.Tensor, visual_mask: torch.Tensor, earlier: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The embeddings `[B, T, H]` of a prompt with compressed images, each in the last `rows_per_image` rows of its
+        run, and vectors as of `image_vectors`; `earlier` is the vector of the row before, `[B, 1, H]`. Only asked of
+        drafts whose `visual_positions` are "compressed"."""
 
     def plain_forward(self, convert: Callable[[nn.Module], TensorFunction] = ...) -> PlainForward:
         """The forward over a few nodes of a tree, with `convert(module)` in place of each module."""

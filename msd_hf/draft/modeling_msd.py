@@ -151,7 +151,7 @@ class MSDDraftModel(MSDDraftPreTrainedModel):
         """
         if init_from_last_layer:
             overrides = {"input_layernorm": True, **overrides}
-        draft = cls(MSDDraftConfig.from_target(target, check=check, **overrides))
+        draft = cls(cls.config_class.from_target(target, check=check, **overrides))
         target = generating_model(target)
         if init_from_last_layer:
             draft._copy_last_layer(target)

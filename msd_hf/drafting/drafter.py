@@ -177,28 +177,33 @@ class Drafter(ABC):
             # The row before a text that begins with an image is padding.
             runs = visual_mask if prompt_mask is None else visual_mask & prompt_mask.to(visual_mask.device)
             inputs_embeds, hidden_states = (pooled(part, runs) for part in (inputs_embeds, hidden_states))
-        if self.max_visual_rows is not None or policy in ("pooled", "dropped"):
+        inputs_embeds, vectors = self._compressed(inputs_embeds, visual_mask, prompt_mask, past)
+        if self.max_visual_rows is not None or policy in ("pooled", "dropped", "compressed"):
             held = () if past is None else past.visual
-            choice = keep_visual_rows(visual_mask, prompt_mask, self.max_visual_rows, held, policy)
+            per_image = self.draft.rows_per_image
+            choice = keep_visual_rows(visual_mask, prompt_mask, self.max_visual_rows, held, policy, per_image)
             if choice is not None:
                 kept, held_rows = choice
                 inputs_embeds, hidden_states = kept.of(inputs_embeds), kept.of(hidden_states)
                 visual_mask, position_ids, rows = kept.of(visual_mask), kept.of(position_ids), kept.of(rows)
                 prompt_mask, length = kept.mask, visual_mask.shape[1]
+                vectors = None if vectors is None else kept.of(vectors)
                 if past is not None:
                     past.keep(held_rows)
         inputs_embeds, visual_mask = self._to_draft(inputs_embeds), visual_mask.to(device)
-        # Padding may be copies of visual rows.
-        pooled_mask = visual_mask if prompt_mask is None else visual_mask & prompt_mask.bool()
-        held_embeds = None if past is None else past.visual_embeds
-        vectors = self.draft.image_vectors(inputs_embeds, pooled_mask, held_embeds)
+        noted = inputs_embeds if vectors is None else vectors
+        if policy != "compressed":
+            # Padding may be copies of visual rows.
+            pooled_mask = visual_mask if prompt_mask is None else visual_mask & prompt_mask.bool()
+            held_embeds = None if past is None else past.visual_embeds
+            vectors = self.draft.image_vectors(inputs_embeds, pooled_mask, held_embeds)
         if vectors is not None:
             self._image_vector = vectors[:, -1:].clone()
         num_held = 0
         if past is not None:
             if past.draft_cache is not None:
                 self.cache, num_held = past.draft_cache, len(past.rows)
-            past.add(rows[0], visual_mask[0], None if vectors is None else inputs_embeds)
+            past.add(rows[0], visual_mask[0], None if vectors is None else noted)
         self._prepare_cache()
         self._slots = CacheTransaction(self.cache, ContextSlots([num_held] * batch_size))
         mask = prompt_mask
@@ -221,6 +226,22 @@ class Drafter(ABC):
         self._next_positions = position_ids[:, -1:] + 1
         self._last_position = prefill.num_slots
         return _Prompt(last_state, hidden_states)
+
+    def _compressed(
+        self,
+        inputs_embeds: torch.Tensor,
+        visual_mask: torch.Tensor,
+        prompt_mask: torch.Tensor | None,
+        past: ChatMemory | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The result of `Draft.compress_images`, for a draft that compresses images; else the embeddings."""
+        if self.draft.visual_positions != "compressed":
+            return inputs_embeds, None
+        runs = visual_mask if prompt_mask is None else visual_mask & prompt_mask.bool().to(visual_mask.device)
+        held = None if past is None or past.visual_embeds is None else past.visual_embeds[:, -1:]
+        if held is not None and held.shape[1] == 0:
+            held = None
+        return self.draft.compress_images(self._to_draft(inputs_embeds), runs, held)
 
     def _feed(self, tokens: torch.Tensor, hidden_states: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """

@@ -35,7 +35,7 @@ class DraftMemory:
         tokens (`list[int]`): the tokens of the P slots of the target's cache, and the token after them.
         last_hidden_state (`torch.Tensor` of shape `[1, 1, W]`): hidden state of the target at position P - 1.
         visual_embeds (`torch.Tensor` of shape `[1, E, H]`, *optional*): embeddings of the visual rows, for a draft
-            with `image_vectors`.
+            with `image_vectors`; for one that compresses images, the vector that follows each of these rows.
     """
 
     draft: weakref.ref[Any]

@@ -88,12 +88,18 @@ def _shifted(mask: torch.Tensor, by: int) -> torch.Tensor:
     return rolled
 
 
-def skipped_rows(visual_mask: torch.Tensor, policy: str) -> torch.Tensor:
+def skipped_rows(visual_mask: torch.Tensor, policy: str, rows_per_image: int = 1) -> torch.Tensor:
     """The visual rows that a draft never reads, `[B, L]`: with `"dropped"` all of `visual_mask` `[B, L]`, with
-    `"pooled"` all but the last one of each run."""
+    `"pooled"` and `"compressed"` all but the last `rows_per_image` of each run."""
     if policy == "dropped":
         return visual_mask
-    return visual_mask & _shifted(visual_mask, -1) if policy == "pooled" else torch.zeros_like(visual_mask)
+    if policy not in ("pooled", "compressed"):
+        return torch.zeros_like(visual_mask)
+    following = skipped = visual_mask
+    for _ in range(rows_per_image):
+        following = _shifted(following, -1)
+        skipped = skipped & following
+    return skipped
 
 
 def keep_visual_rows(
@@ -102,6 +108,7 @@ def keep_visual_rows(
     most: int | None,
     held: Sequence[bool] = (),
     policy: str = "image_embedding",
+    rows_per_image: int = 1,
 ) -> tuple[KeptRows, list[int]] | None:
     """
     Chooses rows such that no row of the batch has more than `most` visual ones.
@@ -112,7 +119,8 @@ def keep_visual_rows(
         most (`int`, *optional*): the most visual rows; `None`: all.
         held (`Sequence[bool]`): which rows that the draft holds already, of earlier turns, are visual. Only for a
             single row of the batch.
-        policy (`str`): with `"dropped"` no visual row is left, with `"pooled"` only the last one of each run.
+        policy (`str`): with `"dropped"` no visual row is left, with `"pooled"` and `"compressed"` only the last
+            `rows_per_image` of each run.
 
     Returns:
         The rows of the prompt that are left, and which of the held rows are, counted in `held`; `None` if nothing has
@@ -121,7 +129,7 @@ def keep_visual_rows(
     visual = visual_mask.cpu()
     real = torch.ones_like(visual) if prompt_mask is None else prompt_mask.cpu()
     visual = visual & real
-    skipped = skipped_rows(visual, policy)
+    skipped = skipped_rows(visual, policy, rows_per_image)
     visual = visual & ~skipped
     if policy == "dropped":
         most = 0

@@ -27,7 +27,11 @@ PROVENANCE_NAME = "training_provenance.json"
 MARK = "msd_hf wrote this card: remove this line if you edit it, and it is never replaced."
 # `Trainer` of transformers writes this into a card, and asks that a user who edits the card removes it.
 _MARK_OF_TRAINER = "generated automatically according to the information the Trainer had access to"
-_KINDS = {"msd_draft": ("MSD", "2505.14260"), "eagle3_draft": ("EAGLE-3", "2503.01840")}  # by model_type: the papers
+_KINDS = {  # by model_type: the papers
+    "msd_draft": ("MSD", "2505.14260"),
+    "eagle3_draft": ("EAGLE-3", "2503.01840"),
+    "vispec_draft": ("ViSpec", "2509.15235"),
+}
 _RELATION = "adapter"  # of the Hub's four relations the one for weights that are loaded beside those of the base model
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
@@ -269,7 +273,7 @@ def _license_sentence(license: Any, target: Any) -> str:
 
 def _parts(config: Mapping[str, Any]) -> str:
     """What the draft has of its own, and what it uses of the target."""
-    if config.get("model_type") == "msd_draft":
+    if config.get("model_type") in ("msd_draft", "vispec_draft"):
         return (
             "The draft has neither an embedding nor a head. It uses those of the target, and is of no use without it."
         )
@@ -284,6 +288,8 @@ def _facts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     if config.get("model_type") == "eagle3_draft":
         ids = config.get("eagle_aux_hidden_state_layer_ids")
         reads = "three hidden states of the target" if ids is None else f"hidden states {ids} of the target"
+    if config.get("model_type") == "vispec_draft":
+        reads += ", and few vectors of each image"
     if config.get("global_image_vector"):
         reads += ", and one vector of all images"
     facts = {

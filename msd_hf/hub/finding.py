@@ -22,6 +22,8 @@ LIBRARY = "msd_hf"  # the `library_name` of our cards, which the Hub lists among
 _SECONDS_TO_REACH_HUB = 4.0
 _MOST_FROM_HUB = 100
 _MOST_LAYERS = 4  # of a draft in the original format; a whole model has dozens
+# `model_type` of the drafts of this package, and the names of their kinds.
+_KIND_NAMES = {"msd_draft": "MSD", "eagle3_draft": "EAGLE-3", "vispec_draft": "ViSpec"}
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def _drafts_in(folder: Path) -> list[KnownDraft]:
 def _draft_in(folder: Path) -> KnownDraft | None:
     fields = read_config(folder)
     model_type = fields.get("model_type")
-    if model_type not in ("msd_draft", "eagle3_draft"):
+    if model_type not in list(_KIND_NAMES):
         known = next((draft for draft in known_drafts() if draft.target_model_type == model_type), None)
         num_layers = fields.get("num_hidden_layers", 1)
         if known is None or "hidden_size" not in fields or not isinstance(num_layers, int):
@@ -157,7 +159,7 @@ def _draft_in(folder: Path) -> KnownDraft | None:
     name = fields.get("target_name_or_path")
     return KnownDraft(
         str(folder),
-        kind="MSD" if model_type == "msd_draft" else "EAGLE-3",
+        kind=_KIND_NAMES[model_type],
         license=_license_in(folder),
         targets=(name,) if isinstance(name, str) else (),
         target_model_type=fields.get("target_model_type"),

@@ -18,6 +18,7 @@ from ..decoders import decoder_of
 from ..decoding.result import mean_acceptance_length
 from ..draft.base import DraftPreTrainedModel
 from ..draft.target_sizes import generating_model
+from ..draft.vispec.modeling import ViSpecDraftModel
 from ..errors import MSDDataError, MSDError, MSDUnsupportedError
 from ..hub.card import is_generated, load_card, write_card
 from ..hub.fingerprint import identify_target
@@ -99,6 +100,8 @@ class MSDTrainer(ResumableTrainer):
                 f"`{type(target).__name__}` hands `generate` on to a language model inside of it, to which the draft "
                 "belongs: give that model as `target`."
             )
+        if isinstance(model, ViSpecDraftModel):
+            raise MSDUnsupportedError("`MSDTrainer` does not train ViSpec drafts, whose images are compressed.")
         check_target(target)
         check_whole(target)
         check_not_tensor_parallel(target)
