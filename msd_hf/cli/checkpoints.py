@@ -35,7 +35,7 @@ def convert(
     ] = DraftFormat.msd_hf,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a published draft (MSD, EAGLE-1, EAGLE-2, EAGLE-3, ViSpec) in this package's format, or EAGLE-3 in others."""
+    """Write a published draft of any kind in this package's format, EAGLE-3 in others too."""
     from ..draft.auto import AutoDraft
     from ..draft.eagle3.formats import FORMAT_FOLDER, visual_positions_note, write_format
     from ..draft.folder import DRAFT_FOLDER

@@ -18,8 +18,8 @@ EMBEDDINGS = -1  # stands for the decoder's input among the layers of the target
 
 # What a draft is fed at visual positions: the embedding of the placeholder token; the image's embedding as the target
 # has it; one row for each run of visual positions, the mean of its rows; no row at all; the image's embedding in place
-# of the target's hidden states, too, as MSD feeds it. A draft that makes rows of its own of each image is "compressed",
-# which is no choice of the user.
+# of the target's hidden states, too, as MSD feeds it. A draft that makes its own rows of each image is "compressed":
+# that is no choice of the user.
 VISUAL_POSITIONS = ("placeholder", "image_embedding", "pooled", "dropped", "decoupled")
 
 
