@@ -321,7 +321,8 @@ FAULTS = {
         Fault(
             "means are not reset after a pause",
             "tree/experience.py",
-            "                self._drafted_tokens, self._drafted_seconds = RunningMean(), RunningMean()\n            return False",
+            "                self._drafted_tokens, self._drafted_seconds = RunningMean(), RunningMean()\n"
+            "            return False",
             "            return False",
             PAUSES,
         ),
