@@ -12,6 +12,7 @@ from transformers import AutoModel
 
 from msd_hf import AutoDraft, MSDDraftModel, MSDUnsupportedError, ViSpecDraftConfig, ViSpecDraftModel
 from msd_hf.compat import CACHE_NAME
+from msd_hf.drafting.visual_rows import keep_visual_rows
 from msd_hf.training import MSDTrainer
 
 
@@ -181,3 +182,17 @@ def test_what_is_no_vispec_draft_is_named(tmp_path):
             ViSpecDraftConfig(hidden_size=32, num_attention_heads=4, **fields)
     with pytest.raises(MSDUnsupportedError, match="does not train ViSpec drafts"):
         MSDTrainer(model=draft_of(), target=target_of())
+
+
+def test_rows_of_an_image_that_are_left():
+    mask = torch.tensor([[False, True, True, True, False, True, False], [False, False, True, True, True, True, True]])
+    kept, _ = keep_visual_rows(mask, None, None, policy="compressed", rows_per_image=2)
+    assert kept.index[0].tolist() == [0, 2, 3, 4, 5, 6] and kept.index[1, -4:].tolist() == [0, 1, 5, 6]
+
+
+def test_padding_before_an_image_is_no_patch_of_it(monkeypatch):
+    """Row j describes the token at j + 1, so the last row of padding describes the first patch."""
+    seen = drafter_vectors(monkeypatch)
+    for padding in (0, 3):
+        check(target_of(), set_tree(draft_of()), tiny.make_prompt(4, 5, images_at=(0,), padding=padding))
+    torch.testing.assert_close(seen[0], seen[1])
