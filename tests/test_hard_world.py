@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import LlavaProcessor
-from typer.testing import CliRunner
 
-from msd_hf.cli import app
-from msd_hf.errors import MSDError
+from msd_hf import MSDDraftModel
+from msd_hf.loading import load_target_and_processor
 from msd_hf.toy import hard, has_facts
 from msd_hf.toy.hard import KINDS, HardSamples, Picture, Thing, make_picture, make_prompts, make_sample, render
+from msd_hf.toy.hard.bench_prompts import hard_prompts
 from msd_hf.toy.hard.dataset import NUM_TURNS, make_album
 from msd_hf.toy.hard.picture import CELL, NUM_THINGS, ORDINALS
 from msd_hf.toy.hard.processor import build_processor
@@ -157,8 +157,15 @@ def test_batches_hold_pictures_of_one_size_and_give_a_loss(processor):
     assert seen
 
 
-def test_without_a_pair_the_benchmark_says_how_to_build_one(monkeypatch, tmp_path):
-    monkeypatch.setattr(hard, "TARGET_DIR", tmp_path / "missing")
-    result = CliRunner().invoke(app, ["bench", "--hard"])
-    assert isinstance(result.exception, MSDError)
-    assert "`python -m msd_hf.toy.hard.build --output DIR`" in str(result.exception)
+@pytest.mark.parametrize("kind", ["story", "row", "difference"])
+def test_the_bundled_pair_drafts(kind):
+    target, processor = load_target_and_processor(hard.TARGET_DIR)
+    draft = MSDDraftModel.from_pretrained(hard.DRAFT_DIR)
+    (prompt,) = hard_prompts(processor, 1, seed=3, kinds=[kind])
+    inputs = prompt.make_inputs()
+    alone = target.generate(**inputs, max_new_tokens=64, do_sample=False)
+    out = target.generate(
+        **inputs, assistant_model=draft, max_new_tokens=64, do_sample=False, return_dict_in_generate=True
+    )
+    assert torch.equal(out.sequences, alone)
+    assert out.tau > 2

@@ -9,8 +9,15 @@ from huggingface_hub import ModelCard
 CARDS = sorted((Path(__file__).parents[1] / "model_cards").glob("*.md"))
 
 
-def test_there_is_a_card_of_the_bundled_pair():
-    assert "msd-toy-llava" in {card.stem for card in CARDS}
+# The commands that made and measured what a card is about.
+COMMANDS = {
+    "msd-toy-llava": ("python -m msd_hf.toy.build", "python -m msd_hf.toy.evaluate"),
+    "msd-toy-llava-hard": ("python -m msd_hf.toy.hard.build", "python -m msd_hf.toy.hard.evaluate", "msd-hf bench"),
+}
+
+
+def test_there_are_cards_of_the_bundled_pairs():
+    assert {card.stem for card in CARDS} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
@@ -23,4 +30,5 @@ def test_card_has_the_hub_metadata_and_its_sections(path):
     assert "speculative-decoding" in data["tags"]
     for section in ("## How it was made", "## Data", "## Results", "## Limits"):
         assert section in card.text, section
-    assert "python -m msd_hf.toy.build" in card.text and "python -m msd_hf.toy.evaluate" in card.text
+    for command in COMMANDS[path.stem]:
+        assert command in card.text, command

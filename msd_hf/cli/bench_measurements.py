@@ -142,11 +142,6 @@ class PairBench:
         from ..toy import hard
 
         world = toy if self.world == "toy" else hard
-        if not world.TARGET_DIR.is_dir() and None in (self.target, self.draft):
-            raise MSDError(
-                "No pair of the hard world is bundled: build one by `python -m msd_hf.toy.hard.build --output DIR`, "
-                "and add --target DIR/target --draft DIR/draft."
-            )
         return world.TARGET_DIR, world.DRAFT_DIR
 
     def _prompts(self, processor: Any) -> list[BenchPrompt]:

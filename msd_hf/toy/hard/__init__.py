@@ -10,7 +10,7 @@ from .dataset import KIND_GROUPS, KINDS, HardPrompt, HardSamples, make_evaluatio
 from .picture import Picture, Thing, make_picture, render
 
 
-# Where the pair will be when it is bundled. Until then `msd_hf.toy.hard.build` makes one.
+# The bundled pair.
 TARGET_DIR = Path(__file__).parent / "pair" / "target"
 DRAFT_DIR = Path(__file__).parent / "pair" / "draft"
 
