@@ -38,7 +38,7 @@ KINDS = {
     "eagle2": Kind(MSDDraftModel, {"decouple_visual_tokens": False}),
     "eagle3-image_embedding": _eagle3("image_embedding", draft_vocab_size=NUM_TEXT_TOKENS - 8),
     "eagle3-placeholder": _eagle3("placeholder", has_own_embedding=True, norm_before_residual=True),
-    "eagle3-pooled": _eagle3("pooled", num_hidden_layers=2, qk_norm=True),
+    "eagle3-pooled": _eagle3("pooled", qk_norm=True),
     "eagle3-dropped": _eagle3("dropped", fc_norm=True, norm_output=True),
     "eagle3-decoupled": _eagle3("decoupled", norm_before_fc=True),
 }
@@ -57,13 +57,15 @@ def draft_of(kind: str, name: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         draft = KINDS[kind].model_class.from_target(target, **KINDS[kind].fields)
-        if draft.config.draft_vocab_size is not None and hasattr(draft, "set_draft_vocab"):
-            draft.set_draft_vocab(FIRST_TEXT_TOKEN_ID + torch.arange(draft.config.draft_vocab_size))
+        if isinstance(draft, Eagle3DraftModel):
+            if draft.config.draft_vocab_size is not None:
+                draft.set_draft_vocab(FIRST_TEXT_TOKEN_ID + torch.arange(draft.config.draft_vocab_size))
+            draft.start_from_head(target)
         shared_fits.fitted(f"{kind}-{name}", draft, lambda: _fit(draft, FAMILIES[name], target))
     return tiny.sized(draft)
 
 
-def _fit(draft: Any, family: Family, target: PreTrainedModel, steps: int = 20) -> None:
+def _fit(draft: Any, family: Family, target: PreTrainedModel, steps: int = 12) -> None:
     """Fits a draft to text of its target, in two passes: the second reads what the first has put out, as in a tree."""
     dtype = draft.dtype
     draft.float().train()
@@ -73,7 +75,7 @@ def _fit(draft: Any, family: Family, target: PreTrainedModel, steps: int = 20) -
     if draft.draft_vocab is not None:
         goals = goals[..., draft.draft_vocab]
     goals = (2 * goals).softmax(-1)  # sharper than the target's distribution, because most tests decode greedily
-    optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=1.5e-2, weight_decay=0.0)
     for _ in range(steps):
         own = draft.own_embedding
         given = embeds if own is None else own(ids[:, 1:])
