@@ -121,11 +121,12 @@ def accuracy_table(scores: dict[str, Score], groups: Mapping[str, Collection[str
         chosen = {kind: score for kind, score in scores.items() if kind in kinds}
         if not chosen:
             continue
-        for kind, score in (*chosen.items(), (f"[bold]all {group}[/bold]", total_score(chosen))):
-            table.add_row(kind, f"{score.accuracy:.1%}", f"{score.exact / score.total:.1%}", str(score.total))
-        table.add_section()
-    overall = total_score(scores)
-    table.add_row(
-        "[bold]all[/bold]", f"{overall.accuracy:.1%}", f"{overall.exact / overall.total:.1%}", str(overall.total)
-    )
+        for kind, score in chosen.items():
+            table.add_row(kind, *_cells(score))
+        table.add_row(f"all {group}", *_cells(total_score(chosen)), style="bold", end_section=True)
+    table.add_row("all", *_cells(total_score(scores)), style="bold")
     return table
+
+
+def _cells(score: Score) -> tuple[str, str, str]:
+    return f"{score.accuracy:.1%}", f"{score.exact / score.total:.1%}", str(score.total)
