@@ -115,7 +115,7 @@ def test_the_readings_of_an_eagle3_draft():
     ]
     assert choices["eagle_aux_hidden_state_layer_ids"].values == [[3, 11, 18], [1, 9, 16]]
     assert [value["rope_theta"] for value in choices["rope_parameters"].values] == [1e4, 5e5, 1e6, 5e6]
-    assert choices["visual_positions"].values == ["placeholder", "pooled", "dropped"]
+    assert choices["visual_positions"].values == ["placeholder", "pooled", "dropped", "decoupled"]
     draft = Eagle3DraftConfig.from_target(
         config,
         eagle_aux_hidden_state_layer_ids=[4, 20],

@@ -173,11 +173,11 @@ class Drafter(ABC):
             position_ids = (prompt_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
             prompt_mask = prompt_mask[:, -length:]
         policy = self.draft.visual_positions
+        # The row before a text that begins with an image is padding.
+        runs = visual_mask if prompt_mask is None else visual_mask & prompt_mask.bool().to(visual_mask.device)
         if policy == "pooled":
-            # The row before a text that begins with an image is padding.
-            runs = visual_mask if prompt_mask is None else visual_mask & prompt_mask.to(visual_mask.device)
             inputs_embeds, hidden_states = (pooled(part, runs) for part in (inputs_embeds, hidden_states))
-        inputs_embeds, vectors = self._compressed(inputs_embeds, visual_mask, prompt_mask, past)
+        inputs_embeds, vectors = self._compressed(inputs_embeds, runs, past)
         if self.max_visual_rows is not None or policy in ("pooled", "dropped", "compressed"):
             held = () if past is None else past.visual
             per_image = self.draft.rows_per_image
@@ -228,16 +228,11 @@ class Drafter(ABC):
         return _Prompt(last_state, hidden_states)
 
     def _compressed(
-        self,
-        inputs_embeds: torch.Tensor,
-        visual_mask: torch.Tensor,
-        prompt_mask: torch.Tensor | None,
-        past: ChatMemory | None,
+        self, inputs_embeds: torch.Tensor, runs: torch.Tensor, past: ChatMemory | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The result of `Draft.compress_images`, for a draft that compresses images; else the embeddings."""
         if self.draft.visual_positions != "compressed":
             return inputs_embeds, None
-        runs = visual_mask if prompt_mask is None else visual_mask & prompt_mask.bool().to(visual_mask.device)
         held = None if past is None or past.visual_embeds is None else past.visual_embeds[:, -1:]
         if held is not None and held.shape[1] == 0:
             held = None
