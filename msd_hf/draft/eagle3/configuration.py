@@ -17,6 +17,8 @@ from ..target_sizes import draft_fields, generating_model
 
 
 NUM_PARTS = 3  # layers of the target that a draft reads, if the configuration does not name them
+# The draft reads the embeddings of images as they are, so it is as wide as its target.
+_POLICIES_OF_ONE_WIDTH = ("image_embedding", "decoupled")
 
 
 def default_aux_ids(num_layers: int) -> list[int]:
@@ -137,7 +139,7 @@ class Eagle3DraftConfig(DraftConfigMixin, PreTrainedConfig):
                 f"a draft of another width ({self.hidden_size}) than its target ({self.target_width}) needs "
                 "`has_own_embedding`."
             )
-        if self.visual_positions in ("image_embedding", "decoupled"):
+        if self.visual_positions in _POLICIES_OF_ONE_WIDTH:
             raise ValueError(
                 f'`visual_positions` cannot be "{self.visual_positions}" for a draft of another width '
                 f'({self.hidden_size}) than its target ({self.target_width}): use "placeholder".'
@@ -166,7 +168,7 @@ class Eagle3DraftConfig(DraftConfigMixin, PreTrainedConfig):
         moved = [[number + by for number in some] for some in ids for by in (0, 1, -1)]
         fitting = [some for some in moved if len(set(some)) == len(some) and 0 <= min(some) <= max(some) <= num_layers]
         is_narrow = self.target_width != self.hidden_size
-        policies = [policy for policy in VISUAL_POSITIONS if not (is_narrow and policy == "image_embedding")]
+        policies = [policy for policy in VISUAL_POSITIONS if not (is_narrow and policy in _POLICIES_OF_ONE_WIDTH)]
         return [
             OtherReadings("eagle_aux_hidden_state_layer_ids", others(present, fitting)),
             OtherReadings("norm_before_residual", [not self.norm_before_residual]),
