@@ -14,7 +14,6 @@ from thinning import thinned
 from transformers import LlamaForCausalLM
 
 from msd_hf import Eagle3DraftModel, MSDPairingError, MSDUnsupportedError
-from msd_hf.compat import CACHE_NAME
 from msd_hf.decoders import decoder_of
 from msd_hf.draft.interface import VISUAL_POSITIONS
 from msd_hf.target.adapter import TargetAdapter
@@ -120,24 +119,8 @@ def test_a_ragged_batch(kind, do_sample):
 
 @pytest.mark.parametrize("kind", ["speculators", "normed", "wide"])
 def test_turns_that_share_a_cache(kind):
-    draft, caches, ids = set_tree(draft_of(kind)), [{}, {}], torch.zeros(1, 0, dtype=torch.long)
-    for turn, images_at in enumerate([(2,), (), (3,)]):
-        prompt = tiny.make_prompt(10 + turn, 6, images_at=images_at)
-        prompt["input_ids"] = ids = torch.cat([ids, prompt["input_ids"]], dim=1)
-        outputs = []
-        for number, assistant in enumerate((None, draft)):
-            output = target_of().generate(
-                **prompt,
-                **caches[number],
-                max_new_tokens=8,
-                return_dict_in_generate=True,
-                suppress_tokens=[tiny.IMAGE_TOKEN_ID],
-                assistant_model=assistant,
-            )
-            caches[number] = {CACHE_NAME: output[CACHE_NAME]}
-            outputs.append(output.sequences.tolist())
-        assert outputs[0] == outputs[1]
-        ids = torch.tensor(outputs[0])
+    for alone, drafted in tiny.turns_on_one_cache(target_of(), set_tree(draft_of(kind)), [(2,), (), (3,)]):
+        assert alone == drafted
 
 
 @pytest.mark.parametrize("kind", ["flat", "wide"])

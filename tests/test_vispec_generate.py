@@ -11,9 +11,8 @@ from families import FAMILIES
 from transformers import AutoModel
 
 from msd_hf import AutoDraft, MSDDraftModel, MSDUnsupportedError, ViSpecDraftConfig, ViSpecDraftModel
-from msd_hf.compat import CACHE_NAME
 from msd_hf.drafting.visual_rows import keep_visual_rows
-from msd_hf.training import MSDTrainer
+from msd_hf.training import MSDTrainer, MSDTrainingArguments
 
 
 @functools.cache
@@ -103,24 +102,8 @@ def drafter_vectors(monkeypatch) -> list:
 def test_turns_that_share_a_cache(monkeypatch):
     """The vector of an image goes on through turns without one."""
     seen = drafter_vectors(monkeypatch)
-    draft, caches, ids = set_tree(draft_of()), [{}, {}], torch.zeros(1, 0, dtype=torch.long)
-    for turn, images_at in enumerate([(), (2,), (), (3,)]):
-        prompt = tiny.make_prompt(10 + turn, 6, images_at=images_at)
-        prompt["input_ids"] = ids = torch.cat([ids, prompt["input_ids"]], dim=1)
-        outputs = []
-        for number, assistant in enumerate((None, draft)):
-            output = target_of().generate(
-                **prompt,
-                **caches[number],
-                max_new_tokens=8,
-                return_dict_in_generate=True,
-                suppress_tokens=[tiny.IMAGE_TOKEN_ID],
-                assistant_model=assistant,
-            )
-            caches[number] = {CACHE_NAME: output[CACHE_NAME]}
-            outputs.append(output.sequences.tolist())
-        assert outputs[0] == outputs[1]
-        ids = torch.tensor(outputs[0])
+    for alone, drafted in tiny.turns_on_one_cache(target_of(), set_tree(draft_of()), [(), (2,), (), (3,)]):
+        assert alone == drafted
     assert seen[0] is None and bool(seen[1].any())
     assert torch.equal(seen[1], seen[2]) and not torch.allclose(seen[2], seen[3])
 
@@ -182,6 +165,10 @@ def test_what_is_no_vispec_draft_is_named(tmp_path):
             ViSpecDraftConfig(hidden_size=32, num_attention_heads=4, **fields)
     with pytest.raises(MSDUnsupportedError, match="does not train ViSpec drafts"):
         MSDTrainer(model=draft_of(), target=target_of())
+    with pytest.raises(MSDUnsupportedError, match="does not train ViSpec drafts"):
+        MSDTrainer(
+            model=draft_of(), target=target_of(), args=MSDTrainingArguments(draft_kind="eagle3", report_to="none")
+        )
 
 
 def test_rows_of_an_image_that_are_left():

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from msd_hf import MSDDraftModel
+from msd_hf.compat import CACHE_NAME
 from msd_hf.tree.settings import default_size
 
 
@@ -111,6 +112,31 @@ def make_prompt(
         shape = (len(images_at), 3, IMAGE_SIZE, IMAGE_SIZE)
         inputs["pixel_values"] = torch.randn(shape, generator=generator).to(dtype)
     return inputs
+
+
+def turns_on_one_cache(target: Any, draft: Any, images_by_turn: list[tuple[int, ...]]) -> list[list[list[list[int]]]]:
+    """The sequences after each turn of a chat, of the target alone and with the draft. Each of the two goes on with its
+    own cache. `images_by_turn`: argument `images_at` of `make_prompt`."""
+    caches: list[dict[str, Any]] = [{}, {}]
+    ids, turns = torch.zeros(1, 0, dtype=torch.long), []
+    for turn, images_at in enumerate(images_by_turn):
+        prompt = make_prompt(10 + turn, 6, images_at=images_at)
+        prompt["input_ids"] = ids = torch.cat([ids, prompt["input_ids"]], dim=1)
+        outputs = []
+        for number, assistant in enumerate((None, draft)):
+            output = target.generate(
+                **prompt,
+                **caches[number],
+                max_new_tokens=8,
+                return_dict_in_generate=True,
+                suppress_tokens=[IMAGE_TOKEN_ID],
+                assistant_model=assistant,
+            )
+            caches[number] = {CACHE_NAME: output[CACHE_NAME]}
+            outputs.append(output.sequences.tolist())
+        turns.append(outputs)
+        ids = torch.tensor(outputs[0])
+    return turns
 
 
 def left_padded(prompts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -59,6 +59,15 @@ class DraftConfigMixin(_Base):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         super().__post_init__(**kwargs)
+        self._check_parts()
+
+    def validate_architecture(self):
+        """Checks all fields as they are now. `@strict` calls this method."""
+        check_limits(self)
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        """Checks what is particular to a kind of draft."""
 
     def other_readings(self, target_config: PreTrainedConfig, num_layers: int) -> list[OtherReadings]:
         """

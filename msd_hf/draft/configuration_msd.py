@@ -10,7 +10,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..hub.fingerprint import identify_target
 from .configuration import HINT, TARGET_FIELDS, DraftConfigMixin
 from .interface import check_target_of_draft
-from .limits import check_limits
 from .readings import OtherReadings
 from .target_sizes import draft_fields, generating_model
 
@@ -115,10 +114,6 @@ class MSDDraftConfig(DraftConfigMixin, PreTrainedConfig):
     target_name_or_path: str | None = None
     target_revision: str | None = None
     target_fingerprint: dict | None = None
-
-    def validate_architecture(self):
-        """Checks all fields as they are now. `@strict` calls this method."""
-        check_limits(self)
 
     def other_readings(self, target_config: PreTrainedConfig, num_layers: int) -> list[OtherReadings]:
         """As in every kind of draft; and whether visual positions are decoupled."""

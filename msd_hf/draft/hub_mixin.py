@@ -87,18 +87,13 @@ class DraftHubMixin:
             args, kwargs: further arguments, those of `push_to_hub` among them.
         """
         model: Any = super()
-        is_main = kwargs.get("is_main_process", True)
-        if not push_to_hub:
-            model.save_pretrained(save_directory, *args, **kwargs)
-            if save_experience and is_main:
-                write_experience(self, save_directory)
-            return
-        upload = {name: kwargs.pop(name) for name in _UPLOAD_ARGUMENTS if name in kwargs}
-        repo_id = upload.pop("repo_id", None) or Path(save_directory).name
+        upload = {name: kwargs.pop(name) for name in _UPLOAD_ARGUMENTS if name in kwargs} if push_to_hub else {}
         model.save_pretrained(save_directory, *args, **kwargs)
-        if save_experience and is_main:
+        if save_experience and kwargs.get("is_main_process", True):
             write_experience(self, save_directory)
-        self.push_to_hub(repo_id, **upload)
+        if push_to_hub:
+            repo_id = upload.pop("repo_id", None) or Path(save_directory).name
+            self.push_to_hub(repo_id, **upload)
 
     def push_to_hub(
         self,

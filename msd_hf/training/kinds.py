@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..draft.base import DraftPreTrainedModel
+from ..draft.eagle3.configuration import default_aux_ids
 from ..draft.eagle3.modeling import Eagle3DraftModel
 from ..draft.modeling_msd import MSDDraftModel
+from ..errors import MSDUnsupportedError
 from .recipes import EAGLE3_RECIPES, RECIPES, Recipe
 
 
@@ -66,9 +69,9 @@ def _eagle3_fields(args: MSDTrainingArguments, layers: list[int] | None) -> dict
 
 
 def _eagle3_layers(num_layers: int) -> list[int]:
-    """Hidden states 2, n // 2 and n - 3, as in the published drafts; of a target that is too small for them, evenly
-    spaced ones."""
-    states = [2, num_layers // 2, num_layers - 3]
+    """Those of the hidden states that a draft reads by default; of a target that is too small for them, evenly spaced
+    ones."""
+    states = default_aux_ids(num_layers)
     if not 2 < states[1] < states[2]:
         states = sorted({num_layers // 4, num_layers // 2, num_layers - num_layers // 4})
     return [state - 1 for state in states]
@@ -112,7 +115,29 @@ KINDS = {
 
 def kind_of_draft(draft: Any) -> str | None:
     """The name in `KINDS` of the kind of a draft; `None` for one that is not trained."""
-    return next((name for name, kind in KINDS.items() if isinstance(draft, kind.model_class)), None)
+    # Not the class: one kind of draft may be made of another, as ViSpec's of MSD's.
+    types = {kind.model_class.config_class.model_type: name for name, kind in KINDS.items()}
+    return types.get(draft.config.model_type)
 
 
-__all__ = ["KINDS", "TrainedKind", "kind_of_draft"]
+def check_kind(draft: DraftPreTrainedModel, args: MSDTrainingArguments) -> None:
+    """
+    Refuses to train a draft of another kind than the arguments are for.
+
+    Raises:
+        MSDUnsupportedError: names both kinds, and what to do.
+    """
+    kind = kind_of_draft(draft)
+    if kind is None:
+        raise MSDUnsupportedError(
+            f"`MSDTrainer` does not train {type(draft).__name__.removesuffix('DraftModel')} drafts. It trains "
+            f"{' or '.join(f'{known.name} ({name!r})' for name, known in KINDS.items())}."
+        )
+    if kind != args.draft_kind:
+        raise MSDUnsupportedError(
+            f"The draft is {KINDS[kind].name}, and the arguments are for {args.kind.name}: set `draft_kind` to "
+            f"{kind!r}."
+        )
+
+
+__all__ = ["KINDS", "TrainedKind", "check_kind", "kind_of_draft"]

@@ -36,12 +36,13 @@ from .disk import check_writable
 from .draft_vocab import check_size
 from .features.cache import FeatureCache
 from .features.fingerprint import target_fingerprint
+from .kinds import check_kind
 from .regeneration.journal import is_written
 from .regeneration.regenerate import regenerate
 from .resume_point import find_resume_point
 from .run_fingerprint import argument_values
 from .script_help import HelpAll, format_help
-from .trainer import MSDTrainer, check_kind
+from .trainer import MSDTrainer
 from .whole_models import loaded_whole
 
 

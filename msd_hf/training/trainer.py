@@ -18,7 +18,6 @@ from ..decoders import decoder_of
 from ..decoding.result import mean_acceptance_length
 from ..draft.base import DraftPreTrainedModel
 from ..draft.target_sizes import generating_model
-from ..draft.vispec.modeling import ViSpecDraftModel
 from ..errors import MSDDataError, MSDError, MSDUnsupportedError
 from ..hub.card import is_generated, load_card, write_card
 from ..hub.fingerprint import identify_target
@@ -35,7 +34,7 @@ from .features.cache import FeatureCache
 from .features.fingerprint import draft_fingerprint, target_fingerprint
 from .given_data import open_held_out, open_training_data, processor_of
 from .hard_examples import HardExamples
-from .kinds import KINDS, kind_of_draft
+from .kinds import check_kind
 from .losses import used_terms, weighted_loss
 from .meters import LossMeter
 from .mixture import Mixture, MixtureCollator
@@ -100,8 +99,6 @@ class MSDTrainer(ResumableTrainer):
                 f"`{type(target).__name__}` hands `generate` on to a language model inside of it, to which the draft "
                 "belongs: give that model as `target`."
             )
-        if isinstance(model, ViSpecDraftModel):
-            raise MSDUnsupportedError("`MSDTrainer` does not train ViSpec drafts, whose images are compressed.")
         check_target(target)
         check_whole(target)
         check_not_tensor_parallel(target)
@@ -450,26 +447,6 @@ class MSDTrainer(ResumableTrainer):
         return self._skipped_before + Counter(self._skipped.values())
 
 
-def check_kind(draft: DraftPreTrainedModel, args: MSDTrainingArguments) -> None:
-    """
-    Refuses to train a draft of another kind than the arguments are for.
-
-    Raises:
-        MSDUnsupportedError: names both kinds, and what to do.
-    """
-    kind = kind_of_draft(draft)
-    if kind is None:
-        raise MSDUnsupportedError(
-            f"The draft is a `{type(draft).__name__}`, a kind that is not trained here; those that are: "
-            f"{', '.join(f'{known.name} ({name!r})' for name, known in KINDS.items())}."
-        )
-    if kind != args.draft_kind:
-        raise MSDUnsupportedError(
-            f"The draft is {KINDS[kind].name}, and the arguments are for {args.kind.name}: set `draft_kind` to "
-            f"{kind!r}."
-        )
-
-
 class _HeldOut(Dataset):
     """Held-out conversations as samples, in the order of the data."""
 
@@ -484,4 +461,4 @@ class _HeldOut(Dataset):
         return self._mixture[Draw(index, "text", index)]
 
 
-__all__ = ["MSDTrainer", "check_kind"]
+__all__ = ["MSDTrainer"]

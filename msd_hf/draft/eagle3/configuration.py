@@ -11,7 +11,6 @@ from ...errors import MSDUnsupportedError, shown
 from ...hub.fingerprint import identify_target
 from ..configuration import DraftConfigMixin
 from ..interface import VISUAL_POSITIONS, check_target_of_draft
-from ..limits import check_limits
 from ..readings import OtherReadings, others
 from ..target_sizes import draft_fields, generating_model
 
@@ -114,15 +113,6 @@ class Eagle3DraftConfig(DraftConfigMixin, PreTrainedConfig):
     target_name_or_path: str | None = None
     target_revision: str | None = None
     target_fingerprint: dict | None = None
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        self._check_parts()
-
-    def validate_architecture(self):
-        """Checks all fields as they are now. `@strict` calls this method."""
-        check_limits(self)
-        self._check_parts()
 
     def _check_parts(self) -> None:
         if self.visual_positions not in VISUAL_POSITIONS:

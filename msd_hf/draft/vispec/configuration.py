@@ -6,7 +6,6 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from ..configuration_msd import MSDDraftConfig
-from ..limits import check_limits
 from ..readings import OtherReadings, other_ropes
 
 
@@ -33,15 +32,6 @@ class ViSpecDraftConfig(MSDDraftConfig):
     model_type = "vispec_draft"
 
     num_queries: int = 2
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        self._check_parts()
-
-    def validate_architecture(self):
-        """Checks all fields as they are now. `@strict` calls this method."""
-        check_limits(self)
-        self._check_parts()
 
     def _check_parts(self) -> None:
         if not 2 <= self.num_queries <= MOST_QUERIES:
