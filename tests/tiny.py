@@ -115,8 +115,8 @@ def make_prompt(
 
 
 def turns_on_one_cache(target: Any, draft: Any, images_by_turn: list[tuple[int, ...]]) -> list[list[list[list[int]]]]:
-    """The sequences after each turn of a chat, of the target alone and with the draft, which go on with caches of their
-    own. `images_by_turn`: argument `images_at` of `make_prompt`."""
+    """The sequences after each turn of a chat: of the target alone, and with the draft, each with its own cache.
+    `images_by_turn`: argument `images_at` of `make_prompt`."""
     caches: list[dict[str, Any]] = [{}, {}]
     ids, turns = torch.zeros(1, 0, dtype=torch.long), []
     for turn, images_at in enumerate(images_by_turn):
