@@ -232,6 +232,7 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bytes(
     )
     assert child.returncode == -signal.SIGKILL, child.stderr
     half = contents(folder)
+    (folder / ".tmpqhJ7Py").write_bytes(b"what safetensors leaves when it is killed")
     assert len(half) == 4 and any(name.endswith(".tmp") for name in half)
     with pytest.raises(MSDError, match=r"not complete: 2 of 5 shards"):
         FeatureCache(folder)
@@ -408,8 +409,11 @@ def test_incomplete_caches_and_other_folders_are_refused(target, processor, conv
     with pytest.raises(MSDError, match="no feature cache"):
         FeatureCache(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / ".tmpmine").write_text("no name that safetensors gives")
     with pytest.raises(MSDError, match="not empty"):
         extract_features(target, processor, conversations, tmp_path)
+    assert (tmp_path / ".tmpmine").is_file()
+    (tmp_path / ".tmpmine").unlink()
     with pytest.raises(MSDError, match="is a file"):
         extract_features(target, processor, conversations, tmp_path / "notes.txt")
     (tmp_path / "index.json").write_text("{")

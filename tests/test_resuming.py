@@ -397,6 +397,7 @@ def test_what_a_killed_run_left_is_removed_and_files_of_the_user_stay(new_traine
     incomplete = tmp_path / "out" / "checkpoint-3"
     (incomplete / ".msd-saving").mkdir(parents=True)
     (incomplete / "model.safetensors").write_text("half of it")
+    (incomplete / ".tmpqhJ7Py").write_text("half of another, by safetensors")
     notes = tmp_path / "out" / "checkpoint-1" / "notes.txt"
     notes.parent.mkdir()
     (notes.parent / "config.json").write_text("{}")

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..draft.folder import PROVENANCE_NAME
 from ..errors import MSDError
+from ..writing.saving import SAFETENSORS_TEMPORARY
 from .hard_examples import HARD_EXAMPLES_NAME
 
 
@@ -40,6 +41,7 @@ _CHECKPOINT_FILES = (
     "zero_to_*.py",
     f"{STATE_NAME}*",
     f".{STATE_NAME}.*.tmp",
+    SAFETENSORS_TEMPORARY,
 )
 
 

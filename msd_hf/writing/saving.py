@@ -9,6 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+# Beside a file that it writes, safetensors keeps a temporary one of such a name (a glob); a killed process leaves it.
+SAFETENSORS_TEMPORARY = ".tmp" + 6 * "[A-Za-z0-9]"
+
+
 @contextmanager
 def replaced_file(path: str | Path) -> Iterator[Path]:
     """A temporary file that takes the name `path` when the block ends without an error."""
@@ -35,4 +39,4 @@ def replace_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-__all__ = ["remove_temporary_files", "replace_text", "replaced_file"]
+__all__ = ["SAFETENSORS_TEMPORARY", "remove_temporary_files", "replace_text", "replaced_file"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import torch
 
 from ...errors import MSDError
 from ...writing.destination import check_parent
+from ...writing.saving import SAFETENSORS_TEMPORARY
 from ..data.encoding import ConversationEncoder
 from .notes import read_notes, remove_notes
 from .storage import damaged_shard, safely_replaced_file, write_shard
@@ -24,8 +26,10 @@ FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 
 
-# Temporary files of a killed run, as `replaced_file` names them.
-_LEFTOVER = re.compile(r"\.(shard-\d{5}\.(safetensors|json)|index\.json)\.\d+\.tmp")
+# Temporary files of a killed run, as `replaced_file` and safetensors name them.
+_LEFTOVER = re.compile(
+    rf"\.(shard-\d{{5}}\.(safetensors|json)|index\.json)\.\d+\.tmp|{fnmatch.translate(SAFETENSORS_TEMPORARY)}"
+)
 
 
 def check_cache_folder(folder: Path) -> set[str]:
